@@ -1,0 +1,57 @@
+"""Functional compression for JAX: pruning masks and quantizers as pure transforms of parameter pytrees.
+
+>>> import jax.numpy as jnp
+>>> import jaxcomp as jc
+>>> params = {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.zeros(2)}
+>>> compress = jc.chain(jc.prune(0.5), jc.quantize(jc.Int(4)))
+>>> state = compress.init(params)
+>>> int((jc.materialize(compress.apply(state, params))["kernel"] == 0).sum())
+4
+"""
+
+from jaxcomp.artifact.files import load, save
+from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
+from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
+from jaxcomp.paths import everything, matrices
+from jaxcomp.prune import cubic, prune
+from jaxcomp.quantize import quantize
+from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
+from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, once, wrap_optax
+
+__all__ = [
+    "LOG",
+    "Companded",
+    "Compander",
+    "Element",
+    "Filters",
+    "Global",
+    "Int",
+    "Local",
+    "Log",
+    "Masked",
+    "Packed",
+    "Quantized",
+    "Score",
+    "Switch",
+    "Transform",
+    "by_path",
+    "chain",
+    "cubic",
+    "every",
+    "everything",
+    "gate",
+    "identity",
+    "load",
+    "magnitude",
+    "materialize",
+    "matrices",
+    "nbytes",
+    "once",
+    "pack",
+    "prune",
+    "quantize",
+    "save",
+    "sensitivity",
+    "taylor",
+    "wrap_optax",
+]

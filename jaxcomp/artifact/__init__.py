@@ -1,0 +1,1 @@
+"""The compressed file: packed leaves in safetensors, checksummed, atomic, no pickle."""

@@ -1,0 +1,277 @@
+"""Compressed leaves: frozen pytree dataclasses that stand where an array stood and know how to become it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.numerics.packing import pack_bits, unpack_bits
+from jaxcomp.numerics.quantizers import dequantize
+from jaxcomp.specs import Companded, Grid
+
+Cls = TypeVar("Cls", bound=type)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def compressed_leaf(*, meta: tuple[str, ...] = ()) -> Callable[[Cls], Cls]:
+    """Class decorator: a frozen dataclass registered as a pytree, with the ``meta`` fields static."""
+
+    def decorate(cls: Any) -> Any:
+        cls = dataclass(frozen=True, eq=False)(cls)
+        data = [f.name for f in fields(cls) if f.name not in meta]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
+
+    return decorate
+
+
+@compressed_leaf(meta=("bits", "low", "shape"))
+class Packed:
+    """Integers of ``bits`` bits in a byte stream: ``value == stream code + low``; one bit and low 0 is a boolean.
+
+    Fields:
+      data: uint8 of ``ceil(size * bits / 8)`` bytes, the low bits first, C order.
+      bits, low, shape: static.
+    """
+
+    data: jax.Array
+    bits: int
+    low: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(values: jax.Array, bits: int, low: int) -> Packed:
+        """Packs integers in ``[low, low + 2**bits)``, held in any type."""
+        shifted = (values.astype(jnp.int32) - low).astype(jnp.uint8)
+        return Packed(pack_bits(shifted, bits), bits, low, tuple(values.shape))
+
+    def unpack(self) -> jax.Array:
+        """The integers as int8 or uint8, or the booleans."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        stream = unpack_bits(self.data, self.bits, count).reshape(self.shape)
+        if self.bits == 1:
+            return stream.astype(bool)
+        if self.low >= 0:
+            return stream + jnp.uint8(self.low)
+        return (stream.astype(jnp.int16) + self.low).astype(jnp.int8)
+
+
+def unpacked(x: Any) -> Any:
+    """``x``, unpacked if it is :class:`Packed`."""
+    return x.unpack() if isinstance(x, Packed) else x
+
+
+class CompressedLeaf:
+    """What every compressed leaf offers.
+
+    A subclass is made with :func:`compressed_leaf` and states its invariant in its docstring.
+
+    Class attributes:
+      open: the fields that later transforms in a chain may rewrite; none means that the leaf is closed.
+      made_by: the transform that makes it, for error messages.
+    """
+
+    open: ClassVar[tuple[str, ...]] = ()
+    made_by: ClassVar[str] = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define shape.")
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define dtype.")
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array that this leaf stands for."""
+        return len(self.shape)
+
+    def materialize(self) -> jax.Array:
+        """The array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define materialize.")
+
+    def pack(self) -> CompressedLeaf:
+        """The same leaf in its smallest storage; ``materialize`` gives the same bits."""
+        raise TypeError(f"{type(self).__name__} does not define pack.")
+
+
+def is_compressed(x: Any) -> bool:
+    """Whether ``x`` is a compressed leaf; the ``is_leaf`` of a tree that holds some."""
+    return isinstance(x, CompressedLeaf)
+
+
+def dense(x: Any) -> Any:
+    """One leaf as an array."""
+    return x.materialize() if isinstance(x, CompressedLeaf) else x
+
+
+@compressed_leaf(meta=("grid", "dense_dtype"))
+class Quantized(CompressedLeaf):
+    """``dense == expand((codes - zero_point) * scale)``, where expand is the grid's, or nothing for a uniform grid.
+
+    Fields:
+      codes: integers of the dense shape: in a float type while training (so that the straight-through gradient can
+        flow), and after ``pack`` in an integer type, or bit-packed where the width is not 8.
+      scale: of the dense rank; each dimension divides the dense one, and an entry serves a block.
+      zero_point: integers in the scale's type and shape, or None for a symmetric grid.
+      grid: the spec, static.
+      dense_dtype: the dense array's type, static.
+    """
+
+    codes: jax.Array | Packed
+    scale: jax.Array
+    zero_point: jax.Array | None
+    grid: Grid
+    dense_dtype: Any
+
+    made_by: ClassVar[str] = "quantize"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.dense_dtype
+
+    def materialize(self) -> jax.Array:
+        """Dequantizes, in the scale's type, then casts to the dense type."""
+        compander = self.grid.compander if isinstance(self.grid, Companded) else None
+        return dequantize(unpacked(self.codes), self.scale, self.zero_point, compander).astype(self.dense_dtype)
+
+    def pack(self) -> Quantized:
+        """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
+        if isinstance(self.codes, Packed):
+            return self
+        low = _storage_low(self.grid)
+        if self.grid.bits == 8:
+            return replace(self, codes=self.codes.astype(jnp.int8 if low < 0 else jnp.uint8))
+        return replace(self, codes=Packed.of(self.codes, self.grid.bits, low))
+
+    def zero_code(self) -> jax.Array | int:
+        """The code of 0, broadcastable against codes of blocks' shape."""
+        return 0 if self.zero_point is None else self.zero_point
+
+
+def _storage_low(grid: Grid) -> int:
+    """The code that packs as 0: two's complement's lowest for a symmetric grid, narrow or not."""
+    return 0 if grid.code_range[0] == 0 else -(2 ** (grid.bits - 1))
+
+
+@compressed_leaf()
+class Masked(CompressedLeaf):
+    """``dense == where(mask, values, 0)``, and ``values`` holds zeros (or their code) where the mask is False.
+
+    Fields:
+      values: an array, or a leaf that a later transform made of it.
+      mask: booleans of the values' rank that broadcast against them (a filter's mask is stored once a filter).
+    """
+
+    values: Any
+    mask: Any
+
+    open: ClassVar[tuple[str, ...]] = ("values",)
+    made_by: ClassVar[str] = "prune"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.values.dtype
+
+    def materialize(self) -> jax.Array:
+        """The values where the mask is True, zeros elsewhere."""
+        values = dense(self.values)
+        return jnp.where(unpacked(self.mask), values, jnp.zeros((), values.dtype))
+
+    def pack(self) -> Masked:
+        """A bit a mask entry, the values packed."""
+        mask = self.mask if isinstance(self.mask, Packed) else Packed.of(self.mask, 1, 0)
+        return Masked(pack(self.values), mask)
+
+
+@compressed_leaf()
+class Switch(CompressedLeaf):
+    """``dense == on if active else off``: what a gated transform makes before one knows whether its time has come.
+
+    Fields:
+      active: a boolean scalar.
+      on: the leaf as the transform makes it.
+      off: the leaf as it was.
+    """
+
+    active: jax.Array
+    on: Any
+    off: Any
+
+    made_by: ClassVar[str] = "gate"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.on.shape)
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.off.dtype
+
+    def materialize(self) -> jax.Array:
+        """Selects between the two."""
+        return jnp.where(self.active, dense(self.on), dense(self.off))
+
+    def pack(self) -> Any:
+        """Packs the one that is active.
+
+        Raises:
+          TypeError: inside jit, where it is not known which one that is.
+        """
+        if isinstance(self.active, jax.core.Tracer):
+            raise TypeError(
+                "pack: a gated leaf cannot be packed inside jit, where its gate is not known; pack outside."
+            )
+        return pack(self.on if bool(self.active) else self.off)
+
+
+def materialize(tree: Any) -> Any:
+    """The tree with every compressed leaf turned back into an array; other leaves are the same objects.
+
+    >>> materialize({"w": Masked(jnp.array([1.0, 2.0]), jnp.array([True, False]))})
+    {'w': Array([1., 0.], dtype=float32)}
+    """
+    return jax.tree.map(dense, tree, is_leaf=is_compressed)
+
+
+def pack(tree: Any) -> Any:
+    """The tree with every compressed leaf in its smallest storage, ``materialize(pack(t)) == materialize(t)`` bitwise.
+
+    >>> from jaxcomp.specs import Int
+    >>> q = Quantized(jnp.array([-8.0, 7.0, 1.0]), jnp.array([0.5]), None, Int(4), jnp.dtype("float32"))
+    >>> pack(q).codes.data.size, materialize(pack(q))
+    (2, Array([-4. ,  3.5,  0.5], dtype=float32))
+    """
+    return jax.tree.map(lambda x: x.pack() if is_compressed(x) else x, tree, is_leaf=is_compressed)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree, compressed leaves as they are stored now (see :func:`pack`).
+
+    >>> nbytes({"w": jnp.zeros((3, 4))})
+    48
+    """
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
+
+
+def zeros_counted(tree: Any) -> tuple[int, int]:
+    """How many entries of the materialized float arrays are zero, and how many there are."""
+    arrays = [
+        x for x in jax.tree.leaves(materialize(tree)) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return sum(int((np.asarray(x) == 0).sum()) for x in arrays), sum(x.size for x in arrays)

@@ -1,0 +1,1 @@
+"""Pruning masks of arrays: scores, thresholds, structures. No tree is known here."""

@@ -1,0 +1,1 @@
+"""Numeric kernels: rounding, quantizers, bit packing. Arrays in, arrays out."""

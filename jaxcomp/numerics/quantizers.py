@@ -1,0 +1,157 @@
+"""Quantizers: arrays in, codes and scales out. No tree is known here.
+
+A scale has the rank of its array, and each of its dimensions divides the array's: one number serves a block. A
+dimension of 1 is shared along the whole axis, a full one gives each index its own, and one in between makes groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcomp.numerics.rounding import round_ste
+from jaxcomp.specs import Companded, Compander, Int
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Codes and scales are computed in float32, or in float64 where the array is that wide."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def blocked(x: Float[Array, "*shape"], blocks: tuple[int, ...]) -> Float[Array, "*split"]:
+    """Splits each axis i of size n into ``(blocks[i], n // blocks[i])``.
+
+    >>> blocked(jnp.zeros((4, 6)), (2, 6)).shape
+    (2, 2, 6, 1)
+    """
+    return x.reshape([d for n, b in zip(x.shape, blocks, strict=True) for d in (b, n // b)])
+
+
+def block_reduce(
+    x: Float[Array, "*shape"], blocks: tuple[int, ...], reduce: Callable[..., jax.Array]
+) -> Float[Array, "*blocks"]:
+    """``reduce`` (such as ``jnp.max``) over each block; one number a block."""
+    if blocks == x.shape:
+        return x
+    if all(b in (1, n) for b, n in zip(blocks, x.shape, strict=True)):
+        axes = tuple(i for i, (b, n) in enumerate(zip(blocks, x.shape, strict=True)) if b == 1 and n != 1)
+        return reduce(x, axis=axes, keepdims=True)
+    return reduce(blocked(x, blocks), axis=tuple(range(1, 2 * x.ndim, 2)))
+
+
+def spread(scale: Float[Array, "*blocks"], shape: tuple[int, ...]) -> Float[Array, "*spread"]:
+    """A scale in a shape that broadcasts against ``shape``, each number over its block.
+
+    >>> spread(jnp.array([[1.0], [2.0]]), (4, 3)).shape
+    (4, 1)
+    """
+    if all(b in (1, n) for b, n in zip(scale.shape, shape, strict=True)):
+        return scale
+    wide = [d for b, n in zip(scale.shape, shape, strict=True) for d in (b, 1 if b == 1 else n // b)]
+    out = [1 if b == 1 else n for b, n in zip(scale.shape, shape, strict=True)]
+    narrow = [d for b in scale.shape for d in (b, 1)]
+    return jnp.broadcast_to(scale.reshape(narrow), wide).reshape(out)
+
+
+def scale_shape(
+    shape: tuple[int, ...], *, channel_axes: tuple[int, ...], group: int | None, group_axis: int
+) -> tuple[int, ...]:
+    """The shape of a scale: full along ``channel_axes``, grouped along ``group_axis``, 1 elsewhere.
+
+    Raises:
+      ValueError: an axis that the array does not have, a group axis that is a channel axis too, or a group that does
+        not divide.
+
+    >>> scale_shape((64, 10), channel_axes=(-1,), group=32, group_axis=-2)
+    (2, 10)
+    """
+    ndim = len(shape)
+    for a in (*channel_axes, *([group_axis] if group else [])):
+        if not -ndim <= a < ndim:
+            raise ValueError(f"has shape {shape} and no axis {a}; name axes in {-ndim}..{ndim - 1}")
+    own = {a % ndim for a in channel_axes}
+    out = [n if i in own else 1 for i, n in enumerate(shape)]
+    if group:
+        axis = group_axis % ndim
+        if axis in own:
+            raise ValueError(f"has axis {group_axis} both as group axis and as channel axis; take one of them")
+        if shape[axis] % group:
+            raise ValueError(
+                f"has {shape[axis]} elements along axis {group_axis} of shape {shape}, which groups of {group} do not"
+                f" divide; take a divisor of {shape[axis]}, another group_axis, or leave this leaf out by a rule"
+            )
+        out[axis] = shape[axis] // group
+    return tuple(out)
+
+
+def _positive(scale: jax.Array) -> jax.Array:
+    """A block of zeros gets scale 1: its codes are 0 and so are its values."""
+    tiny = jnp.finfo(scale.dtype).tiny
+    return jnp.where(scale > 0, jnp.maximum(scale, tiny), jnp.ones_like(scale))
+
+
+def int_scale(
+    w: Float[Array, "*shape"], spec: Int, blocks: tuple[int, ...]
+) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
+    """Scale and zero point of each block, from the largest magnitude (symmetric) or the extremes (asymmetric).
+
+    No gradient flows into either. Multiplications by constants, never divisions, so that jit equals eager.
+    """
+    x = jax.lax.stop_gradient(w).astype(compute_dtype(w.dtype))
+    low, high = spec.code_range
+    if spec.symmetric:
+        steps = high if spec.narrow else high + 0.5
+        scale = _positive(block_reduce(jnp.abs(x), blocks, jnp.max) * (1.0 / steps))
+        return scale, jnp.zeros_like(scale)
+    top = jnp.maximum(block_reduce(x, blocks, jnp.max), 0.0)
+    bottom = jnp.minimum(block_reduce(x, blocks, jnp.min), 0.0)
+    step = 1.0 / (high - low)
+    scale = _positive(top * step - bottom * step)
+    return scale, jnp.clip(jnp.round(-bottom / scale), low, high)
+
+
+def int_codes(
+    w: Float[Array, "*shape"], scale: Float[Array, "*blocks"], zero_point: Float[Array, "*blocks"], spec: Int
+) -> Float[Array, "*shape"]:
+    """``clip(round(w / scale) + zero_point)``: integers in a float type, with a straight-through gradient in w."""
+    low, high = spec.code_range
+    x = w.astype(scale.dtype) / spread(scale, w.shape)
+    if spec.symmetric:
+        return round_ste(x, low, high)
+    return round_ste(x + spread(zero_point, w.shape), low, high)
+
+
+def companded_step(w: Float[Array, "*shape"], spec: Companded, blocks: tuple[int, ...]) -> Float[Array, "*blocks"]:
+    """``f(max|w|) / (2**(bits-1) - 1)`` of each block: the width of a cell in the companded domain."""
+    x = jax.lax.stop_gradient(w).astype(compute_dtype(w.dtype))
+    top = spec.compander.compress(block_reduce(jnp.abs(x), blocks, jnp.max))
+    return _positive(top * (1.0 / spec.code_range[1]))
+
+
+def companded_codes(
+    w: Float[Array, "*shape"], step: Float[Array, "*blocks"], spec: Companded
+) -> Float[Array, "*shape"]:
+    """``clip(round(f(w) / step))``; the gradient passes ``f`` and skips the rounding."""
+    low, high = spec.code_range
+    return round_ste(spec.compander.compress(w.astype(step.dtype)) / spread(step, w.shape), low, high)
+
+
+def dequantize(
+    codes: Float[Array, "*shape"],
+    scale: Float[Array, "*blocks"],
+    zero_point: Float[Array, "*blocks"] | None = None,
+    compander: Compander | None = None,
+) -> Float[Array, "*shape"]:
+    """``(codes - zero_point) * scale``, expanded where the grid is companded.
+
+    The factors are rounded once each, in this order, in the scale's type: what training computes from float codes and
+    what a reader computes from packed ones are the same bits.
+    """
+    x = codes.astype(scale.dtype)
+    if zero_point is not None:
+        x = x - spread(zero_point, codes.shape)
+    x = x * spread(scale, codes.shape)
+    return x if compander is None else compander.expand(x)

@@ -1,0 +1,127 @@
+"""Slots: the arrays of a tree that a transform may rewrite, inside compressed leaves too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.leaves import CompressedLeaf, Masked, is_compressed, unpacked
+from jaxcomp.paths import Where, describe, is_float_array, leaves_with_paths, matches, some_paths
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One array that is still open to change.
+
+    Fields:
+      path: the parameter's path, followed by the field's name inside a compressed leaf ("Dense_0/kernel/u").
+      leaf_path: the parameter's path.
+      array: the values.
+      mask: of an earlier prune, or None.
+    """
+
+    path: str
+    leaf_path: str
+    array: Any
+    mask: Any
+
+
+def slots(tree: Any, where: Where, owner: str) -> dict[str, Slot]:
+    """The slots that ``where`` selects, by path, in the tree's order.
+
+    A rule is tried on the parameter's path and, inside a compressed leaf, on the slot's path.
+
+    Args:
+      tree: parameters, some of them perhaps compressed.
+      where: a rule.
+      owner: the transform's name, for messages.
+
+    Raises:
+      ValueError: nothing is selected, or a selected leaf is closed, not floating, empty, or (where its values are
+        known) not finite. The message names the path.
+    """
+    named, _ = leaves_with_paths(tree, is_leaf=is_compressed)
+    found: dict[str, Slot] = {}
+    for leaf_path, leaf in named:
+        for slot in _open_slots(leaf_path, leaf_path, leaf, None):
+            if _selected(where, slot):
+                _check(slot, owner)
+                found[slot.path] = slot
+    if not found:
+        raise ValueError(
+            f"{owner}: rule {describe(where)} matches nothing; the paths are {some_paths(p for p, _ in named)}."
+        )
+    return found
+
+
+def rewrite(tree: Any, new: Mapping[str, Any]) -> Any:
+    """The tree with the leaves at the given slot paths replaced; all others are the same objects."""
+    named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
+    return treedef.unflatten([_rewrite(path, leaf, new) for path, leaf in named])
+
+
+def check_finite(found: Mapping[str, Slot], owner: str) -> None:
+    """Checks the values of concrete arrays; inside jit or ``eval_shape`` there are none to check.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinity.
+    """
+    for slot in found.values():
+        x = slot.array
+        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not is_float_array(x):
+            continue
+        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(x))))
+        if bad:
+            raise ValueError(
+                f"{owner}: {slot.path!r} has {bad} values that are not finite, of {x.size}; mend the training that made"
+                " them, or leave the leaf out by a rule."
+            )
+
+
+def _open_slots(path: str, leaf_path: str, leaf: Any, mask: Any) -> list[Slot]:
+    if isinstance(leaf, Masked) and not _closed(leaf.values):
+        return _open_slots(path, leaf_path, leaf.values, unpacked(leaf.mask))
+    if isinstance(leaf, CompressedLeaf) and leaf.open and not isinstance(leaf, Masked):
+        inner = ((f"{path}/{name}", getattr(leaf, name)) for name in leaf.open)
+        return [s for p, x in inner for s in _open_slots(p, leaf_path, x, None)]
+    return [Slot(path, leaf_path, leaf, mask)]
+
+
+def _closed(leaf: Any) -> bool:
+    return isinstance(leaf, CompressedLeaf) and not leaf.open
+
+
+def _selected(where: Where, slot: Slot) -> bool:
+    return any(matches(where, path, slot.array) for path in dict.fromkeys((slot.leaf_path, slot.path)))
+
+
+def _check(slot: Slot, owner: str) -> None:
+    x = slot.array
+    inside = x.values if isinstance(x, Masked) else x
+    if isinstance(inside, CompressedLeaf):
+        maker = inside.made_by
+        raise ValueError(
+            f"{owner}: {slot.path!r} was made by {maker} earlier in this chain; put {owner} before {maker}."
+        )
+    if not is_float_array(x):
+        found = f"of type {x.dtype}" if hasattr(x, "dtype") else f"{type(x).__name__}"
+        raise ValueError(f"{owner}: {slot.path!r} is {found}, not a floating array; leave it out by a rule.")
+    if 0 in x.shape:
+        raise ValueError(f"{owner}: {slot.path!r} is empty (shape {tuple(x.shape)}); leave it out by a rule.")
+
+
+def _rewrite(path: str, leaf: Any, new: Mapping[str, Any]) -> Any:
+    if path in new:
+        return new[path]
+    if isinstance(leaf, Masked):
+        values = _rewrite(path, leaf.values, new)
+        return leaf if values is leaf.values else replace(leaf, values=values)
+    if isinstance(leaf, CompressedLeaf) and leaf.open:
+        inner = {name: _rewrite(f"{path}/{name}", getattr(leaf, name), new) for name in leaf.open}
+        if any(inner[name] is not getattr(leaf, name) for name in leaf.open):
+            return replace(cast(Any, leaf), **inner)
+    return leaf

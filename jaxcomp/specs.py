@@ -1,0 +1,183 @@
+"""What a transform does, said in frozen values: grids of numbers, structures and scopes of pruning."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def _check_bits(owner: str, bits: object) -> None:
+    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not MIN_BITS <= int(bits) <= MAX_BITS:
+        raise ValueError(f"{owner}: bits must be an integer in {MIN_BITS}..{MAX_BITS}, got {bits!r}.")
+
+
+@dataclass(frozen=True)
+class Int:
+    """A uniform integer grid: ``dense == (codes - zero_point) * scale`` with codes of ``bits`` bits.
+
+    Symmetric codes are two's complement in ``[-2**(bits-1), 2**(bits-1) - 1]`` with zero point 0 and
+    ``scale = absmax / (2**(bits-1) - 0.5)``, which rounds both ends by half a step. Asymmetric codes are
+    in ``[0, 2**bits - 1]`` and their range always holds 0, so that zeros stay zero.
+
+    Args:
+      bits: width of a code, 2..8.
+      group: how many neighbours along the group axis share a scale; None means all of them.
+      symmetric: whether the zero point is 0.
+      narrow: leave the lowest symmetric code out, so that the grid is its own mirror image
+        (``scale = absmax / (2**(bits-1) - 1)``; with two bits this is the ternary grid).
+
+    Raises:
+      ValueError: bits outside 2..8, a group below 1, or narrow without symmetric.
+
+    >>> Int(4, group=32)
+    Int(bits=4, group=32, symmetric=True, narrow=False)
+    >>> Int(bits=9)
+    Traceback (most recent call last):
+    ...
+    ValueError: Int: bits must be an integer in 2..8, got 9.
+
+    Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.1 and 2.2; the half-step scale is that of a
+    mid-tread grid whose two end cells are full.
+    """
+
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool = True
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bits("Int", self.bits)
+        if self.group is not None and (not isinstance(self.group, numbers.Integral) or self.group < 1):
+            raise ValueError(f"Int: group must be a positive integer or None, got {self.group!r}.")
+        if self.narrow and not self.symmetric:
+            raise ValueError("Int: narrow leaves out the lowest code of a symmetric grid; got symmetric=False.")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class Compander:
+    """A monotone odd pair ``(compress, expand)``, ``expand(compress(w)) == w``, with a name that files can hold.
+
+    Args:
+      name: how a saved file refers to the pair.
+      compress: elementwise ``f``; ``f(0) == 0``, increasing, odd.
+      expand: its inverse.
+    """
+
+    name: str
+    compress: Callable[[jax.Array], jax.Array]
+    expand: Callable[[jax.Array], jax.Array]
+
+    def __post_init__(self) -> None:
+        if not self.name or not callable(self.compress) or not callable(self.expand):
+            raise ValueError(f"Compander: wants a name and two functions, got {self!r}.")
+
+
+def _log_compress(w: jax.Array) -> jax.Array:
+    return jnp.sign(w) * jnp.log1p(jnp.abs(w))
+
+
+def _log_expand(v: jax.Array) -> jax.Array:
+    return jnp.sign(v) * jnp.expm1(jnp.abs(v))
+
+
+LOG = Compander("log1p", _log_compress, _log_expand)
+"""``f(w) = sign(w) log(1 + |w|)`` and its inverse ``sign(v) (exp(|v|) - 1)``."""
+
+
+@dataclass(frozen=True)
+class Companded:
+    """A non-uniform grid: uniform in ``f(w)``, so ``dense == f⁻¹(codes * step)``.
+
+    ``codes = round(f(w) * s)`` with ``s = (2**(bits-1) - 1) / f(max|w|)`` and ``step = 1 / s``; codes are
+    symmetric, zeros stay zero.
+
+    Args:
+      bits: width of a code with its sign, 2..8.
+      compander: the pair ``f``, ``f⁻¹``.
+
+    Raises:
+      ValueError: bits outside 2..8.
+
+    >>> Companded(4).compander.name
+    'log1p'
+
+    Source: companding as in ITU-T G.711 (μ-law, here with μ = 1 in the weight's own units).
+    """
+
+    bits: int = 8
+    compander: Compander = LOG
+
+    def __post_init__(self) -> None:
+        _check_bits("Companded", self.bits)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
+
+
+def Log(bits: int = 8) -> Companded:
+    """The logarithmic grid, ``Companded(bits, LOG)``."""
+    return Companded(bits)
+
+
+Grid = Int | Companded
+
+
+@dataclass(frozen=True)
+class Element:
+    """Prune single elements."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Prune whole slices along ``axis``: the filters (output channels) of a Flax kernel are its last axis.
+
+    Args:
+      axis: an axis, or axes; every index combination of them is one unit, all other axes go with it.
+      order: the p of the unit's ℓp norm.
+
+    Raises:
+      ValueError: an order that is not positive.
+    """
+
+    axis: int | tuple[int, ...] = -1
+    order: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.order > 0:
+            raise ValueError(f"Filters: the order of the norm must be positive, got {self.order!r}.")
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes as a tuple."""
+        return (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+
+
+Structure = Element | Filters
+
+
+@dataclass(frozen=True)
+class Local:
+    """Each leaf meets the sparsity by itself."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """All selected leaves together meet the sparsity: one threshold for the whole tree."""
+
+
+Scope = Local | Global
