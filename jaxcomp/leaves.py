@@ -150,19 +150,10 @@ class Quantized(CompressedLeaf):
         """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
         if isinstance(self.codes, Packed):
             return self
-        low = _storage_low(self.grid)
+        low = self.grid.low
         if self.grid.bits == 8:
             return replace(self, codes=self.codes.astype(jnp.int8 if low < 0 else jnp.uint8))
         return replace(self, codes=Packed.of(self.codes, self.grid.bits, low))
-
-    def zero_code(self) -> jax.Array | int:
-        """The code of 0, broadcastable against codes of blocks' shape."""
-        return 0 if self.zero_point is None else self.zero_point
-
-
-def _storage_low(grid: Grid) -> int:
-    """The code that packs as 0: two's complement's lowest for a symmetric grid, narrow or not."""
-    return 0 if grid.code_range[0] == 0 else -(2 ** (grid.bits - 1))
 
 
 @compressed_leaf()

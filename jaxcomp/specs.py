@@ -65,6 +65,11 @@ class Int:
             return 0, 2**self.bits - 1
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
+    @property
+    def low(self) -> int:
+        """The code that is stored as 0: two's complement's lowest for a symmetric grid, narrow or not."""
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
 
 @dataclass(frozen=True)
 class Compander:
@@ -73,7 +78,7 @@ class Compander:
     Args:
       name: how a saved file refers to the pair.
       compress: elementwise ``f``; ``f(0) == 0``, increasing, odd.
-      expand: its inverse.
+      expand: its inverse; differentiable at 0 too, or weights whose code is 0 stop learning.
     """
 
     name: str
@@ -85,12 +90,19 @@ class Compander:
             raise ValueError(f"Compander: wants a name and two functions, got {self!r}.")
 
 
+@jax.custom_jvp
 def _log_compress(w: jax.Array) -> jax.Array:
     return jnp.sign(w) * jnp.log1p(jnp.abs(w))
 
 
+@jax.custom_jvp
 def _log_expand(v: jax.Array) -> jax.Array:
     return jnp.sign(v) * jnp.expm1(jnp.abs(v))
+
+
+# Written out, for |.| has no derivative at 0 and a weight whose code is 0 must go on learning.
+_log_compress.defjvps(lambda t, _, w: t / (1 + jnp.abs(w)))
+_log_expand.defjvps(lambda t, _, v: t * jnp.exp(jnp.abs(v)))
 
 
 LOG = Compander("log1p", _log_compress, _log_expand)
@@ -127,6 +139,11 @@ class Companded:
     def code_range(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
+
+    @property
+    def low(self) -> int:
+        """The code that is stored as 0: two's complement's lowest for a symmetric grid, narrow or not."""
+        return -(2 ** (self.bits - 1))
 
 
 def Log(bits: int = 8) -> Companded:

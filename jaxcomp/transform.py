@@ -190,7 +190,7 @@ def gate(transform: Transform, due: Due) -> Transform:
         def now() -> GateState:
             return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
 
-        return jax.lax.cond(due(jnp.asarray(step)), now, lambda: state)
+        return _cond(due(jnp.asarray(step)), now, lambda: state)
 
     def apply(state: GateState, params: Params) -> Params:
         return _switch(state.opened, transform.apply(state.inner, params), params)
@@ -208,9 +208,16 @@ def once(transform: Transform) -> Transform:
         def now() -> GateState:
             return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
 
-        return jax.lax.cond(state.opened, lambda: state, now)
+        return _cond(state.opened, lambda: state, now)
 
     return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
+def _cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
+    """``lax.cond``; outside jit the choice is known, and only that branch is run."""
+    if isinstance(chosen, jax.core.Tracer):
+        return jax.lax.cond(chosen, then, otherwise)
+    return then() if chosen else otherwise()
 
 
 def _switch(active: jax.Array, on: Params, off: Params) -> Params:

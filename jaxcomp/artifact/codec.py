@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.leaves import CompressedLeaf, Masked, Packed, Quantized, Switch, is_compressed, pack
+from jaxcomp.leaves import CompressedLeaf, Masked, Packed, Quantized, is_compressed, pack
 from jaxcomp.numerics.packing import packed_size
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.specs import LOG, Companded, Compander, Grid, Int
@@ -19,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def encode_tree(tree: Any) -> tuple[Json, Tensors]:
-    """A packed tree as JSON that refers to tensors by name.
+    """A packed tree as JSON, and its tensors by path ("kernel", and "kernel.scale" for a part of a leaf).
 
     Dicts, lists, tuples and None keep their kind. Any other container (``nnx.State``, an Equinox module) becomes nested
     dicts by path; ``load(..., like=)`` gives it back.
@@ -33,19 +34,17 @@ def encode_tree(tree: Any) -> tuple[Json, Tensors]:
 
 def decode_tree(node: Json, tensors: Mapping[str, np.ndarray], companders: Iterable[Compander]) -> Any:
     """The inverse of :func:`encode_tree`; arrays come back as jax arrays."""
-    known = {c.name: c for c in (LOG, *companders)}
-    return _decode_node(node, tensors, known)
+    return _Decoder(tensors, {c.name: c for c in (LOG, *companders)}).node(node, "")
 
 
 def _encode_node(x: Any, path: str, out: Tensors) -> Json:
     if is_compressed(x):
         return _encode_leaf(pack(x), path, out)
     if isinstance(x, Mapping) and not _is_custom(x):
-        items = [[k, _encode_node(v, _join(path, k), out)] for k, v in x.items()]
-        bad = [k for k, _ in items if not isinstance(k, str | int)]
+        bad = [k for k in x if not isinstance(k, str | int) or isinstance(k, bool)]
         if bad:
             raise TypeError(f"save: {path!r} has the key {bad[0]!r}; keys must be strings or integers.")
-        return {"dict": items}
+        return {"dict": [[k, _encode_node(v, _join(path, k), out)] for k, v in x.items()]}
     if type(x) in (list, tuple):
         return {type(x).__name__: [_encode_node(v, _join(path, i), out) for i, v in enumerate(x)]}
     if x is None or isinstance(x, bool | int | float | str):
@@ -96,9 +95,9 @@ def _encode_array(x: Any, path: str, out: Tensors) -> Json:
     if host.size and packed_size(host.size, 1) + count * host.itemsize < host.nbytes * 0.98:
         out[f"{path}.mask"] = _bitmap(kept)
         out[path] = host[kept]
-        return {"sparse": path, "shape": host.shape}
+        return {"sparse": host.shape}
     out[path] = host
-    return {"array": path}
+    return "array"
 
 
 def _nonzero_bits(x: np.ndarray) -> np.ndarray:
@@ -122,11 +121,9 @@ def _encode_leaf(x: Any, path: str, out: Tensors) -> Json:
             return _encode_quantized(x, path, out, None)
         case Masked():
             return _encode_masked(x, path, out)
-        case Switch():
-            raise TypeError(f"save: {path!r} is a gated leaf that did not pack.")
         case CompressedLeaf():
             raise TypeError(f"save: {path!r} is a {type(x).__name__}, which files do not hold.")
-    return _encode_node(x, path, out)
+    return _encode_node(x, path, out)  # a gate that never opened packs as what was there before
 
 
 def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
@@ -139,115 +136,92 @@ def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
         return _encode_node(x.values, path, out)
     out[f"{path}.mask"] = _bitmap(mask)
     if isinstance(x.values, Quantized):
-        values = _encode_quantized(x.values, path, out, full)
-    elif is_compressed(x.values):
+        return {"masked": _encode_quantized(x.values, path, out, full), "mask": mask.shape}
+    if is_compressed(x.values):
         raise TypeError(f"save: {path!r} masks a {type(x.values).__name__}, which files do not hold.")
-    else:
-        out[path] = _host(x.values, path)[full]
-        values = {"array": path}
-    return {"masked": values, "mask": f"{path}.mask", "mask_shape": mask.shape, "shape": x.shape}
+    out[path] = _host(x.values, path)[full]
+    return {"masked": {"shape": x.shape}, "mask": mask.shape}
 
 
 def _encode_quantized(x: Quantized, path: str, out: Tensors, kept: np.ndarray | None) -> Json:
     codes = np.asarray(x.codes.unpack() if isinstance(x.codes, Packed) else x.codes)
     flat = codes.reshape(-1) if kept is None else codes[kept]
-    out[path] = flat if x.grid.bits == 8 else np.asarray(Packed.of(jnp.asarray(flat), x.grid.bits, _low(x.grid)).data)
+    out[path] = flat if x.grid.bits == 8 else np.asarray(Packed.of(jnp.asarray(flat), x.grid.bits, x.grid.low).data)
     out[f"{path}.scale"] = _host(x.scale, path)
-    node = {"quantized": path, "shape": x.shape, "grid": _encode_grid(x.grid), "dtype": str(jnp.dtype(x.dtype))}
     if x.zero_point is not None:
         out[f"{path}.zero"] = _host(x.zero_point, path)
-    return node
-
-
-def _low(grid: Grid) -> int:
-    return 0 if grid.code_range[0] == 0 else -(2 ** (grid.bits - 1))
+    return {"quantized": _encode_grid(x.grid), "shape": x.shape, "dtype": str(jnp.dtype(x.dtype))}
 
 
 def _encode_grid(grid: Grid) -> Json:
     if isinstance(grid, Companded):
         return {"companded": grid.bits, "compander": grid.compander.name}
-    return {"int": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "narrow": grid.narrow}
+    given = {"int": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "narrow": grid.narrow}
+    return {k: v for k, v in given.items() if k == "int" or v != getattr(Int(), k)}
 
 
-def _decode_grid(node: Json, companders: Mapping[str, Compander]) -> Grid:
-    if "int" in node:
-        return Int(node["int"], group=node["group"], symmetric=node["symmetric"], narrow=node["narrow"])
-    name = node["compander"]
-    if name not in companders:
-        raise ValueError(f"is companded by {name!r}, which is not known here; call load(path, companders=[...])")
-    return Companded(node["companded"], companders[name])
+@dataclass(frozen=True)
+class _Decoder:
+    """Reads nodes; a node's tensors are named by its path."""
 
+    tensors: Mapping[str, np.ndarray]
+    companders: Mapping[str, Compander]
 
-def _decode_node(node: Json, tensors: Mapping[str, np.ndarray], companders: Mapping[str, Compander]) -> Any:
-    def again(inner: Json) -> Any:
-        return _decode_node(inner, tensors, companders)
+    def node(self, node: Json, path: str) -> Any:
+        if node == "array":
+            return jnp.asarray(self.tensors[path])
+        decoders: dict[str, Callable[[], Any]] = {
+            "dict": lambda: {k: self.node(v, _join(path, k)) for k, v in node["dict"]},
+            "list": lambda: [self.node(v, _join(path, i)) for i, v in enumerate(node["list"])],
+            "tuple": lambda: tuple(self.node(v, _join(path, i)) for i, v in enumerate(node["tuple"])),
+            "value": lambda: node["value"],
+            "sparse": lambda: self._spread(path, self._mask(path, node["sparse"]), None),
+            "quantized": lambda: self._quantized(node, path, None),
+            "masked": lambda: self._masked(node, path),
+        }
+        return decoders[next(k for k in decoders if k in node)]()
 
-    decoders: dict[str, Callable[[], Any]] = {
-        "dict": lambda: {k: again(v) for k, v in node["dict"]},
-        "list": lambda: [again(v) for v in node["list"]],
-        "tuple": lambda: tuple(again(v) for v in node["tuple"]),
-        "value": lambda: node["value"],
-        "array": lambda: jnp.asarray(tensors[node["array"]]),
-        "sparse": lambda: _decode_sparse(node, tensors),
-        "quantized": lambda: _decode_quantized(node, tensors, companders, None),
-        "masked": lambda: _decode_masked(node, tensors, companders),
-    }
-    return decoders[next(k for k in node if k in decoders)]()
+    def _mask(self, path: str, shape: list[int]) -> np.ndarray:
+        return _unbitmap(self.tensors[f"{path}.mask"], tuple(shape))
 
+    def _spread(self, path: str, kept: np.ndarray, zero: np.ndarray | None) -> jax.Array:
+        return jnp.asarray(_scatter(self.tensors[path], kept, zero))
 
-def _decode_sparse(node: Json, tensors: Mapping[str, np.ndarray]) -> jax.Array:
-    shape, values = tuple(node["shape"]), tensors[node["sparse"]]
-    dense = np.zeros(shape, values.dtype)
-    dense[_unbitmap(tensors[f"{node['sparse']}.mask"], shape)] = values
-    return jnp.asarray(dense)
+    def _masked(self, node: Json, path: str) -> Masked:
+        mask = self._mask(path, node["mask"])
+        inner = node["masked"]
+        full = np.broadcast_to(mask, tuple(inner["shape"]))
+        values: Any = self._quantized(inner, path, full) if "quantized" in inner else self._spread(path, full, None)
+        return Masked(values, Packed.of(jnp.asarray(mask), 1, 0))
 
+    def _quantized(self, node: Json, path: str, kept: np.ndarray | None) -> Quantized:
+        grid, shape = self._grid(node["quantized"], path), tuple(node["shape"])
+        zero = self.tensors.get(f"{path}.zero")
+        count = int(np.prod(shape, dtype=np.int64)) if kept is None else int(kept.sum())
+        codes = self.tensors[path]
+        if grid.bits != 8:
+            codes = np.asarray(Packed(jnp.asarray(codes), grid.bits, grid.low, (count,)).unpack())
+        codes = codes.reshape(shape) if kept is None else _scatter(codes, kept, zero)
+        zero_point = None if zero is None else jnp.asarray(zero)
+        scale = jnp.asarray(self.tensors[f"{path}.scale"])
+        return Quantized(jnp.asarray(codes), scale, zero_point, grid, jnp.dtype(node["dtype"])).pack()
 
-def _decode_masked(node: Json, tensors: Mapping[str, np.ndarray], companders: Mapping[str, Compander]) -> Masked:
-    mask = _unbitmap(tensors[node["mask"]], tuple(node["mask_shape"]))
-    full = np.broadcast_to(mask, tuple(node["shape"]))
-    inner = node["masked"]
-    values: Any
-    if "quantized" in inner:
-        values = _decode_quantized(inner, tensors, companders, full)
-    else:
-        kept = tensors[inner["array"]]
-        dense = np.zeros(full.shape, kept.dtype)
-        dense[full] = kept
-        values = jnp.asarray(dense)
-    return Masked(values, Packed.of(jnp.asarray(mask), 1, 0))
-
-
-def _decode_quantized(
-    node: Json, tensors: Mapping[str, np.ndarray], companders: Mapping[str, Compander], kept: np.ndarray | None
-) -> Quantized:
-    name, shape = node["quantized"], tuple(node["shape"])
-    try:
-        grid = _decode_grid(node["grid"], companders)
-    except ValueError as e:
-        raise ValueError(f"{name!r} {e}") from e
-    scale, zero = tensors[f"{name}.scale"], tensors.get(f"{name}.zero")
-    count = int(np.prod(shape, dtype=np.int64)) if kept is None else int(kept.sum())
-    stored = tensors[name]
-    if grid.bits != 8:
-        stored = np.asarray(Packed(jnp.asarray(stored), grid.bits, _low(grid), (count,)).unpack())
-    codes = stored.reshape(shape) if kept is None else _scatter(stored, kept, zero)
-    leaf = Quantized(
-        jnp.asarray(codes),
-        jnp.asarray(scale),
-        None if zero is None else jnp.asarray(zero),
-        grid,
-        jnp.dtype(node["dtype"]),
-    )
-    return leaf.pack()
+    def _grid(self, node: Json, path: str) -> Grid:
+        if "int" in node:
+            rest = {k: v for k, v in node.items() if k != "int"}
+            return Int(node["int"], **rest)
+        name = node["compander"]
+        if name not in self.companders:
+            raise ValueError(f"{path!r} is companded by {name!r}, which is not known here; name it in companders=[...]")
+        return Companded(node["companded"], self.companders[name])
 
 
 def _scatter(stored: np.ndarray, kept: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
-    """Codes at the kept places, the code of zero elsewhere."""
-    codes = np.zeros(kept.shape, stored.dtype)
+    """Values at the kept places, zero (or its code) elsewhere."""
+    out = np.zeros(kept.shape, stored.dtype)
     if zero is not None:
-        spread = zero
         for axis, (b, n) in enumerate(zip(zero.shape, kept.shape, strict=True)):
-            spread = np.repeat(spread, n // b, axis=axis)
-        codes[...] = spread.astype(stored.dtype)
-    codes[kept] = stored
-    return codes
+            zero = np.repeat(zero, n // b, axis=axis)
+        out[...] = zero.astype(stored.dtype)
+    out[kept] = stored
+    return out

@@ -8,12 +8,15 @@ only sums and so works on sharded arrays without gathering them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 _BLOCK = 1024
+_CHUNK = 1 << 18
+_SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
 MAX_COUNT = 2**31 - 1
 
 
@@ -29,6 +32,7 @@ def order_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return jnp.where(jnp.isnan(x), jnp.uint32(0xFFFFFFFF), keys)
 
 
+@jax.jit
 def smallest(
     keys: Sequence[UInt32[Array, ...]],
     eligible: Sequence[Bool[Array, ...] | None],
@@ -47,7 +51,11 @@ def smallest(
     >>> [m.tolist() for m in smallest([jnp.array([3, 1, 1], jnp.uint32)], [None], jnp.uint32(2))]
     [[False, True, True]]
     """
-    kth = jax.lax.platform_dependent(list(keys), list(eligible), count, cpu=_kth_by_radix, default=_kth_by_bisection)
+    of = (list(keys), list(eligible), count)
+    if sum(k.size for k in keys) < _SMALL:
+        kth = _kth_by_bisection(*of)
+    else:
+        kth = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
     below = [_among(k < kth, e) for k, e in zip(keys, eligible, strict=True)]
     ties = [_among(k == kth, e) for k, e in zip(keys, eligible, strict=True)]
     wanted = jnp.maximum(count, 1) - sum((_total(b) for b in below), jnp.uint32(0))
@@ -73,7 +81,12 @@ def fraction_of(total: UInt32[Array, ""], fraction: Float[Array, ""] | float) ->
         fixed = jnp.uint32(round(fraction * 2**31))
     else:
         fixed = (fraction.astype(jnp.float32) * 2.0**31).astype(jnp.uint32)
-    total = total.astype(jnp.uint32)
+    return _times_fixed(total.astype(jnp.uint32), fixed)
+
+
+@jax.jit
+def _times_fixed(total: UInt32[Array, ""], fixed: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """``round(total * fixed / 2**31)``, half to even."""
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         twice, dropped = carry
@@ -103,16 +116,37 @@ def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count
     for low_pass in (False, True):
         hist = jnp.zeros(1 << 16, jnp.uint32)
         for k, e in zip(keys, eligible, strict=True):
-            counted = _among(k >> 16 == high, e) if low_pass else e
-            digit = (k & 0xFFFF) if low_pass else (k >> 16)
-            ones = jnp.uint32(1) if counted is None else counted.astype(jnp.uint32)
-            hist = hist.at[digit.reshape(-1)].add(jnp.broadcast_to(ones, k.shape).reshape(-1), mode="promise_in_bounds")
+            hist = _counted(hist, k.reshape(-1), None if e is None else e.reshape(-1), high if low_pass else None)
         sums = jnp.cumsum(hist, dtype=jnp.uint32)
         digit = jnp.minimum(_total(sums < left), jnp.uint32(0xFFFF))
         left = left - (sums[digit] - hist[digit])
         if not low_pass:
             high = digit
     return (high << 16) | digit
+
+
+def _counted(hist: jax.Array, keys: jax.Array, eligible: jax.Array | None, high: jax.Array | None) -> jax.Array:
+    """The histogram with the keys' high half-words added, or the low ones of those keys whose high one is ``high``.
+
+    Chunk by chunk: a scatter writes its indices and its increments out, which for all keys at once would be two more
+    copies of them, and twice the time.
+    """
+
+    def add(hist: jax.Array, k: jax.Array, e: jax.Array | None) -> jax.Array:
+        counted = e if high is None else _among(k >> 16 == high, e)
+        ones = jnp.ones(k.shape, jnp.uint32) if counted is None else counted.astype(jnp.uint32)
+        digit = k >> 16 if high is None else k & 0xFFFF
+        return hist.at[digit].add(ones, mode="promise_in_bounds")
+
+    def add_chunk(i: jax.Array, hist: jax.Array) -> jax.Array:
+        chunk = partial(jax.lax.dynamic_slice_in_dim, start_index=i * _CHUNK, slice_size=_CHUNK)
+        return add(hist, chunk(keys), None if eligible is None else chunk(eligible))
+
+    whole = keys.size // _CHUNK
+    if whole:
+        hist = jax.lax.fori_loop(0, whole, add_chunk, hist)
+    rest = whole * _CHUNK
+    return hist if rest == keys.size else add(hist, keys[rest:], None if eligible is None else eligible[rest:])
 
 
 def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> jax.Array:
@@ -128,17 +162,21 @@ def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], c
 
 def _first(marks: jax.Array, take: jax.Array, total: jax.Array) -> jax.Array:
     """The first ``take`` of the ``total`` marks, in C order; nothing is scanned where that is all of them."""
-    return jax.lax.cond(take == total, lambda: marks, lambda: _first_by_blocks(marks, take))
-
-
-def _first_by_blocks(marks: jax.Array, take: jax.Array) -> jax.Array:
     flat = marks.reshape(-1)
-    rows = jnp.pad(flat, (0, -flat.size % _BLOCK)).reshape(-1, _BLOCK)
-    ends = jnp.cumsum(jnp.sum(rows, axis=1, dtype=jnp.uint32), dtype=jnp.uint32)
-    partial = _total(ends <= take).astype(jnp.int32)
-    block = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    row = jax.lax.dynamic_index_in_dim(rows, partial, keepdims=False)
-    before = jnp.where(partial > 0, ends[partial - 1], jnp.uint32(0))
-    inside = row & (jnp.cumsum(row, dtype=jnp.uint32) <= take - before)
-    kept = (rows & (block < partial)) | ((block == partial) & inside)
-    return kept.reshape(-1)[: flat.size].reshape(marks.shape)
+    end = jax.lax.cond(take == total, lambda: jnp.uint32(flat.size), lambda: _end_of(flat, take))
+    return (flat & (jnp.arange(flat.size, dtype=jnp.uint32) < end)).reshape(marks.shape)
+
+
+def _end_of(marks: jax.Array, take: jax.Array) -> jax.Array:
+    """The index after the ``take``-th mark: by the sums of blocks, then inside the one that holds it."""
+    size = min(_BLOCK, marks.size)
+    whole = marks.size // size
+    ends = jnp.cumsum(jnp.sum(marks[: whole * size].reshape(whole, size), axis=1, dtype=jnp.uint32), dtype=jnp.uint32)
+    block = _total(ends < take).astype(jnp.int32)
+    before = jnp.where(block > 0, ends[block - 1], jnp.uint32(0))
+    start = jnp.minimum(block * size, marks.size - size)
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    row = jax.lax.dynamic_slice_in_dim(marks, start, size) & (index >= block * size)
+    left = jnp.cumsum(row, dtype=jnp.uint32) < take - before
+    end = start.astype(jnp.uint32) + _total(left) + 1
+    return jnp.where(take == 0, jnp.uint32(0), end)

@@ -26,7 +26,8 @@ def round_ste(x: Float[Array, "*shape"], low: int, high: int) -> Float[Array, "*
 
     Source: Bengio et al. 2013, arXiv:1308.3432; clipped as in Hubara et al. 2016, arXiv:1602.02830.
     """
-    return jnp.clip(jnp.round(x), low, high)
+    codes = jnp.clip(jnp.round(x), low, high)
+    return jnp.where(codes == 0, jnp.zeros_like(codes), codes)  # -0 has no integer code
 
 
 @round_ste.defjvp

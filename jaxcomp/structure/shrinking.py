@@ -1,0 +1,280 @@
+"""``shrink``: the same function over physically smaller arrays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from jaxcomp.structure import rewrite
+from jaxcomp.structure.analysis import Analysis, analyze
+from jaxcomp.structure.atoms import Atoms, Dim, Label
+from jaxcomp.structure.plans import Plan, mask
+from jaxcomp.structure.rewrite import Keep
+from jaxcomp.structure.walk import Step, Walk, Walked, aval_of
+from jaxcomp.trace.nested import REMAT, Closed, branches, call_body, scan_parts, while_parts
+
+Values = Sequence[Any]
+
+
+def shrink(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    """``fn`` over the smaller tree: ``shrink(fn, plan)(plan.take(params), *args) == fn(mask(plan)(params), *args)``.
+
+    Traces ``fn`` at its full shapes for the arguments at hand, then evaluates the program with the smaller
+    arrays. A JAX-traceable function: put it under ``jit`` (called bare, it traces anew each time), ``grad``, ``vmap``.
+    Constants keep their full-size value, such as the divisor of a mean or attention's 1/sqrt(d). Outputs that
+    are new values of parameters (batch statistics) come back smaller.
+
+    Raises (on call):
+      ValueError: the tree is not what ``plan.take`` gives, or the plan splits what this call of ``fn`` ties
+        together (it was made from another function or in another mode); names the path.
+    """
+
+    def small(params: Any, *args: Any, **kwargs: Any) -> Any:
+        analysis = _again(fn, plan, plan.full(params), args, kwargs)
+        program = analysis.program
+        return program.unflatten(_results(plan, analysis, program.flatten(params, *args, **kwargs)))
+
+    return small
+
+
+def check_shrink(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs: Any) -> float:
+    """The largest absolute difference between the shrunken network's outputs and the masked network's; NaN shows.
+
+    Args:
+      params: the full-size tree of arrays.
+      args: the function's further arguments.
+
+    Raises:
+      ValueError: as ``shrink``.
+    """
+    analysis = _again(fn, plan, params, args, kwargs)
+    keep, program = keep_of(plan, analysis), analysis.program
+    masked = jax.jit(core.jaxpr_as_fun(program.jaxpr))(*program.flatten(mask(plan)(params), *args, **kwargs))
+    small = jax.jit(partial(_results, plan, analysis))(program.flatten(plan.take(params), *args, **kwargs))
+    worst = 0.0
+    for m, s, out in zip(masked, small, analysis.outs, strict=True):
+        if jax.dtypes.issubdtype(s.dtype, jax.dtypes.extended):
+            continue
+        whole = (None,) * len(out.dims)
+        m = plan.take_leaf(out.param, m) if out.param else keep.fit(m, whole, out.dims)  # type: ignore[arg-type]
+        m, s = np.asarray(m), np.asarray(s)
+        wide = np.complex128 if np.iscomplexobj(m) else np.float64
+        with np.errstate(invalid="ignore"):  # infinities that agree differ by nothing
+            gap = np.where(m == s, 0.0, np.abs(m.astype(wide) - s.astype(wide)))
+        worst = float(np.max(gap, initial=worst))
+    return worst
+
+
+def _results(plan: Plan, analysis: Analysis, values: Values) -> list[Any]:
+    """The program's results from the smaller arrays."""
+    keep = keep_of(plan, analysis)
+    outs = _Run(keep, analysis.atoms).jaxpr(analysis.program.jaxpr, analysis.walked, values)
+    wanted = zip(outs, analysis.walked.outs, analysis.outs, strict=True)
+    return [keep.fit(v, have, out.dims) for v, have, out in wanted]
+
+
+def _again(fn: Callable[..., Any], plan: Plan, params: Any, args: Any, kwargs: Any) -> Analysis:
+    return analyze(fn, replace(plan.groups.options, strict=False), params, *args, **kwargs)
+
+
+def keep_of(plan: Plan, analysis: Analysis) -> Keep:
+    """Which atoms of this trace the plan keeps.
+
+    Raises:
+      ValueError: it keeps and removes parts of one unit, or removes what this trace freezes.
+    """
+    stays = np.full(len(analysis.atoms), True)
+    masks = {}
+    for (path, axis), m in plan.masks.items():
+        dim = analysis.dims[path][axis]
+        masks[path, axis] = m if m.ndim == 1 else m[0]
+        if isinstance(dim, np.ndarray):
+            root = analysis.atoms.find(dim)
+            stays[root[~masks[path, axis]]] = False
+            if m.ndim == 2 and np.isin(root, analysis.positional[analysis.positional > 0]).any():
+                _conflict(path, axis, "keeps other units in each layer, which this call needs to agree")
+    for path, dims in analysis.dims.items():
+        for axis, dim in enumerate(dims):
+            every = np.full(analysis.shapes[path][axis], True)
+            found = stays[analysis.atoms.find(dim)] if isinstance(dim, np.ndarray) else every
+            if not np.array_equal(found, masks.get((path, axis), every)):
+                _conflict(path, axis, "separates what it ties together or freezes")
+    if not stays[0]:
+        _conflict(*next(iter(plan.masks)), "removes something that it freezes")
+    return Keep(stays[analysis.atoms.find(np.arange(len(analysis.atoms)))])
+
+
+def _conflict(path: str, axis: int, what: str) -> None:
+    raise ValueError(
+        f"shrink: at {path!r} axis {axis} the plan {what} in this call of fn; plan with "
+        "channel_groups(fn) of this very function, in the same mode (train or inference)."
+    )
+
+
+class _Run:
+    """Evaluates walked jaxprs on smaller arrays."""
+
+    def __init__(self, keep: Keep, atoms: Atoms) -> None:
+        self.keep = keep
+        self.atoms = atoms
+
+    def jaxpr(self, jaxpr: Closed, walked: Walked, values: Values) -> list[Any]:
+        """The results, as ``walked.outs`` has them."""
+        body = jaxpr.jaxpr
+        env: dict[Any, tuple[Any, tuple[Dim, ...]]] = {}
+        for v, c in zip(body.constvars, jaxpr.consts, strict=True):
+            env[v] = (c, (None,) * np.ndim(c))  # type: ignore[assignment]
+        env.update(zip(body.invars, zip(values, walked.ins, strict=True), strict=True))
+
+        def read(v: Any, want: Sequence[Dim]) -> Any:
+            if isinstance(v, core.Literal):
+                return v.val
+            value, have = env[v]
+            return self.keep.fit(value, have, want)
+
+        for eqn, step in zip(body.eqns, walked.steps, strict=True):
+            operands = [read(v, use.dims) for v, use in zip(eqn.invars, step.uses, strict=True)]
+            outs = self.equation(eqn, step, operands)
+            env.update(zip(eqn.outvars, zip(outs, (o.dims for o in step.outs), strict=True), strict=True))
+        return [read(v, want) for v, want in zip(body.outvars, walked.outs, strict=True)]
+
+    def equation(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        """One equation; those with jaxprs inside are rebuilt around smaller ones."""
+        if not step.inner or not self.keep.touches(*step.uses, *step.outs):
+            return rewrite.run(self.keep, eqn, step, values)
+        control = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(eqn.primitive.name, self._call)
+        return control(eqn, step, values)
+
+    def _call(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        body = call_body(eqn)
+        assert body is not None
+
+        def inner(*operands: Any) -> list[Any]:
+            return self.jaxpr(body, step.inner[0], operands)
+
+        if eqn.primitive.name == "custom_jvp_call":
+            return self._custom_jvp(eqn, step, inner)(*values)
+        if eqn.primitive.name == "custom_vjp_call":
+            return self._custom_vjp(eqn, step, inner)(*values)
+        if eqn.primitive.name in REMAT:
+            p = eqn.params
+            return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+        with jax.named_scope(str(eqn.source_info.name_stack)):
+            return inner(*values)
+
+    def _scan(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        parts = scan_parts(eqn)
+        consts, rest = values[: parts.consts], values[parts.consts :]
+
+        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            outs = self.jaxpr(parts.body, step.inner[0], [*consts, *carry, *xs])
+            return outs[: parts.carry], outs[parts.carry :]
+
+        carry, ys = lax.scan(body, rest[: parts.carry], rest[parts.carry :], parts.length, parts.reverse, parts.unroll)
+        return [*carry, *ys]
+
+    def _while(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        parts = while_parts(eqn)
+        tests, values = values[: parts.cond_consts], values[parts.cond_consts :]
+        consts, carry = values[: parts.body_consts], values[parts.body_consts :]
+        test, body = step.inner
+        return lax.while_loop(
+            lambda state: self.jaxpr(parts.cond, test, [*tests, *state])[0],
+            lambda state: self.jaxpr(parts.body, body, [*consts, *state]),
+            carry,
+        )
+
+    def _cond(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        options = [
+            (lambda *operands, b=b, w=w: self.jaxpr(b, w, operands))
+            for b, w in zip(branches(eqn), step.inner, strict=True)
+        ]
+        return lax.switch(values[0], options, *values[1:])
+
+    def _custom_jvp(self, eqn: core.JaxprEqn, step: Step, primal: Callable[..., Any]) -> Callable[..., Any]:
+        """The call with its own derivative: the rule's program is shrunk too."""
+        exact = [jnp.issubdtype(aval_of(v).dtype, jnp.inexact) for v in eqn.invars]
+        full = rewrite.shapes_of(eqn.invars)
+
+        def pushed(primals: Values, tangents: Values) -> Any:
+            given = iter(tangents)
+            all_tangents = [
+                next(given) if e else np.zeros(s.shape, jax.dtypes.float0) for e, s in zip(exact, full, strict=True)
+            ]
+            return jax.jvp(lambda *xs: rewrite.bind(eqn, xs), list(primals), all_tangents)
+
+        small = jax.custom_jvp(primal)
+
+        @small.defjvp
+        def rule(primals: Values, tangents: Values) -> Any:
+            moving = [i for i, e in enumerate(exact) if e]
+            labels = [*step.uses, *(step.uses[i] for i in moving)]
+            shapes = (full, [full[i] for i in moving])
+            outs = self._derived(
+                pushed, shapes, labels, (*step.outs, *step.outs), [*primals, *(tangents[i] for i in moving)]
+            )
+            if outs is None:
+                return jax.jvp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), primals, tangents)
+            return outs[: len(step.outs)], outs[len(step.outs) :]
+
+        return small
+
+    def _custom_vjp(self, eqn: core.JaxprEqn, step: Step, primal: Callable[..., Any]) -> Callable[..., Any]:
+        """The call with its own derivative: the rule's program is shrunk too."""
+        moving = [i for i, v in enumerate(eqn.invars) if jnp.issubdtype(aval_of(v).dtype, jnp.inexact)]
+        full = rewrite.shapes_of(eqn.invars)
+
+        def pulled(operands: Values, cotangents: Values) -> Any:
+            def of_moving(*xs: Any) -> list[Any]:
+                merged = list(operands)
+                for i, x in zip(moving, xs, strict=True):
+                    merged[i] = x
+                return rewrite.bind(eqn, merged)
+
+            return jax.vjp(of_moving, *(operands[i] for i in moving))[1](list(cotangents))
+
+        small = jax.custom_vjp(primal)
+
+        def backward(operands: Values, cotangents: Values) -> tuple[Any, ...]:
+            shapes = (full, rewrite.shapes_of(eqn.outvars))
+            wanted = [step.uses[i] for i in moving]
+            given = [replace(o, zero=(True,) * len(o.zero)) for o in step.outs]
+            outs = self._derived(pulled, shapes, [*step.uses, *given], wanted, [*operands, *cotangents])
+            if outs is None:
+                of_all = jax.vjp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), *operands)[1]
+                return tuple(of_all(list(cotangents)))
+            gradients: list[Any] = [None] * len(operands)
+            for i, g in zip(moving, outs, strict=True):
+                gradients[i] = g
+            return tuple(gradients)
+
+        small.defvjp(lambda *xs: (primal(*xs), xs), backward)
+        return small
+
+    def _derived(
+        self, f: Callable[..., Any], shapes: Any, ins: Sequence[Label], outs: Sequence[Label], values: Values
+    ) -> list[Any] | None:
+        """Runs another program over arrays of this one, shrunk; None if it ties together what the plan separates."""
+        program = jax.make_jaxpr(f)(*shapes)
+        walk = Walk(through_means=True, atoms=copy.deepcopy(self.atoms))
+        known = len(walk.atoms)
+        walked, results = walk.run(program, ins)
+        dims = [tuple(map(walk.join, o.dims, r.dims)) for o, r in zip(outs, results, strict=True)]
+        root = walk.atoms.find(np.arange(len(walk.atoms)))
+        old = self.keep.stays
+        stays = np.full(len(walk.atoms), True)
+        stays[root[:known][~old]] = False
+        if not stays[0] or not np.array_equal(stays[root[:known]], old):
+            return None
+        keep = Keep(stays[root])
+        smaller = _Run(keep, walk.atoms).jaxpr(program, walked, values)
+        return [keep.fit(v, r.dims, d) for v, r, d in zip(smaller, results, dims, strict=True)]

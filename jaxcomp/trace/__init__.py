@@ -1,0 +1,1 @@
+"""Functions to functions: read a program, and run it again under another interpretation."""

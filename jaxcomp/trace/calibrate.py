@@ -1,0 +1,155 @@
+"""``calibrate``: statistics of the activations that enter each site, in a form that merges in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce, wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcomp.paths import Where, describe, matches, some_paths
+from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, evaluate
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.program import trace
+from jaxcomp.trace.sites import Site, sites_of
+
+LOWEST, HIGHEST = -40, 24
+_MANTISSA_BITS = 4
+PER_OCTAVE = 2**_MANTISSA_BITS
+BINS = (HIGHEST - LOWEST) * PER_OCTAVE
+EDGES = np.concatenate([np.ldexp(1 + np.arange(PER_OCTAVE) / PER_OCTAVE, e) for e in range(LOWEST, HIGHEST)])
+"""Lower edges of the bins of |x|: sixteen equal steps in each octave from 2**-40 to 2**24."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stats:
+    """What calibration keeps of one activation; of a layer scan, with the layers' axes in front of every field.
+
+    Invariant: ``counts[..., 0, :]`` and ``[..., 1, :]`` are histograms of ``-x`` for negative and ``x`` for other
+    finite elements over bins that do not depend on the data, so that adding histograms is exact; what lies outside
+    is counted in the first or the last bin.
+
+    Attributes:
+      counts: (…, 2, BINS), float32.
+      low, high: (…), smallest and largest element.
+      low_sum, high_sum: (…), sums of the batches' smallest and largest elements.
+      batches: (…), how often the site was reached.
+    """
+
+    counts: Any
+    low: Any
+    high: Any
+    low_sum: Any
+    high_sum: Any
+    batches: Any
+
+
+def observe(x: jax.Array) -> Stats:
+    """The statistics of one array, of any shape.
+
+    >>> s = observe(jnp.array([-1.0, 0.5, 2.0, 0.0]))
+    >>> float(s.low), float(s.high), s.counts.sum(-1).tolist()
+    (-1.0, 2.0, [1.0, 3.0])
+    """
+    x = jnp.ravel(x).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    index = (bits >> (23 - _MANTISSA_BITS)) - ((LOWEST + 127) << _MANTISSA_BITS)
+    index = jnp.clip(index, 0, BINS - 1) + jnp.where(x < 0, 0, BINS)
+    counts = jnp.zeros(2 * BINS, jnp.float32).at[index].add(jnp.isfinite(x).astype(jnp.float32))
+    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
+    return Stats(counts.reshape(2, BINS), low, high, low, high, jnp.ones((), jnp.float32))
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """The statistics of two sets of batches together; associative and commutative to rounding."""
+    return Stats(
+        a.counts + b.counts,
+        jnp.minimum(a.low, b.low),
+        jnp.maximum(a.high, b.high),
+        a.low_sum + b.low_sum,
+        a.high_sum + b.high_sum,
+        a.batches + b.batches,
+    )
+
+
+def _zero(shapes: Stats) -> Stats:
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return Stats(zeros.counts, zeros.low + jnp.inf, zeros.high - jnp.inf, zeros.low_sum, zeros.high_sum, zeros.batches)
+
+
+MERGED = Monoid(_zero, merge)
+"""Statistics as emissions of an evaluation."""
+
+
+def merge_all(*calibrations: dict[str, Stats]) -> dict[str, Stats]:
+    """Calibrations of several batches as one.
+
+    Raises:
+      ValueError: none is given, or they name different sites.
+    """
+    if not calibrations:
+        raise ValueError("merge_all: wants at least one calibration, got none.")
+    names = [set(c) for c in calibrations]
+    partial = sorted(names[0].union(*names) - names[0].intersection(*names))
+    if partial:
+        raise ValueError(f"merge_all: wants calibrations of the same sites, got {some_paths(partial)} in some only.")
+    return {name: reduce(merge, (c[name] for c in calibrations)) for name in calibrations[0]}
+
+
+def activation_name(site: Site, operand: int) -> str:
+    """How an activation is named: its site's path, and the operand's number where both are activations.
+
+    The leaf's own path at the site of a weight: "Dense_0/kernel". Between activations: "attn/dot_0:0" and ":1".
+    """
+    return site.path if len(site.activations) == 1 else f"{site.path}:{operand}"
+
+
+def calibrate(fn: Callable[..., Any], where: Where = r".*") -> Callable[..., dict[str, Stats]]:
+    """Statistics of the activations that enter the dots and convolutions of ``fn(params, *args)``.
+
+    Runs under ``jit`` and on sharded inputs; ``merge_all`` joins the results of batches in any order. Sites in a
+    scan over stacked layers have statistics for each layer; those in other loops, of all steps together. A site in the
+    condition of a while loop is not seen.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+      where: which sites, by path or as a predicate of ``(path, site)``.
+
+    Raises:
+      ValueError: ``where`` matches no site.
+
+    >>> stats = jax.jit(calibrate(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]))(
+    ...     {"a": jnp.eye(2), "b": jnp.eye(2)}, jnp.array([[1.0, -3.0]]))
+    >>> {name: round(float(s.low), 3) for name, s in stats.items()}
+    {'a': -3.0, 'b': -0.995}
+    """
+
+    @wraps(fn)
+    def calibrated(params: Any, *args: Any, **kwargs: Any) -> dict[str, Stats]:
+        program = trace(fn, params, *args, **kwargs)
+        ops = {op.location: op for op in program.flow.ops}
+        every = sites_of(program)
+        chosen = [s for s in every if s.kind != "embed" and "while_cond" not in s.inside and s.activations]
+        chosen = [s for s in chosen if matches(where, s.path, s)]
+        if not chosen:
+            raise ValueError(
+                f"calibrate: {describe(where)} matches no site with an activation; there are "
+                f"{some_paths(s.path for s in every) or 'none'}."
+            )
+        claims = {s.location: Claim(_observing(s, ops[s.location])) for s in chosen}
+        return evaluate(program, claims, program.flatten(params, *args, **kwargs), collect=MERGED).aux
+
+    return calibrated
+
+
+def _observing(site: Site, op: Op) -> Callable[..., Emitted]:
+    def run(*values: Any) -> Emitted:
+        return Emitted(op.bind(*values), {activation_name(site, i): observe(values[i]) for i in site.activations})
+
+    return run

@@ -1,0 +1,125 @@
+"""Equations that hold programs, read alike on every JAX release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+Closed = core.ClosedJaxpr
+"""A jaxpr with its constants."""
+
+# Equations that run one inner jaxpr on exactly their operands.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+REMAT = frozenset({"remat2", "checkpoint"})
+CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+_HEAVY = frozenset({"dot_general", "conv_general_dilated", "gather", "pallas_call"})
+
+
+class Scan(NamedTuple):
+    """The parts of a scan: ``operands == consts + carry + xs`` and ``results == carry + ys``."""
+
+    body: Closed
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+class While(NamedTuple):
+    """The parts of a while loop: ``operands == cond_consts + body_consts + carry``."""
+
+    cond: Closed
+    body: Closed
+    cond_consts: int
+    body_consts: int
+
+
+def closed(jaxpr: Any) -> Closed:
+    """``jaxpr`` with its constants; an open one (as remat holds) has none."""
+    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+
+
+def call_body(eqn: core.JaxprEqn) -> Closed | None:
+    """The inner jaxpr of jit, remat, custom_jvp, custom_vjp and closed calls; None for any other equation."""
+    key = _CALLS.get(eqn.primitive.name)
+    return closed(eqn.params[key]) if key in eqn.params else None
+
+
+def scan_parts(eqn: core.JaxprEqn) -> Scan:
+    """The parts of a ``scan`` equation."""
+    p = eqn.params
+    if "num_carry" in p:
+        consts, carry = p["num_consts"], p["num_carry"]
+    else:  # JAX 0.11 and newer keep the three groups of operands as a tree.
+        consts, carry = (len(group) for group in p["ft_in"].unpack()[:2])
+    return Scan(closed(p["jaxpr"]), consts, carry, p["length"], p["reverse"], p["unroll"])
+
+
+def while_parts(eqn: core.JaxprEqn) -> While:
+    """The parts of a ``while`` equation."""
+    p = eqn.params
+    return While(closed(p["cond_jaxpr"]), closed(p["body_jaxpr"]), p["cond_nconsts"], p["body_nconsts"])
+
+
+def branches(eqn: core.JaxprEqn) -> tuple[Closed, ...]:
+    """The branches of a ``cond`` equation; its first operand chooses."""
+    return tuple(closed(b) for b in eqn.params["branches"])
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> list[Closed]:
+    """Every jaxpr among an equation's parameters, whatever the equation is."""
+    return [closed(v) for v in _flat(eqn.params.values()) if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for v in values:
+        if isinstance(v, tuple | list):
+            yield from _flat(v)
+        else:
+            yield v
+
+
+def is_open(eqn: core.JaxprEqn) -> bool:
+    """Whether the evaluator can look into this equation."""
+    return eqn.primitive.name in {"scan", "while", "cond"} or call_body(eqn) is not None
+
+
+def is_opaque(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation does heavy work that the evaluator cannot see into, such as a Pallas call."""
+    if eqn.primitive.name == "pallas_call":
+        return True
+    return not is_open(eqn) and any(map(_holds_heavy_work, inner_jaxprs(eqn)))
+
+
+def _holds_heavy_work(jaxpr: Closed) -> bool:
+    return any(e.primitive.name in _HEAVY or any(map(_holds_heavy_work, inner_jaxprs(e))) for e in jaxpr.jaxpr.eqns)
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """Runs one equation on ``values`` (one for each operand, literals too); gives the list of its results.
+
+    ``params`` replaces some of the equation's parameters. Goes through a one-equation jaxpr, which hides
+    how each release binds a primitive and keeps the equation's name stack and source line.
+    """
+    operands: list[Any] = [core.Var(v.aval) for v in eqn.invars]
+    changed = eqn.replace(invars=operands, params={**eqn.params, **params} if params else eqn.params)
+    kept = [i for i, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
+    debug = core.DebugInfo("jaxcomp", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
+    one = core.Jaxpr((), operands, [eqn.outvars[i] for i in kept], [changed], eqn.effects, debug)
+    results: list[Any] = [None] * len(eqn.outvars)
+    for i, result in zip(kept, jax.core.eval_jaxpr(one, (), *values), strict=True):
+        results[i] = result
+    return results

@@ -1,0 +1,105 @@
+"""``trace``: a function of (parameters, arguments) as a jaxpr whose inputs have names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxcomp.paths import leaves_with_paths, some_paths
+from jaxcomp.trace.flow import Flow, flow
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """``fn(params, *args, **kwargs)`` traced at given shapes.
+
+    Invariant: ``jaxpr`` takes the array leaves of ``(params, args, kwargs)`` in tree order, the first
+    ``len(param_paths)`` of which are parameters named by ``param_paths``; leaves that are no arrays (Python
+    numbers, strings, functions, as an Equinox module holds) are constants of the program. ``flow.ops`` are its
+    equations in order, each in its place.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    param_paths: tuple[str, ...]
+    flow: Flow
+    in_tree: jax.tree_util.PyTreeDef
+    is_array: tuple[bool, ...]
+    out_tree: jax.tree_util.PyTreeDef
+    out_static: tuple[Any, ...]
+
+    def flatten(self, params: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the jaxpr's inputs; a subtree at a leaf's place (a compressed leaf) stays one value.
+
+        Raises:
+          ValueError: the trees are not those that the program was traced with.
+        """
+        try:
+            leaves = self.in_tree.flatten_up_to((params, args, kwargs))
+        except ValueError as e:
+            raise ValueError(
+                f"this program was traced with parameters {some_paths(self.param_paths)}; it was given another tree: "
+                f"{e}. Trace it again with trace(fn, params, *args)."
+            ) from e
+        return [leaf for leaf, keep in zip(leaves, self.is_array, strict=True) if keep]
+
+    def unflatten(self, results: Sequence[Any]) -> Any:
+        """The function's result from the list of the jaxpr's outputs."""
+        arrays = iter(results)
+        leaves = [next(arrays) if static is _ARRAY else static for static in self.out_static]
+        return jax.tree.unflatten(self.out_tree, leaves)
+
+
+class _Array:
+    """Stands for an array among static leaves."""
+
+
+_ARRAY = _Array()
+
+
+def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
+    """Traces ``fn(params, *args, **kwargs)`` without running it.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+      params: any pytree: a linen dict, an ``nnx.State``, an Equinox module, nested containers. Leaves may be
+        arrays, tracers or ``jax.ShapeDtypeStruct``; anything else (Python numbers and bools too) is held constant.
+      args: further arguments, pytrees likewise, so ``train=False`` may be passed as it is.
+
+    Raises:
+      TypeError: ``params`` holds no array, so ``fn`` probably takes its arguments in another order.
+      ValueError: two parameters have the same path.
+
+    >>> program = trace(lambda p, x: x @ p["w"], {"w": jax.ShapeDtypeStruct((3, 4), "float32")}, jax.numpy.ones((2, 3)))
+    >>> program.param_paths, [e.primitive.name for e in program.jaxpr.jaxpr.eqns]
+    (('w',), ['dot_general'])
+    """
+    named, _ = leaves_with_paths(params)
+    param_paths = tuple(path for path, leaf in named if is_array_like(leaf))
+    if not param_paths:
+        raise TypeError(
+            f"trace: the first argument of {getattr(fn, '__name__', fn)!r} must be the parameter tree, got "
+            f"{type(params).__name__} without an array in it; wrap the function so that the parameters come first."
+        )
+    leaves, in_tree = jax.tree.flatten((params, args, kwargs))
+    is_array = tuple(map(is_array_like, leaves))
+    out: dict[str, Any] = {}
+
+    def flat(*arrays: Any) -> list[Any]:
+        values = iter(arrays)
+        filled = [next(values) if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True)]
+        inner_params, inner_args, inner_kwargs = jax.tree.unflatten(in_tree, filled)
+        results, out["tree"] = jax.tree.flatten(fn(inner_params, *inner_args, **inner_kwargs))
+        out["static"] = tuple(_ARRAY if is_array_like(r) else r for r in results)
+        return [r for r in results if is_array_like(r)]
+
+    jaxpr = jax.make_jaxpr(flat)(*(leaf for leaf, keep in zip(leaves, is_array, strict=True) if keep))
+    return Program(jaxpr, param_paths, flow(jaxpr, param_paths), in_tree, is_array, out["tree"], out["static"])
+
+
+def is_array_like(leaf: Any) -> bool:
+    """Whether ``leaf`` is traced: an array, a shape of one, or a tracer; Python numbers are constants."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -1,0 +1,120 @@
+"""Settings of a run: one frozen dataclass, and a preset for each data set with what it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and how large."""
+
+    name: Literal["convnet", "resnet18", "mlp", "vit"] = "convnet"
+    """One of train.models."""
+    width: int | None = None
+    """Channels of ResNet-18's first stage, or the model's own default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters stay float32."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule of one training."""
+
+    epochs: int
+    """Passes over the training split."""
+    learning_rate: float
+    """Peak, after a linear warm-up; then a cosine to zero."""
+    warmup: float = 0.1
+    """Fraction of the steps that warm up."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has Nesterov momentum 0.9."""
+    weight_decay: float = 1e-4
+    """Decoupled (adamw) or added to the gradient (sgd); on matrices only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A main job: a baseline, then each method fine-tuned from it, then the table."""
+
+    dataset: Literal["digits", "fashion_mnist", "cifar10"]
+    """Which data."""
+    model: ModelConfig
+    """Which network."""
+    baseline: OptimConfig
+    """How the float network is trained."""
+    finetune: OptimConfig
+    """How each method is fine-tuned from the baseline."""
+    batch: int = 128
+    """Examples a step, over all devices."""
+    label_smoothing: float = 0.0
+    """Of the training loss."""
+    augment: bool = True
+    """Random shifts, and flips where the data set has them."""
+    methods: tuple[str, ...] = ()
+    """Rows of the table besides the baseline; none means all."""
+    seed: int = 0
+    """Of initialization, order and augmentation."""
+    out: Path | None = None
+    """Folder of the run; runs/<dataset> by default. The same command resumes what it finds there."""
+    data_dir: Path | None = None
+    """Folder of prepared data sets; $JAXCOMP_DATA or ~/.cache/jaxcomp/data by default."""
+    checkpoint_seconds: float = 30.0
+    """The least time between two checkpoints."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (wants the extra `tensorboard`)."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.out or Path("runs") / self.dataset
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What must be equal for a run to be resumed: all fields that change its numbers."""
+    free = {"out", "data_dir", "checkpoint_seconds", "tensorboard", "methods"}
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if is_dataclass(value):
+            inner = [(f.name, getattr(value, f.name)) for f in fields(value) if prefix or f.name not in free]
+            return {k: v for name, x in inner for k, v in flat(f"{prefix}{name}.", x).items()}
+        return {prefix.rstrip("."): value}
+
+    return flat("", config)
+
+
+DIGITS = Config(
+    dataset="digits",
+    model=ModelConfig("convnet"),
+    baseline=OptimConfig(epochs=30, learning_rate=3e-3),
+    finetune=OptimConfig(epochs=15, learning_rate=1e-3),
+    batch=64,
+)
+"""scikit-learn's 8x8 digits, a small convolutional net: the bundled main job."""
+
+FASHION_MNIST = Config(
+    dataset="fashion_mnist",
+    model=ModelConfig("resnet18", width=16),
+    baseline=OptimConfig(epochs=3, learning_rate=5e-3),
+    finetune=OptimConfig(epochs=1, learning_rate=1e-3),
+    batch=128,
+)
+"""ResNet-18 at width 16, a few epochs: about what two CPU cores can do."""
+
+CIFAR10 = Config(
+    dataset="cifar10",
+    model=ModelConfig("resnet18", width=64, dtype="bfloat16"),
+    baseline=OptimConfig(epochs=100, learning_rate=0.2, optimizer="sgd", weight_decay=5e-4),
+    finetune=OptimConfig(epochs=20, learning_rate=0.02, optimizer="sgd", weight_decay=5e-4),
+    batch=256,
+    label_smoothing=0.1,
+)
+"""The headline experiment at full size, for a GPU or TPU."""
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "digits": ("8x8 digits of scikit-learn, bundled: minutes on a laptop (the default).", DIGITS),
+    "fashion_mnist": ("Fashion-MNIST, ResNet-18 at width 16, a few epochs.", FASHION_MNIST),
+    "cifar10": ("CIFAR-10, ResNet-18 at width 64: the headline experiment, for a GPU or TPU.", CIFAR10),
+}

@@ -1,0 +1,170 @@
+"""The main job: a baseline, each method fine-tuned from it, each result saved, loaded again and judged on the test split."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import jaxcomp as jc
+from jaxcomp.artifact.files import write_atomically
+from jaxcomp.leaves import zeros_counted
+from train.configs import Config, ModelConfig, OptimConfig, identity_of
+from train.data import Dataset, load
+from train.evaluate import accuracy
+from train.loop import Job, TrainingError, compressed_variables, fit
+from train.methods import METHODS
+from train.models import build
+from train.progress import Progress
+from train.step import init_variables
+
+BASELINE = "baseline"
+
+
+class RunError(RuntimeError):
+    """A run that cannot start; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Accuracy, of the loaded file on the test split, and zeros are fractions."""
+
+    name: str
+    method: str
+    test_accuracy: float
+    zeros: float
+    bits: int
+    file_bytes: int
+    seconds: float
+
+
+def run(config: Config, console: Console) -> list[Row]:
+    """Makes, or goes on making, every row of the table.
+
+    Whatever stops it, the same command goes on from the last checkpoint and ends with the same numbers.
+
+    Raises:
+      RunError: an unknown method, a folder that holds a run with other settings or that cannot be written.
+      train.data.DataError, TrainingError: what their names say.
+    """
+    methods = config.methods or tuple(METHODS)
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")
+    claim_folder(config)
+    data = load(config.dataset, data_dir=config.data_dir)
+    job = Job.of(config, make_model(config.model, data), data)
+    progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
+    try:
+        rows = [_row(job, BASELINE, progress)]
+        rows += [_row(job, name, progress) for name in methods]
+    finally:
+        progress.close()
+    return rows
+
+
+def make_model(config: ModelConfig, data: Dataset) -> Any:
+    """The network of a configuration, for a data set's classes."""
+    sizes = {} if config.width is None else {"width": config.width}
+    return build(config.name, num_classes=data.num_classes, dtype=config.dtype, **sizes)
+
+
+def claim_folder(config: Config) -> None:
+    """Makes the run's folder, or checks that what it holds is this very run.
+
+    Raises:
+      RunError: it holds a run with other settings, or it cannot be written.
+    """
+    folder, wanted = config.folder, json.loads(json.dumps(identity_of(config), default=str))
+    note = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(note.read_text()) if note.exists() else None
+    except (OSError, ValueError) as e:
+        raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
+    if found is None:
+        write_atomically(note, json.dumps(wanted, indent=1).encode())
+        return
+    changed = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+    if changed:
+        k = changed[0]
+        raise RunError(
+            f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another folder"
+            " with --out, or remove that one."
+        )
+
+
+def _row(job: Job, name: str, progress: Progress) -> Row:
+    """The finished row, or the one that is made now."""
+    folder = job.config.folder / name
+    done, file = folder / "row.json", folder.parent / f"{name}.safetensors"
+    if done.exists() and file.exists():
+        return Row(**json.loads(done.read_text()))
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as e:
+        raise RunError(f"the folder {str(folder)!r} cannot be made: {e.strerror}; choose another with --out.") from e
+    transform, optim = _plan(job, name)
+    variables = init_variables(job.model, job.data, job.config.seed) if name == BASELINE else _baseline(job)
+    state, seconds = fit(job, name, transform, optim, variables, folder=folder, progress=progress)
+    shipped = compressed_variables(state, transform)
+    about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
+    jc.save(file, shipped, metadata=about)
+    row = Row(
+        name=name,
+        method="float32 baseline" if name == BASELINE else METHODS[name].title,
+        test_accuracy=_judge_file(job, file, shipped),
+        zeros=_fraction_of_zeros(shipped["params"]),
+        bits=32 if name == BASELINE else METHODS[name].bits,
+        file_bytes=os.path.getsize(file),
+        seconds=round(seconds, 1),
+    )
+    write_atomically(done, json.dumps(asdict(row)).encode())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return row
+
+
+def _plan(job: Job, name: str) -> tuple[jc.Transform, OptimConfig]:
+    if name == BASELINE:
+        return jc.identity(), job.config.baseline
+    optim = job.config.finetune
+    return METHODS[name].make(optim.epochs * (len(job.data.train) // job.config.batch)), optim
+
+
+def _baseline(job: Job) -> tuple[Any, Any]:
+    saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
+    return saved["params"], saved["batch_stats"]
+
+
+def _judge_file(job: Job, file: Path, shipped: dict[str, Any]) -> float:
+    """Test accuracy of the file, which must be that of what was trained.
+
+    Raises:
+      TrainingError: it is not.
+    """
+
+    def judge(variables: dict[str, Any]) -> float:
+        params = jc.materialize(variables["params"])
+        return accuracy(job.predict, params, variables["batch_stats"], job.data.test)
+
+    trained, loaded = judge(shipped), judge(jc.load(file))
+    if trained != loaded:
+        raise TrainingError(f"{file.name}: accuracy {loaded:.4%} after loading, {trained:.4%} before saving.")
+    return loaded
+
+
+def _fraction_of_zeros(params: Any) -> float:
+    zeros, total = zeros_counted(params)
+    return zeros / total
+
+
+def devices_line() -> str:
+    """What the run computes on, for the report."""
+    d = jax.local_devices()
+    return f"{len(d)} x {d[0].device_kind}, jax {jax.__version__}"

@@ -1,0 +1,70 @@
+"""The table of a run: on the terminal, as report.json, and as a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxcomp.artifact.files import write_atomically
+from train.configs import Config, identity_of
+from train.experiment import Row, devices_line
+
+
+def make_table(rows: list[Row], title: str) -> Table:
+    """Method, test accuracy and its change in percentage points, zeros, bits, bytes of the file, ratio, seconds."""
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for name in ("test accuracy", "change", "zeros", "bits", "file bytes", "ratio", "seconds"):
+        table.add_column(name, justify="right")
+    base = rows[0]
+    for row in rows:
+        change = "" if row is base else f"{100 * (row.test_accuracy - base.test_accuracy):+.2f} pp"
+        table.add_row(
+            row.method,
+            f"{row.test_accuracy:.2%}",
+            change,
+            f"{row.zeros:.1%}",
+            str(row.bits),
+            f"{row.file_bytes:,}",
+            f"{base.file_bytes / row.file_bytes:.1f}x",
+            f"{row.seconds:.1f}",
+        )
+    return table
+
+
+def write_report(rows: list[Row], config: Config, console: Console) -> Path:
+    """Prints the table; writes report.json and accuracy_against_bytes.png into the run's folder, which it returns."""
+    folder = config.folder
+    report = {"settings": identity_of(config), "device": devices_line(), "rows": [asdict(r) for r in rows]}
+    write_atomically(folder / "report.json", json.dumps(report, indent=1, default=str).encode())
+    write_atomically(folder / "accuracy_against_bytes.png", picture(rows, f"{config.dataset}, {config.model.name}"))
+    console.print(make_table(rows, f"{config.dataset}: accuracy on the test split after the last epoch"))
+    console.print(f"Files, report.json and accuracy_against_bytes.png are in {folder}.")
+    return folder
+
+
+def picture(rows: list[Row], title: str) -> bytes:
+    """A PNG of test accuracy against bytes of the file, bytes on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for i, row in enumerate(rows):
+        axes.scatter(row.file_bytes, 100 * row.test_accuracy, s=60, color=f"C{i}", label=row.method, zorder=3)
+    axes.axhline(100 * rows[0].test_accuracy, color="0.7", linewidth=1, zorder=1)
+    axes.set_xlabel("bytes of the saved file")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title)
+    axes.grid(visible=True, which="both", color="0.92", zorder=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
