@@ -93,6 +93,11 @@ class CompressedLeaf:
         """The rank of the array that this leaf stands for."""
         return len(self.shape)
 
+    @property
+    def size(self) -> int:
+        """How many entries the array has that this leaf stands for."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
     def materialize(self) -> jax.Array:
         """The array that this leaf stands for."""
         raise TypeError(f"{type(self).__name__} does not define materialize.")

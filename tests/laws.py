@@ -1,4 +1,4 @@
-"""The laws of a transform as checks that raise AssertionError; test_laws.py runs them, test_laws_catch.py breaks them."""
+"""The laws of a transform as checks that raise AssertionError; test_laws runs them, test_laws_catch breaks them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_codes_are_narrow(t: jc.Transform, params: Any) -> None:
 
 
 def check_keeps_structure(t: jc.Transform, params: Any) -> None:
-    """Law 2: the materialized tree has the input's structure, shapes and types; unselected leaves are the same objects."""
+    """Law 2: the materialized tree has the input's structure, shapes, types; unselected leaves are the same objects."""
     seen = t.apply(started(t, params), params)
     chex.assert_trees_all_equal_structs(jc.materialize(seen), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(jc.materialize(seen), params)

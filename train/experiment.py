@@ -1,4 +1,4 @@
-"""The main job: a baseline, each method fine-tuned from it, each result saved, loaded again and judged on the test split."""
+"""The main job: a baseline, each method fine-tuned from it, each result saved, loaded and judged on the test split."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def claim_folder(config: Config) -> None:
     if changed:
         k = changed[0]
         raise RunError(
-            f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another folder"
-            " with --out, or remove that one."
+            f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another"
+            " folder with --out, or remove that one."
         )
 
 

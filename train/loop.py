@@ -69,7 +69,8 @@ class Job:
         mesh = data_mesh()
         if config.batch % mesh.devices or not 0 < config.batch <= len(data.train):
             raise TrainingError(
-                f"batch is {config.batch}; it must be a multiple of the {mesh.devices} devices, at most {len(data.train)}."
+                f"batch is {config.batch}; it must be a multiple of the {mesh.devices} devices and at most"
+                f" {len(data.train)}, the training split."
             )
         return Job(config, model, data, mesh, make_predict(model, data))
 

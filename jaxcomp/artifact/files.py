@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxcomp.artifact.codec import decode_tree, encode_tree
+from jaxcomp.artifact.codec import Json, decode_tree, encode_tree
 from jaxcomp.leaves import is_compressed
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.specs import Compander
@@ -82,8 +82,8 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any]
         if x.dtype not in _NAMES:
             raise TypeError(f"save: {name!r} is of type {x.dtype}, which safetensors does not hold.")
     described = {"version": FORMAT_VERSION, "tree": node, "metadata": dict(metadata or {})}
-    text = json.dumps(described, separators=(",", ":"), allow_nan=False)
-    header = {_KEY: text, "sha256": _digest(text, tensors)}
+    described["sha256"] = _digest(described, tensors)
+    header = {_KEY: _text(described)}  # one entry: the library writes several in any order
     data = safetensors.numpy.save(tensors, metadata=header)
     write_atomically(path, data)
     return len(data)
@@ -137,8 +137,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         raise FileError(f"save: cannot write {os.fspath(path)!r}: {e.strerror or e}.") from e
 
 
-def _digest(text: str, tensors: Mapping[str, np.ndarray]) -> str:
-    sha = hashlib.sha256(text.encode())
+def _text(described: Json) -> str:
+    return json.dumps(described, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(described: Json, tensors: Mapping[str, np.ndarray]) -> str:
+    """Of everything that the file says, but the digest itself."""
+    sha = hashlib.sha256(_text({k: v for k, v in described.items() if k != "sha256"}).encode())
     for name in sorted(tensors):
         x = tensors[name]
         sha.update(f"\n{name} {_NAMES[x.dtype]} {list(x.shape)}\n".encode())
@@ -166,7 +171,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
             " wrote it, or a newer one."
         )
     tensors = _tensors(data, name)
-    if header.get("sha256") != _digest(header[_KEY], tensors):
+    if described.get("sha256") != _digest(described, tensors):
         raise FileError(f"load: {name!r} does not match its checksum: it was damaged or edited; get the file again.")
     return described, tensors
 

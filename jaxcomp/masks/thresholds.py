@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 _BLOCK = 1024
@@ -56,15 +57,16 @@ def smallest(
         kth = _kth_by_bisection(*of)
     else:
         kth = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
-    below = [_among(k < kth, e) for k, e in zip(keys, eligible, strict=True)]
-    ties = [_among(k == kth, e) for k, e in zip(keys, eligible, strict=True)]
-    wanted = jnp.maximum(count, 1) - sum((_total(b) for b in below), jnp.uint32(0))
+    wanted = jnp.maximum(count, 1) - sum(
+        (_total(_among(k < kth, e)) for k, e in zip(*of[:2], strict=True)), jnp.uint32(0)
+    )
     out = []
-    for b, t in zip(below, ties, strict=True):
-        here = _total(t)
+    for k, e in zip(keys, eligible, strict=True):
+        here = _total(_among(k == kth, e))
         take = jnp.minimum(here, wanted)
         wanted = wanted - take
-        out.append((b | _first(t, take, here)) & (count > 0))
+        chosen = (k < kth) | ((k == kth) & _up_to(_end_of_ties(k, e, kth, take, here), k.shape))
+        out.append(_among(chosen, e) & (count > 0))
     return out
 
 
@@ -106,8 +108,32 @@ def _among(x: jax.Array, eligible: jax.Array | None) -> jax.Array:
     return x if eligible is None else x & eligible
 
 
-def _total(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, dtype=jnp.uint32)
+def _total(marks: jax.Array) -> jax.Array:
+    """How many are True."""
+    if marks.size < _SMALL:
+        return _sum(marks)
+    return jax.lax.platform_dependent(marks, cpu=_total_by_blocks, default=_sum)
+
+
+def _sum(marks: jax.Array) -> jax.Array:
+    return jnp.sum(marks, dtype=jnp.uint32)
+
+
+def _total_by_blocks(marks: jax.Array) -> jax.Array:
+    flat = marks.reshape(-1)
+    rest = flat.size // _BLOCK * _BLOCK
+    return _sum(_block_totals(flat)) + _sum(flat[rest:])
+
+
+def _block_totals(marks: jax.Array) -> jax.Array:
+    """The totals of each ``_BLOCK`` of a vector, without what is left at its end.
+
+    First in bytes, which cannot overflow in a row of 128: XLA on CPU writes out what it sums, in the type that it sums
+    in, and so four times as much where that is four times as wide.
+    """
+    blocks = marks.size // _BLOCK
+    rows = marks[: blocks * _BLOCK].reshape(blocks, _BLOCK // 128, 128)
+    return jnp.sum(jnp.sum(rows, axis=2, dtype=jnp.uint8), axis=1, dtype=jnp.uint32)
 
 
 def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> jax.Array:
@@ -160,23 +186,30 @@ def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], c
     return jax.lax.fori_loop(0, 32, step, jnp.uint32(0))
 
 
-def _first(marks: jax.Array, take: jax.Array, total: jax.Array) -> jax.Array:
-    """The first ``take`` of the ``total`` marks, in C order; nothing is scanned where that is all of them."""
-    flat = marks.reshape(-1)
-    end = jax.lax.cond(take == total, lambda: jnp.uint32(flat.size), lambda: _end_of(flat, take))
-    return (flat & (jnp.arange(flat.size, dtype=jnp.uint32) < end)).reshape(marks.shape)
+def _end_of_ties(
+    keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, take: jax.Array, total: jax.Array
+) -> jax.Array:
+    """The C-order index after the ``take``-th of the ``total`` ties; nothing is scanned where that is all of them."""
+
+    def scan() -> jax.Array:
+        return _end_of(_among(keys == kth, eligible).reshape(-1), take)
+
+    return jax.lax.cond(take == total, lambda: jnp.uint32(keys.size), scan)
+
+
+def _up_to(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Marks the entries whose C-order index is below ``end``."""
+    size = int(np.prod(shape, dtype=np.int64))
+    return (jnp.arange(size, dtype=jnp.uint32) < end).reshape(shape)
 
 
 def _end_of(marks: jax.Array, take: jax.Array) -> jax.Array:
-    """The index after the ``take``-th mark: by the sums of blocks, then inside the one that holds it."""
+    """The index after the ``take``-th mark: by the totals of blocks, then inside the one that holds it."""
     size = min(_BLOCK, marks.size)
-    whole = marks.size // size
-    ends = jnp.cumsum(jnp.sum(marks[: whole * size].reshape(whole, size), axis=1, dtype=jnp.uint32), dtype=jnp.uint32)
-    block = _total(ends < take).astype(jnp.int32)
-    before = jnp.where(block > 0, ends[block - 1], jnp.uint32(0))
-    start = jnp.minimum(block * size, marks.size - size)
+    ends = jnp.cumsum(jnp.pad(_block_totals(marks), (1, 0)), dtype=jnp.uint32)
+    block = _total(ends < take).astype(jnp.int32) - 1
+    start = jnp.minimum(block * _BLOCK, marks.size - size)
     index = start + jnp.arange(size, dtype=jnp.int32)
-    row = jax.lax.dynamic_slice_in_dim(marks, start, size) & (index >= block * size)
-    left = jnp.cumsum(row, dtype=jnp.uint32) < take - before
-    end = start.astype(jnp.uint32) + _total(left) + 1
-    return jnp.where(take == 0, jnp.uint32(0), end)
+    row = jax.lax.dynamic_slice_in_dim(marks, start, size) & (index >= block * _BLOCK)
+    inside = _total(jnp.cumsum(row, dtype=jnp.uint32) < take - ends[block])
+    return jnp.where(take == 0, jnp.uint32(0), start.astype(jnp.uint32) + inside + 1)

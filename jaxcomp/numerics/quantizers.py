@@ -142,7 +142,7 @@ def int_codes(
 ) -> Float[Array, "*shape"]:
     """``clip(round(w / scale) + zero_point)``: integers in a float type, with a straight-through gradient in w."""
     low, high = spec.code_range
-    # By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit and not in eager.
+    # By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
     x = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
     if spec.symmetric:
         return round_ste(x, low, high)

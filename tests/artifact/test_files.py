@@ -105,7 +105,7 @@ def test_any_truncation_is_one_error(saved) -> None:
     data = path.read_bytes()
     for length in [0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1]:
         path.write_bytes(data[:length])
-        with pytest.raises(FileError, match="truncated|damaged"):
+        with pytest.raises(FileError, match=r"truncated|damaged"):
             jc.load(path)
 
 
@@ -131,14 +131,14 @@ def test_files_of_others_and_of_the_future(tmp_path, saved) -> None:
     with pytest.raises(FileError, match=r"foreign' is a safetensors file, but not one that jaxcomp\.save wrote"):
         jc.load(foreign)
     newer = tmp_path / "newer"
-    header = {"jaxcomp": json.dumps({"version": 2, "tree": {}, "metadata": {}}), "sha256": "0"}
+    header = {"jaxcomp": json.dumps({"version": 2, "tree": {}, "metadata": {}, "sha256": "0"})}
     safetensors.numpy.save_file({"w": np.ones(3)}, newer, metadata=header)
     with pytest.raises(FileError, match=r"has format version 2, this jaxcomp reads 1; use the jaxcomp that"):
         jc.load(newer)
     (tmp_path / "text").write_text("not a file of weights, whatever its name")
-    with pytest.raises(FileError, match="truncated or not a safetensors file"):
+    with pytest.raises(FileError, match=r"truncated or not a safetensors file"):
         jc.load(tmp_path / "text")
-    with pytest.raises(FileError, match="cannot read .*missing'"):
+    with pytest.raises(FileError, match=r"cannot read .*missing'"):
         jc.load(tmp_path / "missing")
 
 
@@ -154,10 +154,10 @@ def test_like_of_another_model(saved) -> None:
 
 
 def test_a_folder_that_is_not_there_or_not_ours(tmp_path) -> None:
-    with pytest.raises(FileError, match="save: cannot write .*No such file or directory"):
+    with pytest.raises(FileError, match=r"save: cannot write .*No such file or directory"):
         jc.save(tmp_path / "none" / "f", {"w": jnp.ones(2)})
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileError, match="save: cannot write .*Not a directory"):
+    with pytest.raises(FileError, match=r"save: cannot write .*Not a directory"):
         jc.save(tmp_path / "file" / "f", {"w": jnp.ones(2)})
 
 
@@ -170,7 +170,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FileError, match="cannot write .*No space left on device"):
+    with pytest.raises(FileError, match=r"cannot write .*No space left on device"):
         jc.save(path, {"w": jnp.zeros(2)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["f"]
@@ -217,5 +217,5 @@ def test_names_a_leaf_that_a_file_cannot_hold(tmp_path, leaf, message) -> None:
 
 
 def test_a_tracer_cannot_be_saved(tmp_path) -> None:
-    with pytest.raises(TypeError, match="'w' is a tracer; save outside jit"):
+    with pytest.raises(TypeError, match=r"'w' is a tracer; save outside jit"):
         jax.jit(lambda x: jc.save(tmp_path / "f", {"w": x}))(jnp.ones(2))

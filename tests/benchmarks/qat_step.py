@@ -100,7 +100,7 @@ def compare(title: str, model: nn.Module, *, batch: int, rounds: int) -> Report:
     """All cases of one model."""
     cases = transforms()
     steppers = {name: Stepper(model, transform, batch) for name, (transform, _) in cases.items()}
-    timings = measure({**steppers, CONTROL: Stepper(model, jc.identity(), batch)}, rounds=rounds)
+    timings = measure({**steppers, CONTROL: steppers[FLOAT]}, rounds=rounds)
     base = steppers[FLOAT]
     rows = [timings.row(CONTROL, FLOAT)]
     for name, (_, target) in cases.items():
@@ -121,6 +121,6 @@ def run() -> list[Report]:
     """The reports."""
     vit = ViT(patch=4, dim=256, depth=4, heads=4, mlp_dim=1024)
     return [
-        compare("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=15),
-        compare("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=15),
+        compare("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=12),
+        compare("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=12),
     ]

@@ -1,0 +1,116 @@
+"""No hidden state: float, int8 and int2 versions of one model live in one process in any order, bit for bit.
+
+This file is also the program of the fresh processes: ``python -m tests.test_isolation VERSION FILE``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcomp as jc
+
+VERSIONS = {"float": jc.identity(), "int8": jc.quantize(jc.Int(8)), "int2": jc.quantize(jc.Int(2))}
+STACKED = {
+    "float": VERSIONS["float"],
+    "int8": jc.quantize(jc.Int(8), channel_axes=(0, -1)),
+    "int2": jc.quantize(jc.Int(2), channel_axes=(0, -1)),
+}
+DIM, DEPTH = 48, 3
+
+
+def with_operator(params: Any, x: jax.Array) -> jax.Array:
+    """A perceptron by ``@``."""
+    for layer in params["layers"]:
+        x = jax.nn.gelu(x @ layer["kernel"] + layer["bias"][None, :])
+    return x
+
+
+def with_matmul(params: Any, x: jax.Array) -> jax.Array:
+    """The same by ``jnp.matmul``."""
+    for layer in params["layers"]:
+        x = jax.nn.gelu(jnp.matmul(x, layer["kernel"]) + layer["bias"][None, :])
+    return x
+
+
+def with_scan(params: Any, x: jax.Array) -> jax.Array:
+    """The same by ``lax.scan`` over stacked layers."""
+
+    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        return jax.nn.gelu(x @ p["kernel"] + p["bias"][None, :]), None
+
+    return jax.lax.scan(layer, x, params["stack"])[0]
+
+
+MODELS = {"operator": with_operator, "matmul": with_matmul, "scan": with_scan}
+
+
+def inputs() -> tuple[dict[str, Any], jax.Array]:
+    """Parameters of each model, and what it is called on."""
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(DEPTH, DIM, DIM)) / DIM**0.5, jnp.float32)
+    biases = jnp.asarray(rng.normal(size=(DEPTH, DIM)), jnp.float32)
+    layers = {"layers": [{"kernel": k, "bias": b} for k, b in zip(kernels, biases, strict=True)]}
+    stack = {"stack": {"kernel": kernels, "bias": biases}}
+    return {"operator": layers, "matmul": layers, "scan": stack}, jnp.asarray(rng.normal(size=(8, DIM)), jnp.float32)
+
+
+def evaluate(version: str) -> dict[str, np.ndarray]:
+    """What one version of every model gives: its output and the gradient of the output's sum, under jit."""
+    params, x = inputs()
+    out = {}
+    for name, model in MODELS.items():
+        transform = (STACKED if name == "scan" else VERSIONS)[version]
+        state = transform.init(params[name])
+
+        def forward(p: Any, model: Any = model, transform: jc.Transform = transform, state: Any = state) -> jax.Array:
+            return model(jc.materialize(transform.apply(state, p)), x)
+
+        out[f"{name}/output"] = np.asarray(jax.jit(forward)(params[name]))
+        grads = jax.jit(jax.grad(lambda p, forward=forward: forward(p).sum()))(params[name])
+        for i, g in enumerate(jax.tree.leaves(grads)):
+            out[f"{name}/gradient {i}"] = np.asarray(g)
+    return out
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
+    """What each version gives in a process of its own."""
+    folder = tmp_path_factory.mktemp("fresh")
+    root = Path(__file__).resolve().parents[1]
+    running = {}
+    for version in VERSIONS:
+        command = [sys.executable, "-m", "tests.test_isolation", version, str(folder / f"{version}.npz")]
+        running[version] = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    for process in running.values():
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return {version: dict(np.load(folder / f"{version}.npz")) for version in VERSIONS}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(VERSIONS)), ids="-".join)
+def test_every_order_gives_what_fresh_processes_give(order, fresh):
+    jax.clear_caches()
+    for version in order:
+        found = evaluate(version)
+        assert found.keys() == fresh[version].keys()
+        for name, want in fresh[version].items():
+            np.testing.assert_array_equal(found[name], want, err_msg=f"{version} {name} after {order}", strict=True)
+
+
+def test_the_versions_differ(fresh):
+    for one, other in itertools.combinations(VERSIONS, 2):
+        for name in MODELS:
+            assert not np.array_equal(fresh[one][f"{name}/output"], fresh[other][f"{name}/output"])
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], **evaluate(sys.argv[1]))

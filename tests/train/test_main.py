@@ -1,0 +1,221 @@
+"""The main job, small: its table, its files, its resumption after kill -9, and the errors of its command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import jaxcomp as jc
+from train.__main__ import main, parse
+from train.configs import DIGITS, Config, ModelConfig, OptimConfig
+from train.data import load
+from train.evaluate import accuracy
+from train.experiment import RunError, run
+from train.loop import TrainingError
+from train.report import write_report
+from train.step import make_predict
+
+SMALL = dataclasses.replace(
+    DIGITS,
+    model=ModelConfig("mlp"),
+    baseline=OptimConfig(epochs=4, learning_rate=3e-3),
+    finetune=OptimConfig(epochs=3, learning_rate=1e-3),
+    methods=("sensitivity", "joint"),
+    checkpoint_seconds=0.0,
+)
+OPTIONS = (
+    "digits --model.name mlp --baseline.epochs 4 --baseline.learning-rate 3e-3 --finetune.epochs 3"
+    " --finetune.learning-rate 1e-3 --methods sensitivity joint --checkpoint-seconds 0"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """flax's and optax's own code mixes types and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list]:
+    """A finished run and its rows."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        config = dataclasses.replace(SMALL, out=out)
+        console = Console(record=True, width=120, file=io.StringIO())
+        rows = run(config, console)
+        write_report(rows, config, console)
+        (out / "printed.txt").write_text(console.export_text())
+    return out, rows
+
+
+def figures(rows: list) -> list[dict]:
+    """Everything of the rows that a clock does not decide."""
+    return [{k: v for k, v in dataclasses.asdict(r).items() if k != "seconds"} for r in rows]
+
+
+def test_the_table_says_what_the_files_hold(finished) -> None:
+    out, rows = finished
+    assert [r.name for r in rows] == ["baseline", "sensitivity", "joint"]
+    data = load("digits")
+    from train.experiment import make_model
+
+    predict = make_predict(make_model(SMALL.model, data), data)
+    for row in rows:
+        file = out / f"{row.name}.safetensors"
+        assert row.file_bytes == file.stat().st_size
+        saved = jc.load(file)
+        params = jc.materialize(saved["params"])
+        assert accuracy(predict, params, saved["batch_stats"], data.test) == row.test_accuracy
+        leaves = [np.asarray(x) for x in jax.tree.leaves(params)]
+        assert row.zeros == sum((x == 0).sum() for x in leaves) / sum(x.size for x in leaves)
+    joint = jc.load(out / "joint.safetensors")["params"]["dense_0"]["kernel"]
+    assert isinstance(joint.values, jc.Quantized)
+    assert joint.values.grid.bits == 4
+    assert rows[2].zeros > 0.78
+    assert rows[0].file_bytes > 12 * rows[2].file_bytes
+    assert rows[0].test_accuracy > 0.9
+
+
+def test_what_is_written_beside_the_table(finished) -> None:
+    out, rows = finished
+    report = json.loads((out / "report.json").read_text())
+    assert [r["file_bytes"] for r in report["rows"]] == [r.file_bytes for r in rows]
+    assert (out / "accuracy_against_bytes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    printed = (out / "printed.txt").read_text()
+    assert f"{rows[2].file_bytes:,}" in printed
+    assert "prune 80% + 4-bit" in printed
+    lines = [json.loads(x) for x in (out / "joint" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["epoch"] for x in lines] == [0, 1, 2]
+    assert all(np.isfinite(x["loss"]) for x in lines)
+
+
+def test_the_same_command_again_makes_nothing_anew(finished) -> None:
+    out, rows = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    assert run(dataclasses.replace(SMALL, out=out), Console(quiet=True)) == rows
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_table(finished, tmp_path) -> None:
+    out, rows = finished
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "train", *OPTIONS, "--out", str(killed)]
+    # Once in the baseline, once in a method: as soon as some epochs are on record.
+    for name, epochs in (("baseline", 2), ("joint", 1)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        history = killed / name / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (history.exists() and len(history.read_text().splitlines()) >= epochs):
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed / "report.json").exists()
+    again = run(dataclasses.replace(SMALL, out=killed), Console(quiet=True))
+    assert figures(again) == figures(rows)
+    for row in rows:
+        name = f"{row.name}.safetensors"
+        assert (killed / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_settings_of_another_run_are_refused(finished, capsys) -> None:
+    out, _ = finished
+    with pytest.raises(RunError, match=r"holds a run with batch = 64, this one has 32; choose another folder"):
+        run(dataclasses.replace(SMALL, out=out, batch=32), Console(quiet=True))
+    assert main([*OPTIONS, "--out", str(out), "--seed", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with seed = 0, this one has 5" in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot be used: .*choose another with --out"):
+        run(dataclasses.replace(SMALL, out=tmp_path / "file" / "run"), Console(quiet=True))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path) -> None:
+    config = dataclasses.replace(
+        SMALL, out=tmp_path / "run", baseline=OptimConfig(epochs=2, learning_rate=1e30, optimizer="sgd")
+    )
+    with pytest.raises(TrainingError, match=r"baseline: (loss|grad_norm) is (nan|inf) at step \d+ \(epoch 0\)"):
+        run(config, Console(quiet=True))
+
+
+@pytest.mark.parametrize("change", [{"batch": 5000}, {"batch": 0}, {"methods": ("magic",)}])
+def test_settings_that_do_not_fit(tmp_path, change) -> None:
+    with pytest.raises(
+        (TrainingError, RunError), match=r"batch is \d+; it must be a multiple|no method is called 'magic'"
+    ):
+        run(dataclasses.replace(SMALL, out=tmp_path / "run", **change), Console(quiet=True))
+
+
+def test_the_command_line() -> None:
+    assert parse([]) == DIGITS
+    assert parse(["--seed", "3"]).seed == 3
+    config = parse(["fashion_mnist", "--model.width", "8", "--finetune.epochs", "2"])
+    assert (config.dataset, config.model.width, config.finetune.epochs) == ("fashion_mnist", 8, 2)
+    cifar = parse(["cifar10"])
+    assert (cifar.model.name, cifar.model.width, cifar.dataset) == ("resnet18", 64, "cifar10")
+
+
+def test_help_names_every_field(capsys) -> None:
+    with pytest.raises(SystemExit) as e:
+        parse(["digits", "--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        if field.name not in ("model", "baseline", "finetune"):
+            assert f"--{field.name.replace('_', '-')}" in text
+    assert "--finetune.learning-rate" in text
+
+
+@pytest.mark.slow
+def test_a_bf16_resnet_trains_under_the_joint_chain(tmp_path) -> None:
+    config = dataclasses.replace(
+        SMALL,
+        model=ModelConfig("resnet18", width=4, dtype="bfloat16"),
+        baseline=OptimConfig(epochs=1, learning_rate=1e-3, optimizer="sgd"),
+        finetune=OptimConfig(epochs=1, learning_rate=1e-3),
+        methods=("joint",),
+        batch=256,
+        out=tmp_path / "run",
+    )
+    rows = run(config, Console(quiet=True))
+    assert rows[1].zeros > 0.7
+
+
+EIGHT = """
+import dataclasses, sys
+from rich.console import Console
+from tests.train.test_main import SMALL
+from train.experiment import run
+rows = run(dataclasses.replace(SMALL, methods=("joint",), out=__import__("pathlib").Path(sys.argv[1])), Console(quiet=True))
+print(*[r.test_accuracy for r in rows])
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does(finished, tmp_path) -> None:
+    _, rows = finished
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT, str(tmp_path / "run")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    accuracies = [float(x) for x in done.stdout.split()]
+    np.testing.assert_allclose(accuracies, [rows[0].test_accuracy, rows[2].test_accuracy], atol=0.02)
