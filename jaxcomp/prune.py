@@ -35,7 +35,7 @@ def prune(
     ``apply`` makes a ``Masked`` leaf of each selected array; no gradient reaches what is masked. ``update`` finds the
     masks again from the parameters it is given, so with a schedule (and :func:`~jaxcomp.gate` for a period) sparsity
     grows while training, and what grew back in importance returns. On a leaf that is masked already, the units are
-    those that survive: 50% and then 50% leave a quarter. Of equal scores the earlier leaf and the lower index goes first.
+    those that survive: 50% and then 50% leave a quarter. Of equal scores the earlier leaf and lower index goes first.
 
     Args:
       sparsity: the fraction of units to prune, in [0, 1), or a schedule ``step -> fraction`` (any optax schedule).

@@ -1,7 +1,6 @@
 """Tests are stricter than users: no silent promotion of types or ranks, shapes of kernels checked at run time."""
 
 import jax
-
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 

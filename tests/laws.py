@@ -16,7 +16,6 @@ import jaxcomp as jc
 from jaxcomp.leaves import is_compressed
 from jaxcomp.paths import leaves_with_paths
 
-
 CUBE = jc.Compander("cube-root", jnp.cbrt, lambda v: v * v * v)
 
 

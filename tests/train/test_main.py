@@ -35,10 +35,24 @@ SMALL = dataclasses.replace(
     methods=("sensitivity", "joint"),
     checkpoint_seconds=0.0,
 )
-OPTIONS = (
-    "digits --model.name mlp --baseline.epochs 4 --baseline.learning-rate 3e-3 --finetune.epochs 3"
-    " --finetune.learning-rate 1e-3 --methods sensitivity joint --checkpoint-seconds 0"
-).split()
+OPTIONS = [
+    "digits",
+    "--model.name",
+    "mlp",
+    "--baseline.epochs",
+    "4",
+    "--baseline.learning-rate",
+    "3e-3",
+    "--finetune.epochs",
+    "3",
+    "--finetune.learning-rate",
+    "1e-3",
+    "--methods",
+    "sensitivity",
+    "joint",
+    "--checkpoint-seconds",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +67,7 @@ def finished(tmp_path_factory) -> tuple[Path, list]:
     """A finished run and its rows."""
     out = tmp_path_factory.mktemp("run") / "digits"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        config = dataclasses.replace(SMALL, out=out)
+        config = dataclasses.replace(SMALL, out=out, tensorboard=True)
         console = Console(record=True, width=120, file=io.StringIO())
         rows = run(config, console)
         write_report(rows, config, console)
@@ -100,6 +114,7 @@ def test_what_is_written_beside_the_table(finished) -> None:
     lines = [json.loads(x) for x in (out / "joint" / "metrics.jsonl").read_text().splitlines()]
     assert [x["epoch"] for x in lines] == [0, 1, 2]
     assert all(np.isfinite(x["loss"]) for x in lines)
+    assert any(p.stat().st_size > 500 for p in (out / "tensorboard").glob("events*"))
 
 
 def test_the_same_command_again_makes_nothing_anew(finished) -> None:
@@ -200,11 +215,12 @@ def test_a_bf16_resnet_trains_under_the_joint_chain(tmp_path) -> None:
 
 
 EIGHT = """
-import dataclasses, sys
+import dataclasses, pathlib, sys
 from rich.console import Console
 from tests.train.test_main import SMALL
 from train.experiment import run
-rows = run(dataclasses.replace(SMALL, methods=("joint",), out=__import__("pathlib").Path(sys.argv[1])), Console(quiet=True))
+config = dataclasses.replace(SMALL, methods=("joint",), out=pathlib.Path(sys.argv[1]))
+rows = run(config, Console(quiet=True))
 print(*[r.test_accuracy for r in rows])
 """
 
