@@ -16,6 +16,8 @@ from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
 from jaxcomp.quantize import quantize
 from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
+from jaxcomp.structure import channel_groups, shrink
+from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
 from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, once, wrap_optax
 
 __all__ = [
@@ -35,10 +37,14 @@ __all__ = [
     "Switch",
     "Transform",
     "by_path",
+    "calibrate",
     "chain",
+    "channel_groups",
+    "cost",
     "cubic",
     "every",
     "everything",
+    "fold_batch_norm",
     "gate",
     "identity",
     "load",
@@ -52,6 +58,8 @@ __all__ = [
     "quantize",
     "save",
     "sensitivity",
+    "shrink",
+    "sites",
     "taylor",
     "wrap_optax",
 ]

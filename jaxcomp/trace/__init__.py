@@ -1,1 +1,49 @@
-"""Functions to functions: read a program, and run it again under another interpretation."""
+"""Functions to functions: read a program, and run it again under another interpretation.
+
+>>> import jax, jax.numpy as jnp
+>>> f = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+>>> params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+>>> [(s.path, s.macs) for s in sites(f)(params, jnp.ones((5, 3)))]
+[('up', 60), ('down', 40)]
+"""
+
+from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, merge, merge_all
+from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
+from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, rewrite
+from jaxcomp.trace.fold import Folded, fold_batch_norm
+from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
+from jaxcomp.trace.sites import Operand, Site, sites
+
+__all__ = [
+    "A100",
+    "H100",
+    "TPU_V4",
+    "TPU_V5E",
+    "Claim",
+    "Cost",
+    "Device",
+    "Emitted",
+    "Folded",
+    "Monoid",
+    "Operand",
+    "Program",
+    "Range",
+    "Site",
+    "Stats",
+    "absmax",
+    "activation_name",
+    "averaged",
+    "calibrate",
+    "cost",
+    "entropy",
+    "fold_batch_norm",
+    "merge",
+    "merge_all",
+    "min_max",
+    "mse",
+    "percentile",
+    "rewrite",
+    "sites",
+    "trace",
+]
