@@ -9,6 +9,7 @@
 4
 """
 
+from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
@@ -22,8 +23,10 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 
 __all__ = [
     "LOG",
+    "Act",
     "Companded",
     "Compander",
+    "Dynamic",
     "Element",
     "Filters",
     "Global",
@@ -34,6 +37,7 @@ __all__ = [
     "Packed",
     "Quantized",
     "Score",
+    "Static",
     "Switch",
     "Transform",
     "by_path",
@@ -41,6 +45,7 @@ __all__ = [
     "chain",
     "channel_groups",
     "cost",
+    "coverage",
     "cubic",
     "every",
     "everything",
@@ -56,6 +61,8 @@ __all__ = [
     "pack",
     "prune",
     "quantize",
+    "quantize_function",
+    "ranges_of",
     "save",
     "sensitivity",
     "shrink",

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 _BLOCK = 1024
-_CHUNK = 1 << 18
+_CHUNK = 1 << 14
 _SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
 MAX_COUNT = 2**31 - 1
 

@@ -6,10 +6,11 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-NAMES = ("qat_step", "global_mask", "quantize_bandwidth")
+NAMES = ("qat_step", "global_mask", "quantize_bandwidth", "activations")
 
 
 def main() -> None:
@@ -22,12 +23,12 @@ def main() -> None:
         if name not in NAMES:
             parser.error(f"no benchmark is called {name!r}; there are {', '.join(NAMES)}")
     console = Console(width=None if Console().is_terminal else 150)
-    figures = {}
+    figures: dict[str, list[Any]] = {}
     for name in args.names or NAMES:
-        reports = importlib.import_module(f"tests.benchmarks.{name}").run()
-        for report in reports:
+        figures[name] = []
+        for report in importlib.import_module(f"tests.benchmarks.{name}").run():
             console.print(report.table())
-        figures[name] = [report.json() for report in reports]
+            figures[name].append(report.json())
         if args.json:
             args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ Command: ``python -m tests.benchmarks global_mask``
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -67,8 +67,8 @@ def _split(flat: Any, leaves: list[Any]) -> list[Any]:
     return [flat[e - x.size : e].reshape(x.shape) for e, x in zip(ends, leaves, strict=True)]
 
 
-def run() -> list[Report]:
-    """The report."""
+def run() -> Iterator[Report]:
+    """The reports."""
     keys = iter(jax.random.split(jax.random.key(0), 2))
     params = jax.tree.map(lambda s: jax.random.normal(next(keys), s), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
     host = [np.array(x) for x in jax.tree.leaves(params)]
@@ -98,7 +98,5 @@ def run() -> list[Report]:
         Row("temp memory over the weights'", temp, temp, temp, "masks not counted", "<= 1.2"),
     ]
     title = "Global magnitude mask, 10M weights, half pruned"
-    return [
-        Report(title, f"{PEER} ({far.median(PEER):.2f} s)", rows, far.notes()),
-        Report(f"{title}: against selection on the host", "the other", close_rows, close.notes()),
-    ]
+    yield Report(title, f"{PEER} ({far.median(PEER):.2f} s)", rows, far.notes())
+    yield Report(f"{title}: against selection on the host", "the other", close_rows, close.notes())

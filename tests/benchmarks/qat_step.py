@@ -5,7 +5,7 @@ Command: ``python -m tests.benchmarks qat_step``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -117,10 +117,8 @@ def _count(name: str, value: float, base: float, target: str) -> Row:
     return Row(name, value / base, value / base, value / base, f"{value / 1e6:.1f} MB", target)
 
 
-def run() -> list[Report]:
+def run() -> Iterator[Report]:
     """The reports."""
     vit = ViT(patch=4, dim=256, depth=4, heads=4, mlp_dim=1024)
-    return [
-        compare("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=12),
-        compare("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=12),
-    ]
+    yield compare("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=12)
+    yield compare("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 32", vit, batch=32, rounds=12)

@@ -1,0 +1,23 @@
+"""Quantized activations: ``quantize_function``, what its rules say, and the report of what it does."""
+
+from jaxcomp.activations.coverage import Coverage, Covered, coverage
+from jaxcomp.activations.function import quantize_function
+from jaxcomp.activations.planning import Rules, ranges_of
+from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, PerGroup, PerTensor, PerToken, Static
+
+__all__ = [
+    "LSQ",
+    "PACT",
+    "Act",
+    "Coverage",
+    "Covered",
+    "Dynamic",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Rules",
+    "Static",
+    "coverage",
+    "quantize_function",
+    "ranges_of",
+]

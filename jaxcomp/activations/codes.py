@@ -1,0 +1,194 @@
+"""Integer codes of a weight on their way through a program: layout operations move codes and scales alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcomp.leaves import Masked, Quantized, unpacked
+from jaxcomp.numerics.quantizers import dequantize, spread
+from jaxcomp.specs import Int
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.tags import Origin
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["dtype", "reach"])
+@dataclass(frozen=True)
+class Codes:
+    """``dense == (codes - zero) * scale``, with int8 codes.
+
+    Attributes:
+      codes: int8, of the dense shape.
+      scale: of the dense rank; each dimension divides the dense one.
+      zero: integers in the scale's type and shape, or None for 0.
+      dtype: the dense array's type, static.
+      reach: the largest ``|codes - zero|``, static.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+    dtype: Any
+    reach: int
+
+    def dense(self) -> jax.Array:
+        """The array that the codes stand for."""
+        return dequantize(self.codes, self.scale, self.zero).astype(self.dtype)
+
+
+def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
+    """The codes of a compressed leaf, or why it has none; ``stepped`` are axes that a scan steps over.
+
+    Codes of an asymmetric 8-bit grid are shifted by 128, for a product of int8 by int8 is the fast one.
+    """
+    mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
+    if not isinstance(inner, Quantized):
+        return f"the weight is a {type(inner).__name__}, not integer codes"
+    if not isinstance(inner.grid, Int):
+        return f"{type(inner.grid).__name__} codes are not proportional to the weight"
+    shift = 128 if inner.grid.code_range[1] > 127 else 0
+    codes: Any = unpacked(inner.codes)
+    codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8)
+    zero = None if inner.zero_point is None else inner.zero_point - shift
+    if mask is not None:
+        nothing = jnp.zeros((), jnp.int8) if zero is None else spread(zero, codes.shape).astype(jnp.int8)
+        codes = jnp.where(unpacked(mask), codes, nothing)
+    low, high = inner.grid.code_range
+    box = Codes(codes, inner.scale, zero, inner.dtype, high - low if zero is not None else max(-low, high))
+    return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
+
+
+def _filled(v: jax.Array, shape: tuple[int, ...], axes: frozenset[int]) -> jax.Array:
+    """A scale made full along ``axes``."""
+    target = [shape[i] if i in axes else b for i, b in enumerate(v.shape)]
+    repeats = [n // b if b != 1 else 1 for n, b in zip(target, v.shape, strict=True)]
+    for axis, times in enumerate(repeats):
+        v = jnp.repeat(v, times, axis) if times > 1 else v
+    return jnp.broadcast_to(v, target)
+
+
+def _on_scales(box: Codes, move: Callable[[jax.Array], jax.Array], codes: jax.Array | None = None) -> Codes:
+    zero = None if box.zero is None else move(box.zero)
+    return replace(box, codes=box.codes if codes is None else codes, scale=move(box.scale), zero=zero)
+
+
+def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
+    """The results of a layout operation on a value that may be codes; ``rest`` are its other operands."""
+    if not isinstance(value, Codes):
+        return op.bind(value, *rest)
+    if op.name == "convert_element_type":
+        to = op.eqn.params["new_dtype"]
+        return [replace(value, dtype=to)] if jnp.issubdtype(to, jnp.floating) else op.bind(value.dense())
+    rule = _RULES.get(op.name)
+    if rule is not None:
+        (codes,) = op.bind(value.codes, *rest)
+        return [_on_scales(value, lambda v: rule(op, v), codes)]
+    full = _on_scales(value, lambda v: _only_full(v, value.codes.shape))
+    codes = op.bind(full.codes, *rest)
+    scales = _cut(op, full.scale, rest)
+    zeros = [None] * len(codes) if full.zero is None else _cut(op, full.zero, rest)
+    return [replace(full, codes=c, scale=s, zero=z) for c, s, z in zip(codes, scales, zeros, strict=True)]
+
+
+def joined(op: Op, *values: Any) -> list[Any]:
+    """The result of a concatenation, in codes where all of its operands are; each keeps its own scales."""
+    boxes = [v for v in values if isinstance(v, Codes)]
+    alike = len({(box.zero is None, box.dtype) for box in boxes}) == 1
+    if len(boxes) < len(values) or not alike:
+        return op.bind(*(v.dense() if isinstance(v, Codes) else v for v in values))
+    axis = op.eqn.params["dimension"]
+    wide = {i for i in range(boxes[0].codes.ndim) if i == axis or any(box.scale.shape[i] != 1 for box in boxes)}
+    full = [_on_scales(box, partial(_filled, shape=box.codes.shape, axes=frozenset(wide))) for box in boxes]
+    zero = None if full[0].zero is None else lax.concatenate([box.zero for box in full if box.zero is not None], axis)
+    (codes,) = op.bind(*(box.codes for box in full))
+    scale = lax.concatenate([box.scale for box in full], axis)
+    return [Codes(codes, scale, zero, boxes[0].dtype, max(box.reach for box in boxes))]
+
+
+def _same(op: Op, v: jax.Array) -> jax.Array:
+    return v
+
+
+def _transpose(op: Op, v: jax.Array) -> jax.Array:
+    return jnp.transpose(v, op.eqn.params["permutation"])
+
+
+def _squeeze(op: Op, v: jax.Array) -> jax.Array:
+    return jnp.squeeze(v, op.eqn.params["dimensions"])
+
+
+def _broadcast(op: Op, v: jax.Array) -> jax.Array:
+    """New axes, and axes of one element made wide, share their scale."""
+    positions = op.eqn.params["broadcast_dimensions"]
+    shape = [1] * len(op.eqn.params["shape"])
+    for i, position in enumerate(positions):
+        shape[position] = v.shape[i]
+    return lax.broadcast_in_dim(v, shape, positions)
+
+
+def _reshape(op: Op, v: jax.Array) -> jax.Array:
+    """Axes that share one scale keep it; others that merge or split get a scale for each index."""
+    old, new = op.shapes[0], tuple(op.eqn.params["new_sizes"])
+    whole = Origin("", old, "", tuple((i,) for i in range(len(old)))).reshaped(old, new)
+    middle, target = list(v.shape), [1] * len(new)
+    for j, sources in enumerate(whole.axes):
+        if all(v.shape[i] == 1 for i in sources):
+            continue
+        if len(sources) == 1 and new[j] == old[sources[0]]:
+            target[j] = v.shape[sources[0]]
+            continue
+        target[j] = new[j]
+        for i in sources:
+            middle[i] = old[i]
+    return _filled(v, old, frozenset(i for i, m in enumerate(middle) if m != v.shape[i])).reshape(target)
+
+
+_RULES: dict[str, Callable[[Op, jax.Array], jax.Array]] = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient"), _same),
+}
+LAYOUT = frozenset(_RULES) | {"convert_element_type", "dynamic_slice", "rev", "slice", "split"}
+"""The operations through which codes pass."""
+
+
+def _only_full(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A scale whose axes are whole or 1: groups are spread, for a cut may go through one."""
+    return _filled(v, shape, frozenset(i for i, b in enumerate(v.shape) if b not in (1, shape[i])))
+
+
+def _cut(op: Op, v: jax.Array, rest: tuple[Any, ...]) -> list[jax.Array]:
+    """What the operation takes of a scale; all of an axis along which the scale is one."""
+    p, one = op.eqn.params, [i for i, b in enumerate(v.shape) if b == 1]
+    match op.name:
+        case "rev":
+            return [lax.rev(v, p["dimensions"])]
+        case "split":
+            return [v] * len(p["sizes"]) if p["axis"] in one else list(lax.split(v, p["sizes"], p["axis"]))
+        case "dynamic_slice":
+            sizes = [1 if i in one else n for i, n in enumerate(p["slice_sizes"])]
+            starts = [jnp.zeros_like(start) if i in one else start for i, start in enumerate(rest)]
+            return [lax.dynamic_slice(v, starts, sizes)]
+    begin = [0 if i in one else b for i, b in enumerate(p["start_indices"])]
+    end = [1 if i in one else e for i, e in enumerate(p["limit_indices"])]
+    return [lax.slice(v, begin, end, p["strides"])]
+
+
+def rows(op: Op, box: Codes, rest: tuple[Any, ...]) -> jax.Array:
+    """The rows that a lookup takes of a table of codes; only they are dequantized."""
+    (codes,) = op.bind(box.codes, *rest)
+    (scale,) = op.bind(_full(box.scale, box.codes.shape), *rest)
+    zero = None if box.zero is None else op.bind(_full(box.zero, box.codes.shape), *rest)[0]
+    return dequantize(codes, scale, zero).astype(box.dtype)
+
+
+def _full(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(spread(v, shape), shape)

@@ -1,0 +1,142 @@
+"""``coverage``: what a quantized function does at each site, and where it does nothing, why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.activations.function import run, shapes_of
+from jaxcomp.activations.planning import Planned, Rules, plan
+from jaxcomp.leaves import Masked, Quantized, is_compressed
+from jaxcomp.paths import leaves_with_paths
+from jaxcomp.trace.program import Program, is_array_like, trace
+from jaxcomp.trace.ranges import Range
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What is done at one site.
+
+    Attributes:
+      path: of the site, or of the scope of an operation that nothing can look into.
+      kind: "dot", "conv", "embed", or that operation's primitive.
+      done: "integer" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of a table of
+        codes), or "exact" (activations as they are; the weight as the tree has it).
+      weight: what the tree holds; empty between activations.
+      activations: the rule's ``Act``, or empty.
+      why: why no more was done.
+    """
+
+    path: str
+    kind: str
+    done: str
+    weight: str
+    activations: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The rows of a coverage report; ``print`` it for a table."""
+
+    rows: tuple[Covered, ...]
+
+    @property
+    def left(self) -> tuple[Covered, ...]:
+        """The sites where less was done than the rules can ask for."""
+        return tuple(row for row in self.rows if row.why)
+
+    def __str__(self) -> str:
+        head = ("site", "kind", "done", "weight", "activations", "why no more")
+        cells = [head, *((r.path, r.kind, r.done, r.weight, r.activations, r.why) for r in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def coverage(fn: Callable[..., Any], rules: Rules, *, integer: bool = False) -> Callable[..., Coverage]:
+    """What ``quantize_function(fn, rules, integer=integer)`` does with ``(params, *args)``, site by site.
+
+    Nothing is computed and no ranges are needed; leaves may be ``jax.ShapeDtypeStruct``.
+
+    Raises (the function that it gives): what ``quantize_function`` raises of rules.
+
+    >>> from jaxcomp.activations.specs import Act
+    >>> f = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> p = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
+    >>> print(coverage(f, {"a": Act(8)})(p, jnp.ones((1, 2))))
+    site  kind  done   weight   activations                 why no more
+    a     dot   fake   float32  8 bits, asymmetric, Static
+    b     dot   exact  float32                              no rule matches it
+    """
+
+    @wraps(fn)
+    def covered(params: Any, *args: Any, **kwargs: Any) -> Coverage:
+        program = trace(fn, shapes_of(params), *args, **kwargs)
+        planned = plan(program, rules)
+        seen: dict[str, tuple[str, str]] = {}
+        _run_abstractly(program, planned, params, (args, kwargs), integer, seen)
+        leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
+        rows = [_covered(p, seen, leaves) for p in planned]
+        why = "nothing can look into it"
+        opaque = [Covered(op.scope, op.name, "exact", "", "", why) for op in program.flow.ops if op.opaque]
+        return Coverage((*rows, *opaque))
+
+    return covered
+
+
+def _run_abstractly(
+    program: Program,
+    planned: tuple[Planned, ...],
+    params: Any,
+    inputs: tuple[Any, Any],
+    integer: bool,
+    seen: dict[str, tuple[str, str]],
+) -> None:
+    """Runs the quantized function on shapes; ``seen`` learns what was done, by path."""
+    leaves, tree = jax.tree.flatten((params, inputs))
+    arrays = [leaf for leaf in leaves if is_array_like(leaf)]
+
+    def record(path: str, done: str, why: str) -> None:
+        seen[path] = done, why
+
+    def flat(values: list[Any]) -> Any:
+        left = iter(values)
+        filled = [next(left) if is_array_like(leaf) else leaf for leaf in leaves]
+        full_params, full_inputs = jax.tree.unflatten(tree, filled)
+        ranges = {}
+        for p in planned:
+            for name in p.ranges.values():
+                end = jnp.zeros(p.site.layer_steps, jnp.float32)
+                ranges[name] = Range(end, end)
+        run(program, planned, ranges, full_params, full_inputs, integer, record)
+
+    jax.eval_shape(flat, arrays)
+
+
+def _covered(p: Planned, seen: dict[str, tuple[str, str]], leaves: dict[str, Any]) -> Covered:
+    done, why = seen.get(p.site.path, ("exact", p.why))
+    acts = "" if p.act is None else str(p.act)
+    return Covered(p.site.path, p.site.kind, done, _weight(p, leaves), acts, why)
+
+
+def _weight(p: Planned, leaves: dict[str, Any]) -> str:
+    """What the tree holds for a site."""
+    if p.site.weight is None:
+        return ""
+    leaf = leaves.get(p.site.leaf or "")
+    if leaf is None:
+        return "computed from " + ", ".join(p.site.operands[p.site.weight].params)
+    return _leaf(leaf)
+
+
+def _leaf(leaf: Any) -> str:
+    if isinstance(leaf, Masked):
+        return f"Masked {_leaf(leaf.values)}"
+    if isinstance(leaf, Quantized):
+        return repr(leaf.grid).replace(", group=None", "").replace(", symmetric=True", "").replace(", narrow=False", "")
+    return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)

@@ -1,0 +1,125 @@
+"""``quantize_function``: the same function with its activations on integer grids, fake or real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any
+
+import jax
+
+from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved
+from jaxcomp.activations.execution import Record, claim_of
+from jaxcomp.activations.planning import BARRED, Planned, Rules, checked_ranges, plan
+from jaxcomp.leaves import dense, is_compressed, materialize
+from jaxcomp.paths import leaves_with_paths
+from jaxcomp.trace import nested
+from jaxcomp.trace.evaluator import Claim, evaluate
+from jaxcomp.trace.flow import Location
+from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.ranges import Range
+from jaxcomp.trace.tags import Tag
+
+
+def quantize_function(fn: Callable[..., Any], rules: Rules, *, integer: bool = False) -> Callable[..., Any]:
+    """``q(params, ranges, *args)``: ``fn`` with the activations that enter its products quantized.
+
+    The tree says what the weights are: compressed leaves are run as they are. The rules say what the activations are.
+    In fake mode both are rounded in float, with straight-through gradients, for training. With ``integer=True`` a
+    product of a ``Quantized`` leaf, or of two activations, runs on int8 codes with sums in int32, zero points exact,
+    and one rescale; it equals the fake mode within rounding. What cannot is run as in fake mode; ``coverage`` says so.
+
+    Args:
+      fn: a pure function ``fn(params, *args, **kwargs)``.
+      rules: ``{where: Act(...) or None}`` over the paths of ``sites(fn)``, the first match wins; None, or no match,
+        leaves a site's activations alone (weight-only). Products of two activations (``"attn/dot_0"``) quantize both.
+      integer: run on integers, for inference.
+
+    Raises (the quantized function):
+      TypeError: a rule or a range of another kind.
+      ValueError: a rule that matches no site, groups that do not divide, or ranges that are missing or foreign.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp.activations.specs import Act, Dynamic
+    >>> f = lambda p, x: x @ p["w"]
+    >>> q = quantize_function(f, {"w": Act(2, symmetric=True, range=Dynamic())})
+    >>> q({"w": jnp.eye(2)}, None, jnp.array([[0.1, 3.0]]))
+    Array([[0., 2.]], dtype=float32)
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, sections 2.2 and 3.
+    """
+
+    @wraps(fn)
+    def quantized(params: Any, ranges: Mapping[str, Range] | None, *args: Any, **kwargs: Any) -> Any:
+        program = trace(fn, shapes_of(params), *args, **kwargs)
+        planned = plan(program, rules)
+        given = checked_ranges(planned, ranges)
+        return run(program, planned, given, params, (args, kwargs), integer, lambda *_: None)
+
+    return quantized
+
+
+def shapes_of(params: Any) -> Any:
+    """The tree with a shape in the place of each compressed leaf."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x, params, is_leaf=is_compressed
+    )
+
+
+def run(
+    program: Program,
+    planned: tuple[Planned, ...],
+    ranges: Mapping[str, Range],
+    params: Any,
+    inputs: tuple[Any, Any],
+    integer: bool,
+    record: Record,
+) -> Any:
+    """The quantized function's result; ``record`` learns what was done at each site."""
+    tree, reasons = _with_codes(program, params) if integer else (materialize(params), {})
+    claims = {p.site.location: c for p in planned if (c := claim_of(p, ranges, integer, reasons, record)) is not None}
+    if integer:
+        claims |= _layout_claims(program)
+    values = program.flatten(tree, *inputs[0], **inputs[1])
+    return evaluate(program, claims, values, to_array=_dense).out
+
+
+def _dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, Codes) else dense(value)
+
+
+def _with_codes(program: Program, params: Any) -> tuple[Any, dict[str, str]]:
+    """The tree with codes where leaves have them, and why the other compressed leaves have none."""
+    stepped: dict[str, set[int]] = {}
+    for op in program.flow.ops:
+        if op.name == "scan":
+            parts = nested.scan_parts(op.eqn)
+            for tag in op.tags[parts.consts + parts.carry :]:
+                if tag.origin is not None:
+                    stepped.setdefault(tag.origin.path, set()).update(tag.origin.axes[0])
+    named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
+    leaves, reasons = [], {}
+    for path, leaf in named:
+        found = codes_of(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else leaf
+        if isinstance(found, str):
+            reasons[path], found = found, dense(leaf)
+        leaves.append(found)
+    return treedef.unflatten(leaves), reasons
+
+
+def _layout_claims(program: Program) -> dict[Location, Claim]:
+    """Claims that let codes pass through the layout operations between a leaf and its product."""
+    found = {}
+    for op in program.flow.ops:
+        if not BARRED.isdisjoint(op.inside):
+            continue
+        if op.name in LAYOUT and _is_exact(op.tags[0]):
+            found[op.location] = Claim(partial(moved, op))
+        elif op.name == "concatenate" and all(map(_is_exact, op.tags)):
+            found[op.location] = Claim(partial(joined, op))
+    return found
+
+
+def _is_exact(tag: Tag) -> bool:
+    """Whether a value is a leaf, moved or cast at most."""
+    return tag.origin is not None and tag.origin.exact

@@ -1,0 +1,173 @@
+"""Which sites a table of rules selects, what it asks of each, and the ranges that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.activations.quantizers import scale_blocks
+from jaxcomp.activations.specs import Act, PerGroup
+from jaxcomp.paths import Where, describe, matches, some_paths
+from jaxcomp.trace.calibrate import Stats, activation_name
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.nested import CUSTOM_RULE
+from jaxcomp.trace.program import Program
+from jaxcomp.trace.ranges import Range, min_max
+from jaxcomp.trace.sites import Site, sites_of
+
+Rules = Mapping[Where, Act | None]
+"""An ordered table from sites, by path or as a predicate of ``(path, site)``, to what their activations are."""
+
+OWNER = "quantize_function"
+BARRED = CUSTOM_RULE | {"while_cond"}
+"""Equations inside of which nothing is rewritten."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One site and what is asked of it.
+
+    Attributes:
+      site, op: the site and its equation.
+      act: what its activations become; None leaves them.
+      why: why they are left; empty where they are not.
+    """
+
+    site: Site
+    op: Op
+    act: Act | None
+    why: str
+
+    @property
+    def ranges(self) -> dict[int, str]:
+        """The names of the ranges that it needs, by operand."""
+        if self.act is None or not self.act.needs_range:
+            return {}
+        return {i: activation_name(self.site, i) for i in self.site.activations}
+
+
+def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
+    """What a table of rules asks of each site, the first rule that matches its path deciding.
+
+    Raises:
+      TypeError: a rule asks for something that is no ``Act``.
+      ValueError: a rule that no site is left for, or groups that a site cannot have.
+    """
+    table = list(rules.items())
+    for where, act in table:
+        if not isinstance(act, Act | None):
+            raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act or None, got {act!r}.")
+    every = sites_of(program)
+    ops = {op.location: op for op in program.flow.ops}
+    used: set[int] = set()
+    planned = []
+    for site in every:
+        first = next((i for i, (where, _) in enumerate(table) if matches(where, site.path, site)), None)
+        if first is not None:
+            used.add(first)
+        act = None if first is None else table[first][1]
+        why = "no rule matches it" if first is None else "the rule leaves it" if act is None else declined(site)
+        if not why:
+            _check_groups(site, act)
+        planned.append(Planned(site, ops[site.location], None if why else act, why))
+    for i, (where, _) in enumerate(table):
+        if i not in used:
+            raise ValueError(
+                f"{OWNER}: rule {describe(where)} matches no site that an earlier rule did not take; the sites are "
+                f"{some_paths((s.path for s in every), 20)}."
+            )
+    return tuple(planned)
+
+
+def declined(site: Site) -> str:
+    """Why a site's activations cannot be quantized; empty if they can."""
+    around = [name for name in site.inside if name in BARRED]
+    if around:
+        return f"it is inside a {around[0]}, where nothing is rewritten"
+    if site.kind == "embed":
+        return "a lookup has no activation to quantize"
+    if not site.activations:
+        return "no operand depends on an argument"
+    odd = [operand.dtype for operand in site.operands if not jnp.issubdtype(operand.dtype, jnp.floating)]
+    return f"an operand is {odd[0]}" if odd else ""
+
+
+def _check_groups(site: Site, act: Act | None) -> None:
+    if act is None or not isinstance(act.per, PerGroup):
+        return
+    if site.kind != "dot" or any("contracted" not in site.operands[i].roles for i in site.activations):
+        raise ValueError(f"{OWNER}: {site.path!r} is a {site.kind}; PerGroup needs a dot that sums over an axis.")
+    for i in site.activations:
+        try:
+            scale_blocks(site.operands[i].shape, site.operands[i].roles, act)
+        except ValueError as e:
+            raise ValueError(f"{OWNER}: {site.path!r} {e}; take a divisor, or another rule for this site.") from e
+
+
+def checked_ranges(planned: tuple[Planned, ...], ranges: Mapping[str, Range] | None) -> dict[str, Range]:
+    """The ranges that the plan needs, each with the axes of the layer scans around its site.
+
+    Raises:
+      TypeError: something that is no range.
+      ValueError: ranges that are missing, of another model, or of another number of layers.
+    """
+    given = {} if ranges is None else dict(ranges)
+    known = {activation_name(p.site, i) for p in planned for i in p.site.activations}
+    needed = {name: p.site.layer_steps for p in planned for name in p.ranges.values()}
+    foreign = [name for name in given if name not in known]
+    if foreign:
+        raise ValueError(
+            f"{OWNER}: ranges name {some_paths(foreign)}, which this function does not have; it has "
+            f"{some_paths(sorted(known))}. They belong to another model or function: calibrate this one."
+        )
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(
+            f"{OWNER}: calibration never run for {some_paths(missing)}; call "
+            "ranges_of(calibrate(fn)(params, *args)) and pass the result as ranges, or ask for range=Dynamic()."
+        )
+    return {name: _layered(name, given[name], layers) for name, layers in needed.items()}
+
+
+def _layered(name: str, given: Any, layers: tuple[int, ...]) -> Range:
+    if isinstance(given, Stats):
+        raise TypeError(f"{OWNER}: ranges[{name!r}] are statistics; turn them into ranges with ranges_of(stats).")
+    if not isinstance(given, Range):
+        raise TypeError(f"{OWNER}: ranges[{name!r}] must be a Range(low, high), got {type(given).__name__}.")
+    for end in given:
+        if jnp.shape(end) not in ((), layers):
+            raise ValueError(
+                f"{OWNER}: ranges[{name!r}] has ends of shape {jnp.shape(end)}, wanted () or {layers}, one for each "
+                "layer of the scan around; calibrate this function."
+            )
+    return Range(*(jnp.broadcast_to(jnp.asarray(end), layers) for end in given))
+
+
+def ranges_of(stats: Mapping[str, Stats], method: Callable[[Stats], Range] = min_max) -> dict[str, Range]:
+    """The ranges of all activations from their statistics, by one method (``min_max``, ``percentile(99.9)``, …).
+
+    Raises:
+      TypeError: a value that is no ``Stats``.
+      ValueError: statistics without a finite range, outside ``jit``: the site was never reached, or met a NaN.
+
+    >>> from jaxcomp.trace.calibrate import observe
+    >>> {name: (float(r.low), float(r.high)) for name, r in ranges_of({"w": observe(jnp.array([-1.0, 3.0]))}).items()}
+    {'w': (-1.0, 3.0)}
+    """
+    result = {}
+    for name, s in stats.items():
+        if not isinstance(s, Stats):
+            raise TypeError(f"ranges_of: {name!r} must be Stats, as calibrate gives them, got {type(s).__name__}.")
+        found = result[name] = method(s)
+        concrete = not any(isinstance(end, jax.core.Tracer) for end in found)
+        if concrete and not all(np.isfinite(np.asarray(end)).all() for end in found):
+            raise ValueError(
+                f"ranges_of: {name!r} has the range {found}; the calibration batches never reached it, or it is not "
+                "finite there; calibrate on other batches, or leave it out by calibrate(fn, where) and by a rule."
+            )
+    return result

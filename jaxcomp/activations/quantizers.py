@@ -1,0 +1,132 @@
+"""Activations onto their grids: codes, scale and zero point of one value, with the gradient that the rule asks for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, PerGroup, PerTensor
+from jaxcomp.numerics.quantizers import compute_dtype, dequantize, int_codes, int_scale
+from jaxcomp.numerics.rounding import round_ste
+from jaxcomp.specs import Int
+from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
+from jaxcomp.trace.ranges import Range
+
+
+class Coded(NamedTuple):
+    """``value == (codes - zero) * scale``; codes and zeros are integers in a float type, no zeros means 0."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+
+
+def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Act) -> tuple[int, ...]:
+    """The shape of the scale of an operand whose axes have these ``roles``.
+
+    Raises:
+      ValueError: groups that do not divide the last contracted axis.
+
+    >>> from jaxcomp.activations.specs import PerToken
+    >>> scale_blocks((2, 5, 8), (BATCH, OUTPUT, CONTRACTED), Act(range=Dynamic(), per=PerGroup(4)))
+    (2, 5, 2)
+    """
+    if isinstance(act.per, PerTensor):
+        return (1,) * len(shape)
+    blocks = [n if role in (OUTPUT, BATCH) else 1 for n, role in zip(shape, roles, strict=True)]
+    if isinstance(act.per, PerGroup):
+        contracted = [i for i, role in enumerate(roles) if role == CONTRACTED]
+        n = shape[contracted[-1]]
+        if n % act.per.size:
+            raise ValueError(
+                f"has {n} elements along its contracted axis, which groups of {act.per.size} do not divide"
+            )
+        for i in contracted[:-1]:
+            blocks[i] = shape[i]
+        blocks[contracted[-1]] = n // act.per.size
+    return tuple(blocks)
+
+
+def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> Coded:
+    """Codes of an activation, their gradient straight through and cut outside the range.
+
+    Args:
+      x: the value.
+      act: the rule.
+      roles: what the site does with each axis of ``x``.
+      given: the range, two scalars, where the rule takes one from outside.
+    """
+    if isinstance(act.range, Dynamic) or given is None:
+        scale, zero = int_scale(x, act.grid, scale_blocks(x.shape, roles, act))
+    else:
+        low, high = (jnp.asarray(end, compute_dtype(x.dtype)) for end in given)
+        scale, zero = grid_of_range(_trained(Range(low, high), act, x.size), act.grid)
+        scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
+    return Coded(int_codes(x, scale, zero, act.grid), scale, None if act.symmetric else zero)
+
+
+def fake_quantize(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+    """The value rounded to its grid, in its own type; arguments as of :func:`encode`.
+
+    >>> act = Act(2, range=LSQ())
+    >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, (OUTPUT,), Range(jnp.float32(0), jnp.float32(3)))
+    Array([0., 0., 3.], dtype=float32)
+    """
+    if isinstance(act.range, PACT) and given is not None:
+        high = jnp.asarray(given.high, x.dtype)
+        clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
+        coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
+        return _value_of(dequantize(*coded).astype(x.dtype), clipped)
+    return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
+
+
+def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point of a grid that covers a range and 0; differentiable in the range's ends."""
+    low = jnp.where(given.low <= 0, given.low, jnp.zeros_like(given.low))  # an end at 0 still learns
+    high = jnp.where(given.high >= 0, given.high, jnp.zeros_like(given.high))
+    _, top = grid.code_range
+    if grid.symmetric:
+        scale = _positive(jnp.maximum(-low, high) * (1.0 / (top + 0.5)))
+        return scale, jnp.zeros_like(scale)
+    scale = _positive(high * (1.0 / top) - low * (1.0 / top))
+    return scale, round_ste(-low / scale, 0, top)
+
+
+def _positive(scale: jax.Array) -> jax.Array:
+    """A range of width 0 gets scale 1."""
+    tiny = jnp.finfo(scale.dtype).tiny
+    return jnp.where(scale > 0, jnp.maximum(scale, tiny), jnp.ones_like(scale))
+
+
+def _trained(given: Range, act: Act, size: int) -> Range:
+    """The range with the gradient that the rule gives it."""
+    if isinstance(act.range, LSQ):
+        factor = float(size * act.grid.code_range[1]) ** -0.5
+        return Range(*(_scaled_gradient(end, factor) for end in given))
+    low = jnp.zeros_like(given.low) if isinstance(act.range, PACT) else given.low
+    return jax.lax.stop_gradient(Range(low, given.high))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """``x``, whose gradient is ``factor`` times what comes."""
+    return x
+
+
+@jax.custom_jvp
+def _value_of(value: jax.Array, gradient_of: jax.Array) -> jax.Array:
+    """``value``, with the gradient of ``gradient_of``."""
+    return value
+
+
+@_scaled_gradient.defjvp
+def _scaled_gradient_jvp(factor: float, primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[0] * factor
+
+
+@_value_of.defjvp
+def _value_of_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1]
