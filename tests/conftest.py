@@ -9,7 +9,8 @@ install_import_hook(["jaxcomp.numerics", "jaxcomp.masks"], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-settings.register_profile(
-    "jaxcomp", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+# The same examples in every run; --hypothesis-profile=explore draws new ones, and more of them.
+checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("jaxcomp", max_examples=25, deadline=None, derandomize=True, suppress_health_check=checks)
+settings.register_profile("explore", max_examples=500, deadline=None, suppress_health_check=checks)
 settings.load_profile("jaxcomp")

@@ -68,7 +68,8 @@ def test_the_logarithmic_grid_is_the_written_equation(w, bits) -> None:
         scale = np.where(top > 0, (2 ** (bits - 1) - 1) / np.log1p(top), 0)
     exact = np.sign(x) * np.log1p(np.abs(x)) * scale
     codes = np.asarray(q.codes)
-    assert (np.abs(codes - exact) <= 0.5 + 1e-3).all()
+    normal = np.broadcast_to((top == 0) | (top >= 1e-35), x.shape)  # else the step itself is subnormal
+    assert (np.abs(codes - exact) <= 0.5 + 1e-3)[normal].all()
     if (top > 1e-30).all():
         want = np.sign(codes) * np.expm1(np.abs(codes) / scale)
         np.testing.assert_allclose(np.asarray(q.materialize()), want, rtol=1e-4, atol=1e-6)

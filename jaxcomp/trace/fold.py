@@ -59,7 +59,7 @@ def fold_batch_norm(fn: Callable[..., Any]) -> Callable[..., Folded]:
       ValueError: the parameters given are not those that folding returned.
 
     >>> def fn(p, x):
-    ...     return (x @ p["w"] - p["mean"]) / p["std"]
+    ...     return (x @ p["w"] - p["mean"][None]) / p["std"][None]
     >>> p = {"w": jnp.ones((2, 3)), "mean": jnp.ones(3), "std": jnp.full(3, 2.0)}
     >>> folded = fold_batch_norm(fn)(p, jnp.ones((1, 2)))
     >>> folded.folds, folded.params["w"][0, 0], folded.fn(folded.params, jnp.ones((1, 2)))

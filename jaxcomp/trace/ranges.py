@@ -117,10 +117,10 @@ def entropy(bits: int) -> Method:
         top = jnp.maximum(-low, high)
         total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts.sum(0))])
         at = jnp.concatenate([jnp.zeros(1), jnp.minimum(jnp.asarray(_UPPER, jnp.float32), top)])
-        fine = jnp.diff(jnp.interp(jnp.arange(_FINE + 1) * top / _FINE, at, total))
+        fine = jnp.diff(jnp.interp(jnp.arange(_FINE + 1, dtype=jnp.float32) * top / _FINE, at, total))
         ends = jnp.arange(128, _FINE + 1, 16)
         best = ends[jnp.argmin(jax.vmap(lambda end: divergence(fine, end))(ends))]
-        return _symmetric(best * top / _FINE)
+        return _symmetric(best.astype(jnp.float32) * top / _FINE)
 
     return lambda stats: _by_layer(one, stats)
 
