@@ -158,9 +158,14 @@ def rigl(
 
     Source: Evci et al. 2019, arXiv:1911.11134.
     """
-    shares = optax.cosine_decay_schedule(fraction, stop)
+    _check_fraction(fraction)
+    cosine = optax.cosine_decay_schedule(fraction, stop)
     due = every(period, start=period, stop=stop)
-    return regrow(sparsity, key=key, grow=sensitivity, fraction=shares, due=due, where=where)
+
+    def share(step: Any) -> Any:
+        return cosine(jnp.asarray(step, jnp.float32))  # which divides the step by ``stop``
+
+    return regrow(sparsity, key=key, grow=sensitivity, fraction=share, due=due, where=where)
 
 
 def sparse_evolution(

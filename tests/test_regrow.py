@@ -19,7 +19,7 @@ from jaxcomp.resets import MaskState
 KEY = jax.random.key(0)
 SPARSITY = 0.8
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.05),
+    "sgd": optax.sgd(0.5),
     "momentum": optax.sgd(0.02, momentum=0.9, nesterov=True),
     "adam": optax.adam(1e-2),
     "adamw": optax.adamw(1e-2, weight_decay=1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
@@ -100,7 +100,7 @@ def test_first_masks_are_exact_and_random_or_by_a_score() -> None:
 
 
 def test_leaves_of_one_shape_and_steps_draw_for_themselves() -> None:
-    params = {"a": jnp.ones((20, 20)), "b": jnp.ones((20, 20))}
+    params = {"a/kernel": jnp.ones((20, 20)), "b/kernel": jnp.ones((20, 20))}
     t = jc.regrow(0.5, key=KEY, fraction=1.0, due=jc.every(1))
     first = t.init(params)
     later = [t.update(first, params, step=jnp.int32(i)) for i in (0, 1)]
@@ -108,8 +108,8 @@ def test_leaves_of_one_shape_and_steps_draw_for_themselves() -> None:
     for i, a in enumerate(draws):
         for b in draws[:i]:
             assert 60 < int((a & b).sum()) < 140  # 100 of 200
-    alone = jc.by_path({"b": t}).init(params)
-    assert (alone[0].masks["b"] == first.masks["b"]).all()
+    alone = jc.by_path({"b/kernel": t}).init(params)
+    assert (alone[0].masks["b/kernel"] == first.masks["b/kernel"]).all()
     one = jc.regrow(0.99, key=KEY).init({"tiny": jnp.ones((1, 3))})
     assert int(one.masks["tiny"].sum()) == 1
 
@@ -125,6 +125,7 @@ def test_a_table_gives_each_leaf_its_own_sparsity() -> None:
 @pytest.mark.parametrize("make", [rigl, set_], ids=["rigl", "set"])
 def test_counts_hold_at_every_step_and_masks_rest_between(make) -> None:
     t, params = make(), make_params()
+    chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(n=1)(lambda s, p, i, g: t.update(s, p, step=i, grads=g)))
     state = t.init(params)
     for i in range(45):
@@ -219,6 +220,7 @@ def test_it_trains_and_regrown_weights_start_afresh(name, make) -> None:
 def _train(tx: optax.GradientTransformation, t: jc.Transform, kept: int) -> None:
     params = make_params()
     state, opt_state = t.init(params), tx.init(params)
+    chex.clear_trace_counter()
 
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -301,10 +303,11 @@ def test_what_reset_refuses() -> None:
 
 @jax.numpy_dtype_promotion("standard")  # optax's adam mixes types
 def test_wrap_optax_trains_with_rigl_in_one_line() -> None:
-    t = rigl()
-    tx = jc.wrap_optax(optax.adam(1e-2), t)
-    params = make_params()
+    t, adam, params = rigl(), optax.adam(1e-2), make_params()
+    tx = jc.wrap_optax(adam, t)
     state = tx.init(params)
+    by_hand = (params, adam.init(params), state.transform)
+    params = jc.materialize(t.apply(state.transform, params))
 
     @jax.jit
     def step(params, state):
@@ -312,8 +315,14 @@ def test_wrap_optax_trains_with_rigl_in_one_line() -> None:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    # The same, by hand.
-    latent, compression, opt_state = make_params(), t.init(params), optax.adam(1e-2).init(params)
+    @jax.jit
+    def step_by_hand(latent, opt_state, masks, i):
+        _, grads, dense = dense_value_and_grad(t, loss)(masks, latent, X, Y)
+        updates, opt_state = adam.update(grads, opt_state, latent)
+        latent = optax.apply_updates(latent, updates)
+        new = t.update(masks, latent, step=i, grads=dense)
+        return *reset_regrown(masks, new, latent, opt_state), new
+
     values, moved = [], 0
     for i in range(60):
         before = state
@@ -326,17 +335,12 @@ def test_wrap_optax_trains_with_rigl_in_one_line() -> None:
         moved += grown.sum()
         assert (np.asarray(state.latent["in"]["kernel"])[grown] == 0).all()
         assert (np.asarray(state.optimizer[0].nu["in"]["kernel"])[grown] == 0).all()
-        _, grads, dense = dense_value_and_grad(t, loss)(compression, latent, X, Y)
-        updates, opt_state = optax.adam(1e-2).update(grads, opt_state, latent)
-        latent = optax.apply_updates(latent, updates)
-        new = t.update(compression, latent, step=i, grads=dense)
-        latent, opt_state = reset_regrown(compression, new, latent, opt_state)
-        compression = new
-        if i == 10:  # in and out of jit sums differ in the last bits, and grow apart
-            chex.assert_trees_all_close(state.latent, latent, rtol=1e-3, atol=1e-5)
-            chex.assert_trees_all_equal(state.transform, compression)
+        by_hand = step_by_hand(*by_hand, jnp.int32(i))
+        if i == 10:  # later, differences in the last bits have grown
+            chex.assert_trees_all_close(state.latent, by_hand[0], rtol=1e-3, atol=1e-5)
+            chex.assert_trees_all_equal(state.transform, by_hand[2])
     assert moved > 30
-    assert values[-1] < 0.6 * values[1]
+    assert values[-1] < 0.6 * values[0]
 
 
 EIGHT_DEVICES = """
@@ -387,7 +391,7 @@ def test_a_key_is_not_used_up() -> None:
             r"fraction must be a number in \[0, 1\] or a sched.*got 1.5",
         ),
         (lambda: jc.regrow(0.5), r"first masks and growth are drawn, which wants a key: key=jax.random.key\(0\)"),
-        (lambda: jc.regrow(0.5, initial=jc.magnitude, due=jc.every(1)), r"which wants a key"),
+        (lambda: jc.regrow(0.5, initial=jc.magnitude, due=jc.every(1)), r".*which wants a key"),
         (lambda: jc.regrow(0.5, key=0), r"key must be one key such as jax.random.key\(0\), got 0"),
         (lambda: jc.regrow(0.5, key=jax.random.split(KEY)), r"key must be one key"),
         (

