@@ -57,7 +57,7 @@ class Sparse:
     """Rows of the table."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of initial weights, order of the batches, first masks and random growth."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=10, learning_rate=2e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=20, learning_rate=2e-3))
     """How each is trained."""
     batch: int = 128
     """Examples a step."""
