@@ -16,7 +16,7 @@ LAYERS = [
     {"paths", "specs"},
     {"leaves", "numerics", "masks"},
     {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"prune", "quantize", "structure", "activations", "distill", "federated"},
     {"search"},
     {"artifact", "export", "report"},
 ]
