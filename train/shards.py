@@ -21,7 +21,7 @@ def iid_shards(count: int, clients: int, *, seed: int) -> list[np.ndarray]:
 
 
 def dirichlet_shards(labels: np.ndarray, clients: int, *, alpha: float, seed: int, least: int = 1) -> list[np.ndarray]:
-    """Each class dealt out in proportions drawn from a Dirichlet distribution: a client has few classes if alpha is low.
+    """Each class dealt out in proportions drawn from a Dirichlet distribution: few classes a client if alpha is small.
 
     Drawn again until every client has at least ``least`` examples.
 

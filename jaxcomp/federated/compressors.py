@@ -21,6 +21,7 @@ from jaxcomp.federated.arrays import (
     seed_of,
     stochastic_codes,
 )
+from jaxcomp.federated.coded_messages import Rotated, Signs, Uniform
 from jaxcomp.federated.compressor import (
     Compressor,
     Message,
@@ -31,7 +32,7 @@ from jaxcomp.federated.compressor import (
     key_of_leaf,
     leafwise,
 )
-from jaxcomp.federated.messages import Drawn, Factors, Rotated, Signs, Sparse, Uniform
+from jaxcomp.federated.messages import Drawn, Factors, Sparse
 from jaxcomp.leaves import Packed
 from jaxcomp.numerics.quantizers import compute_dtype
 from jaxcomp.paths import Where, matches, matrices
@@ -174,7 +175,8 @@ def rotate(compressor: Compressor, *, block: int | None = None) -> Compressor:
 
     def encode(state: State, update: Update, *, key: Any = None, shared: Any = None) -> tuple[Message, State]:
         check_keys("rotate", ("shared",), key, shared)
-        named, treedef = checked(update, "rotate"), jax.tree.structure(update)
+        named = checked(update, "rotate")
+        treedef: Any = jax.tree.structure(update)
         seeds = {path: seed_of(key_of_leaf(shared, path)) for path, _ in named}
         lengths = {path: rotation_block(x.size, block) for path, x in named}
         flat = {path: x.astype(compute_dtype(x.dtype)).reshape(-1) for path, x in named}
@@ -247,14 +249,14 @@ def _count_rule(owner: str, fraction: float | None, count: int | None) -> Callab
 
     def number(path: str, x: Any) -> int:
         size = math.prod(x.shape)
-        if fraction is not None:
-            return max(1, round(float(fraction) * size))
-        if int(count) > size:  # type: ignore[arg-type]
+        if count is None:
+            return max(1, round(float(fraction or 1) * size))
+        if count > size:
             raise ValueError(
                 f"{owner}: {path!r} of shape {tuple(x.shape)} has {size} elements, fewer than count={count}; give a"
                 " fraction, or a smaller count by a rule."
             )
-        return int(count)  # type: ignore[arg-type]
+        return int(count)
 
     return number
 

@@ -69,7 +69,8 @@ def from_bytes(data: bytes, *, like: Message) -> Message:
         raise WireError(f"from_bytes: the message has {len(payload)} bytes after its header, wanted {bits(like) // 8}.")
     if zlib.crc32(payload) != checksum:
         raise WireError("from_bytes: the message does not match its checksum; have it sent again.")
-    leaves, treedef = jax.tree.flatten(like)
+    leaves = jax.tree.leaves(like)
+    treedef: Any = jax.tree.structure(like)
     out, start = [], 0
     for x in leaves:
         dtype = jnp.dtype(x.dtype)
