@@ -21,7 +21,12 @@ def update_of(seed: int, dtype=jnp.float32) -> dict:
 
 
 def encode(t: fed.Compressor, update, *, key=KEY, shared=SHARED):
-    return t.encode(t.init(update), update, key=key, shared=shared)
+    """A first message, in jit: one compilation instead of one an operation."""
+    return jax.jit(lambda u, k, s: t.encode(t.init(u), u, key=k, shared=s)[0])(update, key, shared)
+
+
+def decode(message):
+    return jax.jit(fed.decode)(message)
 
 
 COMPRESSORS = {
@@ -47,15 +52,15 @@ every = pytest.mark.parametrize("name", COMPRESSORS)
 @every
 def test_messages_hold_what_is_sent_and_stand_for_the_same_tree(name) -> None:
     t, update = COMPRESSORS[name], update_of(0)
-    message, _ = encode(t, update)
-    decoded = t.decode(message)
+    message = encode(t, update)
+    decoded = jax.eval_shape(t.decode, message)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), decoded) == jax.tree.map(lambda x: (x.shape, x.dtype), update)
     assert t.bits(message) == 8 * sum(np.asarray(x).nbytes for x in jax.tree.leaves(message))
     shapes = jax.eval_shape(lambda u: t.encode(t.init(u), u, key=KEY, shared=SHARED)[0], update)
     assert t.bits(shapes) == t.bits(message)
 
 
-@every
+@pytest.mark.parametrize("name", ["topk", "randomk", "sign", "rotated 4", "powersgd"])
 def test_jit_gives_what_eager_gives(name) -> None:
     t, update = COMPRESSORS[name], update_of(3)
     state = t.init(update)
@@ -72,12 +77,14 @@ def test_jit_gives_what_eager_gives(name) -> None:
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]], ids=["mean", "weighted"])
 def test_messages_combine_to_the_mean_of_what_they_decode_to(name, weights) -> None:
     t = COMPRESSORS[name]
-    sent = [encode(t, update_of(i), key=jax.random.key(10 + i))[0] for i in range(3)]
+    sender = jax.jit(lambda u, k: t.encode(t.init(u), u, key=k, shared=SHARED)[0])
+    sent = [sender(update_of(i), jax.random.key(10 + i)) for i in range(3)]
     share = np.ones(3) / 3 if weights is None else np.array(weights) / 8
-    got = t.decode(t.combine(sent, weights))
+    got = jax.jit(lambda m: t.decode(t.combine(m, weights)))(sent)
+    decoded = jax.jit(lambda m: [t.decode(x) for x in m])(sent)
     want = jax.tree.map(
         lambda *x: sum(w * np.asarray(a, np.float64) for w, a in zip(share, x, strict=True)),
-        *[t.decode(m) for m in sent],
+        *decoded,
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
@@ -85,16 +92,20 @@ def test_messages_combine_to_the_mean_of_what_they_decode_to(name, weights) -> N
 @every
 def test_narrow_types_are_kept(name) -> None:
     t, update = COMPRESSORS[name], update_of(0, jnp.bfloat16)
-    sent = [encode(t, update, key=jax.random.key(i))[0] for i in range(2)]
-    for message in (sent[0], t.combine(sent)):
-        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(t.decode(message)))
+
+    def both(update):
+        message, _ = t.encode(t.init(update), update, key=KEY, shared=SHARED)
+        return t.decode(message), t.decode(t.combine([message, message]))
+
+    for decoded in jax.eval_shape(both, update):
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(decoded))
 
 
 def test_sizes_are_those_that_arithmetic_gives() -> None:
     kernel = {"w": jax.random.normal(jax.random.key(0), (100, 30))}  # 3000 elements, places of 12 bits
 
     def size(t):
-        return fed.bits(encode(t, kernel)[0]) / 8
+        return fed.bits(jax.eval_shape(lambda u: t.encode(t.init(u), u, key=KEY, shared=SHARED)[0], kernel)) / 8
 
     assert size(fed.dense()) == 12000
     assert size(fed.topk(count=30)) == 30 * 4 + 45  # 30 * 12 bits
@@ -111,7 +122,10 @@ def test_combined_messages_stay_small() -> None:
     kernel = [{"w": jax.random.normal(jax.random.key(i), (100, 30))} for i in range(5)]
 
     def size(t):
-        return fed.bits(t.combine([encode(t, k)[0] for k in kernel])) / 8
+        def total(kernels):
+            return t.combine([t.encode(t.init(k), k, key=KEY, shared=SHARED)[0] for k in kernels])
+
+        return fed.bits(jax.eval_shape(total, kernel)) / 8
 
     assert size(fed.topk(count=30)) == 5 * (30 * 4 + 45)
     assert size(fed.topk(count=1000)) == 12000  # five lists would be longer than the dense mean
@@ -124,13 +138,13 @@ def test_combined_messages_stay_small() -> None:
 def test_topk_keeps_the_largest_exactly() -> None:
     x = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
     for count in (1, 10, 63):
-        got = np.asarray(fed.decode(encode(fed.topk(count=count), {"w": jnp.asarray(x)})[0])["w"])
+        got = np.asarray(decode(encode(fed.topk(count=count), {"w": jnp.asarray(x)}))["w"])
         cut = np.sort(np.abs(x).reshape(-1))[-count]
         assert (got == np.where(np.abs(x) >= cut, x, 0)).all()
 
 
 def test_topk_of_a_fraction_sends_one_element_at_least() -> None:
-    got = fed.decode(encode(fed.topk(0.01), {"b": jnp.array([1.0, -3.0, 2.0])})[0])["b"]
+    got = decode(encode(fed.topk(0.01), {"b": jnp.array([1.0, -3.0, 2.0])}))["b"]
     assert got.tolist() == [0, -3, 0]
 
 
@@ -139,21 +153,21 @@ def test_one_element_and_zeros_survive_every_compressor() -> None:
         if "powersgd" in name or name == "by_path" or "common" in name:
             continue
         update = {"one": jnp.array([2.0]), "none": jnp.zeros((4, 4))}
-        got = t.decode(encode(t, update)[0])
+        got = decode(encode(t, update))
         assert (got["none"] == 0).all(), name
         assert "randomk" in name or np.allclose(got["one"], 2.0), name
 
 
 def test_sign_has_the_mean_magnitude() -> None:
     x = np.random.default_rng(1).normal(size=50).astype(np.float32)
-    got = np.asarray(fed.decode(encode(fed.sign(), {"w": jnp.asarray(x)})[0])["w"])
+    got = np.asarray(decode(encode(fed.sign(), {"w": jnp.asarray(x)}))["w"])
     assert np.allclose(got, np.where(x >= 0, 1, -1) * np.abs(x).mean(), rtol=1e-6)
 
 
 def test_a_vote_is_the_majoritys() -> None:
     t = fed.sign(vote=True)
     x = np.random.default_rng(2).normal(size=(4, 60)).astype(np.float32)
-    sent = [encode(t, {"w": jnp.asarray(row)})[0] for row in x]
+    sent = [t.encode((), {"w": jnp.asarray(row)})[0] for row in x]
     signs = np.where(x >= 0, 1, -1)
     scales = np.abs(x).mean(1)
     for n, weights in [(3, None), (4, None), (4, [4.0, 1.0, 1.0, 1.0])]:
@@ -168,7 +182,7 @@ def test_a_rotated_message_is_numpys() -> None:
     """The whole decoding again with scipy's matrix: signs, transform, levels."""
     t = fed.rotate(fed.uniform(3))
     x = np.random.default_rng(3).normal(size=50).astype(np.float32)
-    message = encode(t, {"w": jnp.asarray(x)})[0]["w"]
+    message = encode(t, {"w": jnp.asarray(x)})["w"]
     inner = message.inner
     codes = np.unpackbits(np.asarray(inner.codes), bitorder="little").reshape(64, 3) @ [1, 2, 4]
     signs = np.asarray(jax.random.rademacher(key_of(message.seed), (64,), jnp.float32))
@@ -194,7 +208,7 @@ def test_unbiased(t) -> None:
         a, b = jax.random.split(key)
         return t.decode(t.encode((), {"w": x}, key=a, shared=b)[0])["w"]
 
-    got = np.asarray(jax.vmap(once)(jax.random.split(jax.random.key(6), n)), np.float64)
+    got = np.asarray(jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(6), n)), np.float64)
     error = np.abs(got.mean(0) - np.asarray(x))
     assert (error < 5 * got.std(0) / np.sqrt(n) + 1e-6).all()
 
@@ -206,7 +220,7 @@ def test_drive_is_nearly_unbiased_and_plain_sign_is_not() -> None:
         def once(key):
             return t.decode(t.encode((), {"w": x}, key=key, shared=key)[0])["w"]
 
-        got = jax.vmap(once)(jax.random.split(jax.random.key(6), 2000))
+        got = jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(6), 2000))
         return float(jnp.linalg.norm(got.mean(0) - x) / jnp.linalg.norm(x))
 
     assert bias(fed.rotate(fed.sign(unbiased=True))) < 0.06
@@ -218,7 +232,7 @@ def test_a_rotation_lowers_the_error_where_there_are_outliers() -> None:
     x = {"w": jax.random.normal(jax.random.key(7), (1024,)).at[0].set(100.0)}
 
     def error(t):
-        return float(jnp.sum((t.decode(encode(t, x)[0])["w"] - x["w"]) ** 2))
+        return float(jnp.sum((decode(encode(t, x))["w"] - x["w"]) ** 2))
 
     assert error(fed.rotate(fed.uniform(4))) < error(fed.uniform(4)) / 10
 
@@ -237,14 +251,14 @@ def test_contracts(name) -> None:
     t, delta = CONTRACTING[name]
     for seed in range(5):
         x = {"kernel": jax.random.normal(jax.random.key(seed), (12, 10)) ** 3}
-        error = jnp.sum((x["kernel"] - t.decode(encode(t, x)[0])["kernel"]) ** 2)
+        error = jnp.sum((x["kernel"] - decode(encode(t, x))["kernel"]) ** 2)
         assert float(error) <= (1 - delta) * float(jnp.sum(x["kernel"] ** 2)) * (1 + 1e-6)
 
 
 def test_biased_randomk_contracts_on_average() -> None:
     t, x = fed.randomk(0.25, unbiased=False), jax.random.normal(jax.random.key(0), (40,))
     keys = jax.random.split(jax.random.key(1), 2000)
-    error = jax.vmap(lambda k: jnp.sum((x - t.decode(t.encode((), {"w": x}, shared=k)[0])["w"]) ** 2))(keys)
+    error = jax.jit(jax.vmap(lambda k: jnp.sum((x - t.decode(t.encode((), {"w": x}, shared=k)[0])["w"]) ** 2)))(keys)
     assert np.isclose(float(error.mean() / jnp.sum(x**2)), 0.75, atol=0.02)
 
 
@@ -264,7 +278,7 @@ def test_powersgd_converges_to_the_svd_when_repeated() -> None:
 def test_powersgd_takes_all_axes_but_the_last_as_rows_and_sends_the_rest_as_it_is() -> None:
     t = fed.powersgd(1, key=FACTORS)
     update = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.arange(4.0)}
-    message, _ = encode(t, update)
+    message = encode(t, update)
     assert message["kernel"].p.shape == (18, 1)
     assert message["kernel"].q.shape == (4, 1)
     assert np.allclose(t.decode(message)["kernel"], 1, atol=1e-6)  # of rank one
@@ -277,7 +291,7 @@ def test_powersgd_over_an_axis_is_one_step_on_the_mean() -> None:
     updates = jax.tree.map(lambda *x: jnp.stack(x), *[update_of(i) for i in range(3)])
     mean = jax.tree.map(lambda x: x.mean(0), updates)
     state = alone.init(mean)
-    got = jax.vmap(lambda u: t.decode(t.encode(state, u)[0]), axis_name="clients")(updates)
+    got = jax.jit(jax.vmap(lambda u: t.decode(t.encode(state, u)[0]), axis_name="clients"))(updates)
     want = alone.decode(alone.encode(state, mean)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-5), got, want)
 
@@ -286,11 +300,11 @@ def test_a_common_range_over_an_axis_lets_codes_be_summed_as_integers() -> None:
     t = fed.rotate(fed.uniform(4, axis_name="clients"))
     updates = jax.tree.map(lambda *x: jnp.stack(x), *[update_of(i) for i in range(3)])
     keys = jax.random.split(KEY, 3)
-    sent = jax.vmap(lambda u, k: t.encode((), u, key=k, shared=SHARED)[0], axis_name="clients")(updates, keys)
-    total = fed.combine_stacked(sent)
+    sent = jax.jit(jax.vmap(lambda u, k: t.encode((), u, key=k, shared=SHARED)[0], axis_name="clients"))(updates, keys)
+    total = jax.jit(fed.combine_stacked)(sent)
     assert total["layer"]["kernel"].inner.parts == 3
     assert total["layer"]["kernel"].inner.codes.size == 128 * 6 // 8  # sums of 0..45
-    want = jax.tree.map(lambda x: x.mean(0), jax.vmap(t.decode)(sent))
+    want = jax.tree.map(lambda x: x.mean(0), jax.jit(jax.vmap(t.decode))(sent))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), t.decode(total), want)
 
 
@@ -359,6 +373,6 @@ def test_refuses_missing_keys() -> None:
 
 
 def test_a_compressed_update_is_refused() -> None:
-    message, _ = encode(fed.sign(), update_of(0))
+    message = encode(fed.sign(), update_of(0))
     with pytest.raises(ValueError, match=r"topk: 'layer/bias' is a Signs; encode materialize\(update\)"):
         fed.topk(0.1).encode((), message)
