@@ -16,7 +16,7 @@ LAYERS = [
     {"paths", "specs"},
     {"leaves", "numerics", "masks"},
     {"slots", "resets", "transform", "trace"},
-    {"prune", "regrow", "quantize", "structure", "activations", "distill"},
+    {"prune", "regrow", "quantize", "structure", "activations", "distill", "federated"},
     {"search"},
     {"artifact", "export", "report"},
 ]
