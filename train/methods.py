@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
+from jaxcomp.activations import Rules
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.structure import Plan, plan
 from train.data import Dataset
@@ -94,7 +95,7 @@ def _joint(steps: int) -> jc.Transform:
 
 def _weights_and_activations(start: Start) -> Recipe:
     """8 bits for weights and for what enters each product: trained in float on those grids, judged on integers."""
-    rules = {".*": jc.Act(8)}
+    rules: Rules = {".*": jc.Act(8)}
     fake = OnGrids(start.model, rules, calibrated(start.model, start.variables, start.data))
 
     def opened(file: Mapping[str, Any]) -> Network:
