@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,8 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
-    return METHODS[name].make(Start(model, job.data, saved, steps)), optim
+    recipe = METHODS[name].make(Start(model, job.data, saved, steps))
+    return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
 
 
 def _accuracy(job: Job, params: Any, batch_stats: Any) -> float:

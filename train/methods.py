@@ -51,6 +51,7 @@ class Recipe:
       beside: what the file holds besides the variables.
       opened: from a file's content to the network that is judged; the trained one by default.
       integer: the judged network takes compressed leaves as they are and runs on them.
+      rewound: fine-tune at the baseline's learning rate, as a network that lost much wants.
     """
 
     transform: jc.Transform
@@ -59,6 +60,7 @@ class Recipe:
     beside: Mapping[str, Any] = field(default_factory=dict)
     opened: Callable[[Mapping[str, Any]], Network] | None = None
     integer: bool = False
+    rewound: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def _fewer_channels(start: Start) -> Recipe:
     """Half of every group of channels is removed, then the small network is trained and judged.
 
     It is the same class at smaller widths, read off the arrays' shapes; where the class has no such field, the
-    program itself is shrunk, and the file says which units stayed.
+    program itself is shrunk, and the file says which units stayed. The learning rate goes back to the baseline's
+    (Renda et al. 2020, arXiv:2003.02389).
     """
     image = jnp.zeros((1, *start.data.train.images.shape[1:]), jnp.float32)
     groups = jc.channel_groups(inference(start.model))(start.variables, image)
@@ -121,7 +124,7 @@ def _fewer_channels(start: Start) -> Recipe:
         return same or Shrunken(start.model, Plan(groups, tuple(np.asarray(k) for k in file["kept"])))
 
     beside = {} if narrowed(start.model, half.widths) else {"kept": list(half.kept)}
-    return Recipe(jc.identity(), opened({**small, **beside}), small, beside, opened)
+    return Recipe(jc.identity(), opened({**small, **beside}), small, beside, opened, rewound=True)
 
 
 METHODS: dict[str, Method] = {
