@@ -16,6 +16,7 @@ from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
 from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
 from jaxcomp.quantize import quantize
+from jaxcomp.regrow import regrow, rigl, sparse_evolution
 from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
 from jaxcomp.structure import channel_groups, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
@@ -63,10 +64,13 @@ __all__ = [
     "quantize",
     "quantize_function",
     "ranges_of",
+    "regrow",
+    "rigl",
     "save",
     "sensitivity",
     "shrink",
     "sites",
+    "sparse_evolution",
     "taylor",
     "wrap_optax",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.numerics.packing import pack_bits, unpack_bits
-from jaxcomp.numerics.quantizers import dequantize
+from jaxcomp.numerics.quantizers import dequantize, spread
 from jaxcomp.specs import Companded, Grid
 
 Cls = TypeVar("Cls", bound=type)
@@ -24,6 +24,7 @@ def compressed_leaf(*, meta: tuple[str, ...] = ()) -> Callable[[Cls], Cls]:
     def decorate(cls: Any) -> Any:
         cls = dataclass(frozen=True, eq=False)(cls)
         data = [f.name for f in fields(cls) if f.name not in meta]
+        cls.data_fields, cls.meta_fields = tuple(data), meta
         return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
 
     return decorate
@@ -73,10 +74,25 @@ class CompressedLeaf:
     Class attributes:
       open: the fields that later transforms in a chain may rewrite; none means that the leaf is closed.
       made_by: the transform that makes it, for error messages.
+      coded: the field that holds one integer code for each element of the dense array, if there is one: a file then
+        stores only the codes that a mask keeps.
+      data_fields, meta_fields: names of the fields that are children and of the static ones.
     """
 
     open: ClassVar[tuple[str, ...]] = ()
     made_by: ClassVar[str] = ""
+    coded: ClassVar[str] = ""
+    data_fields: ClassVar[tuple[str, ...]] = ()
+    meta_fields: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code, where there is a ``coded`` field."""
+        raise TypeError(f"{type(self).__name__} does not define code_bits.")
+
+    def code_of_zero(self, shape: tuple[int, ...]) -> Any:
+        """The packed code of the value 0: a number, or an array of codes of the dense ``shape``."""
+        return 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +153,14 @@ class Quantized(CompressedLeaf):
     dense_dtype: Any
 
     made_by: ClassVar[str] = "quantize"
+    coded: ClassVar[str] = "codes"
+
+    @property
+    def code_bits(self) -> int:  # noqa: D102
+        return self.grid.bits
+
+    def code_of_zero(self, shape: tuple[int, ...]) -> Any:  # noqa: D102
+        return 0 if self.zero_point is None else jnp.broadcast_to(spread(self.zero_point, shape), shape)
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 MIN_BITS, MAX_BITS = 2, 8
 
 
+class Spec:
+    """What every frozen spec is: a value that says what to do; files name it by its class and its fields."""
+
+
 def _check_bits(owner: str, bits: object) -> None:
     if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not MIN_BITS <= int(bits) <= MAX_BITS:
         raise ValueError(f"{owner}: bits must be an integer in {MIN_BITS}..{MAX_BITS}, got {bits!r}.")
 
 
 @dataclass(frozen=True)
-class Int:
+class Int(Spec):
     """A uniform integer grid: ``dense == (codes - zero_point) * scale`` with codes of ``bits`` bits.
 
     Symmetric codes are two's complement in ``[-2**(bits-1), 2**(bits-1) - 1]`` with zero point 0 and
@@ -110,7 +114,7 @@ LOG = Compander("log1p", _log_compress, _log_expand)
 
 
 @dataclass(frozen=True)
-class Companded:
+class Companded(Spec):
     """A non-uniform grid: uniform in ``f(w)``, so ``dense == f⁻¹(codes * step)``.
 
     ``codes = round(f(w) * s)`` with ``s = (2**(bits-1) - 1) / f(max|w|)`` and ``step = 1 / s``; codes are

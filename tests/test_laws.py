@@ -47,6 +47,10 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    # Dynamic sparse training: grown at random, and by gradient with a falling share; static, then quantized.
+    "regrow_random": jc.regrow(0.6, key=jax.random.key(0), due=jc.every(1)),
+    "rigl": jc.rigl(0.6, key=jax.random.key(0), period=1, stop=9),
+    "regrow_int4": jc.chain(jc.regrow(0.8, initial=jc.magnitude), jc.quantize(jc.Int(4))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

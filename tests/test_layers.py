@@ -15,8 +15,8 @@ ROOT = Path(jaxcomp.__file__).parent
 LAYERS = [
     {"paths", "specs"},
     {"leaves", "numerics", "masks"},
-    {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"slots", "resets", "transform", "trace"},
+    {"prune", "regrow", "quantize", "structure", "activations", "distill"},
     {"search"},
     {"artifact", "export", "report"},
 ]

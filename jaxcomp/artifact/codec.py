@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.leaves import CompressedLeaf, Masked, Packed, Quantized, is_compressed, pack
+from jaxcomp.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
 from jaxcomp.numerics.packing import packed_size
 from jaxcomp.paths import leaves_with_paths
-from jaxcomp.specs import LOG, Companded, Compander, Grid, Int
+from jaxcomp.specs import LOG, Compander, Spec
 
 Json = Any
 Tensors = dict[str, np.ndarray]
@@ -116,48 +116,86 @@ def _unbitmap(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _encode_leaf(x: Any, path: str, out: Tensors) -> Json:
-    match x:
-        case Quantized():
-            return _encode_quantized(x, path, out, None)
-        case Masked():
-            return _encode_masked(x, path, out)
-        case CompressedLeaf():
-            raise TypeError(f"save: {path!r} is a {type(x).__name__}, which files do not hold.")
+    if isinstance(x, Masked):
+        return _encode_masked(x, path, out)
+    if isinstance(x, CompressedLeaf):
+        return _encode_fields(x, path, out, None)
     return _encode_node(x, path, out)  # a gate that never opened packs as what was there before
 
 
 def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
     """Bitmap and survivors; or the values alone where the bitmap would not pay, and then they load without a mask."""
-    mask = np.asarray(x.mask.unpack())
-    full = np.broadcast_to(mask, x.shape)
-    bits = x.values.grid.bits if isinstance(x.values, Quantized) else 8 * jnp.dtype(x.dtype).itemsize
-    sparse_bytes = packed_size(mask.size, 1) + packed_size(int(full.sum()), bits)
-    if sparse_bytes >= packed_size(full.size, bits):
-        return _encode_node(x.values, path, out)
+    values = x.values
+    mask = np.asarray(unpacked(x.mask))
+    kept = np.broadcast_to(mask, x.shape)
+    whole = is_compressed(values) and not values.coded
+    bits = values.code_bits if is_compressed(values) and values.coded else 8 * jnp.dtype(x.dtype).itemsize
+    full_bytes, kept_bytes = packed_size(kept.size, bits), packed_size(int(kept.sum()), bits)
+    pays = packed_size(mask.size, 1) + kept_bytes < full_bytes and not whole
+    if not pays and not np.asarray(dense(values))[~kept].any():
+        return _encode_node(values, path, out)
     out[f"{path}.mask"] = _bitmap(mask)
-    if isinstance(x.values, Quantized):
-        return {"masked": _encode_quantized(x.values, path, out, full), "mask": mask.shape}
-    if is_compressed(x.values):
-        raise TypeError(f"save: {path!r} masks a {type(x.values).__name__}, which files do not hold.")
-    out[path] = _host(x.values, path)[full]
-    return {"masked": {"shape": x.shape}, "mask": mask.shape}
+    if whole:
+        inner = _encode_node(values, path, out)
+    elif is_compressed(values):
+        inner = {"survivors": _encode_fields(values, path, out, kept)["leaf"]}
+    else:
+        inner, out[path] = "survivors", _host(values, path)[kept]
+    node = {"masked": inner, "mask": mask.shape}
+    return node if mask.shape == x.shape else {**node, "shape": x.shape}
 
 
-def _encode_quantized(x: Quantized, path: str, out: Tensors, kept: np.ndarray | None) -> Json:
-    codes = np.asarray(x.codes.unpack() if isinstance(x.codes, Packed) else x.codes)
-    flat = codes.reshape(-1) if kept is None else codes[kept]
-    out[path] = flat if x.grid.bits == 8 else np.asarray(Packed.of(jnp.asarray(flat), x.grid.bits, x.grid.low).data)
-    out[f"{path}.scale"] = _host(x.scale, path)
-    if x.zero_point is not None:
-        out[f"{path}.zero"] = _host(x.zero_point, path)
-    return {"quantized": _encode_grid(x.grid), "shape": x.shape, "dtype": str(jnp.dtype(x.dtype))}
+def _encode_fields(x: CompressedLeaf, path: str, out: Tensors, kept: np.ndarray | None) -> Json:
+    """Any leaf by its fields; those that are plain arrays or None are not described, only stored or left out.
+
+    Of the coded field, only the codes of the ``kept`` elements are stored.
+    """
+    data, meta = {}, {}
+    for name in x.data_fields:
+        value, at = getattr(x, name), _field_path(type(x), name, path)
+        if name == x.coded and kept is not None:
+            value = _codes_kept(value, kept)
+        if value is None:
+            continue
+        if isinstance(value, Packed):
+            out[at] = _host(value.data, at)
+            data[name] = {"packed": [value.bits, value.low, value.shape]}
+        elif is_compressed(value):
+            data[name] = _encode_leaf(value, at, out)
+        else:
+            out[at] = _host(value, at)
+    for name in x.meta_fields:
+        meta[name] = _encode_static(getattr(x, name), path)
+    return {"leaf": [type(x).__name__, meta, data] if data else [type(x).__name__, meta]}
 
 
-def _encode_grid(grid: Grid) -> Json:
-    if isinstance(grid, Companded):
-        return {"companded": grid.bits, "compander": grid.compander.name}
-    given = {"int": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "narrow": grid.narrow}
-    return {k: v for k, v in given.items() if k == "int" or v != getattr(Int(), k)}
+def _field_path(cls: type[CompressedLeaf], name: str, path: str) -> str:
+    return path if name == cls.coded else f"{path}.{name}"
+
+
+def _codes_kept(codes: Any, kept: np.ndarray) -> Any:
+    if isinstance(codes, Packed):
+        return Packed.of(jnp.asarray(np.asarray(codes.unpack())[kept]), codes.bits, codes.low)
+    return np.asarray(codes)[kept]
+
+
+def _encode_static(value: Any, path: str) -> Json:
+    """A leaf's static field: JSON's own scalars as they are; a tuple, a type, a spec and a compander by name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return [_encode_static(v, path) for v in value]
+    if isinstance(value, Compander):
+        return {"compander": value.name}
+    if isinstance(value, Spec) and is_dataclass(value):
+        changed = [f for f in fields(value) if f.default is MISSING or getattr(value, f.name) != f.default]
+        return {"spec": [type(value).__name__, {f.name: _encode_static(getattr(value, f.name), path) for f in changed}]}
+    try:
+        return {"dtype": str(jnp.dtype(value))}
+    except TypeError:
+        raise TypeError(
+            f"save: {path!r} has a static field of {type(value).__name__}, which files do not hold."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -175,8 +213,8 @@ class _Decoder:
             "list": lambda: [self.node(v, _join(path, i)) for i, v in enumerate(node["list"])],
             "tuple": lambda: tuple(self.node(v, _join(path, i)) for i, v in enumerate(node["tuple"])),
             "value": lambda: node["value"],
-            "sparse": lambda: self._spread(path, self._mask(path, node["sparse"]), None),
-            "quantized": lambda: self._quantized(node, path, None),
+            "sparse": lambda: self._spread(path, self._mask(path, node["sparse"])),
+            "leaf": lambda: self._leaf(node["leaf"], path),
             "masked": lambda: self._masked(node, path),
         }
         return decoders[next(k for k in decoders if k in node)]()
@@ -184,44 +222,79 @@ class _Decoder:
     def _mask(self, path: str, shape: list[int]) -> np.ndarray:
         return _unbitmap(self.tensors[f"{path}.mask"], tuple(shape))
 
-    def _spread(self, path: str, kept: np.ndarray, zero: np.ndarray | None) -> jax.Array:
-        return jnp.asarray(_scatter(self.tensors[path], kept, zero))
+    def _spread(self, path: str, kept: np.ndarray) -> jax.Array:
+        return jnp.asarray(_scatter(self.tensors[path], kept, 0))
 
     def _masked(self, node: Json, path: str) -> Masked:
         mask = self._mask(path, node["mask"])
+        kept = np.broadcast_to(mask, tuple(node.get("shape", node["mask"])))
         inner = node["masked"]
-        full = np.broadcast_to(mask, tuple(inner["shape"]))
-        values: Any = self._quantized(inner, path, full) if "quantized" in inner else self._spread(path, full, None)
+        if inner == "survivors":
+            values: Any = self._spread(path, kept)
+        else:
+            values = self._leaf(inner["survivors"], path, kept) if "survivors" in inner else self.node(inner, path)
         return Masked(values, Packed.of(jnp.asarray(mask), 1, 0))
 
-    def _quantized(self, node: Json, path: str, kept: np.ndarray | None) -> Quantized:
-        grid, shape = self._grid(node["quantized"], path), tuple(node["shape"])
-        zero = self.tensors.get(f"{path}.zero")
-        count = int(np.prod(shape, dtype=np.int64)) if kept is None else int(kept.sum())
-        codes = self.tensors[path]
-        if grid.bits != 8:
-            codes = np.asarray(Packed(jnp.asarray(codes), grid.bits, grid.low, (count,)).unpack())
-        codes = codes.reshape(shape) if kept is None else _scatter(codes, kept, zero)
-        zero_point = None if zero is None else jnp.asarray(zero)
-        scale = jnp.asarray(self.tensors[f"{path}.scale"])
-        return Quantized(jnp.asarray(codes), scale, zero_point, grid, jnp.dtype(node["dtype"])).pack()
+    def _leaf(self, node: Json, path: str, kept: np.ndarray | None = None) -> CompressedLeaf:
+        """A leaf from its fields; where ``kept`` is given, the coded field holds the codes of those elements alone."""
+        name, meta, *rest = node
+        data = rest[0] if rest else {}
+        cls = _known(CompressedLeaf, name, path)
+        values: dict[str, Any] = {k: self._static(v, path) for k, v in meta.items()}
+        for field in cls.data_fields:
+            values[field] = self._field(data.get(field), _field_path(cls, field, path))
+        leaf = cls(**values)
+        return leaf if kept is None else _with_all_codes(leaf, kept)
 
-    def _grid(self, node: Json, path: str) -> Grid:
-        if "int" in node:
-            rest = {k: v for k, v in node.items() if k != "int"}
-            return Int(node["int"], **rest)
-        name = node["compander"]
+    def _field(self, node: Json, at: str) -> Any:
+        if node is None:
+            return jnp.asarray(self.tensors[at]) if at in self.tensors else None
+        if "packed" in node:
+            bits, low, shape = node["packed"]
+            return Packed(jnp.asarray(self.tensors[at]), bits, low, tuple(shape))
+        return self.node(node, at)
+
+    def _static(self, value: Json, path: str) -> Any:
+        if isinstance(value, list):
+            return tuple(self._static(v, path) for v in value)
+        if not isinstance(value, dict):
+            return value
+        if "dtype" in value:
+            return jnp.dtype(value["dtype"])
+        if "compander" in value:
+            return self._compander(value["compander"], path)
+        name, given = value["spec"]
+        return _known(Spec, name, path)(**{k: self._static(v, path) for k, v in given.items()})
+
+    def _compander(self, name: str, path: str) -> Compander:
         if name not in self.companders:
             raise ValueError(f"{path!r} is companded by {name!r}, which is not known here; name it in companders=[...]")
-        return Companded(node["companded"], self.companders[name])
+        return self.companders[name]
 
 
-def _scatter(stored: np.ndarray, kept: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
-    """Values at the kept places, zero (or its code) elsewhere."""
+def _known(base: type, name: str, path: str) -> Any:
+    """The class of this name among the subclasses of ``base``."""
+    left: list[type] = base.__subclasses__()
+    while left:
+        cls = left.pop()
+        if cls.__name__ == name:
+            return cls
+        left += cls.__subclasses__()
+    raise ValueError(f"{path!r} is made of {name!r}, which is not known here; import the module that defines it")
+
+
+def _with_all_codes(leaf: Any, kept: np.ndarray) -> Any:
+    codes = getattr(leaf, leaf.coded)
+    zero = np.asarray(leaf.code_of_zero(kept.shape))
+    full: Any = jnp.asarray(_scatter(np.asarray(unpacked(codes)), kept, zero))
+    if isinstance(codes, Packed):
+        full = Packed.of(full, codes.bits, codes.low)
+    return replace(leaf, **{leaf.coded: full})
+
+
+def _scatter(stored: np.ndarray, kept: np.ndarray, rest: Any) -> np.ndarray:
+    """Values at the kept places, ``rest`` elsewhere."""
     out = np.zeros(kept.shape, stored.dtype)
-    if zero is not None:
-        for axis, (b, n) in enumerate(zip(zero.shape, kept.shape, strict=True)):
-            zero = np.repeat(zero, n // b, axis=axis)
-        out[...] = zero.astype(stored.dtype)
+    out[...] = np.asarray(rest).astype(stored.dtype)
     out[kept] = stored
     return out

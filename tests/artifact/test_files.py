@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
 import threading
+from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +21,8 @@ from flax import nnx
 
 import jaxcomp as jc
 from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
+from jaxcomp.leaves import CompressedLeaf, compressed_leaf, dense
+from jaxcomp.specs import Spec
 from tests.laws import assert_same_bits
 
 
@@ -219,3 +224,68 @@ def test_names_a_leaf_that_a_file_cannot_hold(tmp_path, leaf, message) -> None:
 def test_a_tracer_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"'w' is a tracer; save outside jit"):
         jax.jit(lambda x: jc.save(tmp_path / "f", {"w": x}))(jnp.ones(2))
+
+
+@dataclass(frozen=True)
+class Twice(Spec):
+    """A spec that the package does not know."""
+
+    times: int = 2
+
+
+@compressed_leaf(meta=("how", "dense_dtype"))
+class Outer(CompressedLeaf):
+    """``dense == left @ right * how.times + shift``, the factors compressed or not, ``shift`` perhaps None."""
+
+    left: Any
+    right: Any
+    shift: Any
+    how: Twice
+    dense_dtype: Any
+
+    @property
+    def shape(self):
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def dtype(self):
+        return self.dense_dtype
+
+    def materialize(self):
+        y = dense(self.left) @ dense(self.right) * self.how.times
+        return y if self.shift is None else y + self.shift
+
+    def pack(self):
+        return dataclasses.replace(self, left=jc.pack(self.left), right=jc.pack(self.right))
+
+
+@pytest.mark.parametrize("times", [2, 5])
+def test_any_leaf_class_is_stored_by_its_fields(times, tmp_path) -> None:
+    joint = jc.chain(jc.prune(0.9), jc.quantize(jc.Int(3, symmetric=False)))
+    params = {"kernel": jax.random.normal(jax.random.key(0), (32, 24))}
+    left = joint.apply(joint.init(params), params)["kernel"]
+    tree = {"w": Outer(left, jnp.ones((24, 2)), None, Twice(times), jnp.dtype("float32"))}
+    tree["v"] = dataclasses.replace(tree["w"], shift=jnp.ones((32, 2)))
+    jc.save(tmp_path / "f", tree)
+    loaded = jc.load(tmp_path / "f")
+    assert loaded["w"].how == Twice(times)
+    assert_same_bits(loaded, jc.pack(tree))
+    assert_same_bits(jc.materialize(loaded), jc.materialize(tree))
+
+
+def test_a_mask_over_values_that_are_not_zero_is_kept(tmp_path) -> None:
+    seen = {"k": jc.Masked(jnp.ones((8, 4)), jnp.arange(32).reshape(8, 4) != 3)}
+    jc.save(tmp_path / "f", seen)
+    assert_same_bits(jc.materialize(jc.load(tmp_path / "f")), jc.materialize(seen))
+
+
+def test_a_leaf_of_an_unknown_class_is_one_error(saved, tmp_path) -> None:
+    class Foreign(jc.Quantized):
+        """Gone when the file is read."""
+
+    _, seen = saved
+    q = jc.pack(seen)["layer"]["kernel"].values
+    jc.save(tmp_path / "f", {"w": Foreign(**{f.name: getattr(q, f.name) for f in dataclasses.fields(q)})})
+    Foreign.__name__ = "Other"
+    with pytest.raises(FileError, match="'w' is made of 'Foreign', which is not known here"):
+        jc.load(tmp_path / "f")
