@@ -41,7 +41,7 @@ def test_two_plans_as_one(case):
     both = composed(first, second)
     jax.tree.map(np.testing.assert_array_equal, both.take(case.params), second.take(small))
     assert both.widths == second.widths
-    assert both.counts == second.counts
+    assert both.parameters == second.parameters
     got = jax.jit(shrink(case.fn, both))(second.take(small), *case.args)
     want = jax.jit(shrink(shrink(case.fn, first), second))(second.take(small), *case.args)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), got, want)
@@ -53,7 +53,8 @@ def test_plans_that_do_not_follow_each_other():
         composed(first, first)
 
 
-def test_rounds_with_fine_tuning_keep_the_optimizer_and_end_better_than_one_shot():
+@jax.numpy_dtype_promotion("standard")  # optax's own code mixes types
+def test_rounds_with_fine_tuning_keep_the_optimizer():
     target = jnp.sin(3 * X[:, :2])
     tx = optax.adam(1e-2)
 
@@ -77,7 +78,6 @@ def test_rounds_with_fine_tuning_keep_the_optimizer_and_end_better_than_one_shot
         return plan(groups, p, sparsity=fraction_per_round(0.75, 2), score=score)
 
     params, state = tuned(net, PARAMS, tx.init(PARAMS))
-    before = float(loss(net, params))
     seen = []
 
     def watched(made, p, state):
@@ -93,7 +93,8 @@ def test_rounds_with_fine_tuning_keep_the_optimizer_and_end_better_than_one_shot
     assert done.plan.widths == {k: v.shape for k, v in done.params.items()}
     assert [count for _, count in seen] == [120, 240]  # the optimizer goes on, it does not begin anew
     after = float(loss(done.fn, done.params))
-    assert after < min(before * 1.5, seen[0][0], seen[1][0])
+    assert after < 0.1 * seen[0][0]  # recovered from the first removal, and after the second
+    assert after < 0.3 * seen[1][0]
 
 
 def test_train_mode_between_rounds_moves_batch_statistics():
