@@ -11,7 +11,9 @@
 
 from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
+from jaxcomp.factors import LowRank
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
+from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
 from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
@@ -33,6 +35,7 @@ __all__ = [
     "Int",
     "Local",
     "Log",
+    "LowRank",
     "Masked",
     "Packed",
     "Quantized",
@@ -49,10 +52,12 @@ __all__ = [
     "cubic",
     "every",
     "everything",
+    "factorize",
     "fold_batch_norm",
     "gate",
     "identity",
     "load",
+    "low_rank",
     "magnitude",
     "materialize",
     "matrices",

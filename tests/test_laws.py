@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.rank_specs import CP, RankOne, Tucker2
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -47,6 +48,11 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    "low_rank": jc.low_rank(2),
+    "low_rank_pruned_quantized": jc.chain(jc.low_rank(3), jc.prune(0.5), jc.quantize(jc.Int(8))),
+    "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
+    "tucker": jc.low_rank((2, 3), method=Tucker2(), where="conv/.*"),
+    "cp": jc.low_rank(3, method=CP(separable=True), where="conv/.*"),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

@@ -13,10 +13,10 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs"},
-    {"leaves", "numerics", "masks"},
-    {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"paths", "specs", "rank_specs"},
+    {"leaves", "numerics", "masks", "factors"},
+    {"slots", "transform", "trace", "factoring"},
+    {"prune", "quantize", "structure", "activations", "distill", "ranks", "low_rank"},
     {"search"},
     {"artifact", "export", "report"},
 ]
