@@ -1,9 +1,9 @@
 """Low rank: leaves as products of smaller factors, in training as a projection or as parameters of their own.
 
-Two uses. As a ``Transform``, :func:`low_rank` projects dense parameters on a basis that it found in them: the parameters
-stay dense and learn, and what the forward pass sees has the rank. With :func:`factorize` the factors *are* the
-parameters, fewer of them, and an optimizer trains them. ``jaxcomp.activations.factored(fn)`` runs either without ever
-multiplying the factors out.
+Two uses. As a ``Transform``, :func:`low_rank` projects dense parameters on a basis that it found in them: the
+parameters stay dense and learn, and what the forward pass sees has the rank. With :func:`factorize` the factors *are*
+the parameters, fewer of them, and an optimizer trains them. ``jaxcomp.activations.factored(fn)`` runs either without
+ever multiplying the factors out.
 
 Layer by layer, each followed by fine-tuning of the whole network::
 
@@ -46,9 +46,9 @@ def low_rank(
 ) -> Transform:
     """Makes a leaf of factors of each selected array: ``LowRank``, ``Tucker``, ``Depthwise`` or ``Separable``.
 
-    The state is a basis: of ``SVD`` the right singular vectors ``v``, so that ``apply`` gives ``u = W vᵀ``, linear in the
-    parameters, which learn through it. At the step where the basis was found this is the truncated SVD. ``update`` finds
-    it again from the parameters it is given. Later transforms of a chain see the factors.
+    The state is a basis: of ``SVD`` the right singular vectors ``v``, so that ``apply`` gives ``u = W vᵀ``, linear in
+    the parameters, which learn through it. At the step where the basis was found this is the truncated SVD. ``update``
+    finds it again from the parameters it is given. Later transforms of a chain see the factors.
 
     Args:
       rank: a count for every selected leaf (for ``Tucker2`` a pair too); a fraction of each leaf's largest rank;
@@ -148,8 +148,9 @@ def choose_ranks(
 ) -> Ranks:
     """Ranks by path that meet a target; leaves that are better left dense are not among them.
 
-    With a ``Budget`` the ranks of all leaves compete: the greedy climb goes where the error falls most for each parameter
-    (or multiply-accumulate) that it costs. For ``RankOne`` and ``CP`` the falls are those of the terms as they are found.
+    With a ``Budget`` the ranks of all leaves compete: the greedy climb goes where the error falls most for each
+    parameter (or multiply-accumulate) that it costs. For ``RankOne`` and ``CP`` the falls are those of the terms as
+    they are found.
 
     Raises:
       TypeError: a target of another kind.

@@ -92,7 +92,7 @@ class Tucker2(Spec):
 
 @dataclass(frozen=True)
 class CP(Spec):
-    """A kernel of shape ``(*spatial, I, O)`` as a sum of outer products: ``W[s, i, o] ≈ Σ_r taps[s, r] u[i, r] v[r, o]``.
+    """A kernel ``(*spatial, I, O)`` as a sum of outer products: ``W[s, i, o] ≈ Σ_r taps[s, r] u[i, r] v[r, o]``.
 
     The terms are found one by one as in :class:`RankOne`, which with ``refits`` is the iterative rank-one decomposition
     of a kernel; then all of them are fitted together.

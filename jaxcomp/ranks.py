@@ -197,8 +197,8 @@ def reuse_of(fn: Callable[..., Any]) -> Callable[..., dict[str, float]]:
     """How often each parameter of a leaf is multiplied in one run of ``fn(params, *args)``, by path.
 
     The weight of a parameter in ``Budget(macs=…)``. A convolution's count is that of its output positions, so the first
-    1x1 convolution of a strided kernel's factors, which runs on the input's, costs more than is counted here; ``cost`` of
-    the factored function counts all of it.
+    1x1 convolution of a strided kernel's factors, which runs on the input's, costs more than is counted here; ``cost``
+    of the factored function counts all of it.
 
     >>> reuse_of(lambda p, x: x @ p["w"])({"w": jnp.ones((3, 4))}, jnp.ones((5, 3)))
     {'w': 5.0}
