@@ -9,7 +9,7 @@
 4
 """
 
-from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
+from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
@@ -24,11 +24,13 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "LOG",
     "Act",
+    "Backward",
     "Companded",
     "Compander",
     "Dynamic",
     "Element",
     "Filters",
+    "Float8",
     "Global",
     "Int",
     "Local",
