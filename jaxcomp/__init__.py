@@ -9,7 +9,7 @@
 4
 """
 
-from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
+from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
 from jaxcomp.factors import LowRank
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
@@ -26,11 +26,13 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "LOG",
     "Act",
+    "Backward",
     "Companded",
     "Compander",
     "Dynamic",
     "Element",
     "Filters",
+    "Float8",
     "Global",
     "Int",
     "Local",

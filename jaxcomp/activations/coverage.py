@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.activations.execution import Mode
 from jaxcomp.activations.function import run, shapes_of
 from jaxcomp.activations.planning import Planned, Rules, plan
 from jaxcomp.leaves import Masked, Quantized, is_compressed
@@ -25,10 +26,10 @@ class Covered:
     Attributes:
       path: of the site, or of the scope of an operation that nothing can look into.
       kind: "dot", "conv", "embed", or that operation's primitive.
-      done: "integer" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of a table of
-        codes), or "exact" (activations as they are; the weight as the tree has it).
+      done: "integer" or "float8" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of
+        a table of codes), or "exact" (activations as they are; the weight as the tree has it).
       weight: what the tree holds; empty between activations.
-      activations: the rule's ``Act``, or empty.
+      activations: the rule's ``Act`` or ``Float8``, or empty.
       why: why no more was done.
     """
 
@@ -113,7 +114,7 @@ def _run_abstractly(
             for name in p.ranges.values():
                 end = jnp.zeros(p.site.layer_steps, jnp.float32)
                 ranges[name] = Range(end, end)
-        run(program, planned, ranges, full_params, full_inputs, integer, record)
+        run(program, planned, ranges, full_params, full_inputs, Mode(integer), record)
 
     jax.eval_shape(flat, arrays)
 

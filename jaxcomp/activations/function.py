@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved
-from jaxcomp.activations.execution import Record, claim_of
-from jaxcomp.activations.planning import BARRED, Planned, Rules, checked_ranges, plan
+from jaxcomp.activations.backward import Gradients, checked_key
+from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
+from jaxcomp.activations.execution import Mode, Record, claim_of
+from jaxcomp.activations.planning import BARRED, OWNER, Planned, Rules, checked_ranges, plan
+from jaxcomp.activations.specs import Backward
 from jaxcomp.leaves import dense, is_compressed, materialize
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.trace import nested
@@ -21,7 +23,9 @@ from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag
 
 
-def quantize_function(fn: Callable[..., Any], rules: Rules, *, integer: bool = False) -> Callable[..., Any]:
+def quantize_function(
+    fn: Callable[..., Any], rules: Rules, *, integer: bool = False, backward: Backward | None = None
+) -> Callable[..., Any]:
     """``q(params, ranges, *args)``: ``fn`` with the activations that enter its products quantized.
 
     The tree says what the weights are: compressed leaves are run as they are. The rules say what the activations are.
@@ -31,12 +35,19 @@ def quantize_function(fn: Callable[..., Any], rules: Rules, *, integer: bool = F
 
     Args:
       fn: a pure function ``fn(params, *args, **kwargs)``.
-      rules: ``{where: Act(...) or None}`` over the paths of ``sites(fn)``, the first match wins; None, or no match,
-        leaves a site's activations alone (weight-only). Products of two activations (``"attn/dot_0"``) quantize both.
+      rules: ``{where: Act(...), Float8(...) or None}`` over the paths of ``sites(fn)``, the first match wins; None, or
+        no match, leaves a site's activations alone (weight-only). Products of two activations (``"attn/dot_0"``)
+        quantize both.
       integer: run on integers, for inference.
+      backward: in fake mode, run the products of the gradient on rounded codes too, at the sites whose activations a
+        rule quantizes. The quantized function is then ``q(params, ranges, key, *args)``, and differentiable in reverse
+        mode alone; ``key`` is None where nothing is stochastic.
+
+    Raises:
+      ValueError: both integer and backward.
 
     Raises (the quantized function):
-      TypeError: a rule or a range of another kind.
+      TypeError: a rule, a range or a key of another kind.
       ValueError: a rule that matches no site, groups that do not divide, or ranges that are missing or foreign.
 
     >>> import jax.numpy as jnp
@@ -49,12 +60,18 @@ def quantize_function(fn: Callable[..., Any], rules: Rules, *, integer: bool = F
     Source: Jacob et al. 2018, arXiv:1712.05877, sections 2.2 and 3.
     """
 
+    if integer and backward is not None:
+        raise ValueError(f"{OWNER}: integer=True is for inference and has no gradient; backward needs the fake mode.")
+
     @wraps(fn)
     def quantized(params: Any, ranges: Mapping[str, Range] | None, *args: Any, **kwargs: Any) -> Any:
+        gradients = None
+        if backward is not None:
+            gradients, args = Gradients(backward, checked_key(OWNER, backward, args)), args[1:]
         program = trace(fn, shapes_of(params), *args, **kwargs)
         planned = plan(program, rules)
         given = checked_ranges(planned, ranges)
-        return run(program, planned, given, params, (args, kwargs), integer, lambda *_: None)
+        return run(program, planned, given, params, (args, kwargs), Mode(integer, gradients), lambda *_: None)
 
     return quantized
 
@@ -72,13 +89,14 @@ def run(
     ranges: Mapping[str, Range],
     params: Any,
     inputs: tuple[Any, Any],
-    integer: bool,
+    mode: Mode,
     record: Record,
 ) -> Any:
     """The quantized function's result; ``record`` learns what was done at each site."""
-    tree, reasons = _with_codes(program, params) if integer else (materialize(params), {})
-    claims = {p.site.location: c for p in planned if (c := claim_of(p, ranges, integer, reasons, record)) is not None}
-    if integer:
+    tree, reasons = _with_codes(program, params) if mode.integer else (materialize(params), {})
+    found = ((p, claim_of(p, i, ranges, mode, reasons, record)) for i, p in enumerate(planned))
+    claims = {p.site.location: claim for p, claim in found if claim is not None}
+    if mode.integer:
         claims |= _layout_claims(program)
     values = program.flatten(tree, *inputs[0], **inputs[1])
     return evaluate(program, claims, values, to_array=_dense).out
@@ -100,7 +118,7 @@ def _with_codes(program: Program, params: Any) -> tuple[Any, dict[str, str]]:
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
     leaves, reasons = [], {}
     for path, leaf in named:
-        found = codes_of(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else leaf
+        found = codes_of(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else of_float8(leaf)
         if isinstance(found, str):
             reasons[path], found = found, dense(leaf)
         leaves.append(found)
