@@ -9,9 +9,11 @@
 4
 """
 
-from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
+from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
+from jaxcomp.factors import LowRank
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
+from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
 from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
@@ -25,15 +27,18 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "LOG",
     "Act",
+    "Backward",
     "Companded",
     "Compander",
     "Dynamic",
     "Element",
     "Filters",
+    "Float8",
     "Global",
     "Int",
     "Local",
     "Log",
+    "LowRank",
     "Masked",
     "Packed",
     "Quantized",
@@ -50,10 +55,12 @@ __all__ = [
     "cubic",
     "every",
     "everything",
+    "factorize",
     "fold_batch_norm",
     "gate",
     "identity",
     "load",
+    "low_rank",
     "magnitude",
     "materialize",
     "matrices",

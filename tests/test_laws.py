@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.rank_specs import CP, RankOne, Tucker2
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -51,6 +52,11 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "regrow_random": jc.regrow(0.6, key=jax.random.key(0), due=jc.every(1)),
     "rigl": jc.rigl(0.6, key=jax.random.key(0), period=1, stop=9),
     "regrow_int4": jc.chain(jc.regrow(0.8, initial=jc.magnitude), jc.quantize(jc.Int(4))),
+    "low_rank": jc.low_rank(2),
+    "low_rank_pruned_quantized": jc.chain(jc.low_rank(3), jc.prune(0.5), jc.quantize(jc.Int(8))),
+    "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
+    "tucker": jc.low_rank((2, 3), method=Tucker2(), where="conv/.*"),
+    "cp": jc.low_rank(3, method=CP(separable=True), where="conv/.*"),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

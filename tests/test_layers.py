@@ -13,10 +13,10 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs"},
-    {"leaves", "numerics", "masks"},
-    {"slots", "resets", "transform", "trace"},
-    {"prune", "regrow", "quantize", "structure", "activations", "distill", "federated"},
+    {"paths", "specs", "rank_specs"},
+    {"leaves", "masks", "numerics", "factors"},
+    {"resets", "slots", "trace", "transform", "factoring"},
+    {"activations", "distill", "federated", "prune", "quantize", "regrow", "structure", "low_rank", "ranks"},
     {"search"},
     {"artifact", "export", "report"},
 ]
