@@ -11,11 +11,13 @@
 
 from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
+from jaxcomp.codebooks import Codebook
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
 from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
 from jaxcomp.quantize import quantize
+from jaxcomp.share import deep_compression, share
 from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
 from jaxcomp.structure import channel_groups, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
@@ -24,6 +26,7 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "LOG",
     "Act",
+    "Codebook",
     "Companded",
     "Compander",
     "Dynamic",
@@ -47,6 +50,7 @@ __all__ = [
     "cost",
     "coverage",
     "cubic",
+    "deep_compression",
     "every",
     "everything",
     "fold_batch_norm",
@@ -65,6 +69,7 @@ __all__ = [
     "ranges_of",
     "save",
     "sensitivity",
+    "share",
     "shrink",
     "sites",
     "taylor",

@@ -46,7 +46,7 @@ def share(
     recluster: bool = True,
     gradient: str = "straight",
     key: Any = None,
-    iterations: int = 100,
+    iterations: int = 300,
     where: Where = matrices,
 ) -> Transform:
     """Leaves at most ``clusters`` different values in each selected array; ``apply`` makes a ``Codebook`` leaf of it.
@@ -107,6 +107,7 @@ def share(
         check_finite(selected, "share")
         tables = {}
         for i, (path, rows) in enumerate(grouped(selected).items()):
+            rows = _padded(rows)
             keys = jax.random.split(jax.random.fold_in(key, i), rows.values.shape[0]) if init.random else None
             one = lambda x, c, k: fit(x, c, clusters=free, init=init, key=k, iterations=iterations)  # noqa: E731
             tables[path] = _with_zero(jax.vmap(one)(*rows, keys).T, preserve_zeros)
@@ -216,6 +217,14 @@ def _joined(rows: list[_Rows]) -> _Rows:
         return _Rows(values, None)
     counted = [jnp.ones(r.values.shape, bool) if r.counted is None else r.counted for r in rows]
     return _Rows(values, jnp.concatenate([c.reshape(1, -1) for c in counted], axis=1))
+
+
+def _padded(rows: _Rows) -> _Rows:
+    """Rows of a power of two: leaves of many sizes are then few compilations."""
+    tables, size = rows.values.shape
+    more = (1 << (size - 1).bit_length()) - size
+    counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted
+    return _Rows(jnp.pad(rows.values, ((0, 0), (0, more))), jnp.pad(counted, ((0, 0), (0, more))))
 
 
 def _grouped_codes(

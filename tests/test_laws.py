@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.numerics.kmeans_inits import linear, quantile
+from jaxcomp.specs import Buckets, Channels
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -47,6 +49,10 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    "share": jc.share(4),
+    "share_channels_kept": jc.share(3, per=Channels(), init=linear, recluster=False, gradient="mean"),
+    "share_global_pruned": jc.chain(jc.prune(0.5), jc.share(5, per=jc.Global(), preserve_zeros=True)),
+    "share_buckets_quantized": jc.chain(jc.share(4, per=Buckets(10), init=quantile), jc.quantize(jc.Int(4))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

@@ -14,9 +14,9 @@ ROOT = Path(jaxcomp.__file__).parent
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
     {"paths", "specs"},
-    {"leaves", "numerics", "masks"},
+    {"leaves", "numerics", "masks", "codebooks"},
     {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"prune", "quantize", "structure", "activations", "distill", "share", "share_vectors"},
     {"search"},
     {"artifact", "export", "report"},
 ]

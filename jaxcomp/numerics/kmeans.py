@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxcomp.numerics.kmeans_inits import Init, near_optimal
+from jaxcomp.numerics.kmeans_inits import Init, near_optimal, spaced
 from jaxcomp.numerics.lloyd import borders, lloyd
 from jaxcomp.numerics.points import Points, distinct, points_of
 
@@ -24,7 +24,7 @@ def fit(
     clusters: int,
     init: Init = near_optimal,
     key: Any = None,
-    iterations: int = 100,
+    iterations: int = 300,
 ) -> Float[Array, " clusters"]:
     """An ascending table for the values of a vector; those not ``counted`` are left out.
 
@@ -43,15 +43,15 @@ def refit(
     x: Float[Array, " n"],
     counted: Bool[Array, " n"] | None,
     table: Float[Array, " k"],
-    iterations: int = 100,
+    iterations: int = 300,
 ) -> Float[Array, " k"]:
     """The table that Lloyd's iterations reach from an earlier one.
 
-    One with equal entries was made of too few distinct values: it starts anew, near the optimum.
+    One with equal entries was made of too few distinct values: it starts anew.
     """
     unit, inverse = _unit(x, counted)
     points = points_of(x * inverse, counted)
-    start = jnp.where(jnp.any(table[1:] == table[:-1]), near_optimal.fn(points, table.size, None), table * inverse)
+    start = jnp.where(jnp.any(table[1:] == table[:-1]), spaced(points, table.size), table * inverse)
     return _settled(points, start, iterations) * unit
 
 

@@ -74,14 +74,21 @@ def _plus_plus(points: Points, clusters: int, key: Any) -> Float[Array, " cluste
 
 
 def _near_optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+    return refined(points, spaced(points, clusters))
+
+
+def spaced(points: Points, clusters: int) -> Float[Array, " clusters"]:
+    """Entries spaced evenly in the integral of the cube root of the density."""
     ends, grown = _cube_root_mass(points)
     wanted = _steps(2 * jnp.arange(clusters) + 1, 2 * clusters, ends.dtype) * grown[-1]
-    return refined(points, jnp.interp(wanted, grown, ends))
+    return jnp.interp(wanted, grown, ends)
 
 
 def _optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
     ends, grown = _cube_root_mass(points)
-    cuts = jnp.interp(jnp.arange(1, _OPTIMAL_CELLS).astype(ends.dtype) * (1.0 / _OPTIMAL_CELLS) * grown[-1], grown, ends)
+    cuts = jnp.interp(
+        jnp.arange(1, _OPTIMAL_CELLS).astype(ends.dtype) * (1.0 / _OPTIMAL_CELLS) * grown[-1], grown, ends
+    )
     shape = jax.ShapeDtypeStruct((clusters,), points.values.dtype)
     solve = partial(_solve, clusters=clusters)
     return jax.pure_callback(solve, shape, points.values, points.counts, cuts, vmap_method="sequential")
