@@ -12,6 +12,7 @@
 from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
 from jaxcomp.factors import LowRank
+from jaxcomp.codebooks import Codebook
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
@@ -19,6 +20,7 @@ from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import cubic, prune
 from jaxcomp.quantize import quantize
 from jaxcomp.regrow import regrow, rigl, sparse_evolution
+from jaxcomp.share import deep_compression, share
 from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
 from jaxcomp.structure import channel_groups, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
@@ -28,6 +30,7 @@ __all__ = [
     "LOG",
     "Act",
     "Backward",
+    "Codebook",
     "Companded",
     "Compander",
     "Dynamic",
@@ -53,6 +56,7 @@ __all__ = [
     "cost",
     "coverage",
     "cubic",
+    "deep_compression",
     "every",
     "everything",
     "factorize",
@@ -75,6 +79,7 @@ __all__ = [
     "rigl",
     "save",
     "sensitivity",
+    "share",
     "shrink",
     "sites",
     "sparse_evolution",

@@ -202,3 +202,34 @@ class Global:
 
 
 Scope = Local | Global
+
+
+@dataclass(frozen=True)
+class Channels(Spec):
+    """Each index of ``axes`` has a table of its own.
+
+    Args:
+      axes: an axis or several; the default is the output features of a Flax kernel.
+    """
+
+    axes: int | tuple[int, ...] = -1
+
+
+@dataclass(frozen=True)
+class Buckets(Spec):
+    """A leaf's elements in C order are cut into buckets of ``size``, each with a table of its own.
+
+    Raises:
+      ValueError: a size below 1.
+
+    Source: Wu et al. 2018, PocketFlow, non-uniform quantization with buckets.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, numbers.Integral) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"Buckets: size must be a positive integer, got {self.size!r}.")
+
+
+Tables = Local | Global | Channels | Buckets

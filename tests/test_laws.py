@@ -16,6 +16,8 @@ from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
 from jaxcomp.rank_specs import CP, RankOne, Tucker2
+from jaxcomp.numerics.kmeans_inits import linear, quantile
+from jaxcomp.specs import Buckets, Channels
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -57,6 +59,10 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
     "tucker": jc.low_rank((2, 3), method=Tucker2(), where="conv/.*"),
     "cp": jc.low_rank(3, method=CP(separable=True), where="conv/.*"),
+    "share": jc.share(4),
+    "share_channels_kept": jc.share(3, per=Channels(), init=linear, recluster=False, gradient="mean"),
+    "share_global_pruned": jc.chain(jc.prune(0.5), jc.share(5, per=jc.Global(), preserve_zeros=True)),
+    "share_buckets_quantized": jc.chain(jc.share(4, per=Buckets(10), init=quantile), jc.quantize(jc.Int(4))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

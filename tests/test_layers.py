@@ -13,10 +13,10 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs", "rank_specs"},
-    {"leaves", "masks", "numerics", "factors"},
-    {"resets", "slots", "trace", "transform", "factoring"},
-    {"activations", "distill", "federated", "prune", "quantize", "regrow", "structure", "low_rank", "ranks"},
+    {"paths", "rank_specs", "specs"},
+    {"factors", "leaves", "masks", "numerics", "codebooks"},
+    {"factoring", "resets", "slots", "trace", "transform"},
+    {"activations", "distill", "federated", "low_rank", "prune", "quantize", "ranks", "regrow", "structure", "share", "share_vectors"},
     {"search"},
     {"artifact", "export", "report"},
 ]
