@@ -12,18 +12,23 @@
 from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
-from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
+from jaxcomp.masks.scores import Score, fisher, magnitude, movement, random_score, sensitivity, taylor, wanda
 from jaxcomp.paths import everything, matrices
-from jaxcomp.prune import cubic, prune
+from jaxcomp.prune import prune
 from jaxcomp.quantize import quantize
-from jaxcomp.specs import LOG, Companded, Compander, Element, Filters, Global, Int, Local, Log
+from jaxcomp.schedules import cubic, polynomial
+from jaxcomp.specs import LOG, Companded, Compander, Int, Log
 from jaxcomp.structure import channel_groups, shrink
+from jaxcomp.structures import ERK, NM, Block, Element, Filters, Global, Local
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
 from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, once, wrap_optax
 
 __all__ = [
+    "ERK",
     "LOG",
+    "NM",
     "Act",
+    "Block",
     "Companded",
     "Compander",
     "Dynamic",
@@ -49,6 +54,7 @@ __all__ = [
     "cubic",
     "every",
     "everything",
+    "fisher",
     "fold_batch_norm",
     "gate",
     "identity",
@@ -56,17 +62,21 @@ __all__ = [
     "magnitude",
     "materialize",
     "matrices",
+    "movement",
     "nbytes",
     "once",
     "pack",
+    "polynomial",
     "prune",
     "quantize",
     "quantize_function",
+    "random_score",
     "ranges_of",
     "save",
     "sensitivity",
     "shrink",
     "sites",
     "taylor",
+    "wanda",
     "wrap_optax",
 ]

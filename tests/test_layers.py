@@ -13,10 +13,10 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs"},
+    {"paths", "specs", "structures"},
     {"leaves", "numerics", "masks"},
-    {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"slots", "transform", "schedules", "trace"},
+    {"prune", "contraction", "statistics", "quantize", "structure", "activations", "distill"},
     {"search"},
     {"artifact", "export", "report"},
 ]
