@@ -23,14 +23,14 @@ def erk(shapes: Shapes, sparsity: Any, spec: ERK = ERK()) -> dict[str, Any]:  # 
       spec: the power.
 
     >>> {k: round(v, 4) for k, v in erk({"small": (4, 4), "large": (100, 100)}, 0.9).items()}
-    {'small': 0.0, 'large': 0.9015}
+    {'small': 0.0, 'large': 0.9014}
     """
     sizes = np.array([np.prod(s, dtype=np.float64) for s in shapes.values()])
     raw = np.array([sum(s) for s in shapes.values()]) / sizes
     xp = _numpy_for(sparsity)
     ones = sizes.sum() - xp.floor(sparsity * _as(xp, sizes)).sum()
     densities = _filled(raw**spec.power, sizes, ones, 1.0, xp)
-    return dict(zip(shapes, 1 - densities, strict=True))
+    return _named(shapes, 1 - densities)
 
 
 def heuristic(shapes: Shapes, sparsity: Any, spec: Heuristic = Heuristic()) -> dict[str, Any]:  # noqa: B008 - frozen
@@ -48,7 +48,7 @@ def heuristic(shapes: Shapes, sparsity: Any, spec: Heuristic = Heuristic()) -> d
         raise ValueError(f"Heuristic: no leaf may be sparser than most={spec.most}, got sparsity {sparsity}.")
     raw = np.log(np.maximum(sizes, 2))  # one element has no logarithm to be sparse by
     wanted = xp.minimum(sparsity, spec.most) * sizes.sum()
-    return dict(zip(shapes, _filled(raw, sizes, wanted, spec.most, xp), strict=True))
+    return _named(shapes, _filled(raw, sizes, wanted, spec.most, xp))
 
 
 def _filled(raw: np.ndarray, sizes: np.ndarray, total: Any, most: float, xp: Any) -> Any:
@@ -74,3 +74,8 @@ def _numpy_for(sparsity: Any) -> Any:
 
 def _as(xp: Any, x: np.ndarray) -> Any:
     return x if xp is np else jnp.asarray(x, jnp.float32)
+
+
+def _named(shapes: Shapes, values: Any) -> dict[str, Any]:
+    """Python's floats where the values are NumPy's."""
+    return dict(zip(shapes, values.tolist() if isinstance(values, np.ndarray) else list(values), strict=True))
