@@ -1,4 +1,4 @@
-"""What pruning reads off a traced function: along which axis each weight is contracted, and how large its inputs are."""
+"""What pruning reads off a traced function: each weight's contraction axis, and how large its inputs are."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def contraction_axes(fn: Callable[..., Any], where: Where = matrices) -> Callabl
     Raises:
       ValueError: nothing is found, or a leaf is contracted along different axes at different sites.
 
-    >>> p = {"a": jnp.ones((4, 8)), "b": jnp.ones((3, 8))}
-    >>> contraction_axes(lambda p, x: (x @ p["a"]) @ p["b"].T)(p, jnp.ones((2, 4)))
-    {'a': 0, 'b': 1}
+    >>> p = {"up": jnp.ones((4, 8)), "down": jnp.ones((3, 8))}
+    >>> contraction_axes(lambda p, x: (x @ p["up"]) @ p["down"].T)(p, jnp.ones((2, 4)))
+    {'up': 0, 'down': 1}
     """
 
     @wraps(fn)
@@ -50,12 +50,13 @@ def contraction_axes(fn: Callable[..., Any], where: Where = matrices) -> Callabl
             if weight is None or weight.leaf is None or not weight.leaf_axes(CONTRACTED):
                 continue
             path, axis = weight.leaf, weight.leaf_axes(CONTRACTED)[-1]
-            if matches(where, path, jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype)):
-                if axes.setdefault(path, axis) != axis:
-                    raise ValueError(
-                        f"contraction_axes: {path!r} is contracted along axis {axes[path]} at one site and along"
-                        f" {axis} at {site.path!r}; give its axis yourself, or leave it out by a rule."
-                    )
+            if not matches(where, path, jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype)):
+                continue
+            if axes.setdefault(path, axis) != axis:
+                raise ValueError(
+                    f"contraction_axes: {path!r} is contracted along axis {axes[path]} at one site and along {axis} at"
+                    f" {site.path!r}; give its axis yourself, or leave it out by a rule."
+                )
         if not axes:
             raise ValueError(
                 f"contraction_axes: {describe(where)} matches no weight of a product; the sites are"
@@ -123,10 +124,8 @@ def input_norms(fn: Callable[..., Any], where: Where = matrices) -> Callable[...
         squares = evaluate(program, claims, program.flatten(params, *args, **kwargs), collect=_SUM).aux
         total: dict[str, jax.Array] = {}
         for site in chosen:
-            weight = _weight(site)
-            assert weight is not None and weight.leaf is not None
-            here = _at_leaf(weight, squares[site.path])
-            total[weight.leaf] = total[weight.leaf] + here if weight.leaf in total else here
+            path, here = site.leaf or "", _at_leaf(site, squares[site.path])
+            total[path] = total[path] + here if path in total else here
         return {path: jnp.sqrt(x) for path, x in total.items()}
 
     return norms
@@ -147,8 +146,11 @@ def _is_plain(site: Site) -> bool:
 
 def _selects(where: Where, site: Site) -> bool:
     weight = _weight(site)
-    assert weight is not None and weight.leaf is not None
-    return matches(where, weight.leaf, jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype))
+    return (
+        weight is not None
+        and weight.leaf is not None
+        and matches(where, weight.leaf, jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype))
+    )
 
 
 def _observing(site: Site, op: Op) -> Callable[..., Emitted]:
@@ -163,8 +165,9 @@ def _observing(site: Site, op: Op) -> Callable[..., Emitted]:
     return run
 
 
-def _at_leaf(weight: Operand, x: jax.Array) -> jax.Array:
-    """Sums with the layers' axes in front, at the leaf's rank."""
+def _at_leaf(site: Site, x: jax.Array) -> jax.Array:
+    """Sums with the layers' axes in front, at the rank of the site's weight."""
+    weight = site.operands[site.weight or 0]
     stacked, (contracted,) = weight.leaf_axes(_STACKED), weight.leaf_axes(CONTRACTED)
     x = x.reshape(*(weight.leaf_shape[i] for i in stacked), weight.leaf_shape[contracted])
     axes = (*stacked, contracted)

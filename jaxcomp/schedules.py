@@ -118,8 +118,7 @@ def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Plan:
     due = _period("iterative", every, begin, begin + (rounds - 1) * every)
     steps = {begin + k * every: 1 - rate for k in range(1, rounds)}
     density = optax.piecewise_constant_schedule(1 - rate, steps)
-    # optax scales after a boundary, not at it.
-    return Plan(lambda step: jnp.where(step < begin, 0.0, 1.0 - density(jnp.asarray(step) + 1)), due)
+    return Plan(lambda step: jnp.where(jnp.asarray(step) < begin, 0.0, 1.0 - density(step)), due)
 
 
 def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end: int | None = None) -> Plan:

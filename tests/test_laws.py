@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.masks.scores import lamp
+from jaxcomp.statistics import accumulate, movement
+from jaxcomp.structures import StraightThrough
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -47,6 +50,13 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    "prune_n_m": jc.prune(structure=jc.NM(2, 4)),
+    "prune_blocks_erk": jc.prune(0.5, structure=jc.Block((2, 3), pool="max"), scope=jc.ERK()),
+    "prune_straight_random": jc.prune(0.5, score=jc.random_score(jax.random.key(0)), gradient=StraightThrough()),
+    "prune_movement": accumulate(
+        jc.prune(jc.polynomial(0.6, begin=0, end=4), score=jc.movement, regrow=False), movement
+    ),
+    "prune_lamp_global_int4": jc.chain(jc.prune(0.5, score=lamp(), scope=jc.Global()), jc.quantize(jc.Int(4))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

@@ -175,8 +175,7 @@ def lamp(score: Score = magnitude) -> Score:
     For ``scope=Global()``: the last unit of a leaf scores 1, so no leaf is lost as a whole. The order inside a leaf
     stays. Sorts each leaf.
 
-    >>> t = lamp()
-    >>> t.normalize(jnp.array([1.0, 2.0, 2.0])).round(3).tolist()
+    >>> [round(float(x), 3) for x in lamp().normalize(jnp.array([1.0, 2.0, 2.0]))]
     [0.111, 0.5, 1.0]
 
     Raises:

@@ -51,7 +51,8 @@ def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[st
         gone = smallest(keys, eligible, _count(keys, eligible, amount))
         for name, mask, e in zip(names, gone, eligible, strict=True):
             stays = ~mask if e is None else e & ~mask
-            kept[name] = stays if dead[name] is None else stays & ~dead[name]
+            old = dead[name]
+            kept[name] = stays if old is None else stays & ~old
     return kept
 
 
