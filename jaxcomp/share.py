@@ -15,9 +15,11 @@ from jaxcomp.numerics.kmeans_inits import Init, near_optimal
 from jaxcomp.numerics.quantizers import compute_dtype
 from jaxcomp.numerics.tables import from_rows, table_count, to_rows
 from jaxcomp.paths import Where, matrices
-from jaxcomp.prune import Sparsity, prune
+from jaxcomp.prune import prune
+from jaxcomp.schedules import Schedule
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.specs import Buckets, Channels, Global, Local, Tables
+from jaxcomp.specs import Buckets, Channels, Tables
+from jaxcomp.structures import Global, Local
 from jaxcomp.transform import Params, State, Transform, chain
 
 MAX_CLUSTERS = 1 << 16
@@ -150,7 +152,7 @@ def share(
     return Transform(init_fn, update, apply)
 
 
-def deep_compression(sparsity: Sparsity, clusters: int) -> Transform:
+def deep_compression(sparsity: float | Schedule, clusters: int) -> Transform:
     """Prunes, then shares what is left, both while training.
 
     Source: Han et al. 2015, arXiv:1510.00149; its entropy coding belongs to the file.

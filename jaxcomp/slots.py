@@ -117,7 +117,9 @@ def _check(slot: Slot, owner: str) -> None:
 
 def _rewrite(path: str, leaf: Any, new: Mapping[str, Any]) -> Any:
     if path in new:
-        return new[path]
+        inner = new[path]
+        keeps = isinstance(leaf, Masked) and leaf.straight and isinstance(inner, Masked)
+        return replace(inner, straight=True) if keeps else inner
     if isinstance(leaf, Masked):
         values = _rewrite(path, leaf.values, new)
         return leaf if values is leaf.values else replace(leaf, values=values)

@@ -1,4 +1,4 @@
-"""What a transform does, said in frozen values: grids of numbers, structures and scopes of pruning."""
+"""What a transform does, said in frozen values: grids of numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from jaxcomp.structures import Global, Local
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -156,52 +158,6 @@ def Log(bits: int = 8) -> Companded:
 
 
 Grid = Int | Companded
-
-
-@dataclass(frozen=True)
-class Element:
-    """Prune single elements."""
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Prune whole slices along ``axis``: the filters (output channels) of a Flax kernel are its last axis.
-
-    Args:
-      axis: an axis, or axes; every index combination of them is one unit, all other axes go with it.
-      order: the p of the unit's ℓp norm.
-
-    Raises:
-      ValueError: an order that is not positive.
-    """
-
-    axis: int | tuple[int, ...] = -1
-    order: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.order > 0:
-            raise ValueError(f"Filters: the order of the norm must be positive, got {self.order!r}.")
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes as a tuple."""
-        return (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
-
-
-Structure = Element | Filters
-
-
-@dataclass(frozen=True)
-class Local:
-    """Each leaf meets the sparsity by itself."""
-
-
-@dataclass(frozen=True)
-class Global:
-    """All selected leaves together meet the sparsity: one threshold for the whole tree."""
-
-
-Scope = Local | Global
 
 
 @dataclass(frozen=True)
