@@ -1,4 +1,4 @@
-"""Integer codes of a weight on their way through a program: layout operations move codes and scales alike."""
+"""Codes of a weight on their way through a program: layout operations move codes and scales alike."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jaxcomp.trace.tags import Origin
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["dtype", "reach"])
 @dataclass(frozen=True)
 class Codes:
-    """``dense == (codes - zero) * scale``, with int8 codes.
+    """``dense == (codes - zero) * scale``, with int8 codes, or float8 ones and no zero.
 
     Attributes:
-      codes: int8, of the dense shape.
+      codes: int8 or float8, of the dense shape.
       scale: of the dense rank; each dimension divides the dense one.
       zero: integers in the scale's type and shape, or None for 0.
       dtype: the dense array's type, static.
-      reach: the largest ``|codes - zero|``, static.
+      reach: the largest ``|codes - zero|``, static; 0 for float8.
     """
 
     codes: jax.Array
@@ -62,6 +62,16 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     low, high = inner.grid.code_range
     box = Codes(codes, inner.scale, zero, inner.dtype, high - low if zero is not None else max(-low, high))
     return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
+
+
+FLOAT8 = frozenset({jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
+
+
+def of_float8(leaf: Any) -> Any:
+    """A leaf that is a float8 array as codes with scale 1; any other as it is."""
+    if getattr(leaf, "dtype", None) not in FLOAT8:
+        return leaf
+    return Codes(leaf, jnp.ones((1,) * leaf.ndim, jnp.float32), None, leaf.dtype, 0)
 
 
 def _filled(v: jax.Array, shape: tuple[int, ...], axes: frozenset[int]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Products of integer codes: int8 by int8 into int32, then one rescale; zero points exact."""
+"""Products of codes: int8 by int8 into int32, float8 by float8 into float32; then one rescale; zero points exact."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Factor:
     """One operand: ``value == (codes - zero) * scale``.
 
     Attributes:
-      codes: int8.
+      codes: int8, or float8.
       scale: float, of the codes' rank; each dimension divides the codes'.
       zero: int32 in the scale's shape, or None for 0.
-      reach: the largest ``|codes - zero|``.
+      reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.
     """
 
     codes: jax.Array
@@ -38,6 +38,8 @@ class Factor:
 def refusal(op: Op, a: Factor, b: Factor) -> str:
     """Why this product cannot be run on codes; empty if it can."""
     pairs = _summed(op)
+    if (a.codes.dtype == jnp.int8) != (b.codes.dtype == jnp.int8):
+        return "one operand is integers, the other float8"
     if math.prod(b.codes.shape[j] for _, j in pairs) * a.reach * b.reach >= 2**31:
         return "the sum may leave int32"
     for i, j in pairs:
@@ -64,6 +66,10 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
     return product(op, a, b).astype(out.dtype)
 
 
+def _sum_type(a: Factor) -> Any:
+    return jnp.int32 if a.codes.dtype == jnp.int8 else jnp.float32
+
+
 def _summed(op: Op) -> list[tuple[int, int]]:
     """The pairs of axes that are summed over."""
     if op.name == "dot_general":
@@ -84,7 +90,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
         batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
         numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=jnp.int32)
+    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=_sum_type(a))
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -129,7 +135,7 @@ def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]
 def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     p = op.eqn.params
     numbers = p["dimension_numbers"]
-    changed: dict[str, Any] = {"preferred_element_type": jnp.int32}
+    changed: dict[str, Any] = {"preferred_element_type": _sum_type(x)}
     if x.zero is not None:
         # What a convolution pads with is the code 0, which is not the value 0 here: pad by hand, holes too.
         edges = [(0, 0, 0)] * x.codes.ndim
