@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.numerics.packing import pack_bits, unpack_bits
 from jaxcomp.numerics.quantizers import dequantize, spread
 from jaxcomp.specs import Companded, Grid
@@ -185,17 +186,19 @@ class Quantized(CompressedLeaf):
         return replace(self, codes=Packed.of(self.codes, self.grid.bits, low))
 
 
-@compressed_leaf()
+@compressed_leaf(meta=("straight",))
 class Masked(CompressedLeaf):
     """``dense == where(mask, values, 0)``, and ``values`` holds zeros (or their code) where the mask is False.
 
     Fields:
       values: an array, or a leaf that a later transform made of it.
       mask: booleans of the values' rank that broadcast against them (a filter's mask is stored once a filter).
+      straight: the gradient passes the mask on its way to the values; static, and False once packed.
     """
 
     values: Any
     mask: Any
+    straight: bool = False
 
     open: ClassVar[tuple[str, ...]] = ("values",)
     made_by: ClassVar[str] = "prune"
@@ -210,8 +213,8 @@ class Masked(CompressedLeaf):
 
     def materialize(self) -> jax.Array:
         """The values where the mask is True, zeros elsewhere."""
-        values = dense(self.values)
-        return jnp.where(unpacked(self.mask), values, jnp.zeros((), values.dtype))
+        values, mask = dense(self.values), unpacked(self.mask)
+        return masked_through(values, mask) if self.straight else masked(values, mask)
 
     def pack(self) -> Masked:
         """A bit a mask entry, the values packed."""

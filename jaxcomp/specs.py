@@ -1,4 +1,4 @@
-"""What a transform does, said in frozen values: grids of numbers, structures and scopes of pruning."""
+"""What a transform does, said in frozen values: grids of numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+from jaxcomp.structures import Global, Local
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -159,46 +161,31 @@ Grid = Int | Companded
 
 
 @dataclass(frozen=True)
-class Element:
-    """Prune single elements."""
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Prune whole slices along ``axis``: the filters (output channels) of a Flax kernel are its last axis.
+class Channels(Spec):
+    """Each index of ``axes`` has a table of its own.
 
     Args:
-      axis: an axis, or axes; every index combination of them is one unit, all other axes go with it.
-      order: the p of the unit's ℓp norm.
-
-    Raises:
-      ValueError: an order that is not positive.
+      axes: an axis or several; the default is the output features of a Flax kernel.
     """
 
-    axis: int | tuple[int, ...] = -1
-    order: float = 1.0
+    axes: int | tuple[int, ...] = -1
+
+
+@dataclass(frozen=True)
+class Buckets(Spec):
+    """A leaf's elements in C order are cut into buckets of ``size``, each with a table of its own.
+
+    Raises:
+      ValueError: a size below 1.
+
+    Source: Wu et al. 2018, PocketFlow, non-uniform quantization with buckets.
+    """
+
+    size: int
 
     def __post_init__(self) -> None:
-        if not self.order > 0:
-            raise ValueError(f"Filters: the order of the norm must be positive, got {self.order!r}.")
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes as a tuple."""
-        return (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        if not isinstance(self.size, numbers.Integral) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"Buckets: size must be a positive integer, got {self.size!r}.")
 
 
-Structure = Element | Filters
-
-
-@dataclass(frozen=True)
-class Local:
-    """Each leaf meets the sparsity by itself."""
-
-
-@dataclass(frozen=True)
-class Global:
-    """All selected leaves together meet the sparsity: one threshold for the whole tree."""
-
-
-Scope = Local | Global
+Tables = Local | Global | Channels | Buckets

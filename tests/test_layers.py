@@ -13,10 +13,24 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs"},
-    {"leaves", "numerics", "masks"},
-    {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"paths", "rank_specs", "specs", "structures"},
+    {"codebooks", "factors", "leaves", "masks", "numerics"},
+    {"factoring", "resets", "schedules", "slots", "trace", "transform"},
+    {
+        "activations",
+        "contraction",
+        "distill",
+        "federated",
+        "low_rank",
+        "prune",
+        "quantize",
+        "ranks",
+        "regrow",
+        "share",
+        "share_vectors",
+        "statistics",
+        "structure",
+    },
     {"search"},
     {"artifact", "export", "report"},
 ]

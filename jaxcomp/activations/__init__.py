@@ -1,7 +1,7 @@
 """Quantized activations: ``quantize_function``, what its rules say, and the report of what it does."""
 
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
-from jaxcomp.activations.function import quantize_function
+from jaxcomp.activations.function import factored, quantize_function
 from jaxcomp.activations.planning import Rules, ranges_of
 from jaxcomp.activations.specs import (
     LSQ,
@@ -31,6 +31,7 @@ __all__ = [
     "Rules",
     "Static",
     "coverage",
+    "factored",
     "quantize_function",
     "ranges_of",
 ]
