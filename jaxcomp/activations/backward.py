@@ -113,7 +113,10 @@ def _product(op: Op, spec: Backward, key: jax.Array | None, *values: jax.Array) 
     assert product is not None
     keys = [None, None] if key is None else list(jax.random.split(key))
     a, b = (_rounded(x, roles, spec, k) for x, roles, k in zip(values, product.roles, keys, strict=True))
-    if refusal(op, a, b):
+
+    # XLA on CPU has a fast int8 convolution for the layouts of a forward pass alone.
+    slow = product.kind == "conv" and jax.default_backend() == "cpu"
+    if slow or refusal(op, a, b):
         return op.bind(*(dequantize(f.codes, f.scale).astype(x.dtype) for f, x in zip((a, b), values, strict=True)))
     return [integer_product(op, a, b)]
 

@@ -18,6 +18,10 @@ SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
 
 
+NARROW, WIDE = 17, 32
+"""Convolutions with fewer channels than this, in and out, get features of zeros up to that many."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """One operand: ``value == (codes - zero) * scale``.
@@ -144,7 +148,10 @@ def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
         x = Factor(_padded(x, edges), x.scale, x.zero, x.reach)
         flat = len(p["padding"])
         changed |= {"padding": ((0, 0),) * flat, "lhs_dilation": (1,) * flat}
-    (sums,) = op.bind(x.codes, kernel.codes, **changed)
+    wide = _widened(op, kernel.codes)
+    features = kernel.codes.shape[numbers.rhs_spec[0]]
+    (sums,) = op.bind(x.codes, wide, **changed)
+    sums = lax.slice_in_dim(sums, 0, features, axis=numbers.out_spec[1])
     specs = numbers.lhs_spec, numbers.rhs_spec
 
     def placed(v: jax.Array, side: int) -> jax.Array:
@@ -155,6 +162,19 @@ def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     summed = tuple(numbers.lhs_spec[1:]), tuple(numbers.rhs_spec[1:])
     n = math.prod(kernel.codes.shape[j] for j in summed[1])
     return _rescaled(sums, (x, kernel), summed, n, placed)
+
+
+def _widened(op: Op, kernel: jax.Array) -> jax.Array:
+    """A kernel of few channels with features of zeros added: XLA on CPU has a fast int8 convolution from 17 on only.
+
+    16 by 16 channels, 3x3, 32x32, batch 8, one core: 6.2 ms as they are, 0.5 ms with 32 features.
+    """
+    inputs, features = (kernel.shape[op.eqn.params["dimension_numbers"].rhs_spec[i]] for i in (1, 0))
+    if max(inputs, features) >= NARROW or op.eqn.params["feature_group_count"] != 1 or kernel.dtype != jnp.int8:
+        return kernel
+    edges = [(0, 0, 0)] * kernel.ndim
+    edges[op.eqn.params["dimension_numbers"].rhs_spec[0]] = (0, WIDE - features, 0)
+    return lax.pad(kernel, jnp.int8(0), edges)
 
 
 def _padded(x: Factor, edges: Sequence[tuple[int, int, int]]) -> jax.Array:
@@ -187,8 +207,8 @@ def _rescaled(
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum over some axes, kept as 1; as a product with ones, which XLA on CPU runs five times faster."""
-    ones = jnp.ones([codes.shape[i] for i in axes], jnp.int8)
-    numbers = (tuple(range(len(axes))), axes), ((), ())
-    total = lax.dot_general(ones, codes, numbers, preferred_element_type=jnp.int32)
+    """The sum over some axes, kept as 1; as a product with eight rows of ones, by far the fastest way on CPU."""
+    ones = jnp.ones([8, *(codes.shape[i] for i in axes)], jnp.int8)
+    numbers = (tuple(range(1, ones.ndim)), axes), ((), ())
+    total = lax.dot_general(ones, codes, numbers, preferred_element_type=jnp.int32)[0]
     return jnp.expand_dims(total, axes)

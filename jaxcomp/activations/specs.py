@@ -186,7 +186,8 @@ class Backward:
 
     Each multiplies the incoming gradient with the other operand. Both factors are put on symmetric grids, with a scale
     for each index that the product does not sum over, and multiplied as int8 with sums in int32. Sums that may leave
-    int32, and the kernel gradients of grouped convolutions, run in float on the same rounded factors.
+    int32, the kernel gradients of grouped convolutions, and on CPU all convolutions, run in float on the same rounded
+    factors.
 
     Args:
       bits: width of a code, 2..8.

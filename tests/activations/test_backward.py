@@ -84,19 +84,32 @@ def test_the_expectation_is_the_gradient(name):
 
 
 def products(fn, p, x):
-    """Types of the factors of all products in the gradient's program."""
+    """How many products of the gradient's program sum int8 codes in int32, and how many multiply floats."""
     q = quantize_function(fn, {".*": ACT}, backward=Backward())
     ops = trace(jax.grad(lambda p, x: q(p, None, KEY, x).sum(), argnums=(0, 1)), p, x).flow.ops
-    found = [op for op in ops if op.name in {"dot_general", "conv_general_dilated"}]
-    return [(str(op.eqn.invars[0].aval.dtype), str(op.eqn.outvars[0].aval.dtype)) for op in found]
+    found = [op.eqn for op in ops if op.name in {"dot_general", "conv_general_dilated"}]
+    kinds = [(str(e.invars[0].aval.dtype), str(e.outvars[0].aval.dtype)) for e in found]
+    return kinds.count(("int8", "int32")), kinds.count(("float32", "float32"))
 
 
-def test_both_products_run_on_integers():
-    for name in ("dot", "conv"):
-        fn, w, x = CASES[name]
-        assert sorted(products(fn, {"w": w}, x)) == [("float32", "float32")] + [("int8", "int32")] * 2
-    fn, w, x = CASES["grouped conv"]  # of which the kernel's gradient groups the batch
-    assert sorted(products(fn, {"w": w}, x)) == [("float32", "float32")] * 2 + [("int8", "int32")]
+def test_both_products_run_on_integers(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = {name: products(fn, {"w": w}, x) for name, (fn, w, x) in CASES.items()}
+    # The kernel's gradient of a grouped convolution groups the batch.
+    assert found == {"dot": (2, 1), "conv": (2, 1), "grouped conv": (1, 2), "two activations": (2, 1)}
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert products(conv, {"w": CASES["conv"][1]}, CASES["conv"][2]) == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["conv", "grouped conv"])
+def test_integer_convolutions_equal_those_in_float(name, monkeypatch):
+    fn, w, x = CASES[name]
+    found = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        found.append(gradient(fn, Backward())({"w": w}, x, KEY))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_forward_is_the_same_and_off_means_nothing():
@@ -154,7 +167,7 @@ class Net(nn.Module):
 
 
 def test_a_network_trains_on_digits():
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         images, labels = load_digits(return_X_y=True)
         images, labels = jnp.asarray(images.reshape(-1, 8, 8, 1) / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
         params = Net().init(jax.random.key(1), images[:1])

@@ -21,6 +21,7 @@ from jaxcomp.activations import (
     ranges_of,
 )
 from jaxcomp.trace.calibrate import calibrate
+from jaxcomp.trace.program import trace
 from tests.activations.test_quantize_function import dot, quantized
 from tests.trace.models import normal
 
@@ -73,8 +74,9 @@ def test_real_products_equal_fake_ones(fn, w, x):
     np.testing.assert_allclose(real, fake, rtol=1e-5, atol=1e-5 * float(jnp.abs(fake).max()))
     rows = coverage(fn, rules, integer=True)(p, x).rows
     assert {row.done for row in rows} == {"float8"}
-    jaxpr = str(jax.make_jaxpr(quantize_function(fn, rules, integer=True))(p, None, x))
-    assert jaxpr.count("preferred_element_type=float32") == len(rows)
+    ops = trace(lambda p, x: quantize_function(fn, rules, integer=True)(p, None, x), p, x).flow.ops
+    factors = [[str(v.aval.dtype) for v in op.eqn.invars] for op in ops if "general" in op.name]
+    assert factors == [["float8_e4m3fn"] * 2] * len(rows)
     widened = ["the CPU backend widens" in row.why for row in rows]
     assert all(widened) if jax.default_backend() == "cpu" else not any(widened)
 
