@@ -11,6 +11,7 @@
 
 from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
+from jaxcomp.grids import MX, NF4, NVFP4, APoT, Float, PoT
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.masks.scores import Score, magnitude, sensitivity, taylor
 from jaxcomp.paths import everything, matrices
@@ -23,18 +24,24 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 
 __all__ = [
     "LOG",
+    "MX",
+    "NF4",
+    "NVFP4",
+    "APoT",
     "Act",
     "Companded",
     "Compander",
     "Dynamic",
     "Element",
     "Filters",
+    "Float",
     "Global",
     "Int",
     "Local",
     "Log",
     "Masked",
     "Packed",
+    "PoT",
     "Quantized",
     "Score",
     "Static",

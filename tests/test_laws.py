@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.grids import E2M1, E4M3, Blocked
+from jaxcomp.scaling import MSE, Stochastic
 from tests import laws
 
 TRANSFORMS: dict[str, jc.Transform] = {
@@ -47,6 +49,13 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    # Grids of levels, scales on a grid, rounding at random, buckets.
+    "pruned_signs": jc.chain(jc.prune(0.4), jc.quantize(jc.Int(1))),
+    "nf4_mse": jc.quantize(jc.NF4(group=4), scale=MSE(steps=9)),
+    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.APoT(4), bucket=50)),
+    "mx": jc.quantize(jc.MX(E4M3, 4)),
+    "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
+    "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}

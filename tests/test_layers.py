@@ -13,10 +13,10 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs"},
+    {"paths", "specs", "grids", "scaling"},
     {"leaves", "numerics", "masks"},
     {"slots", "transform", "trace"},
-    {"prune", "quantize", "structure", "activations", "distill"},
+    {"prune", "quantize", "learned", "structure", "activations", "distill"},
     {"search"},
     {"artifact", "export", "report"},
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
-from jaxcomp.specs import Int
+from jaxcomp.specs import Int, check_bits
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,7 @@ class Act:
     per: Sharing = PerTensor()
 
     def __post_init__(self) -> None:
-        try:
-            Int(self.bits)
-        except ValueError as e:
-            raise ValueError(f"Act: {str(e).removeprefix('Int: ')}") from e
+        check_bits("Act", self.bits)
         if not isinstance(self.range, RangeKind):
             raise TypeError(f"Act: range must be Static(), Dynamic(), LSQ() or PACT(), got {self.range!r}.")
         if not isinstance(self.per, Sharing):
