@@ -183,7 +183,7 @@ class PoT(Spec):
 
 @dataclass(frozen=True)
 class APoT(Spec):
-    """Additive powers of two: each magnitude a sum of terms, each of them 0 or one of three powers of two; the top is 1.
+    """Additive powers of two: a magnitude is a sum of terms, each 0 or one of three powers of two; the top is 1.
 
     The ``bits - 1`` bits of a magnitude are cut into pairs, which choose among the four values of their term; an odd
     bit chooses 0 or one power. The powers ``2**-1, 2**-2, …`` are dealt to the terms in turn.
@@ -239,12 +239,14 @@ def _apot_levels(bits: int) -> tuple[float, ...]:
 
 # Quantiles of the normal distribution: of p = 0.9677083 down to 1/2 in 8 steps above zero and in 7 below, over the
 # largest. tests/test_grids.py derives them again.
+# fmt: off
 _NF4 = (
-    (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
-    + (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
-    + (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
-    + (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jaxcomp.numerics.quantizers import (
 )
 from jaxcomp.numerics.ranges import Ends, absmax_range, mean_range, mse_range, percentile_range
 from jaxcomp.numerics.rounding import round_with
-from jaxcomp.scaling import MSE, AbsMax, MeanAbs, Percentile, ScaleRule
+from jaxcomp.scaling import MSE, MeanAbs, Percentile, ScaleRule
 from jaxcomp.specs import Companded, Int
 
 _SIGNS = grids.Levels((-1.0, 1.0))
@@ -80,9 +80,7 @@ def scale_of(
     return positive(top * (1.0 / grid.top), least=1 / min(abs(v) for v in grid.levels if v)), None
 
 
-def block_scales(
-    top: Float[Array, "*blocks"], grid: Blocked
-) -> tuple[Float[Array, "*blocks"], Float[Array, "*ones"]]:
+def block_scales(top: Float[Array, "*blocks"], grid: Blocked) -> tuple[Float[Array, "*blocks"], Float[Array, "*ones"]]:
     """The scales of blocks on their own grid, and the one number over all of them, in the same rank.
 
     Deviation for float scales: none is smaller than their grid's smallest positive level, so that a block of small

@@ -147,7 +147,9 @@ def _chosen(x: jax.Array, edges: np.ndarray, levels: tuple[float, ...]) -> jax.A
 def _index(x: jax.Array, edges: np.ndarray) -> jax.Array:
     """How many edges are below x."""
     if len(edges) < _FEW:
-        return sum(((x > jnp.asarray(edge, x.dtype)).astype(jnp.uint8) for edge in edges), jnp.zeros(x.shape, jnp.uint8))
+        return sum(
+            ((x > jnp.asarray(edge, x.dtype)).astype(jnp.uint8) for edge in edges), jnp.zeros(x.shape, jnp.uint8)
+        )
     table = jnp.asarray(edges, x.dtype)
     return jnp.searchsorted(table, x, method="scan_unrolled").astype(jnp.uint8)
 

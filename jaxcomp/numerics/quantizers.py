@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcomp.numerics.rounding import round_ste
 from jaxcomp.specs import Companded, Compander, Int
@@ -25,7 +25,7 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def blocked(x: Float[Array, "*shape"], blocks: tuple[int, ...]) -> Float[Array, "*split"]:
+def blocked(x: Shaped[Array, "*shape"], blocks: tuple[int, ...]) -> Shaped[Array, "*split"]:
     """Splits each axis i of size n into ``(blocks[i], n // blocks[i])``.
 
     >>> blocked(jnp.zeros((4, 6)), (2, 6)).shape
