@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.grids import E2M1, E4M3, Blocked
 from jaxcomp.masks.scores import lamp
 from jaxcomp.numerics.kmeans_inits import linear, quantile
 from jaxcomp.rank_specs import CP, RankOne, Tucker2
+from jaxcomp.scaling import MSE, Stochastic
 from jaxcomp.specs import Buckets, Channels
 from jaxcomp.statistics import accumulate, movement
 from jaxcomp.structures import StraightThrough
@@ -73,6 +75,13 @@ TRANSFORMS: dict[str, jc.Transform] = {
         jc.prune(jc.polynomial(0.6, begin=0, end=4), score=jc.movement, regrow=False), movement
     ),
     "prune_lamp_global_int4": jc.chain(jc.prune(0.5, score=lamp(), scope=jc.Global()), jc.quantize(jc.Int(4))),
+    # Grids of levels, scales on a grid, rounding at random, buckets.
+    "pruned_signs": jc.chain(jc.prune(0.4), jc.quantize(jc.Int(1))),
+    "nf4_mse": jc.quantize(jc.NF4(group=4), scale=MSE(steps=9)),
+    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.APoT(4), bucket=50)),
+    "mx": jc.quantize(jc.MX(E4M3, 4)),
+    "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
+    "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}
