@@ -195,7 +195,7 @@ class Quantized(CompressedLeaf):
         """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
         if self.packed:
             return self
-        stored, low = stored_codes(self.codes, self.grid)
+        stored, low = stored_codes(unpacked(self.codes), self.grid)
         narrow: Any = jnp.int8 if low < 0 else jnp.uint8
         codes = stored.astype(narrow) if self.grid.bits == 8 else Packed.of(stored, self.grid.bits, low)
         return replace(self, codes=codes, scale=pack(self.scale))

@@ -83,7 +83,7 @@ class Fixed(Spec):
     end: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.end, numbers.Real) and not (math.isfinite(self.end) and self.end > 0):
+        if isinstance(self.end, numbers.Real) and not 0 < float(self.end) < math.inf:
             raise ValueError(f"Fixed: the range's end must be positive and finite, got {self.end!r}.")
 
 

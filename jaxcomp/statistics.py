@@ -48,7 +48,7 @@ batch means (exact for batches of one)."""
 class RunningState(NamedTuple):
     """How many steps were gathered, what they gave by path, and the state behind it."""
 
-    count: jax.Array
+    gathered: jax.Array
     values: dict[str, jax.Array]
     inner: State
 
@@ -89,7 +89,8 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
         if stats.get("grads") is None:
             raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
         grads = dict(leaves_with_paths(stats["grads"])[0])
-        count, values, made = state.count + 1, dict(state.values), {}
+        count, values = state.gathered + 1, dict(state.values)
+        made: dict[str, dict[str, Any]] = {}
         for s in statistics:
             made[s.name] = {}
             for path, w in weights(params).items():

@@ -128,6 +128,7 @@ def _placed(program: Program, params: Any, kept: Mapping[str, Factors], integer:
     leaves: list[Any] = []
     reasons: dict[str, str] = {}
     for path, leaf in named:
+        found: Any
         if path in kept:
             reasons[path], found = IN_FLOAT, kept[path]
         elif integer:
