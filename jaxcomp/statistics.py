@@ -107,7 +107,15 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
 
 
 def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:
-    return old + new if decay is None else old * decay + new * (1 - decay)
+    if decay is None:
+        return old + _rounded(new)
+    return _rounded(old * decay) + _rounded(new * (1 - decay))
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """A clip that changes no finite value keeps a product and a sum two roundings, in jit as in eager."""
+    most = float(jnp.finfo(jnp.float32).max)
+    return jnp.clip(product, -most, most)
 
 
 def _weight(decay: float, count: jax.Array) -> jax.Array:
