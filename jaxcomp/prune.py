@@ -1,53 +1,79 @@
-"""Pruning: masks over the lowest-scored elements or filters, of each leaf or of the whole tree."""
+"""Pruning: masks over the lowest-scored units, of each leaf or of the whole tree."""
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxcomp.leaves import Masked
-from jaxcomp.masks.scores import Score, magnitude
-from jaxcomp.masks.structures import alive_units, full_mask, unit_scores
-from jaxcomp.masks.thresholds import MAX_COUNT, fraction_of, order_keys, smallest
+from jaxcomp.leaves import Masked, is_compressed
+from jaxcomp.masks.nm import n_m_mask
+from jaxcomp.masks.scores import Score, as_score, magnitude
+from jaxcomp.masks.select import select, spread
+from jaxcomp.masks.structures import alive_units, checked_axis, full_mask, over_units, unit_scores
+from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.specs import Element, Local, Scope, Structure
+from jaxcomp.structures import (
+    ERK,
+    NM,
+    Amount,
+    Block,
+    Cut,
+    Element,
+    Filters,
+    Given,
+    Global,
+    Gradient,
+    Heuristic,
+    Local,
+    Scope,
+    StraightThrough,
+    Structure,
+    Tied,
+    checked_amount,
+)
 from jaxcomp.transform import Params, State, Transform
 
-Sparsity = float | Callable[[Any], Any]
+Slots = Mapping[str, Slot]
+Stats = Mapping[str, Mapping[str, Any]]
 
 
 def prune(
-    sparsity: Sparsity,
+    sparsity: Amount | None = None,
     *,
-    score: Score = magnitude,
+    score: Score | Callable[[jax.Array], jax.Array] = magnitude,
     structure: Structure = Element(),  # noqa: B008 - frozen
     scope: Scope = Local(),  # noqa: B008 - frozen
+    gradient: Gradient = Cut(),  # noqa: B008 - frozen
+    regrow: bool = True,
     where: Where = matrices,
 ) -> Transform:
-    """Masks the lowest-scored units: exactly ``round(sparsity * units)`` of them, half to even.
+    """Masks the lowest-scored units: exactly ``round(sparsity * units)`` of them, half to even, or a count.
 
-    ``apply`` makes a ``Masked`` leaf of each selected array; no gradient reaches what is masked. ``update`` finds the
-    masks again from the parameters it is given, so with a schedule (and :func:`~jaxcomp.gate` for a period) sparsity
-    grows while training, and what grew back in importance returns. On a leaf that is masked already, the units are
-    those that survive: 50% and then 50% leave a quarter. Of equal scores the earlier leaf and lower index goes first.
+    ``apply`` makes a ``Masked`` leaf of each selected array. ``update`` finds the masks again from the parameters it is
+    given, so with a schedule (and :func:`~jaxcomp.gate` for a period) sparsity grows while training, and what grew back
+    in importance returns. On a leaf that is masked already, the units are those that survive: 50% and then 50% leave a
+    quarter. Of equal scores the earlier leaf and lower index goes first.
 
     Args:
-      sparsity: the fraction of units to prune, in [0, 1), or a schedule ``step -> fraction`` (any optax schedule).
-      score: elementwise score; one that needs statistics (``sensitivity`` needs ``grads=``) masks nothing until its
-        first ``update``.
-      structure: ``Element()`` or ``Filters(axis)``.
-      scope: ``Local()``, each leaf by itself, or ``Global()``, one threshold for all selected leaves.
+      sparsity: the fraction of units to prune, in [0, 1); or an int, how many; or a schedule ``step -> fraction`` (any
+        optax schedule, or those of :mod:`jaxcomp.schedules`). None where ``NM`` or ``Given`` say it.
+      score: how much an element matters (:mod:`jaxcomp.masks.scores`), or a function of the weights. One that needs
+        statistics (``sensitivity`` needs ``grads=``) masks nothing until its first ``update``.
+      structure: what goes as one: ``Element()``, ``NM(n, m)``, ``Block(shape)``, ``Filters(axis)``, ``Tied(axes)``.
+      scope: ``Local()``, each leaf by itself; ``Global()``, one threshold for all selected leaves; ``ERK()``,
+        ``Heuristic()`` or ``Given(amounts)``, each leaf by itself with its own sparsity.
+      gradient: ``Cut()``, or ``StraightThrough()`` to let masked weights go on learning.
+      regrow: whether an update may unmask what was masked. Without it a schedule prunes among survivors only.
       where: which leaves.
 
     Raises:
-      ValueError: a sparsity outside [0, 1); at ``init``, what :func:`~jaxcomp.slots.slots` raises; at ``update``, a
-        statistic that is missing or has no entry for a selected leaf.
+      ValueError: an amount that is none of these, or a structure or scope that does not go with it; at ``init``, what
+        :func:`~jaxcomp.slots.slots` raises, a count above the number of units, an axis that a leaf lacks; at
+        ``update``, a statistic that is missing or has no entry for a selected leaf.
 
     >>> t = prune(0.5)
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
@@ -56,117 +82,196 @@ def prune(
            [ 3.,  0.]], dtype=float32)
 
     Source: Han et al. 2015, arXiv:1506.02626; Zhu and Gupta 2017, arXiv:1710.01878 (gradual); filters after Li et al.
-    2016, arXiv:1608.08710.
+    2016, arXiv:1608.08710; the sources of scores, structures and scopes are with them.
     """
-    if not callable(sparsity):
-        sparsity = checked_sparsity(sparsity)
+    amount = _checked(sparsity, structure, scope)
+    criterion = as_score(score)
 
     def found(params: Params) -> dict[str, Slot]:
         return slots(params, where, "prune")
 
-    def masks(selected: dict[str, Slot], step: Any, stats: dict[str, dict[str, Any]]) -> State:
-        units, alive = {}, {}
-        for path, slot in selected.items():
-            try:
-                scores = score.fn(slot.array, **{name: by_path[path] for name, by_path in stats.items()})
-                units[path] = unit_scores(scores, structure)
-                alive[path] = alive_units(slot.mask, structure, slot.array.ndim)
-            except ValueError as e:
-                raise ValueError(f"prune: {path!r} {e}.") from e
-        fraction = sparsity(step) if callable(sparsity) else sparsity
-        groups = [[p] for p in selected] if isinstance(scope, Local) else [list(selected)]
-        return {p: m for group in groups for p, m in _keep(group, units, alive, fraction).items()}
+    def masks(selected: Slots, step: Any, stats: Stats, old: State | None) -> State:
+        units = {p: _scores(criterion, structure, slot, step, stats) for p, slot in selected.items()}
+        alive = {p: _alive(structure, slot) for p, slot in selected.items()}
+        dead = {p: None if regrow or old is None else ~old[p] for p in selected}
+        if isinstance(structure, NM):
+            return {p: n_m_mask(x, structure, _left(alive[p], dead[p])) for p, x in units.items()}
+        shapes = {p: slot.array.shape for p, slot in selected.items()}
+        if isinstance(structure, Tied):
+            return _tied_masks(
+                structure, shapes, (units, alive, dead), criterion, lambda s: spread(scope, s, amount, step)
+            )
+        return select(_normal(criterion, units), alive, dead, spread(scope, shapes, amount, step))
 
     def init(params: Params) -> State:
         selected = found(params)
         check_finite(selected, "prune")
-        if score.needs:
-            return {path: jnp.ones(_unit_shape(slot, structure), bool) for path, slot in selected.items()}
-        return masks(selected, jnp.int32(0), {})
+        if not criterion.needs:
+            return masks(selected, jnp.int32(0), {}, None)
+        like = {p: jax.ShapeDtypeStruct(slot.array.shape, slot.array.dtype) for p, slot in selected.items()}
+        stats = dict.fromkeys(criterion.needs, like)
+        shapes = jax.eval_shape(lambda stats: masks(selected, jnp.int32(0), stats, None), stats)
+        return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
 
     def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
         selected = found(params)
-        needed = {name: _statistic(name, score, stats, selected) for name in score.needs}
-        return masks(selected, step, needed)
+        needed = {name: _statistic(name, criterion, stats, selected) for name in criterion.needs}
+        return masks(selected, step, needed, state)
 
     def apply(state: State, params: Params) -> Params:
-        new = {}
-        for path, slot in found(params).items():
-            x = slot.array
-            mask = state[path] if slot.mask is None else state[path] & slot.mask
-            new[path] = Masked(jnp.where(mask, x, jnp.zeros((), x.dtype)), mask)
-        return rewrite(params, new)
+        through = isinstance(gradient, StraightThrough)
+        return rewrite(params, {p: _masked(slot, state[p], structure, through) for p, slot in found(params).items()})
 
     return Transform(init, update, apply)
 
 
-def checked_sparsity(sparsity: Any) -> float:
-    """A constant sparsity as a float.
+def masked_by(masks: Any) -> Transform:
+    """Masks by given booleans, and no others; what ``masks`` has no entry for stays as it is.
+
+    The masks become the state, so they may be loaded, sharded and replaced like any other.
+
+    Args:
+      masks: a tree of booleans like the parameters, or a dict by path; each entry broadcasts against its leaf, of the
+        same rank. None entries are no entries.
 
     Raises:
-      ValueError: it is not a number in [0, 1).
+      ValueError: at ``init``, a mask for no leaf, or one that is not of booleans or does not fit its leaf.
+
+    >>> t = masked_by({"kernel": jnp.array([[True], [False]])})
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    >>> t.apply(t.init(params), params)["kernel"].materialize().tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
     """
-    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool) or not 0 <= float(sparsity) < 1:
-        raise ValueError(f"prune: sparsity must be a number in [0, 1) or a schedule, got {sparsity!r}.")
-    return float(sparsity)
+    named = dict(leaves_with_paths(masks)[0])
+
+    def found(params: Params) -> dict[str, Slot]:
+        return slots(params, lambda path, leaf: path in named, "masked_by")
+
+    def init(params: Params) -> State:
+        selected = found(params)
+        for path, mask in named.items():
+            if path not in selected:
+                raise ValueError(f"masked_by: there is no leaf {path!r}, only {some_paths(selected)}.")
+            shape = selected[path].array.shape
+            if mask.dtype != jnp.bool_ or not _broadcasts(mask.shape, shape):
+                raise ValueError(
+                    f"masked_by: the mask of {path!r} is {mask.dtype} of shape {mask.shape}, wanted booleans that"
+                    f" broadcast to {shape}."
+                )
+        return {path: jnp.asarray(mask) for path, mask in named.items()}
+
+    def apply(state: State, params: Params) -> Params:
+        new = {p: _masked(slot, state[p], Element(), False) for p, slot in found(params).items()}
+        return rewrite(params, new)
+
+    return Transform(init, lambda state, params, *, step, **stats: state, apply)
 
 
-def cubic(final: float, *, begin: int = 0, end: int, initial: float = 0.0) -> Callable[[Any], Any]:
-    """The gradual schedule ``final + (initial - final) (1 - (step - begin) / (end - begin))**3``, flat outside.
+def is_pruned(tree: Any) -> bool:
+    """Whether any leaf is masked: what ``prune`` has been applied to, and ``materialize`` has not.
 
-    Built on ``optax.polynomial_schedule``.
-
-    >>> s = cubic(0.8, begin=100, end=200)
-    >>> float(s(0)), round(float(s(150)), 4), round(float(s(999)), 4)
-    (0.0, 0.7, 0.8)
-
-    Raises:
-      ValueError: a sparsity outside [0, 1), or an end that is not after the beginning.
-
-    Source: Zhu and Gupta 2017, arXiv:1710.01878, equation 1.
+    >>> params = {"kernel": jnp.ones((2, 2))}
+    >>> t = prune(0.5)
+    >>> is_pruned(params), is_pruned(t.apply(t.init(params), params))
+    (False, True)
     """
-    checked_sparsity(final), checked_sparsity(initial)
-    if end <= begin:
-        raise ValueError(f"cubic: end must be after begin, got begin={begin}, end={end}.")
-    return optax.polynomial_schedule(initial, final, power=3, transition_steps=end - begin, transition_begin=begin)
+    return any(isinstance(x, Masked) for x in jax.tree.leaves(tree, is_leaf=is_compressed))
 
 
-def _unit_shape(slot: Slot, structure: Structure) -> tuple[int, ...]:
-    shape = jax.ShapeDtypeStruct(slot.array.shape, slot.array.dtype)
-    return jax.eval_shape(lambda x: unit_scores(x, structure), shape).shape
+def _checked(sparsity: Any, structure: Structure, scope: Scope) -> Amount | None:
+    """The amount; which structures and scopes say it themselves, and what does not go together."""
+    says = [x for x in (structure, scope) if isinstance(x, NM | Given)]
+    if isinstance(structure, NM) and not isinstance(scope, Local):
+        raise ValueError(f"prune: {structure} holds for each group of weights, so it has no scope, got {scope}.")
+    if says and sparsity is not None:
+        raise ValueError(f"prune: {type(says[0]).__name__} says the sparsity; leave {sparsity!r} out.")
+    if says:
+        return None
+    if isinstance(structure, Tied) and not isinstance(scope, Local | Global):
+        raise ValueError(f"prune: {scope} gives each leaf its own sparsity; Tied prunes several alike, take Global.")
+    if sparsity is None:
+        raise ValueError("prune: wants a sparsity, such as 0.5; only NM and Given say it themselves.")
+    amount = checked_amount("prune", sparsity)
+    if isinstance(amount, int) and isinstance(scope, ERK | Heuristic):
+        raise ValueError(f"prune: {scope} spreads a fraction over the leaves, got the count {amount}.")
+    return amount
 
 
-def _keep(
-    paths: list[str], units: dict[str, jax.Array], alive: dict[str, jax.Array | None], fraction: Any
-) -> dict[str, jax.Array]:
-    """Masks that keep all but the lowest ``fraction`` of the units of these leaves together."""
-    size = sum(units[p].size for p in paths)
-    if size > MAX_COUNT:
-        raise ValueError(
-            f"prune: one threshold over {size} units; at most {MAX_COUNT} are counted, split them by rules."
-        )
-    masked = [(alive[p], units[p].shape) for p in paths]
-    eligible = [None if mask is None else full_mask(mask, shape) for mask, shape in masked]
-    total = sum((jnp.sum(e, dtype=jnp.uint32) for e in eligible if e is not None), jnp.uint32(0))
-    total = total + sum(units[p].size for p, e in zip(paths, eligible, strict=True) if e is None)
-    pruned = smallest([order_keys(units[p]) for p in paths], eligible, fraction_of(total, fraction))
-    keep = (~m if e is None else e & ~m for m, e in zip(pruned, eligible, strict=True))
-    return dict(zip(paths, keep, strict=True))
+def _scores(criterion: Score, structure: Structure, slot: Slot, step: Any, stats: Stats) -> jax.Array:
+    """Scores of one leaf's units, not yet normalized."""
+    try:
+        within = _within(structure, slot.path)
+        known = {"path": slot.path, "step": step, "structure": within}
+        given = {name: by_path[slot.path] for name, by_path in stats.items()}
+        scores = criterion.fn(slot.array, **given, **{name: known[name] for name in criterion.takes})
+        if criterion.of_units:
+            return scores
+        scores = jnp.broadcast_to(scores, slot.array.shape)
+        if isinstance(within, NM):
+            checked_axis(within.axis, scores.ndim)
+            return scores
+        return unit_scores(scores, within, signed=criterion.signed)
+    except ValueError as e:
+        raise ValueError(f"prune: {slot.path!r} {e}.") from e
 
 
-def _statistic(name: str, score: Score, stats: dict[str, Any], selected: dict[str, Slot]) -> dict[str, Any]:
+def _within(structure: Structure, path: str) -> Element | NM | Block | Filters:
+    """The structure inside one leaf: of a tied one, the slices along the leaf's axis."""
+    if not isinstance(structure, Tied):
+        return structure
+    group = structure.find(path)
+    if group is None:
+        raise ValueError(f"belongs to no group of {list(structure.axes)}; narrow where, or add a rule")
+    return Filters(group[1], structure.order)
+
+
+def _alive(structure: Structure, slot: Slot) -> jax.Array | None:
+    """Which units an earlier mask left, at the units' shape."""
+    if slot.mask is None:
+        return None
+    within = _within(structure, slot.path)
+    shape = slot.array.shape
+    return full_mask(slot.mask, shape) if isinstance(within, NM) else alive_units(slot.mask, within, shape)
+
+
+def _normal(criterion: Score, units: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {p: x if criterion.normalize is None else criterion.normalize(x) for p, x in units.items()}
+
+
+def _left(alive: jax.Array | None, dead: jax.Array | None) -> jax.Array | None:
+    if dead is None:
+        return alive
+    return ~dead if alive is None else alive & ~dead
+
+
+def _masked(slot: Slot, units: jax.Array, structure: Structure, through: bool) -> Masked:
+    x = slot.array
+    mask = over_units(units, structure, x.shape) if isinstance(structure, Block) else units
+    mask = mask if slot.mask is None else mask & slot.mask
+    return Masked(masked_through(x, mask) if through else masked(x, mask), mask, straight=through)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
+
+
+def _statistic(name: str, score: Score, stats: dict[str, Any], selected: Slots) -> dict[str, Any]:
     """A statistic's leaves by slot path."""
-    if name not in stats:
-        raise ValueError(f"prune: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree).")
+    maker = f" It is made by {score.maker}." if score.maker else ""
+    if stats.get(name) is None:
+        raise ValueError(
+            f"prune: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree).{maker}"
+        )
     leaves = dict(leaves_with_paths(stats[name])[0])
     for path, slot in selected.items():
         if path not in leaves:
             raise ValueError(
                 f"prune: the statistic {name!r} has no entry for {path!r}, only {some_paths(leaves)}; it wants a tree"
-                " like the parameters, and prune before what factors them."
+                f" like the parameters, and prune before what factors them.{maker}"
             )
-        if leaves[path].shape != slot.array.shape:
+        if not _broadcasts(tuple(leaves[path].shape), slot.array.shape):
             raise ValueError(
-                f"prune: the statistic {name!r} has shape {leaves[path].shape} at {path!r}, wanted {slot.array.shape}."
+                f"prune: the statistic {name!r} has shape {leaves[path].shape} at {path!r}, wanted {slot.array.shape}"
+                " or 1 along some axes."
             )
     return {path: leaves[path] for path in selected}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -230,7 +231,7 @@ def _switch(active: jax.Array, on: Params, off: Params) -> Params:
         if isinstance(new, Masked) and not is_compressed(new.values):
             old_mask = unpacked(old.mask) if isinstance(old, Masked) else jnp.ones((), bool)
             values = jnp.where(active, new.values, old.values if isinstance(old, Masked) else old)
-            return Masked(values, jnp.where(active, unpacked(new.mask), old_mask))
+            return replace(new, values=values, mask=jnp.where(active, unpacked(new.mask), old_mask))
         return Switch(active, new, old)
 
     return jax.tree.map(leaf, on, off, is_leaf=is_compressed)

@@ -133,9 +133,9 @@ def test_containers_of_every_kind() -> None:
     assert masks(jc.prune(0.5), nested)["a"][0].tolist() == [[False, False], [True, True]]
 
 
-@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half", True, None])
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half", True, -1])
 def test_refuses_a_sparsity_outside(sparsity) -> None:
-    with pytest.raises(ValueError, match=r"prune: sparsity must be a number in \[0, 1\) or a schedule, got"):
+    with pytest.raises(ValueError, match=r"prune: sparsity must be a number in \[0, 1\) or a schedule.*, got"):
         jc.prune(sparsity)
 
 

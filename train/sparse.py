@@ -45,7 +45,12 @@ Name = Literal["dense", "static", "set", "rigl", "gradual"]
 
 @dataclass(frozen=True)
 class Sparse:
-    """A comparison of ways to train a sparse multilayer perceptron."""
+    """A comparison of ways to train a sparse multilayer perceptron.
+
+    ``python -m train.sparse`` takes about 8 minutes on one CPU core. Test accuracy on Fashion-MNIST, mean and standard
+    deviation of seeds 0, 1, 2: dense 89.69 ± 0.54%, static 88.31 ± 0.11%, set 88.58 ± 0.20%, rigl 88.77 ± 0.17%,
+    gradual 89.03 ± 0.04%.
+    """
 
     dataset: Literal["fashion_mnist", "digits"] = "fashion_mnist"
     """Which data."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, PerGroup, PerTensor
-from jaxcomp.numerics.quantizers import compute_dtype, dequantize, int_codes, int_scale
+from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
+from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_codes, int_scale, spread
 from jaxcomp.numerics.rounding import round_ste
 from jaxcomp.specs import Int
 from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
@@ -24,7 +24,7 @@ class Coded(NamedTuple):
     zero: jax.Array | None
 
 
-def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Act) -> tuple[int, ...]:
+def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Rule) -> tuple[int, ...]:
     """The shape of the scale of an operand whose axes have these ``roles``.
 
     Raises:
@@ -68,13 +68,34 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
     return Coded(int_codes(x, scale, zero, act.grid), scale, None if act.symmetric else zero)
 
 
-def fake_quantize(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+def float8_codes(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> tuple[jax.Array, jax.Array]:
+    """Float8 codes and scale of an activation; arguments as of :func:`encode`. No gradient flows."""
+    x = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
+    if given is None:
+        end = block_absmax(x, scale_blocks(x.shape, roles, act))
+    else:
+        low, high = (jax.lax.stop_gradient(jnp.asarray(v, x.dtype)) for v in given)
+        end = jnp.maximum(-low, high).reshape((1,) * x.ndim)
+    scale = _positive(end * (1.0 / act.top))
+    return jnp.clip(x * spread(1.0 / scale, x.shape), -act.top, act.top).astype(act.dtype), scale
+
+
+def _fake_float8(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+    codes, scale = float8_codes(x, act, roles, given)
+    end = spread(scale, x.shape) * (act.top * (1 + 2.0**-10))  # what rounds to the top without being clipped learns
+    passing = jnp.where(jnp.abs(x) <= end.astype(x.dtype), x, jax.lax.stop_gradient(x))
+    return _value_of(dequantize(codes, scale).astype(x.dtype), passing)
+
+
+def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range | None) -> jax.Array:
     """The value rounded to its grid, in its own type; arguments as of :func:`encode`.
 
     >>> act = Act(2, range=LSQ())
     >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, (OUTPUT,), Range(jnp.float32(0), jnp.float32(3)))
     Array([0., 0., 3.], dtype=float32)
     """
+    if isinstance(act, Float8):
+        return _fake_float8(x, act, roles, given)
     if isinstance(act.range, PACT) and given is not None:
         high = jnp.asarray(given.high, x.dtype)
         clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)

@@ -1,0 +1,88 @@
+"""N:M masks: the n best of every m neighbours, by comparing pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxcomp.leaves import dense
+from jaxcomp.masks.structures import checked_axis
+from jaxcomp.masks.thresholds import order_keys
+from jaxcomp.structures import NM
+
+_PAIRS = 16  # up to this m, m (m - 1) / 2 comparisons are cheaper than sorting each group
+
+
+def n_m_mask(
+    scores: Float[Array, "*shape"], structure: NM, alive: Bool[Array, "*shape"] | None = None
+) -> Bool[Array, "*shape"]:
+    """Marks the ``n`` highest scores of each group of ``m`` along the axis.
+
+    Of equal scores the lower index goes first, as everywhere; NaN counts above infinity. What is not alive goes before
+    all that is, and is never marked.
+
+    >>> n_m_mask(jnp.array([[1.0, 4.0, 2.0, 3.0, 5.0]]), NM(2, 4, axis=1)).tolist()
+    [[False, True, False, True, True]]
+
+    Raises:
+      ValueError: the array has no such axis.
+    """
+    axis = checked_axis(structure.axis, scores.ndim)
+    size, (n, m) = scores.shape[axis], (structure.n, structure.m)
+    keys = order_keys(scores)
+    if alive is not None:
+        keys = jnp.where(alive, keys, jnp.uint32(0))
+    if size % m:
+        keys = jnp.pad(keys, [(0, -size % m if i == axis else 0) for i in range(keys.ndim)])
+    shape = keys.shape
+    groups = keys.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+    kept = _by_pairs(groups, axis + 1, n) if m <= _PAIRS else _by_ranks(groups, axis + 1, n)
+    kept = kept.reshape(shape)
+    if size % m:
+        kept = jax.lax.slice_in_dim(kept, 0, size, axis=axis)
+    return kept if alive is None else kept & alive
+
+
+def is_n_m(x: Any, structure: NM) -> bool:
+    """Whether at most ``n`` of every ``m`` neighbours along the axis are not zero (or, of a mask, are True).
+
+    Args:
+      x: an array, a mask, or a compressed leaf.
+      structure: n, m and the axis; the last group may be smaller.
+
+    >>> is_n_m(jnp.array([[0.0, 1.0, 2.0, 0.0]]), NM(2, 4, axis=1)), is_n_m(jnp.ones((4, 4)), NM(2, 4))
+    (True, False)
+
+    Raises:
+      ValueError: the array has no such axis.
+    """
+    host = np.asarray(dense(x)) != 0
+    try:
+        axis = checked_axis(structure.axis, host.ndim)
+    except ValueError as e:
+        raise ValueError(f"is_n_m: the array {e}.") from e
+    along = np.moveaxis(host, axis, -1)
+    along = np.pad(along, [(0, 0)] * (host.ndim - 1) + [(0, -along.shape[-1] % structure.m)])
+    return bool((along.reshape(-1, structure.m).sum(1) <= structure.n).all())
+
+
+def _by_pairs(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
+    """An entry is kept if fewer than n of its group beat it; at equal keys the later one wins."""
+    m = groups.shape[axis]
+    entry = [jax.lax.index_in_dim(groups, i, axis, keepdims=False) for i in range(m)]
+    beaten = [jnp.zeros(entry[0].shape, jnp.uint8) for _ in range(m)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            later = (entry[j] >= entry[i]).astype(jnp.uint8)
+            beaten[i], beaten[j] = beaten[i] + later, beaten[j] + (1 - later)
+    return jnp.stack([b < n for b in beaten], axis)
+
+
+def _by_ranks(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
+    """The same by two stable sorts of each group."""
+    ranks = jnp.argsort(jnp.argsort(groups, axis=axis, stable=True), axis=axis)
+    return ranks >= groups.shape[axis] - n

@@ -1,0 +1,115 @@
+"""Statistics over many steps, for scores that need them: running sums and means beside a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
+from jaxcomp.slots import slots
+from jaxcomp.transform import Params, State, Transform
+
+
+@dataclass(frozen=True)
+class Running:
+    """A statistic that is gathered step by step from the weights and their gradients.
+
+    Args:
+      name: under which scores ask for it.
+      of: ``of(w, grads)`` to one step's share, elementwise, in float32.
+      decay: None for the sum of all steps; else the weight of the past in a moving average, in [0, 1), corrected for
+        its start from zero.
+
+    Raises:
+      ValueError: a decay outside [0, 1).
+    """
+
+    name: str
+    of: Callable[[jax.Array, jax.Array], jax.Array]
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"Running: decay must be in [0, 1) or None, got {self.decay!r}.")
+
+
+movement = Running("movement", lambda w, grads: -w * grads)
+"""The sum of ``-w ∂L/∂w``, for the score ``movement``."""
+
+fisher = Running("fisher", lambda w, grads: grads * grads, decay=0.99)
+"""A moving average of squared gradients, for the score ``fisher``: the diagonal Fisher information up to the square of
+batch means (exact for batches of one)."""
+
+
+class RunningState(NamedTuple):
+    """How many steps were gathered, what they gave by path, and the state behind it."""
+
+    gathered: jax.Array
+    values: dict[str, jax.Array]
+    inner: State
+
+
+def accumulate(transform: Transform, *statistics: Running, where: Where = matrices) -> Transform:
+    """Hands ``transform`` statistics that it gathers from ``grads=`` at every update; all others pass through.
+
+    Around a gate it gathers at every step, also while the gate sleeps:
+    ``accumulate(gate(prune(0.5, score=movement), every(100)), statistics.movement)``.
+
+    Args:
+      transform: what needs them.
+      statistics: what to gather, such as ``movement`` and ``fisher`` of this module.
+      where: for which leaves.
+
+    Raises:
+      ValueError: at ``init``, what :func:`~jaxcomp.slots.slots` raises; at ``update``, no ``grads=``, or none for a
+        leaf.
+
+    >>> from jaxcomp.prune import prune
+    >>> from jaxcomp.masks import scores
+    >>> t = accumulate(prune(0.5, score=scores.movement), movement)
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> state = t.update(t.init(params), params, step=0, grads={"kernel": jnp.array([[1.0, -1.0]])})
+    >>> t.apply(state, params)["kernel"].materialize().tolist()
+    [[0.0, 2.0]]
+    """
+
+    def weights(params: Params) -> dict[str, jax.Array]:
+        return {path: slot.array for path, slot in slots(params, where, "accumulate").items()}
+
+    def init(params: Params) -> RunningState:
+        found = weights(params)
+        zeros = {f"{s.name}:{p}": jnp.zeros(w.shape, jnp.float32) for s in statistics for p, w in found.items()}
+        return RunningState(jnp.zeros((), jnp.int32), zeros, transform.init(params))
+
+    def update(state: RunningState, params: Params, *, step: Any, **stats: Any) -> RunningState:
+        if stats.get("grads") is None:
+            raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
+        grads = dict(leaves_with_paths(stats["grads"])[0])
+        count, values = state.gathered + 1, dict(state.values)
+        made: dict[str, dict[str, Any]] = {}
+        for s in statistics:
+            made[s.name] = {}
+            for path, w in weights(params).items():
+                if path not in grads:
+                    raise ValueError(f"accumulate: grads has no entry for {path!r}, only {some_paths(grads)}.")
+                new = s.of(w.astype(jnp.float32), grads[path].astype(jnp.float32))
+                key = f"{s.name}:{path}"
+                values[key] = _next(values[key], new, s.decay)
+                made[s.name][path] = values[key] if s.decay is None else values[key] / _weight(s.decay, count)
+        inner = transform.update(state.inner, params, step=step, **{**stats, **made})
+        return RunningState(count, values, inner)
+
+    return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
+def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:
+    return old + new if decay is None else old * decay + new * (1 - decay)
+
+
+def _weight(decay: float, count: jax.Array) -> jax.Array:
+    """The weights of all steps so far together."""
+    return 1 - jnp.float32(decay) ** count.astype(jnp.float32)
