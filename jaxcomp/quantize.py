@@ -1,4 +1,4 @@
-"""Quantization of parameters onto grids, with straight-through gradients: grid, scale rule, what shares it, rounding."""
+"""Quantization of parameters onto grids with straight-through gradients: grid, scale, what shares it, rounding."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def quantize(
 
     Args:
       grid: ``Int(bits, group=, symmetric=, narrow=)``, ``Log(bits)`` or ``Companded``, ``Float(exponent, mantissa)``,
-        ``NF4()``, ``PoT(bits)``, ``APoT(bits)``, ``Levels(values)``; with scales on a grid of their own ``MX(element)``,
-        ``NVFP4`` or ``Blocked``.
+        ``NF4()``, ``PoT(bits)``, ``APoT(bits)``, ``Levels(values)``; with scales on a grid of their own
+        ``MX(element)``, ``NVFP4`` or ``Blocked``.
       channel_axes: the axes that keep a scale for each index. The default is the last one, the output features of a
         Flax kernel; ``()`` is one scale a tensor; ``(0,)`` one a row (a token of an embedding), and suits Equinox's and
         PyTorch's weights; ``(0, -1)`` suits kernels that a scan has stacked. For NF4 and ``Blocked``, whose blocks are
@@ -167,8 +167,8 @@ def _tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
     before, last = shape[: len(shape) - len(tile)], shape[len(shape) - len(tile) :]
     if any(n % t for n, t in zip(last, tile, strict=True)):
         raise ValueError(
-            f"has shape {shape}, which tiles of {tile} do not divide; take divisors of {last}, or leave this leaf out by"
-            " a rule"
+            f"has shape {shape}, which tiles of {tile} do not divide; take divisors of {last}, or leave this leaf out"
+            " by a rule"
         )
     return (*before, *(n // t for n, t in zip(last, tile, strict=True)))
 
