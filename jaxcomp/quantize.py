@@ -1,4 +1,4 @@
-"""Quantization of parameters onto grids, straight through: the grid, the scale rule, what shares it, the rounding."""
+"""Quantization of parameters onto grids with straight-through gradients: grid, scale, what shares it, rounding."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def to_levels(
     noise: Float[Array, "*shape"] | None = None,
     clipped: bool = True,
 ) -> Float[Array, "*shape"]:
-    """The nearest level, or with ``noise`` in [0, 1) one of the two neighbours, whose expectation is ``clip(x)``.
+    """The nearest level, or with ``noise`` in [0, 1) a neighbour such that the expectation is ``clip(x)``.
 
     The gradient is straight through, and where ``clipped`` cut outside the levels' cells: half the end cell beyond it.
 

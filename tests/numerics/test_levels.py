@@ -1,4 +1,4 @@
-"""Rounding to levels: minifloats against ml_dtypes, tables against a numpy search; codes; stochastic rounding."""
+"""Rounding to levels: minifloats against ml_dtypes, tables against a numpy search; codes and back; at random."""
 
 from __future__ import annotations
 
