@@ -83,6 +83,33 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
     "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
 }
+# Laws of these take long to compile, and others like them are among the quick ones.
+SLOW = {
+    "gate_stacked",
+    "int2",
+    "int3",
+    "int5_asymmetric",
+    "int8_tensor",
+    "joint_filters_log",
+    "log3_tensor",
+    "prune_filters_l2_global",
+    "prune_taylor_global",
+    "prune_elements_of_filters",
+    "prune_constant_schedule",
+    "regrow_random",
+    "regrow_int4",
+    "low_rank_pruned_quantized",
+    "rank_one",
+    "cp",
+    "tucker",
+    "share",
+    "share_channels_kept",
+    "share_buckets_quantized",
+    "prune_straight_random",
+    "prune_lamp_global_int4",
+    "apot4_buckets",
+    "nf4_mse",
+}
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}
 
@@ -100,7 +127,7 @@ def make_params(dtype: jnp.dtype = jnp.float32) -> dict:
 
 
 @pytest.mark.parametrize("check", laws.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TRANSFORMS])
 def test_law(name: str, check) -> None:
     t, params = TRANSFORMS[name], make_params()
     if check is laws.check_jit_equals_eager and name in TRANSCENDENTAL:
