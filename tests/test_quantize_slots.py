@@ -147,7 +147,16 @@ def test_what_a_mask_hides_is_not_counted(rule, grid, of_survivors) -> None:
     assert (np.asarray(seen.materialize())[~kept] == 0).all()
 
 
-@pytest.mark.parametrize("grid", [jc.Int(3), jc.Int(4, symmetric=False), jc.NF4(group=None), E2M1, jc.Log(4)], ids=str)
+GRIDS_TRIED = {
+    "int3": jc.Int(3),
+    "int4": jc.Int(4, symmetric=False),
+    "nf4": jc.NF4(group=None),
+    "e2m1": E2M1,
+    "log4": jc.Log(4),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS_TRIED.values(), ids=GRIDS_TRIED.keys())
 def test_the_squared_error_range_is_the_best_of_those_tried(grid) -> None:
     w = normal(100, 2) ** 3
     rule = MSE(0.2, 17)
