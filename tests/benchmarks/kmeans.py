@@ -29,7 +29,7 @@ def inertia(x: np.ndarray, table: Any) -> float:
 
 
 def optimum(x: np.ndarray, clusters: int) -> float:
-    """The inertia of the dynamic program's table over 8,192 cells, polished by Lloyd's iterations in double precision."""
+    """The inertia of the dynamic program's table over 8,192 cells, polished by Lloyd in double precision."""
     x = np.sort(x)
     sums = np.concatenate([[0.0], np.cumsum(x)])
     table = np.asarray(fit(jax.numpy.asarray(x, np.float32), None, clusters=clusters, init=optimal), np.float64)
