@@ -9,14 +9,20 @@
 4
 """
 
-from jaxcomp.activations import Act, Dynamic, Static, coverage, quantize_function, ranges_of
+from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage, quantize_function, ranges_of
 from jaxcomp.artifact.files import load, save
+from jaxcomp.codebooks import Codebook
+from jaxcomp.factors import LowRank
+from jaxcomp.grids import MX, NF4, NVFP4, APoT, Float, PoT
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
+from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, fisher, magnitude, movement, random_score, sensitivity, taylor, wanda
 from jaxcomp.paths import everything, matrices
 from jaxcomp.prune import prune
 from jaxcomp.quantize import quantize
+from jaxcomp.regrow import regrow, rigl, sparse_evolution
 from jaxcomp.schedules import cubic, polynomial
+from jaxcomp.share import deep_compression, share
 from jaxcomp.specs import LOG, Companded, Compander, Int, Log
 from jaxcomp.structure import channel_groups, shrink
 from jaxcomp.structures import ERK, NM, Block, Element, Filters, Global, Local
@@ -26,20 +32,30 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "ERK",
     "LOG",
+    "MX",
+    "NF4",
     "NM",
+    "NVFP4",
+    "APoT",
     "Act",
+    "Backward",
     "Block",
+    "Codebook",
     "Companded",
     "Compander",
     "Dynamic",
     "Element",
     "Filters",
+    "Float",
+    "Float8",
     "Global",
     "Int",
     "Local",
     "Log",
+    "LowRank",
     "Masked",
     "Packed",
+    "PoT",
     "Quantized",
     "Score",
     "Static",
@@ -52,13 +68,16 @@ __all__ = [
     "cost",
     "coverage",
     "cubic",
+    "deep_compression",
     "every",
     "everything",
+    "factorize",
     "fisher",
     "fold_batch_norm",
     "gate",
     "identity",
     "load",
+    "low_rank",
     "magnitude",
     "materialize",
     "matrices",
@@ -72,10 +91,14 @@ __all__ = [
     "quantize_function",
     "random_score",
     "ranges_of",
+    "regrow",
+    "rigl",
     "save",
     "sensitivity",
+    "share",
     "shrink",
     "sites",
+    "sparse_evolution",
     "taylor",
     "wanda",
     "wrap_optax",

@@ -74,7 +74,8 @@ def check_finite(found: Mapping[str, Slot], owner: str) -> None:
         x = slot.array
         if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not is_float_array(x):
             continue
-        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(x))))
+        with jax.ensure_compile_time_eval():  # a constant inside jit has values too
+            bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(x))))
         if bad:
             raise ValueError(
                 f"{owner}: {slot.path!r} has {bad} values that are not finite, of {x.size}; mend the training that made"

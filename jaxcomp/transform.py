@@ -12,6 +12,7 @@ import optax
 
 from jaxcomp.leaves import Masked, Switch, is_compressed, materialize, unpacked
 from jaxcomp.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.resets import reset_regrown
 
 Params = Any
 State = Any
@@ -191,7 +192,7 @@ def gate(transform: Transform, due: Due) -> Transform:
         def now() -> GateState:
             return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
 
-        return _cond(due(jnp.asarray(step)), now, lambda: state)
+        return cond(due(jnp.asarray(step)), now, lambda: state)
 
     def apply(state: GateState, params: Params) -> Params:
         return _switch(state.opened, transform.apply(state.inner, params), params)
@@ -209,13 +210,13 @@ def once(transform: Transform) -> Transform:
         def now() -> GateState:
             return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
 
-        return _cond(state.opened, lambda: state, now)
+        return cond(state.opened, lambda: state, now)
 
     return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
 
 
-def _cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
-    """``lax.cond``; outside jit the choice is known, and only that branch is run."""
+def cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
+    """``lax.cond`` over states; outside jit the choice is known, and only that branch is run."""
     if isinstance(chosen, jax.core.Tracer):
         return jax.lax.cond(chosen, then, otherwise)
     return then() if chosen else otherwise()
@@ -250,7 +251,8 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
 
     The uncompressed (latent) parameters live in the optimizer's state. Each update takes the gradient at the compressed
     point straight through ``apply`` (so masks and clipped ranges cut it), steps the latent parameters, and moves the
-    loop's parameters to the compressed latent ones. The statistics it offers to ``update`` are ``grads``. For saving,
+    loop's parameters to the compressed latent ones. The statistics it offers to ``update`` are ``grads``, those of the
+    compressed point, masked weights included. What ``regrow`` grows starts at zero, without moments. For saving,
     ``transform.apply(state.transform, state.latent)`` holds the compressed leaves.
 
     Args:
@@ -283,7 +285,8 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
         (latent_grads,) = pull_back(grads)
         updates, inner = optimizer.update(latent_grads, state.optimizer, state.latent)
         latent = optax.apply_updates(state.latent, updates)
-        compressed = transform.update(compressed, latent, step=state.step, grads=grads)
+        before, compressed = compressed, transform.update(compressed, latent, step=state.step, grads=grads)
+        latent, inner = reset_regrown(before, compressed, latent, inner)
         target = materialize(transform.apply(compressed, latent))
         moves = jax.tree.map(lambda new, old: new - old, target, params)
         return moves, WrapState(state.step + 1, latent, compressed, inner)

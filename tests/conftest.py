@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the array mathematics, where every signature gives shapes.
-install_import_hook(["jaxcomp.numerics", "jaxcomp.masks"], "beartype.beartype")
+install_import_hook(["jaxcomp.numerics", "jaxcomp.masks", "jaxcomp.federated.arrays"], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -13,10 +13,25 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "specs", "structures"},
-    {"leaves", "numerics", "masks"},
-    {"slots", "transform", "schedules", "trace"},
-    {"prune", "contraction", "statistics", "quantize", "structure", "activations", "distill"},
+    {"grids", "paths", "rank_specs", "scaling", "specs", "structures"},
+    {"codebooks", "factors", "leaves", "masks", "numerics"},
+    {"factoring", "resets", "schedules", "slots", "trace", "transform"},
+    {
+        "activations",
+        "contraction",
+        "distill",
+        "federated",
+        "learned",
+        "low_rank",
+        "prune",
+        "quantize",
+        "ranks",
+        "regrow",
+        "share",
+        "share_vectors",
+        "statistics",
+        "structure",
+    },
     {"search"},
     {"artifact", "export", "report"},
 ]

@@ -31,7 +31,7 @@ def parse(arguments: list[str]) -> Config:
 def make_console() -> Console:
     """The terminal; where there is none, wide enough for the table."""
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=120)
 
 
 def main(arguments: list[str]) -> int:

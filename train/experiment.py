@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from jaxcomp.leaves import zeros_counted
 from train.configs import Config, ModelConfig, OptimConfig, identity_of
 from train.data import Dataset, load
 from train.evaluate import accuracy
-from train.loop import Job, TrainingError, compressed_variables, fit
-from train.methods import METHODS
+from train.loop import Job, TrainingError, compressed_variables, first_compression, fit
+from train.methods import METHODS, Recipe, Start
 from train.models import build
+from train.networks import macs_of
 from train.progress import Progress
 from train.step import init_variables
 
@@ -33,15 +34,22 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Accuracy, of the loaded file on the test split, and zeros are fractions."""
+    """One line of the table. Accuracies, on the test split, and zeros are fractions.
+
+    ``untuned_accuracy`` is that before the first step of fine-tuning, ``test_accuracy`` that of the loaded file.
+    ``macs`` are the multiply-adds of one image. ``note`` says what the figures do not.
+    """
 
     name: str
     method: str
+    untuned_accuracy: float | None
     test_accuracy: float
+    macs: int
     zeros: float
     bits: int
     file_bytes: int
     seconds: float
+    note: str = ""
 
 
 def run(config: Config, console: Console) -> list[Row]:
@@ -110,53 +118,76 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         folder.mkdir(exist_ok=True)
     except OSError as e:
         raise RunError(f"the folder {str(folder)!r} cannot be made: {e.strerror}; choose another with --out.") from e
-    transform, optim = _plan(job, name)
-    variables = init_variables(job.model, job.data, job.config.seed) if name == BASELINE else _baseline(job)
-    state, seconds = fit(job, name, transform, optim, variables, folder=folder, progress=progress)
-    shipped = compressed_variables(state, transform)
+    recipe, optim = _recipe(job, name)
+    job = job.on(recipe.network)
+    variables = recipe.variables["params"], recipe.variables["batch_stats"]
+    first = first_compression(job, recipe.transform, variables)
+    untuned = None if name == BASELINE else _accuracy(job, recipe.transform.apply(first, variables[0]), variables[1])
+    state, seconds = fit(
+        job, name, recipe.transform, optim, variables, folder=folder, progress=progress, compression=first
+    )
+    shipped = {**compressed_variables(state, recipe.transform), **recipe.beside}
     about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
     jc.save(file, shipped, metadata=about)
     row = Row(
         name=name,
         method="float32 baseline" if name == BASELINE else METHODS[name].title,
-        test_accuracy=_judge_file(job, file, shipped),
+        untuned_accuracy=untuned,
+        test_accuracy=_judge_file(job, recipe, file, shipped),
+        macs=macs_of(recipe.network, recipe.variables, job.data),
         zeros=_fraction_of_zeros(shipped["params"]),
         bits=32 if name == BASELINE else METHODS[name].bits,
         file_bytes=os.path.getsize(file),
         seconds=round(seconds, 1),
+        note=_note(job, recipe, shipped),
     )
     write_atomically(done, json.dumps(asdict(row)).encode())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
 
 
-def _plan(job: Job, name: str) -> tuple[jc.Transform, OptimConfig]:
+def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
+    """What is trained, and how."""
+    model: Any = job.model
     if name == BASELINE:
-        return jc.identity(), job.config.baseline
+        params, batch_stats = init_variables(model, job.data, job.config.seed)
+        return Recipe(jc.identity(), model, {"params": params, "batch_stats": batch_stats}), job.config.baseline
     optim = job.config.finetune
-    return METHODS[name].make(optim.epochs * (len(job.data.train) // job.config.batch)), optim
-
-
-def _baseline(job: Job) -> tuple[Any, Any]:
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
-    return saved["params"], saved["batch_stats"]
+    steps = optim.epochs * (len(job.data.train) // job.config.batch)
+    recipe = METHODS[name].make(Start(model, job.data, saved, steps))
+    return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
 
 
-def _judge_file(job: Job, file: Path, shipped: dict[str, Any]) -> float:
+def _accuracy(job: Job, params: Any, batch_stats: Any) -> float:
+    """On the test split, of parameters that may be compressed."""
+    return accuracy(job.predict, jc.materialize(params), batch_stats, job.data.test)
+
+
+def _judge_file(job: Job, recipe: Recipe, file: Path, shipped: dict[str, Any]) -> float:
     """Test accuracy of the file, which must be that of what was trained.
 
     Raises:
       TrainingError: it is not.
     """
 
-    def judge(variables: dict[str, Any]) -> float:
-        params = jc.materialize(variables["params"])
-        return accuracy(job.predict, params, variables["batch_stats"], job.data.test)
+    def judge(held: dict[str, Any]) -> float:
+        judged = job.on(recipe.opened(held)) if recipe.opened else job
+        if recipe.integer:
+            return accuracy(judged.predict, held["params"], held["batch_stats"], job.data.test)
+        return _accuracy(judged, held["params"], held["batch_stats"])
 
     trained, loaded = judge(shipped), judge(jc.load(file))
     if trained != loaded:
         raise TrainingError(f"{file.name}: accuracy {loaded:.4%} after loading, {trained:.4%} before saving.")
     return loaded
+
+
+def _note(job: Job, recipe: Recipe, shipped: dict[str, Any]) -> str:
+    if not recipe.integer:
+        return ""
+    fake = _accuracy(job, shipped["params"], shipped["batch_stats"])
+    return f"judged on int8 products with int32 sums; rounded in float, as it was trained, it has {fake:.2%}"
 
 
 def _fraction_of_zeros(params: Any) -> float:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -19,6 +18,7 @@ from train.checkpoints import Checkpoints
 from train.configs import Config, OptimConfig
 from train.data import Dataset, epoch_batches
 from train.evaluate import accuracy, mean_abs_gradient
+from train.networks import Network
 from train.progress import Progress
 from train.step import (
     Mesh,
@@ -54,13 +54,13 @@ class Job:
     """What the trainings of one main job share: network, data, devices, settings."""
 
     config: Config
-    model: nn.Module
+    model: Network
     data: Dataset
     mesh: Mesh
     predict: Callable[..., jax.Array]
 
     @staticmethod
-    def of(config: Config, model: nn.Module, data: Dataset) -> Job:
+    def of(config: Config, model: Network, data: Dataset) -> Job:
         """A job on all local devices.
 
         Raises:
@@ -74,6 +74,10 @@ class Job:
             )
         return Job(config, model, data, mesh, make_predict(model, data))
 
+    def on(self, network: Network) -> Job:
+        """The job with another network."""
+        return self if network is self.model else replace(self, model=network, predict=make_predict(network, self.data))
+
 
 def fit(
     job: Job,
@@ -84,10 +88,11 @@ def fit(
     *,
     folder: Path,
     progress: Progress,
+    compression: Any = None,
 ) -> tuple[TrainState, float]:
     """Trains from ``variables`` (parameters, batch statistics) under ``transform``; resumes what is in ``folder``.
 
-    Before the first step the transform is updated with the mean gradient over the training split.
+    ``compression`` is the transform's state before the first step; by default what :func:`first_compression` gives.
 
     Returns:
       The state after the last epoch, and the seconds spent, over all resumptions.
@@ -108,7 +113,11 @@ def fit(
         seed=config.seed,
         mesh=job.mesh,
     )
-    state = _start(job, transform, optimizer, variables)
+    if compression is None:
+        compression = first_compression(job, transform, variables)
+    state = TrainState(jax.numpy.int32(0), *variables, optimizer.init(variables[0]), compression)
+    # Copies: the step donates its state, and the caller keeps the variables.
+    state = jax.device_put(jax.tree.map(jax.numpy.array, state), job.mesh.copied)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, first, seconds = checkpoints.restore(state)
         history = _history(folder / "metrics.jsonl", first)
@@ -135,19 +144,16 @@ def fit(
     return state, seconds
 
 
+def first_compression(job: Job, transform: jc.Transform, variables: tuple[Any, Any]) -> Any:
+    """The transform's state before the first step, updated with the mean gradient over the training split."""
+    params, batch_stats = variables
+    grads = mean_abs_gradient(make_gradient(job.model, job.data), params, batch_stats, job.data.train)
+    return transform.update(transform.init(params), params, step=0, grads=grads)
+
+
 def compressed_variables(state: TrainState, transform: jc.Transform) -> dict[str, Any]:
     """What is shipped: compressed parameters, packed, and batch statistics."""
     return {"params": jc.pack(transform.apply(state.compression, state.params)), "batch_stats": state.batch_stats}
-
-
-def _start(job: Job, transform: jc.Transform, optimizer: Any, variables: tuple[Any, Any]) -> TrainState:
-    params, batch_stats = variables
-    gradient = make_gradient(job.model, job.data)
-    grads = mean_abs_gradient(gradient, params, batch_stats, job.data.train)
-    compression = transform.update(transform.init(params), params, step=0, grads=grads)
-    state = TrainState(jax.numpy.int32(0), params, batch_stats, optimizer.init(params), compression)
-    # Copies: the step donates its state, and the caller keeps the variables.
-    return jax.device_put(jax.tree.map(jax.numpy.array, state), job.mesh.copied)
 
 
 def _epoch_line(

@@ -1,12 +1,66 @@
-"""The rows of the table: what each method does to the weights while it is fine-tuned."""
+"""The rows of the table: what each method makes of the trained baseline, and what is then fine-tuned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
 import jaxcomp as jc
+from jaxcomp.activations import Rules
+from jaxcomp.paths import leaves_with_paths
+from jaxcomp.structure import Plan, plan
+from train.data import Dataset
+from train.models import narrowed
+from train.networks import (
+    Network,
+    OnGrids,
+    Shrunken,
+    calibrated,
+    inference,
+    ranges_as_dicts,
+    ranges_of_dicts,
+)
+
+Variables = dict[str, Any]
+"""``params`` and ``batch_stats``."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a method starts: the network, its data, the baseline's variables, and how many steps of fine-tuning."""
+
+    model: nn.Module
+    data: Dataset
+    variables: Variables
+    steps: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is fine-tuned, and how the file that comes of it is run.
+
+    Args:
+      transform: of the parameters, in every step.
+      network: whose loss is trained.
+      variables: of that network, before the first step.
+      beside: what the file holds besides the variables.
+      opened: from a file's content to the network that is judged; the trained one by default.
+      integer: the judged network takes compressed leaves as they are and runs on them.
+      rewound: fine-tune at the baseline's learning rate, as a network that lost much wants.
+    """
+
+    transform: jc.Transform
+    network: Network
+    variables: Variables
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    opened: Callable[[Mapping[str, Any]], Network] | None = None
+    integer: bool = False
+    rewound: bool = False
 
 
 @dataclass(frozen=True)
@@ -16,12 +70,17 @@ class Method:
     Args:
       title: as the table shows it.
       bits: of a weight as stored.
-      make: from the number of fine-tuning steps to the transform.
+      make: from the baseline to what is fine-tuned; :func:`weights` makes one of a transform.
     """
 
     title: str
     bits: int
-    make: Callable[[int], jc.Transform]
+    make: Callable[[Start], Recipe]
+
+
+def weights(make: Callable[[int], jc.Transform]) -> Callable[[Start], Recipe]:
+    """The baseline's network under a transform of its parameters, made for a number of fine-tuning steps."""
+    return lambda start: Recipe(make(start.steps), start.model, start.variables)
 
 
 def not_the_head(path: str, leaf: Any) -> bool:
@@ -36,14 +95,52 @@ def _joint(steps: int) -> jc.Transform:
     return jc.chain(jc.gate(jc.prune(schedule, scope=jc.Global()), due), jc.quantize(jc.Int(4)))
 
 
+def _weights_and_activations(start: Start) -> Recipe:
+    """8 bits for weights and for what enters each product: trained in float on those grids, judged on integers."""
+    rules: Rules = {".*": jc.Act(8)}
+    fake = OnGrids(start.model, rules, calibrated(start.model, start.variables, start.data))
+
+    def opened(file: Mapping[str, Any]) -> Network:
+        return OnGrids(start.model, rules, ranges_of_dicts(file["ranges"]), integer=True)
+
+    beside = {"ranges": ranges_as_dicts(fake.ranges)}
+    return Recipe(jc.quantize(jc.Int(8)), fake, start.variables, beside, opened, integer=True)
+
+
+def _fewer_channels(start: Start) -> Recipe:
+    """Half of every group of channels is removed, then the small network is trained and judged.
+
+    It is the same class at smaller widths, read off the arrays' shapes; where the class has no such field, the
+    program itself is shrunk, and the file says which units stayed. The learning rate goes back to the baseline's
+    (Renda et al. 2020, arXiv:2003.02389).
+    """
+    image = jnp.zeros((1, *start.data.train.images.shape[1:]), jnp.float32)
+    groups = jc.channel_groups(inference(start.model))(start.variables, image)
+    half = plan(groups, start.variables, sparsity=0.5)
+    small = half.take(start.variables)
+
+    def opened(file: Mapping[str, Any]) -> Network:
+        same = narrowed(start.model, {path: np.shape(leaf) for path, leaf in leaves_with_paths(file["params"])[0]})
+        return same or Shrunken(start.model, Plan(groups, tuple(np.asarray(k) for k in file["kept"])))
+
+    beside = {} if narrowed(start.model, half.widths) else {"kept": list(half.kept)}
+    return Recipe(jc.identity(), opened({**small, **beside}), small, beside, opened, rewound=True)
+
+
 METHODS: dict[str, Method] = {
-    "l1": Method("l1 pruning 20%", 32, lambda _: jc.once(jc.prune(0.2))),
-    "sensitivity": Method("sensitivity pruning 20%", 32, lambda _: jc.once(jc.prune(0.2, score=jc.sensitivity))),
-    "filters": Method(
-        "filter l1 pruning 20%", 32, lambda _: jc.once(jc.prune(0.2, structure=jc.Filters(), where=not_the_head))
+    "l1": Method("l1 pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2)))),
+    "sensitivity": Method(
+        "sensitivity pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2, score=jc.sensitivity)))
     ),
-    "int8": Method("uniform 8-bit", 8, lambda _: jc.quantize(jc.Int(8))),
-    "log8": Method("logarithmic 8-bit", 8, lambda _: jc.quantize(jc.Log(8))),
-    "int4": Method("uniform 4-bit", 4, lambda _: jc.quantize(jc.Int(4))),
-    "joint": Method("prune 80% + 4-bit, one run", 4, _joint),
+    "filters": Method(
+        "filter l1 pruning 20%",
+        32,
+        weights(lambda _: jc.once(jc.prune(0.2, structure=jc.Filters(), where=not_the_head))),
+    ),
+    "structured": Method("half the channels removed", 32, _fewer_channels),
+    "int8": Method("uniform 8-bit", 8, weights(lambda _: jc.quantize(jc.Int(8)))),
+    "log8": Method("logarithmic 8-bit", 8, weights(lambda _: jc.quantize(jc.Log(8)))),
+    "w8a8": Method("8-bit with activations", 8, _weights_and_activations),
+    "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
+    "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
 }

@@ -8,6 +8,7 @@ the same class at smaller widths.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,39 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 Widths = tuple[int, tuple[tuple[int, int], ...]]
 """Channels of ResNet-18: the stem's, then for each of the eight blocks its inner and its outer convolution's."""
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Parameters' shapes by path, as ``jaxcomp.structure.Plan.widths`` has them; every ``widths`` below takes them too."""
+
+
+def outputs_of(shapes: Shapes, kernel: str) -> int:
+    """The output channels of one layer.
+
+    >>> outputs_of({"params/stem/kernel": (3, 3, 1, 24)}, "stem/kernel")
+    24
+
+    Raises:
+      ValueError: the shapes have no such kernel, or more than one.
+    """
+    found = [shape for path, shape in shapes.items() if path == kernel or path.endswith("/" + kernel)]
+    if len(found) != 1:
+        raise ValueError(
+            f"widths: of {kernel!r} there must be one, found {len(found)} in {', '.join(shapes) or 'no shapes'}; pass"
+            " plan.widths of this very network."
+        )
+    return found[0][-1]
+
+
+def chain_widths(widths: tuple[int, ...] | Shapes, layer: str) -> tuple[int, ...]:
+    """The widths of ``layer_0``, ``layer_1``, …, given as they are or read off shapes.
+
+    >>> chain_widths({"dense_0/kernel": (64, 32), "dense_1/kernel": (32, 16), "head/kernel": (16, 10)}, "dense")
+    (32, 16)
+    """
+    if not isinstance(widths, Mapping):
+        return widths
+    count = sum(path.split("/")[-2].startswith(f"{layer}_") for path in widths if path.endswith("/kernel"))
+    return tuple(outputs_of(widths, f"{layer}_{i}/kernel") for i in range(count))
+
 
 def resnet18_widths(width: int) -> Widths:
     """The widths of an unpruned ResNet-18: ``width`` channels in the first stage, doubled in each of the next three.
@@ -31,7 +65,7 @@ def resnet18_widths(width: int) -> Widths:
     return width, tuple((width * 2**stage, width * 2**stage) for stage in range(4) for _ in range(2))
 
 
-def resnet18_plan(width: int, widths: Widths | None) -> tuple[int, list[tuple[int, int, int]]]:
+def resnet18_plan(width: int, widths: Widths | Shapes | None) -> tuple[int, list[tuple[int, int, int]]]:
     """The stem's channels and each block's ``(inner, outer, stride)``; ``widths`` wins over ``width``.
 
     Blocks 2, 4 and 6 (from 0) halve the image and have a projection on the shortcut. The others add their input
@@ -40,6 +74,10 @@ def resnet18_plan(width: int, widths: Widths | None) -> tuple[int, list[tuple[in
     Raises:
       ValueError: not eight blocks, a width under 1, or an outer width that the shortcut cannot match.
     """
+    if isinstance(widths, Mapping):
+        names = [f"block_{i}/conv_{j}/kernel" for i in range(8) for j in (1, 2)]
+        channels = [outputs_of(widths, name) for name in names]
+        widths = outputs_of(widths, "stem/kernel"), tuple(zip(channels[::2], channels[1::2], strict=True))
     stem, blocks = resnet18_widths(width) if widths is None else widths
     if len(blocks) != 8 or any(len(b) != 2 for b in blocks) or min(stem, *(c for b in blocks for c in b)) < 1:
         raise ValueError(f"ResNet18: widths must be (stem, eight pairs (inner, outer)), all >= 1, got {(stem, blocks)}")
@@ -95,13 +133,14 @@ class ResNet18(nn.Module):
     """ResNet-18 for small images: a 3 x 3 stem without pooling, four stages of two blocks, mean pool, linear head.
 
     Width 64 and ten classes on RGB: 11,173,962 parameters. Source: arXiv:1512.03385; the stem is the one of its
-    CIFAR networks. ``widths`` gives each convolution's channels on its own (see :func:`resnet18_plan`).
+    CIFAR networks. ``widths`` gives each convolution's channels on its own (see :func:`resnet18_plan`), or is the
+    ``plan.widths`` of a pruning plan, and then the smaller tree fits.
     """
 
     width: int = 64
     num_classes: int = 10
     dtype: DTypeLike = jnp.float32
-    widths: Widths | None = None
+    widths: Widths | Shapes | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
@@ -122,7 +161,7 @@ class ConvNet(nn.Module):
     label smoothing 0.1 and the data set's augmentation: 13 s of steps on two CPU cores; 10 epochs, 6 s: 98.7 %.
     """
 
-    widths: tuple[int, ...] = (48, 128, 192)
+    widths: tuple[int, ...] | Shapes = (48, 128, 192)
     num_classes: int = 10
     dtype: DTypeLike = jnp.float32
 
@@ -130,7 +169,7 @@ class ConvNet(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
         """Logits; ``train`` takes the batch's statistics in batch norm and updates the running ones."""
         x = x.astype(self.dtype)
-        for i, features in enumerate(self.widths):
+        for i, features in enumerate(chain_widths(self.widths, "conv")):
             x = _conv(features, 3, 1 if i == 0 else 2, self.dtype, f"conv_{i}")(x)
             x = nn.relu(_norm(train, self.dtype, f"norm_{i}")(x))
         return _head(x.astype(jnp.float32).mean((1, 2)), self.num_classes)
@@ -139,7 +178,7 @@ class ConvNet(nn.Module):
 class MLP(nn.Module):
     """The flattened image through dense layers with relu. No normalization, no state besides the parameters."""
 
-    widths: tuple[int, ...] = (256, 256)
+    widths: tuple[int, ...] | Shapes = (256, 256)
     num_classes: int = 10
     dtype: DTypeLike = jnp.float32
 
@@ -147,7 +186,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
         """Logits; ``train`` changes nothing: there are no batch statistics."""
         x = x.astype(self.dtype).reshape(x.shape[0], -1)
-        for i, features in enumerate(self.widths):
+        for i, features in enumerate(chain_widths(self.widths, "dense")):
             x = nn.relu(nn.Dense(features, kernel_init=HE, dtype=self.dtype, name=f"dense_{i}")(x))
         return _head(x, self.num_classes)
 
@@ -226,3 +265,14 @@ def build(name: str, **fields: Any) -> nn.Module:
         if field not in known:
             raise ValueError(f"build: {name} has no field {field!r}; it has {', '.join(known)}")
     return MODELS[name](**fields)
+
+
+def narrowed(model: nn.Module, shapes: Shapes) -> nn.Module | None:
+    """The same class at the widths of these parameters; None if it has no field that says them.
+
+    >>> narrowed(MLP(), {"dense_0/kernel": (64, 32), "dense_1/kernel": (32, 16), "head/kernel": (16, 10)}) is None
+    False
+    >>> narrowed(ViT(), {}) is None
+    True
+    """
+    return model.clone(widths=dict(shapes)) if hasattr(model, "widths") else None

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from train.models import HE, Widths, resnet18_plan
+from train.models import HE, Shapes, Widths, resnet18_plan
 
 
 def _conv(given: int, features: int, kernel: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
@@ -61,7 +61,7 @@ class ResNet18(nnx.Module):
         *,
         channels: int = 3,
         dtype: DTypeLike = jnp.float32,
-        widths: Widths | None = None,
+        widths: Widths | Shapes | None = None,
         rngs: nnx.Rngs,
     ):
         stem, plan = resnet18_plan(width, widths)

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,20 +17,32 @@ from train.experiment import Row, devices_line
 
 
 def make_table(rows: list[Row], title: str) -> Table:
-    """Method, test accuracy and its change in percentage points, zeros, bits, bytes of the file, ratio, seconds."""
-    table = Table(title=title)
+    """Method, test accuracy before and after fine-tuning and its change in percentage points, and what it costs.
+
+    MACs and the file's bytes are also given relative to the baseline's.
+    """
+    notes = "\n".join(f"{row.method}: {row.note}." for row in rows if row.note)
+    table = Table(
+        title=title,
+        caption=notes or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("method", no_wrap=True)
-    for name in ("test accuracy", "change", "zeros", "bits", "file bytes", "ratio", "seconds"):
-        table.add_column(name, justify="right")
+    for name in ("untuned", "accuracy", "change", "zeros", "bits", "MACs", "file bytes", "ratio", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     base = rows[0]
     for row in rows:
-        change = "" if row is base else f"{100 * (row.test_accuracy - base.test_accuracy):+.2f} pp"
         table.add_row(
             row.method,
+            "" if row.untuned_accuracy is None else f"{row.untuned_accuracy:.2%}",
             f"{row.test_accuracy:.2%}",
-            change,
+            "" if row is base else f"{100 * (row.test_accuracy - base.test_accuracy):+.2f} pp",
             f"{row.zeros:.1%}",
             str(row.bits),
+            f"{row.macs / base.macs:.2f}x",
             f"{row.file_bytes:,}",
             f"{base.file_bytes / row.file_bytes:.1f}x",
             f"{row.seconds:.1f}",

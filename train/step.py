@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxcomp as jc
 from train.configs import OptimConfig
 from train.data import Dataset, augment, normalize
+from train.networks import Network
 
 
 class TrainState(NamedTuple):
@@ -70,7 +71,7 @@ def init_variables(model: nn.Module, data: Dataset, seed: int) -> tuple[Any, Any
     return variables["params"], variables.get("batch_stats", {})
 
 
-def forward(model: nn.Module, params: Any, batch_stats: Any, images: jax.Array, *, train: bool) -> tuple[Any, Any]:
+def forward(model: Network, params: Any, batch_stats: Any, images: jax.Array, *, train: bool) -> tuple[Any, Any]:
     """Logits and the new batch statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
     if not train:
@@ -80,7 +81,7 @@ def forward(model: nn.Module, params: Any, batch_stats: Any, images: jax.Array, 
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Network,
     optimizer: optax.GradientTransformation,
     transform: jc.Transform,
     data: Dataset,
@@ -125,7 +126,7 @@ def make_train_step(
     )
 
 
-def make_predict(model: nn.Module, data: Dataset) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def make_predict(model: Network, data: Dataset) -> Callable[[Any, Any, jax.Array], jax.Array]:
     """``predict(params, batch_stats, images uint8) -> classes``, jitted."""
 
     def predict(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
@@ -135,7 +136,7 @@ def make_predict(model: nn.Module, data: Dataset) -> Callable[[Any, Any, jax.Arr
     return jax.jit(predict)
 
 
-def make_gradient(model: nn.Module, data: Dataset) -> Callable[..., Any]:
+def make_gradient(model: Network, data: Dataset) -> Callable[..., Any]:
     """``gradient(params, batch_stats, images, labels)``: |∂loss/∂params| of one batch, batch norm as in inference."""
 
     def loss_fn(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,23 +1,37 @@
 """Quantized activations: ``quantize_function``, what its rules say, and the report of what it does."""
 
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
-from jaxcomp.activations.function import quantize_function
+from jaxcomp.activations.function import factored, quantize_function
 from jaxcomp.activations.planning import Rules, ranges_of
-from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, PerGroup, PerTensor, PerToken, Static
+from jaxcomp.activations.specs import (
+    LSQ,
+    PACT,
+    Act,
+    Backward,
+    Dynamic,
+    Float8,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Static,
+)
 
 __all__ = [
     "LSQ",
     "PACT",
     "Act",
+    "Backward",
     "Coverage",
     "Covered",
     "Dynamic",
+    "Float8",
     "PerGroup",
     "PerTensor",
     "PerToken",
     "Rules",
     "Static",
     "coverage",
+    "factored",
     "quantize_function",
     "ranges_of",
 ]

@@ -1,4 +1,4 @@
-"""Integer codes of a weight on their way through a program: layout operations move codes and scales alike."""
+"""Codes of a weight on their way through a program: layout operations move codes and scales alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.leaves import Masked, Quantized, unpacked
+from jaxcomp.leaves import Masked, Quantized, dense, unpacked
 from jaxcomp.numerics.quantizers import dequantize, spread
 from jaxcomp.specs import Int
 from jaxcomp.trace.flow import Op
@@ -21,14 +21,14 @@ from jaxcomp.trace.tags import Origin
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["dtype", "reach"])
 @dataclass(frozen=True)
 class Codes:
-    """``dense == (codes - zero) * scale``, with int8 codes.
+    """``dense == (codes - zero) * scale``, with int8 codes, or float8 ones and no zero.
 
     Attributes:
-      codes: int8, of the dense shape.
+      codes: int8 or float8, of the dense shape.
       scale: of the dense rank; each dimension divides the dense one.
       zero: integers in the scale's type and shape, or None for 0.
       dtype: the dense array's type, static.
-      reach: the largest ``|codes - zero|``, static.
+      reach: the largest ``|codes - zero|``, static; 0 for float8.
     """
 
     codes: jax.Array
@@ -45,6 +45,8 @@ class Codes:
 def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     """The codes of a compressed leaf, or why it has none; ``stepped`` are axes that a scan steps over.
 
+    The codes of other grids than Int index levels that are no integers: such weights run in fake mode.
+
     Codes of an asymmetric 8-bit grid are shifted by 128, for a product of int8 by int8 is the fast one.
     """
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
@@ -53,15 +55,25 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     if not isinstance(inner.grid, Int):
         return f"{type(inner.grid).__name__} codes are not proportional to the weight"
     shift = 128 if inner.grid.code_range[1] > 127 else 0
-    codes: Any = unpacked(inner.codes)
+    codes: Any = inner.numbers()
     codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8)
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
         nothing = jnp.zeros((), jnp.int8) if zero is None else spread(zero, codes.shape).astype(jnp.int8)
         codes = jnp.where(unpacked(mask), codes, nothing)
     low, high = inner.grid.code_range
-    box = Codes(codes, inner.scale, zero, inner.dtype, high - low if zero is not None else max(-low, high))
+    box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
     return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
+
+
+FLOAT8 = frozenset({jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
+
+
+def of_float8(leaf: Any) -> Any:
+    """A leaf that is a float8 array as codes with scale 1; any other as it is."""
+    if getattr(leaf, "dtype", None) not in FLOAT8:
+        return leaf
+    return Codes(leaf, jnp.ones((1,) * leaf.ndim, jnp.float32), None, leaf.dtype, 0)
 
 
 def _filled(v: jax.Array, shape: tuple[int, ...], axes: frozenset[int]) -> jax.Array:

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.activations.execution import Mode
 from jaxcomp.activations.function import run, shapes_of
 from jaxcomp.activations.planning import Planned, Rules, plan
+from jaxcomp.factors import FactorLeaf
 from jaxcomp.leaves import Masked, Quantized, is_compressed
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.trace.program import Program, is_array_like, trace
@@ -25,10 +27,11 @@ class Covered:
     Attributes:
       path: of the site, or of the scope of an operation that nothing can look into.
       kind: "dot", "conv", "embed", or that operation's primitive.
-      done: "integer" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of a table of
-        codes), or "exact" (activations as they are; the weight as the tree has it).
+      done: "integer" or "float8" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of
+        a table of codes), "factored" or "fake, factored" (thin products), or "exact" (activations as they are; the
+        weight as the tree has it).
       weight: what the tree holds; empty between activations.
-      activations: the rule's ``Act``, or empty.
+      activations: the rule's ``Act`` or ``Float8``, or empty.
       why: why no more was done.
     """
 
@@ -113,7 +116,7 @@ def _run_abstractly(
             for name in p.ranges.values():
                 end = jnp.zeros(p.site.layer_steps, jnp.float32)
                 ranges[name] = Range(end, end)
-        run(program, planned, ranges, full_params, full_inputs, integer, record)
+        run(program, planned, ranges, full_params, full_inputs, Mode(integer), record)
 
     jax.eval_shape(flat, arrays)
 
@@ -139,4 +142,6 @@ def _leaf(leaf: Any) -> str:
         return f"Masked {_leaf(leaf.values)}"
     if isinstance(leaf, Quantized):
         return repr(leaf.grid).replace(", group=None", "").replace(", symmetric=True", "").replace(", narrow=False", "")
+    if isinstance(leaf, FactorLeaf):
+        return f"{type(leaf).__name__} of rank {leaf.rank}"
     return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)

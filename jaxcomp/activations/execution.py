@@ -4,35 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.activations.backward import Gradients, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, rows
 from jaxcomp.activations.planning import BARRED, Planned
 from jaxcomp.activations.products import Factor, integer_product, refusal
-from jaxcomp.activations.quantizers import encode, fake_quantize
-from jaxcomp.activations.specs import Act
+from jaxcomp.activations.quantizers import encode, fake_quantize, float8_codes
+from jaxcomp.activations.specs import Float8, Rule
 from jaxcomp.trace.evaluator import Claim
 from jaxcomp.trace.ranges import Range
 
 Record = Callable[[str, str, str], None]
-"""Called with a site's path, what was done ("integer", "fake", "lookup"), and why no more was done."""
+"""Called with a site's path, what was done ("integer", "float8", "fake", "lookup"), and why no more was done."""
+
+
+class Mode(NamedTuple):
+    """How a quantized function is run: on integers or not, and how its gradients are rounded, if at all."""
+
+    integer: bool
+    gradients: Gradients | None = None
+
+
+class Side(NamedTuple):
+    """What a product needs beside its operands: the ranges of some of them, and the key of its gradient."""
+
+    ranges: dict[int, Range]
+    key: Any
 
 
 def claim_of(
-    planned: Planned, ranges: Mapping[str, Range], integer: bool, reasons: Mapping[str, str], record: Record
+    planned: Planned, index: int, ranges: Mapping[str, Range], mode: Mode, reasons: Mapping[str, str], record: Record
 ) -> Claim | None:
-    """The claim that a plan makes on its site, if any; ``reasons`` say by path why a leaf has no codes."""
-    site = planned.site
+    """The claim that the plan with this ``index`` makes on its site, if any.
+
+    ``reasons`` say by path why a leaf has no codes.
+    """
+    site, integer = planned.site, mode.integer
     if site.kind == "embed":
         return Claim(_lookup(planned, record)) if integer and BARRED.isdisjoint(site.inside) else None
     if planned.act is None:
         return None
-    product = _Product(planned, planned.act, integer, reasons.get(site.leaf or "", ""), record)
-    side = {i: ranges[name] for i, name in planned.ranges.items()}
-    return Claim(product, side=side) if side else Claim(lambda *values: product({}, *values))
+    product = _Product(planned, planned.act, mode, reasons.get(site.leaf or "", ""), record)
+    key = None if mode.gradients is None else mode.gradients.key_of(index, planned.op)
+    return Claim(product, side=Side({i: ranges[name] for i, name in planned.ranges.items()}, key))
 
 
 def _lookup(planned: Planned, record: Record) -> Callable[..., list[Any]]:
@@ -50,24 +68,27 @@ class _Product:
     """A dot or convolution whose activations are quantized."""
 
     planned: Planned
-    act: Act
-    integer: bool
+    act: Rule
+    mode: Mode
     reason: str
     record: Record
 
-    def __call__(self, side: Mapping[int, Range], *values: Any) -> list[Any]:
+    def __call__(self, side: Side, *values: Any) -> list[Any]:
         path, op = self.planned.site.path, self.planned.op
         why = ""
-        if self.integer:
-            factors = [self.factor(i, value, side.get(i)) for i, value in enumerate(values)]
+        if self.mode.integer:
+            factors = [self.factor(i, value, side.ranges.get(i)) for i, value in enumerate(values)]
             missing = [f for f in factors if isinstance(f, str)]
             a, b = factors
             why = missing[0] if isinstance(a, str) or isinstance(b, str) else refusal(op, a, b)
             if not why and not isinstance(a, str) and not isinstance(b, str):
-                self.record(path, "integer", "")
+                self.record(path, *_done(a))
                 return [integer_product(op, a, b)]
         self.record(path, "fake", why)
-        return op.bind(*(self.rounded(i, value, side.get(i)) for i, value in enumerate(values)))
+        x, y = (self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values))
+        if self.mode.gradients is None:
+            return op.bind(x, y)
+        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, x, y)]
 
     def factor(self, index: int, value: Any, given: Range | None) -> Factor | str:
         """An operand in codes, or why it has none."""
@@ -78,6 +99,8 @@ class _Product:
         if index not in site.activations:
             exact = site.operands[index].exact
             return self.reason or ("the weight is not quantized" if exact else "the weight is computed, not a leaf")
+        if isinstance(self.act, Float8):
+            return Factor(*float8_codes(value, self.act, site.operands[index].roles, given), None, 0)
         codes, scale, zero = encode(value, self.act, site.operands[index].roles, given)
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
@@ -94,3 +117,13 @@ class _Product:
         if index not in site.activations:
             return value
         return fake_quantize(value, self.act, site.operands[index].roles, given)
+
+
+def _done(a: Factor) -> tuple[str, str]:
+    """What a product on codes is called, and what its backend makes of it."""
+    if a.codes.dtype == jnp.int8:
+        return "integer", ""
+    return "float8", WIDENED if jax.default_backend() == "cpu" else ""
+
+
+WIDENED = "the CPU backend widens float8 before it multiplies"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.activations.quantizers import scale_blocks
-from jaxcomp.activations.specs import Act, PerGroup
+from jaxcomp.activations.specs import PerGroup, Rule
 from jaxcomp.paths import Where, describe, matches, some_paths
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
@@ -20,7 +20,7 @@ from jaxcomp.trace.program import Program
 from jaxcomp.trace.ranges import Range, min_max
 from jaxcomp.trace.sites import Site, sites_of
 
-Rules = Mapping[Where, Act | None]
+Rules = Mapping[Where, Rule | None]
 """An ordered table from sites, by path or as a predicate of ``(path, site)``, to what their activations are."""
 
 OWNER = "quantize_function"
@@ -40,7 +40,7 @@ class Planned:
 
     site: Site
     op: Op
-    act: Act | None
+    act: Rule | None
     why: str
 
     @property
@@ -55,13 +55,13 @@ def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
     """What a table of rules asks of each site, the first rule that matches its path deciding.
 
     Raises:
-      TypeError: a rule asks for something that is no ``Act``.
+      TypeError: a rule asks for something that is no ``Act`` or ``Float8``.
       ValueError: a rule that no site is left for, or groups that a site cannot have.
     """
     table = list(rules.items())
     for where, act in table:
-        if not isinstance(act, Act | None):
-            raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act or None, got {act!r}.")
+        if not isinstance(act, Rule | None):
+            raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act, a Float8 or None, got {act!r}.")
     every = sites_of(program)
     ops = {op.location: op for op in program.flow.ops}
     used: set[int] = set()
@@ -97,7 +97,7 @@ def declined(site: Site) -> str:
     return f"an operand is {odd[0]}" if odd else ""
 
 
-def _check_groups(site: Site, act: Act | None) -> None:
+def _check_groups(site: Site, act: Rule | None) -> None:
     if act is None or not isinstance(act.per, PerGroup):
         return
     if site.kind != "dot" or any("contracted" not in site.operands[i].roles for i in site.activations):

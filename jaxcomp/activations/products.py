@@ -1,4 +1,4 @@
-"""Products of integer codes: int8 by int8 into int32, then one rescale; zero points exact."""
+"""Products of codes: int8 by int8 into int32, float8 by float8 into float32; then one rescale; zero points exact."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
 
 
+NARROW, WIDE = 17, 32
+"""Convolutions with fewer channels than this, in and out, get features of zeros up to that many."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """One operand: ``value == (codes - zero) * scale``.
 
     Attributes:
-      codes: int8.
+      codes: int8, or float8.
       scale: float, of the codes' rank; each dimension divides the codes'.
       zero: int32 in the scale's shape, or None for 0.
-      reach: the largest ``|codes - zero|``.
+      reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.
     """
 
     codes: jax.Array
@@ -38,6 +42,8 @@ class Factor:
 def refusal(op: Op, a: Factor, b: Factor) -> str:
     """Why this product cannot be run on codes; empty if it can."""
     pairs = _summed(op)
+    if (a.codes.dtype == jnp.int8) != (b.codes.dtype == jnp.int8):
+        return "one operand is integers, the other float8"
     if math.prod(b.codes.shape[j] for _, j in pairs) * a.reach * b.reach >= 2**31:
         return "the sum may leave int32"
     for i, j in pairs:
@@ -64,6 +70,10 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
     return product(op, a, b).astype(out.dtype)
 
 
+def _sum_type(a: Factor) -> Any:
+    return jnp.int32 if a.codes.dtype == jnp.int8 else jnp.float32
+
+
 def _summed(op: Op) -> list[tuple[int, int]]:
     """The pairs of axes that are summed over."""
     if op.name == "dot_general":
@@ -84,7 +94,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
         batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
         numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=jnp.int32)
+    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=_sum_type(a))
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -129,7 +139,7 @@ def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]
 def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     p = op.eqn.params
     numbers = p["dimension_numbers"]
-    changed: dict[str, Any] = {"preferred_element_type": jnp.int32}
+    changed: dict[str, Any] = {"preferred_element_type": _sum_type(x)}
     if x.zero is not None:
         # What a convolution pads with is the code 0, which is not the value 0 here: pad by hand, holes too.
         edges = [(0, 0, 0)] * x.codes.ndim
@@ -138,7 +148,10 @@ def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
         x = Factor(_padded(x, edges), x.scale, x.zero, x.reach)
         flat = len(p["padding"])
         changed |= {"padding": ((0, 0),) * flat, "lhs_dilation": (1,) * flat}
-    (sums,) = op.bind(x.codes, kernel.codes, **changed)
+    wide = _widened(op, kernel.codes)
+    features = kernel.codes.shape[numbers.rhs_spec[0]]
+    (sums,) = op.bind(x.codes, wide, **changed)
+    sums = lax.slice_in_dim(sums, 0, features, axis=numbers.out_spec[1])
     specs = numbers.lhs_spec, numbers.rhs_spec
 
     def placed(v: jax.Array, side: int) -> jax.Array:
@@ -149,6 +162,19 @@ def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     summed = tuple(numbers.lhs_spec[1:]), tuple(numbers.rhs_spec[1:])
     n = math.prod(kernel.codes.shape[j] for j in summed[1])
     return _rescaled(sums, (x, kernel), summed, n, placed)
+
+
+def _widened(op: Op, kernel: jax.Array) -> jax.Array:
+    """A kernel of few channels with features of zeros added: XLA on CPU has a fast int8 convolution from 17 on only.
+
+    16 by 16 channels, 3x3, 32x32, batch 8, one core: 6.2 ms as they are, 0.5 ms with 32 features.
+    """
+    inputs, features = (kernel.shape[op.eqn.params["dimension_numbers"].rhs_spec[i]] for i in (1, 0))
+    if max(inputs, features) >= NARROW or op.eqn.params["feature_group_count"] != 1 or kernel.dtype != jnp.int8:
+        return kernel
+    edges = [(0, 0, 0)] * kernel.ndim
+    edges[op.eqn.params["dimension_numbers"].rhs_spec[0]] = (0, WIDE - features, 0)
+    return lax.pad(kernel, jnp.int8(0), edges)
 
 
 def _padded(x: Factor, edges: Sequence[tuple[int, int, int]]) -> jax.Array:
@@ -181,8 +207,8 @@ def _rescaled(
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum over some axes, kept as 1; as a product with ones, which XLA on CPU runs five times faster."""
-    ones = jnp.ones([codes.shape[i] for i in axes], jnp.int8)
-    numbers = (tuple(range(len(axes))), axes), ((), ())
-    total = lax.dot_general(ones, codes, numbers, preferred_element_type=jnp.int32)
+    """The sum over some axes, kept as 1; as a product with eight rows of ones, by far the fastest way on CPU."""
+    ones = jnp.ones([8, *(codes.shape[i] for i in axes)], jnp.int8)
+    numbers = (tuple(range(1, ones.ndim)), axes), ((), ())
+    total = lax.dot_general(ones, codes, numbers, preferred_element_type=jnp.int32)[0]
     return jnp.expand_dims(total, axes)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, PerGroup, PerTensor
-from jaxcomp.numerics.quantizers import compute_dtype, dequantize, int_codes, int_scale
-from jaxcomp.numerics.rounding import round_ste
+from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
+from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_codes, int_scale, spread
+from jaxcomp.numerics.rounding import HALF_CELL, round_ste
 from jaxcomp.specs import Int
 from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.trace.ranges import Range
@@ -24,7 +24,7 @@ class Coded(NamedTuple):
     zero: jax.Array | None
 
 
-def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Act) -> tuple[int, ...]:
+def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Rule) -> tuple[int, ...]:
     """The shape of the scale of an operand whose axes have these ``roles``.
 
     Raises:
@@ -68,19 +68,57 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
     return Coded(int_codes(x, scale, zero, act.grid), scale, None if act.symmetric else zero)
 
 
-def fake_quantize(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+def float8_codes(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> tuple[jax.Array, jax.Array]:
+    """Float8 codes and scale of an activation; arguments as of :func:`encode`. No gradient flows."""
+    x = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
+    if given is None:
+        end = block_absmax(x, scale_blocks(x.shape, roles, act))
+    else:
+        low, high = (jax.lax.stop_gradient(jnp.asarray(v, x.dtype)) for v in given)
+        end = jnp.maximum(-low, high).reshape((1,) * x.ndim)
+    scale = _positive(end * (1.0 / act.top))
+    return jnp.clip(x * spread(1.0 / scale, x.shape), -act.top, act.top).astype(act.dtype), scale
+
+
+def _fake_float8(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+    codes, scale = float8_codes(x, act, roles, given)
+    end = spread(scale, x.shape) * (act.top * (1 + 2.0**-10))  # what rounds to the top without being clipped learns
+    passing = jnp.where(jnp.abs(x) <= end.astype(x.dtype), x, jax.lax.stop_gradient(x))
+    return _value_of(dequantize(codes, scale).astype(x.dtype), passing)
+
+
+def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range | None) -> jax.Array:
     """The value rounded to its grid, in its own type; arguments as of :func:`encode`.
 
     >>> act = Act(2, range=LSQ())
     >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, (OUTPUT,), Range(jnp.float32(0), jnp.float32(3)))
     Array([0., 0., 3.], dtype=float32)
     """
+    if isinstance(act, Float8):
+        return _fake_float8(x, act, roles, given)
     if isinstance(act.range, PACT) and given is not None:
         high = jnp.asarray(given.high, x.dtype)
         clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
         coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
         return _value_of(dequantize(*coded).astype(x.dtype), clipped)
+    if isinstance(act.range, LSQ):
+        return jax.checkpoint(partial(_encoded, act, roles), prevent_cse=False)(x, given)
+    # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
+    coded = encode(jax.lax.stop_gradient(x), act, roles, given)
+    return _value_of(dequantize(*coded).astype(x.dtype), x if given is None else _within(x, coded, act.grid))
+
+
+def _encoded(act: Act, roles: tuple[str, ...], x: jax.Array, given: Range | None) -> jax.Array:
     return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
+
+
+def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:
+    """``x``, through which a gradient passes where no code is clipped."""
+    low, high = grid.code_range
+    zero = jnp.zeros_like(coded.scale) if coded.zero is None else coded.zero
+    steps = jax.lax.stop_gradient(x).astype(coded.scale.dtype) * (1.0 / coded.scale) + zero
+    inside = (steps >= low - HALF_CELL) & (steps <= high + HALF_CELL)
+    return jnp.where(inside, x, jax.lax.stop_gradient(x))
 
 
 def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,14 @@
-"""What a rule says of activations: how many bits, whose range, and what shares a scale."""
+"""What a rule says of activations: how many bits, whose range, and what shares a scale; and how gradients round."""
 
 from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
-from jaxcomp.specs import Int
+import jax.numpy as jnp
+
+from jaxcomp.specs import Int, check_bits
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,10 @@ class Act:
     per: Sharing = PerTensor()
 
     def __post_init__(self) -> None:
-        try:
-            Int(self.bits)
-        except ValueError as e:
-            raise ValueError(f"Act: {str(e).removeprefix('Int: ')}") from e
+        check_bits("Act", self.bits)
         if not isinstance(self.range, RangeKind):
             raise TypeError(f"Act: range must be Static(), Dynamic(), LSQ() or PACT(), got {self.range!r}.")
-        if not isinstance(self.per, Sharing):
-            raise TypeError(f"Act: per must be PerTensor(), PerToken() or PerGroup(size), got {self.per!r}.")
-        if not isinstance(self.per, PerTensor) and not isinstance(self.range, Dynamic):
-            raise ValueError(
-                f"Act: per={self.per!r} needs range=Dynamic(), got {self.range!r}; ranges given from outside are per "
-                "tensor."
-            )
+        _check_sharing("Act", self.per, self.range)
         if isinstance(self.range, PACT) and self.symmetric:
             raise ValueError("Act: PACT's range begins at 0, so it needs symmetric=False.")
 
@@ -123,5 +117,113 @@ class Act:
         return not isinstance(self.range, Dynamic)
 
     def __str__(self) -> str:
-        words = [f"{self.bits} bits", "symmetric" if self.symmetric else "asymmetric", type(self.range).__name__]
-        return ", ".join(words if isinstance(self.per, PerTensor) else [*words, repr(self.per)])
+        signs = "symmetric" if self.symmetric else "asymmetric"
+        return _words(f"{self.bits} bits, {signs}", self.per, self.range)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Activations in eight-bit floats: ``x ≈ float8(x / scale) * scale``, ``scale`` = largest magnitude / top.
+
+    Rounded to nearest, ties to even, clipped at the format's largest number; the gradient passes straight through and
+    is cut where it clips.
+
+    Args:
+      exponent: bits of the exponent: 4 for e4m3 (top 448, no infinities), 5 for e5m2 (top 57344).
+      range: ``Static()`` or ``Dynamic()``.
+      per: what shares a scale; anything finer than the tensor needs ``Dynamic``.
+
+    Raises:
+      TypeError: range or per is something else.
+      ValueError: an exponent of other width, or fields that do not go together.
+
+    >>> Float8().top, str(Float8(5, range=Static()))
+    (448.0, 'float8_e5m2, Static')
+
+    Source: Micikevicius et al. 2022, arXiv:2209.05433.
+    """
+
+    exponent: int = 4
+    range: Static | Dynamic = Dynamic()
+    per: Sharing = PerTensor()
+
+    def __post_init__(self) -> None:
+        if self.exponent not in (4, 5):
+            raise ValueError(f"Float8: exponent must be 4 (e4m3) or 5 (e5m2), got {self.exponent!r}.")
+        if not isinstance(self.range, Static | Dynamic):
+            raise TypeError(f"Float8: range must be Static() or Dynamic(), got {self.range!r}.")
+        _check_sharing("Float8", self.per, self.range)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the codes."""
+        return jnp.dtype(jnp.float8_e4m3fn if self.exponent == 4 else jnp.float8_e5m2)
+
+    @property
+    def top(self) -> float:
+        """The largest code."""
+        return float(jnp.finfo(self.dtype).max)
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether ``ranges`` must name the activation."""
+        return isinstance(self.range, Static)
+
+    def __str__(self) -> str:
+        return _words("float8_e4m3" if self.exponent == 4 else "float8_e5m2", self.per, self.range)
+
+
+Rule = Act | Float8
+"""What a rule may ask of activations."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The two products of a site's gradient on rounded codes: ``dL/da`` and ``dL/db`` of ``y = a·b``.
+
+    Each multiplies the incoming gradient with the other operand. Both factors are put on symmetric grids, with a scale
+    for each index that the product does not sum over, and multiplied as int8 with sums in int32. Sums that may leave
+    int32, the kernel gradients of grouped convolutions, and on CPU all convolutions, run in float on the same rounded
+    factors.
+
+    Args:
+      bits: width of a code, 2..8.
+      stochastic: round up with the probability of the remainder, so that the gradient's expectation is the unrounded
+        one; else to nearest.
+
+    Raises:
+      ValueError: bits outside 2..8.
+
+    >>> Backward()
+    Backward(bits=8, stochastic=True)
+
+    Source: Gupta et al. 2015, arXiv:1502.02551, section 3; Banner et al. 2018, arXiv:1805.11046, for 8 bits.
+    """
+
+    bits: int = 8
+    stochastic: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            Int(self.bits)
+        except ValueError as e:
+            raise ValueError(f"Backward: {str(e).removeprefix('Int: ')}") from e
+
+    @property
+    def grid(self) -> Int:
+        """The grid of the codes, its own mirror image."""
+        return Int(self.bits, narrow=True)
+
+
+def _check_sharing(owner: str, per: Any, source: Any) -> None:
+    if not isinstance(per, Sharing):
+        raise TypeError(f"{owner}: per must be PerTensor(), PerToken() or PerGroup(size), got {per!r}.")
+    if not isinstance(per, PerTensor) and not isinstance(source, Dynamic):
+        raise ValueError(
+            f"{owner}: per={per!r} needs range=Dynamic(), got {source!r}; ranges given from outside are per tensor."
+        )
+
+
+def _words(grid: str, per: Sharing, source: RangeKind) -> str:
+    words = [grid, type(source).__name__]
+    return ", ".join(words if isinstance(per, PerTensor) else [*words, repr(per)])

@@ -16,24 +16,29 @@
 
 from jaxcomp.structure.branches import Branch, drop_branches, residual_branches, without_branches
 from jaxcomp.structure.groups import Group, Groups, Slice, channel_groups
+from jaxcomp.structure.iterative import Pruned, composed, fraction_per_round, prune_in_rounds
 from jaxcomp.structure.planning import plan
 from jaxcomp.structure.plans import Plan, mask
 from jaxcomp.structure.regularize import group_lasso, group_penalty, growing_strengths, unit_norms
 from jaxcomp.structure.scores import batch_norm_scale, fisher, fpgm, gradient, l1, l2, taylor
 from jaxcomp.structure.shrinking import check_shrink, shrink
+from jaxcomp.structure.timing import measured_seconds
 
 __all__ = [
     "Branch",
     "Group",
     "Groups",
     "Plan",
+    "Pruned",
     "Slice",
     "batch_norm_scale",
     "channel_groups",
     "check_shrink",
+    "composed",
     "drop_branches",
     "fisher",
     "fpgm",
+    "fraction_per_round",
     "gradient",
     "group_lasso",
     "group_penalty",
@@ -41,7 +46,9 @@ __all__ = [
     "l1",
     "l2",
     "mask",
+    "measured_seconds",
     "plan",
+    "prune_in_rounds",
     "residual_branches",
     "shrink",
     "taylor",

@@ -11,6 +11,7 @@ from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, merge, me
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
 from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, rewrite
 from jaxcomp.trace.fold import Folded, fold_batch_norm
+from jaxcomp.trace.moments import input_moments
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
 from jaxcomp.trace.sites import Operand, Site, sites
@@ -38,6 +39,7 @@ __all__ = [
     "cost",
     "entropy",
     "fold_batch_norm",
+    "input_moments",
     "merge",
     "merge_all",
     "min_max",

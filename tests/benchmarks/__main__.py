@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-NAMES = ("qat_step", "global_mask", "nm_mask", "quantize_bandwidth", "activations")
+NAMES = ("qat_step", "global_mask", "nm_mask", "quantize_bandwidth", "activations", "shrink")
 
 
 def main() -> None:

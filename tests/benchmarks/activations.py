@@ -1,13 +1,12 @@
-"""Weights and activations on integer grids: the training step over float, and the integer forward over float.
+"""Weights and activations on integer grids: the training step over float beside peers', and the integer forward.
 
 Command: ``python -m tests.benchmarks activations``; the forward is timed on the threads that the process has, so
-``taskset -c 0`` gives one core.
+``taskset -c 0`` gives one core. Peers' rows need the extra ``benchmarks``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,21 +16,50 @@ import numpy as np
 import optax
 
 import jaxcomp as jc
-from jaxcomp.activations import LSQ, PACT, Act, Dynamic, ranges_of
+from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, ranges_of
 from jaxcomp.activations import quantize_function as quantize_activations
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.fold import fold_batch_norm
+from tests.benchmarks.peers import peers, training
 from tests.benchmarks.timing import Report, Row, measure
 from train.models import ResNet18, ViT
 
 TIME, BYTES, SPEED = "<= 1.08", "<= 1.15", ">= 2"
 FLOAT, CONTROL = "float", "float again (control)"
-CASES: dict[str, tuple[Act | None, str]] = {
-    "W8A8, static ranges": (Act(8), TIME),
-    "W8A8, dynamic ranges": (Act(8, symmetric=True, range=Dynamic()), ""),
-    "W4A8, learned ranges (LSQ)": (Act(8, range=LSQ()), ""),
-    "W4A8, learned ranges (PACT)": (Act(8, range=PACT()), ""),
-}
+
+
+class Case(NamedTuple):
+    """A training step: ``run(variables, ranges, key, images)``, what its weights become, whether it needs ranges."""
+
+    run: Callable[..., Any]
+    transform: jc.Transform = jc.identity()
+    calibrated: bool = False
+    target: str = ""
+
+
+def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
+    """All cases by name, and which peers are missing."""
+    apply = training(model)
+
+    def ours(bits: int, act: Act, target: str = "", backward: Backward | None = None) -> Case:
+        q = quantize_activations(apply, {r".*": act}, backward=backward)
+        call = q if backward else lambda variables, ranges, key, images: q(variables, ranges, images)
+        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, target)
+
+    def other(peer: Callable[..., Any]) -> Case:
+        return Case(lambda variables, ranges, key, images: peer(variables, images))
+
+    found, missing = peers(model)
+    return {
+        FLOAT: other(apply),
+        CONTROL: other(apply),
+        "W8A8, static ranges": ours(8, Act(8), TIME),
+        "W8A8, dynamic ranges": ours(8, Act(8, symmetric=True, range=Dynamic())),
+        "W4A8, learned ranges (LSQ)": ours(4, Act(8, range=LSQ())),
+        "W4A8, learned ranges (PACT)": ours(4, Act(8, range=PACT())),
+        "W8A8, static, int8 gradients": ours(8, Act(8), backward=Backward()),
+        **{name: other(peer) for name, peer in found.items()},
+    }, missing
 
 
 class State(NamedTuple):
@@ -43,15 +71,15 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def make_step(apply: Callable[..., Any], transform: jc.Transform, act: Act | None) -> Callable[..., Any]:
-    """``step(state, images, labels) -> (state, loss)``, not jitted; ``apply(variables, images)``."""
+def make_step(case: Case) -> Callable[..., Any]:
+    """``step(state, images, labels) -> (state, loss)``, not jitted."""
     optimizer = optax.sgd(1e-3, momentum=0.9)
-    run = quantize_activations(apply, {r".*": act})
 
     def loss_fn(trained: Any, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         params, ranges = trained
-        variables = {"params": transform.apply(transform.init(params), params), "batch_stats": state.batch_stats}
-        logits, updated = run(variables, ranges, images)
+        params = jc.materialize(case.transform.apply(case.transform.init(params), params))
+        key = jax.random.key(labels[0])
+        logits, updated = case.run({"params": params, "batch_stats": state.batch_stats}, ranges, key, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
@@ -67,19 +95,18 @@ def make_step(apply: Callable[..., Any], transform: jc.Transform, act: Act | Non
 class Stepper:
     """One compiled, donated step with a state of its own; each call moves it on."""
 
-    def __init__(self, model: nn.Module, transform: jc.Transform, act: Act | None, batch: int) -> None:
+    def __init__(self, model: nn.Module, case: Case, batch: int) -> None:
         rng = np.random.default_rng(0)
         self.images = jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32)
         self.labels = jnp.asarray(rng.integers(0, 10, batch), jnp.int32)
         variables = jax.jit(model.init)(jax.random.key(0), self.images[:1])
         variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-        apply = partial(model.apply, train=True, mutable=["batch_stats"])
         ranges = {}
-        if act is not None and act.needs_range:
-            ranges = ranges_of(jax.jit(calibrate(apply))(variables, self.images[:8]))
+        if case.calibrated:
+            ranges = ranges_of(jax.jit(calibrate(training(model)))(variables, self.images[:8]))
         opt_state = optax.sgd(1e-3, momentum=0.9).init((variables["params"], ranges))
         self.state = jax.tree.map(jnp.copy, State(variables["params"], ranges, variables["batch_stats"], opt_state))
-        step = jax.jit(make_step(apply, transform, act), donate_argnums=0)
+        step = jax.jit(make_step(case), donate_argnums=0)
         self.compiled = step.lower(self.state, self.images, self.labels).compile()
 
     def __call__(self) -> jax.Array:
@@ -91,23 +118,21 @@ class Stepper:
         return float(self.compiled.cost_analysis()["bytes accessed"])
 
 
-def training(title: str, model: nn.Module, *, batch: int, rounds: int) -> Report:
-    """All cases of one model's training step."""
-    steppers: dict[str, Stepper] = {name: Stepper(model, jc.identity(), None, batch) for name in (FLOAT, CONTROL)}
-    for name, (act, _) in CASES.items():
-        bits = 8 if name.startswith("W8") else 4
-        steppers[name] = Stepper(model, jc.quantize(jc.Int(bits)), act, batch)
+def steps(title: str, model: nn.Module, *, batch: int, rounds: int) -> Report:
+    """All cases of one model's training step, ours and the peers'."""
+    table, missing = cases(model)
+    steppers = {name: Stepper(model, case, batch) for name, case in table.items()}
     timings = measure({**steppers}, rounds=rounds)
     base = steppers[FLOAT].bytes_accessed()
     rows = [timings.row(CONTROL, FLOAT)]
-    for name, (_, target) in CASES.items():
+    for name, case in table.items():
+        if name in (FLOAT, CONTROL):
+            continue
         read = steppers[name].bytes_accessed()
-        rows.append(timings.row(name, FLOAT, target=target))
-        detail = f"{read / 1e6:.1f} MB"
-        rows.append(
-            Row(f"  bytes accessed, {name}", read / base, read / base, read / base, detail, BYTES if target else "")
-        )
-    return Report(title, f"float ({timings.median(FLOAT) * 1e3:.0f} ms)", rows, timings.notes())
+        rows.append(timings.row(name, FLOAT, target=case.target))
+        detail, target = f"{read / 1e6:.1f} MB", BYTES if case.target else ""
+        rows.append(Row(f"  bytes accessed, {name}", read / base, read / base, read / base, detail, target))
+    return Report(title, f"float ({timings.median(FLOAT) * 1e3:.0f} ms)", rows, [*timings.notes(), *missing])
 
 
 def inference(*, width: int, batch: int, rounds: int) -> Report:
@@ -146,5 +171,5 @@ def run() -> Iterator[Report]:
     """The reports."""
     vit = ViT(patch=4, dim=256, depth=4, heads=4, mlp_dim=1024)
     yield inference(width=64, batch=8, rounds=9)
-    yield training("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=9)
-    yield training("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=9)
+    yield steps("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=9)
+    yield steps("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=9)

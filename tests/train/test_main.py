@@ -18,12 +18,15 @@ import pytest
 from rich.console import Console
 
 import jaxcomp as jc
+from jaxcomp.paths import leaves_with_paths
 from train.__main__ import main, parse
 from train.configs import DIGITS, Config, ModelConfig, OptimConfig
 from train.data import load
 from train.evaluate import accuracy
 from train.experiment import RunError, run
 from train.loop import TrainingError
+from train.models import MLP
+from train.networks import OnGrids, ranges_of_dicts
 from train.report import write_report
 from train.step import make_predict
 
@@ -32,7 +35,7 @@ SMALL = dataclasses.replace(
     model=ModelConfig("mlp"),
     baseline=OptimConfig(epochs=4, learning_rate=3e-3),
     finetune=OptimConfig(epochs=3, learning_rate=1e-3),
-    methods=("sensitivity", "joint"),
+    methods=("sensitivity", "joint", "structured", "w8a8"),
     checkpoint_seconds=0.0,
 )
 OPTIONS = [
@@ -50,6 +53,8 @@ OPTIONS = [
     "--methods",
     "sensitivity",
     "joint",
+    "structured",
+    "w8a8",
     "--checkpoint-seconds",
     "0",
 ]
@@ -82,14 +87,14 @@ def figures(rows: list) -> list[dict]:
 
 def test_the_table_says_what_the_files_hold(finished) -> None:
     out, rows = finished
-    assert [r.name for r in rows] == ["baseline", "sensitivity", "joint"]
+    assert [r.name for r in rows] == ["baseline", "sensitivity", "joint", "structured", "w8a8"]
     data = load("digits")
     from train.experiment import make_model
 
     predict = make_predict(make_model(SMALL.model, data), data)
-    for row in rows:
+    assert all(row.file_bytes == (out / f"{row.name}.safetensors").stat().st_size for row in rows)
+    for row in rows[:3]:
         file = out / f"{row.name}.safetensors"
-        assert row.file_bytes == file.stat().st_size
         saved = jc.load(file)
         params = jc.materialize(saved["params"])
         assert accuracy(predict, params, saved["batch_stats"], data.test) == row.test_accuracy
@@ -103,6 +108,51 @@ def test_the_table_says_what_the_files_hold(finished) -> None:
     assert rows[0].test_accuracy > 0.9
 
 
+def test_the_file_of_fewer_channels_is_a_smaller_network(finished) -> None:
+    out, rows = finished
+    row, data = rows[3], load("digits")
+    saved = jc.load(out / "structured.safetensors")
+    assert sorted(saved) == ["batch_stats", "params"]
+    network = MLP(widths={path: leaf.shape for path, leaf in leaves_with_paths(saved["params"])[0]})
+    predict = make_predict(network, data)
+    assert accuracy(predict, saved["params"], saved["batch_stats"], data.test) == row.test_accuracy
+    assert saved["params"]["dense_1"]["kernel"].shape == (128, 128)
+    assert row.macs == 64 * 128 + 128 * 128 + 128 * 10
+    assert row.file_bytes < 0.4 * rows[0].file_bytes
+    assert row.untuned_accuracy < row.test_accuracy < 1
+
+
+def test_the_file_of_eight_bits_runs_on_integers(finished) -> None:
+    out, rows = finished
+    row, data = rows[4], load("digits")
+    saved = jc.load(out / "w8a8.safetensors")
+    assert sorted(saved) == ["batch_stats", "params", "ranges"]
+    network = OnGrids(MLP(), {".*": jc.Act(8)}, ranges_of_dicts(saved["ranges"]), integer=True)
+    predict = make_predict(network, data)
+    assert accuracy(predict, saved["params"], saved["batch_stats"], data.test) == row.test_accuracy
+    shapes = jax.ShapeDtypeStruct((4, *data.test.images.shape[1:]), np.uint8)
+    program = str(jax.make_jaxpr(predict)(saved["params"], saved["batch_stats"], shapes))
+    assert program.count("preferred_element_type=int32") == 3
+    assert "judged on int8 products with int32 sums" in row.note
+    fake = float(row.note.split()[-1].rstrip("%")) / 100
+    assert abs(fake - row.test_accuracy) <= 2 / len(data.test)
+    assert abs(row.untuned_accuracy - rows[0].test_accuracy) < 0.01
+    assert row.file_bytes < 0.3 * rows[0].file_bytes
+
+
+@pytest.mark.slow
+def test_a_network_without_widths_is_shrunk_as_a_program(tmp_path) -> None:
+    few = OptimConfig(epochs=1, learning_rate=1e-3)
+    vit = ModelConfig("vit")
+    config = dataclasses.replace(
+        SMALL, model=vit, baseline=few, finetune=few, batch=512, methods=("structured",), out=tmp_path / "run"
+    )
+    rows = run(config, Console(quiet=True))
+    assert "kept" in jc.load(tmp_path / "run" / "structured.safetensors")
+    assert rows[1].macs < 0.7 * rows[0].macs
+    assert rows[1].file_bytes < 0.7 * rows[0].file_bytes
+
+
 def test_what_is_written_beside_the_table(finished) -> None:
     out, rows = finished
     report = json.loads((out / "report.json").read_text())
@@ -111,6 +161,8 @@ def test_what_is_written_beside_the_table(finished) -> None:
     printed = (out / "printed.txt").read_text()
     assert f"{rows[2].file_bytes:,}" in printed
     assert "prune 80% + 4-bit" in printed
+    assert "half the channels removed" in printed
+    assert rows[4].note in " ".join(printed.split())
     lines = [json.loads(x) for x in (out / "joint" / "metrics.jsonl").read_text().splitlines()]
     assert [x["epoch"] for x in lines] == [0, 1, 2]
     assert all(np.isfinite(x["loss"]) for x in lines)

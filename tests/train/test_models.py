@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from jaxcomp.paths import leaves_with_paths
+from jaxcomp.structure import channel_groups, plan, shrink
 from train import data, models, models_nnx
-from train.models import MLP, BasicBlock, ConvNet, ResNet18, ViT, build, resnet18_widths
+from train.models import MLP, BasicBlock, ConvNet, ResNet18, ViT, build, narrowed, resnet18_widths
 
 SMALL = {
     "resnet18": ResNet18(width=4),
@@ -349,3 +350,24 @@ def test_convnet_learns_digits_as_its_docstring_says():
             number += 1
     logits = jax.jit(model.apply)(variables, normalize(jnp.asarray(digits.test.images)))
     assert (logits.argmax(-1) == digits.test.labels).mean() >= 0.985
+
+
+@pytest.mark.parametrize(
+    "model", [ResNet18(width=4), SMALL["convnet"], SMALL["mlp"]], ids=["resnet18", "convnet", "mlp"]
+)
+def test_the_same_class_at_a_plans_widths_loads_the_small_tree(model):
+    x = images(2, 12)
+    variables = randomized(model, x)
+    half = plan(channel_groups(model.apply)(variables, x), variables, sparsity=0.5)
+    small, again = half.take(variables), type(model)(widths=half.widths)
+    assert jax.tree.map(jnp.shape, shapes(again, 12)) == jax.tree.map(jnp.shape, small)
+    want = jax.jit(shrink(model.apply, half))(small, x)
+    np.testing.assert_allclose(jax.jit(again.apply)(small, x), want, atol=1e-4)
+    assert narrowed(model, half.widths) == model.clone(widths=dict(half.widths))
+
+
+def test_widths_of_another_network_are_refused():
+    with pytest.raises(
+        ValueError, match=r"widths: of 'block_0/conv_1/kernel' there must be one, found 0 in stem/kernel"
+    ):
+        shapes(ResNet18(widths={"stem/kernel": (3, 3, 3, 4)}))

@@ -1,0 +1,128 @@
+"""Distillation: pure losses between a student's outputs or features and a teacher's, which no gradient reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def soft_targets(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """``T² KL(softmax(teacher / T) || softmax(student / T))``, averaged over examples.
+
+    The factor keeps the gradient's size as T grows.
+
+    Args:
+      student_logits: ``(..., classes)``.
+      teacher_logits: of the same shape.
+      temperature: T, positive.
+
+    Raises:
+      ValueError: shapes that differ, or a temperature that is not positive.
+
+    >>> z = jnp.array([[1.0, 2.0, 0.5]])
+    >>> float(soft_targets(z, z, 4.0))
+    0.0
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
+    """
+    _same_shape("soft_targets", student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"soft_targets: temperature must be positive, got {temperature!r}.")
+    student = jax.nn.log_softmax(_wide(student_logits) * (1.0 / temperature))
+    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(_wide(teacher_logits)) * (1.0 / temperature))
+    return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(student, teacher))
+
+
+def hint(student: jax.Array, teacher: jax.Array, projection: Any = None) -> jax.Array:
+    """The mean squared difference of features, the student's projected first where widths differ.
+
+    Args:
+      student: features ``(..., width)``.
+      teacher: features; of the student's shape, or of the projected one.
+      projection: None, or a trained matrix ``(student width, teacher width)``.
+
+    Raises:
+      ValueError: shapes that differ.
+
+    >>> float(hint(jnp.ones((2, 3)), jnp.zeros((2, 3))))
+    1.0
+
+    Source: Romero et al. 2014, arXiv:1412.6550, equation 3 (a 1x1 projection in place of a convolution).
+    """
+    projected = student if projection is None else student @ projection
+    _same_shape("hint", projected, teacher)
+    return jnp.mean(optax.losses.squared_error(_wide(projected), jax.lax.stop_gradient(_wide(teacher))))
+
+
+def attention_transfer(student: jax.Array, teacher: jax.Array, power: int = 2) -> jax.Array:
+    """The squared distance of normalized maps ``mean over channels of |feature|**power``, averaged over examples.
+
+    Args:
+      student: features ``(batch, *space, channels)``.
+      teacher: features of the same batch and space; the number of channels may differ.
+      power: the exponent.
+
+    Raises:
+      ValueError: batch or space that differ.
+
+    >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    >>> float(attention_transfer(x, 5 * x).round(6))
+    0.0
+
+    Source: Zagoruyko and Komodakis 2016, arXiv:1612.03928, equation 2.
+    """
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"attention_transfer: the student's features are {student.shape} and the teacher's {teacher.shape}; all but"
+            " the last dimension must be equal."
+        )
+    maps = [_attention(student, power), _attention(jax.lax.stop_gradient(teacher), power)]
+    return jnp.mean(jnp.sum(optax.losses.squared_error(*maps), axis=-1))
+
+
+def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """The mean squared difference of the normalized similarity of each pair of examples in a batch.
+
+    Args:
+      student: features ``(batch, ...)``.
+      teacher: features of the same batch; other dimensions are free.
+
+    Raises:
+      ValueError: batches that differ.
+
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> float(similarity(x, x))
+    0.0
+
+    Source: Tung and Mori 2019, arXiv:1907.09682, equation 4.
+    """
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"similarity: the batches are {student.shape[0]} and {teacher.shape[0]}, and must be equal.")
+    ours, theirs = _gram(student), _gram(jax.lax.stop_gradient(teacher))
+    return jnp.mean(optax.losses.squared_error(ours, theirs))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
+
+
+def _attention(x: jax.Array, power: int) -> jax.Array:
+    return _unit(jnp.mean(jnp.abs(_wide(x)) ** power, axis=-1).reshape(x.shape[0], -1))
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    flat = _wide(x).reshape(x.shape[0], -1)
+    return _unit(flat @ flat.T)
+
+
+def _same_shape(owner: str, student: jax.Array, teacher: jax.Array) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"{owner}: the student's shape is {student.shape} and the teacher's {teacher.shape}.")

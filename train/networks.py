@@ -1,0 +1,93 @@
+"""Networks that are no flax module and are trained and judged as one: quantized activations, removed channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxcomp as jc
+from jaxcomp.activations import Rules
+from jaxcomp.structure import Plan
+from jaxcomp.trace.calibrate import merge_all
+from jaxcomp.trace.ranges import Range
+from train.data import Dataset, normalize
+
+
+class Network(Protocol):
+    """What is trained and judged: anything with flax's ``apply``.
+
+    ``apply(variables, images, train=..., mutable=...)`` gives logits, and with ``mutable`` the new collections too.
+    """
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network's results."""
+
+
+@dataclass(frozen=True)
+class OnGrids:
+    """A network whose products take activations on integer grids, with fixed ranges; weights as the tree has them.
+
+    Args:
+      network: of float activations.
+      rules, integer: as of ``quantize_function``.
+      ranges: of its activations, by site.
+    """
+
+    network: Network
+    rules: Rules
+    ranges: Mapping[str, Range]
+    integer: bool = False
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network's results; in integer mode ``variables`` hold the compressed leaves as they are."""
+        run = jc.quantize_function(partial(self.network.apply, **kwargs), self.rules, integer=self.integer)
+        return run(variables, self.ranges, *args)
+
+
+@dataclass(frozen=True)
+class Shrunken:
+    """A network over the smaller tree of a plan, for one that cannot be built at the new widths."""
+
+    network: Network
+    plan: Plan
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network's results."""
+        return jc.shrink(partial(self.network.apply, **kwargs), self.plan)(variables, *args)
+
+
+def inference(network: Network) -> Any:
+    """``fn(variables, images)``: the network's logits, as the analyses take it."""
+    return partial(network.apply, train=False)
+
+
+def calibrated(network: Network, variables: Any, data: Dataset, *, examples: int = 1000) -> dict[str, Range]:
+    """From the smallest to the largest value of each activation over the first examples of the training split."""
+    import jax
+
+    observe = jax.jit(jc.calibrate(inference(network)))
+    size = min(250, examples, len(data.train))
+    starts = range(0, min(examples, len(data.train)) - size + 1, size)
+    batches = (normalize(jnp.asarray(data.train.images[s : s + size]), data.mean, data.std) for s in starts)
+    return jc.ranges_of(merge_all(*(observe(variables, batch) for batch in batches)))
+
+
+def ranges_as_dicts(ranges: Mapping[str, Range]) -> dict[str, dict[str, Any]]:
+    """Ranges as a file holds them."""
+    return {name: {"low": np.asarray(r.low), "high": np.asarray(r.high)} for name, r in ranges.items()}
+
+
+def ranges_of_dicts(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Range]:
+    """The inverse of :func:`ranges_as_dicts`."""
+    return {name: Range(r["low"], r["high"]) for name, r in saved.items()}
+
+
+def macs_of(network: Network, variables: Any, data: Dataset) -> int:
+    """Multiply-adds of one image; leaves of ``variables`` may be shapes."""
+    image = jnp.zeros((1, *data.train.images.shape[1:]), jnp.float32)
+    return sum(site.macs for site in jc.sites(inference(network))(variables, image))
