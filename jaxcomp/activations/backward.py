@@ -41,7 +41,7 @@ def checked_key(owner: str, spec: Backward, args: tuple[Any, ...]) -> jax.Array 
     Raises:
       TypeError: something else stands there.
     """
-    key = args[0] if args else "nothing"
+    key: Any = args[0] if args else "nothing"
     if key is None and not spec.stochastic:
         return None
     if not spec.stochastic or not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):

@@ -85,10 +85,10 @@ class _Product:
                 self.record(path, *_done(a))
                 return [integer_product(op, a, b)]
         self.record(path, "fake", why)
-        a, b = (self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values))
+        rounded = [self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values)]
         if self.mode.gradients is None:
-            return op.bind(a, b)
-        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, a, b)]
+            return op.bind(*rounded)
+        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, *rounded)]
 
     def factor(self, index: int, value: Any, given: Range | None) -> Factor | str:
         """An operand in codes, or why it has none."""

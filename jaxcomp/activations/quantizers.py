@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
 from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_codes, int_scale, spread
-from jaxcomp.numerics.rounding import round_ste
+from jaxcomp.numerics.rounding import HALF_CELL, round_ste
 from jaxcomp.specs import Int
 from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.trace.ranges import Range
@@ -101,7 +101,20 @@ def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range 
         clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
         coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
         return _value_of(dequantize(*coded).astype(x.dtype), clipped)
-    return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
+    if isinstance(act.range, LSQ):
+        return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
+    # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
+    coded = encode(jax.lax.stop_gradient(x), act, roles, given)
+    return _value_of(dequantize(*coded).astype(x.dtype), x if given is None else _within(x, coded, act.grid))
+
+
+def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:
+    """``x``, through which a gradient passes where no code is clipped."""
+    low, high = grid.code_range
+    zero = jnp.zeros_like(coded.scale) if coded.zero is None else coded.zero
+    steps = jax.lax.stop_gradient(x).astype(coded.scale.dtype) * (1.0 / coded.scale) + zero
+    inside = (steps >= low - HALF_CELL) & (steps <= high + HALF_CELL)
+    return jnp.where(inside, x, jax.lax.stop_gradient(x))
 
 
 def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:

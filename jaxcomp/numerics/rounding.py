@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # The cells at both ends are half a step wider than their codes; the rest absorbs the division's rounding error.
-_HALF_CELL = 0.5 + 2.0**-10
+HALF_CELL = 0.5 + 2.0**-10
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -35,5 +35,5 @@ def _round_ste_jvp(
     low: int, high: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (t,) = primals, tangents
-    inside = (x >= low - _HALF_CELL) & (x <= high + _HALF_CELL)
+    inside = (x >= low - HALF_CELL) & (x <= high + HALF_CELL)
     return round_ste(x, low, high), jnp.where(inside, t, jnp.zeros_like(t))
