@@ -13,6 +13,7 @@ from jaxcomp.activations import Act, Backward, Dynamic, Float8, Static, coverage
 from jaxcomp.artifact.files import load, save
 from jaxcomp.codebooks import Codebook
 from jaxcomp.factors import LowRank
+from jaxcomp.grids import MX, NF4, NVFP4, APoT, Float, PoT
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, fisher, magnitude, movement, random_score, sensitivity, taylor, wanda
@@ -31,7 +32,11 @@ from jaxcomp.transform import Transform, by_path, chain, every, gate, identity, 
 __all__ = [
     "ERK",
     "LOG",
+    "MX",
+    "NF4",
     "NM",
+    "NVFP4",
+    "APoT",
     "Act",
     "Backward",
     "Block",
@@ -41,6 +46,7 @@ __all__ = [
     "Dynamic",
     "Element",
     "Filters",
+    "Float",
     "Float8",
     "Global",
     "Int",
@@ -49,6 +55,7 @@ __all__ = [
     "LowRank",
     "Masked",
     "Packed",
+    "PoT",
     "Quantized",
     "Score",
     "Static",

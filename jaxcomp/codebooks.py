@@ -172,8 +172,8 @@ def trained_tables(tree: Any, gradient: str = "mean") -> tuple[Any, Any]:
     """Makes a tree's tables parameters: ``(trained, fixed)``, two trees that :func:`with_tables` puts together.
 
     ``trained`` holds the floating arrays, among them the tables, and is what an optimizer trains; ``fixed`` holds the
-    codes and whatever else is no floating array. Each has None where the other has a value, so gradients and optimizers see
-    floats alone. A table gets the sum or the mean of its members' gradients.
+    codes and whatever else is no floating array. Each has None where the other has a value, so gradients and optimizers
+    see floats alone. A table gets the sum or the mean of its members' gradients.
 
     Args:
       tree: what ``apply`` of a chain with :func:`~jaxcomp.share` gave.

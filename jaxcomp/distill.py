@@ -111,7 +111,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
 
 
 def _attention(x: jax.Array, power: int) -> jax.Array:

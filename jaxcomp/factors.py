@@ -6,7 +6,7 @@ Axes in front that every factor shares hold layers that a scan has stacked; each
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class FactorLeaf(CompressedLeaf):
     def mapped(self, fn: Any) -> FactorLeaf:
         """The same leaf with ``fn`` of every factor."""
         new = {name: fn(getattr(self, name)) for name in self.data_fields}
-        return cast(FactorLeaf, type(self)(**new, **{name: getattr(self, name) for name in self.meta_fields}))
+        return type(self)(**new, **{name: getattr(self, name) for name in self.meta_fields})
 
     def materialize(self) -> jax.Array:
         """Multiplies the factors."""
@@ -230,4 +230,4 @@ def balanced(leaf: FactorLeaf) -> FactorLeaf:
         out = t * scale.reshape(*scale.shape[:-1], *[1] * (t.ndim - scale.ndim), scale.shape[-1])
         new.append((jnp.moveaxis(out, -1, stacked) if k == last else out).astype(leaf.dtype))
     fields = dict(zip(leaf.data_fields, new, strict=True))
-    return cast(FactorLeaf, type(leaf)(**fields, **{name: getattr(leaf, name) for name in leaf.meta_fields}))
+    return type(leaf)(**fields, **{name: getattr(leaf, name) for name in leaf.meta_fields})

@@ -12,7 +12,7 @@ from jaxcomp.leaves import Masked, is_compressed
 from jaxcomp.masks.nm import n_m_mask
 from jaxcomp.masks.scores import Score, as_score, magnitude
 from jaxcomp.masks.select import select, spread
-from jaxcomp.masks.structures import alive_units, full_mask, over_units, unit_scores
+from jaxcomp.masks.structures import alive_units, checked_axis, full_mask, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
@@ -207,7 +207,10 @@ def _scores(criterion: Score, structure: Structure, slot: Slot, step: Any, stats
         if criterion.of_units:
             return scores
         scores = jnp.broadcast_to(scores, slot.array.shape)
-        return scores if isinstance(within, NM) else unit_scores(scores, within, signed=criterion.signed)
+        if isinstance(within, NM):
+            checked_axis(within.axis, scores.ndim)
+            return scores
+        return unit_scores(scores, within, signed=criterion.signed)
     except ValueError as e:
         raise ValueError(f"prune: {slot.path!r} {e}.") from e
 

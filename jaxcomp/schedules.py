@@ -116,9 +116,8 @@ def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Plan:
     if not checked_fraction("iterative", rate) > 0 or rounds < 1:
         raise ValueError(f"iterative: wants a rate above 0 and at least one round, got {rate!r} and {rounds!r}.")
     due = _period("iterative", every, begin, begin + (rounds - 1) * every)
-    steps = {begin + k * every: 1 - rate for k in range(1, rounds)}
-    density = optax.piecewise_constant_schedule(1 - rate, steps)
-    return Plan(lambda step: jnp.where(jnp.asarray(step) < begin, 0.0, 1.0 - density(step)), due)
+    levels = [optax.constant_schedule(1 - (1 - rate) ** k) for k in range(rounds + 1)]
+    return Plan(optax.join_schedules(levels, [begin + k * every for k in range(rounds)]), due)
 
 
 def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end: int | None = None) -> Plan:

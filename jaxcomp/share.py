@@ -54,9 +54,9 @@ def share(
     """Leaves at most ``clusters`` different values in each selected array; ``apply`` makes a ``Codebook`` leaf of it.
 
     ``init`` finds the tables by k-means. Each ``update`` counts or sorts every selected weight once (a gate makes that
-    rarer) and improves the tables. What an earlier ``prune`` masks takes no part. A later ``quantize`` quantizes the tables,
-    so that no more values are left than there were clusters. :func:`~jaxcomp.codebooks.trained_tables` goes on to train
-    the tables themselves.
+    rarer) and improves the tables. What an earlier ``prune`` masks takes no part. A later ``quantize`` quantizes the
+    tables, so that no more values are left than there were clusters. :func:`~jaxcomp.codebooks.trained_tables` goes on
+    to train the tables themselves.
 
     Args:
       clusters: entries of a table, 2..65536.
@@ -84,7 +84,7 @@ def share(
     Array([[0.5, 0.5],
            [6. , 6. ]], dtype=float32)
 
-    Source: Han et al. 2015, arXiv:1510.00149, section 3; there the tables' gradients are sums over members from the start.
+    Source: Han et al. 2015, arXiv:1510.00149, section 3; there the tables' gradients are sums over their members.
     """
     _check(clusters, init, per, gradient, key, iterations)
     free = clusters - preserve_zeros  # entries that k-means places
@@ -161,7 +161,11 @@ def deep_compression(sparsity: float | Schedule, clusters: int) -> Transform:
 
 
 def _check(clusters: Any, init: Any, per: Any, gradient: Any, key: Any, iterations: Any) -> None:
-    if not isinstance(clusters, numbers.Integral) or isinstance(clusters, bool) or not 2 <= clusters <= MAX_CLUSTERS:
+    if (
+        not isinstance(clusters, numbers.Integral)
+        or isinstance(clusters, bool)
+        or not 2 <= int(clusters) <= MAX_CLUSTERS
+    ):
         raise ValueError(f"share: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
     if not isinstance(init, Init):
         raise TypeError(f"share: init must be an Init such as near_optimal, got {init!r}.")
@@ -171,7 +175,7 @@ def _check(clusters: Any, init: Any, per: Any, gradient: Any, key: Any, iteratio
         raise ValueError(f"share: gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
     if init.random and key is None:
         raise ValueError(f"share: init {init.name!r} draws, and wants a key: share(..., key=jax.random.key(0)).")
-    if not isinstance(iterations, numbers.Integral) or iterations < 0:
+    if not isinstance(iterations, numbers.Integral) or int(iterations) < 0:
         raise ValueError(f"share: iterations must be an integer that is not negative, got {iterations!r}.")
 
 
@@ -196,8 +200,8 @@ def _layout(path: str, slot: Slot, per: Tables, clusters: int) -> tuple[tuple[in
     weights = bucket or slot.array.size // table_count(shape, axes, 0)
     if weights < clusters:
         raise ValueError(
-            f"share: {path!r} of shape {shape} has {weights} weights a table, fewer than {clusters} clusters; take fewer"
-            " clusters, tables that serve more weights, or leave it out by a rule."
+            f"share: {path!r} of shape {shape} has {weights} weights a table, fewer than {clusters} clusters; take"
+            " fewer clusters, tables that serve more weights, or leave it out by a rule."
         )
     return axes, bucket
 

@@ -24,8 +24,8 @@ def share_vectors(
 ) -> Transform:
     """Cuts ``axis`` into vectors of ``size`` neighbours and leaves at most ``clusters`` different ones in each leaf.
 
-    ``apply`` makes a ``VectorCodebook`` leaf; the gradient passes straight to the weights. ``update`` goes on with k-means
-    from the last table. A mask of an earlier ``prune`` stays on top, and its zeros take part as zeros.
+    ``apply`` makes a ``VectorCodebook`` leaf; the gradient passes straight to the weights. ``update`` goes on with
+    k-means from the last table. A mask of an earlier ``prune`` stays on top, and its zeros take part as zeros.
 
     Args:
       clusters: entries of a table, 2..65536.
@@ -92,8 +92,8 @@ def _checked_axis(path: str, shape: tuple[int, ...], axis: int, size: int, clust
     own = axis % len(shape)
     if shape[own] % size:
         raise ValueError(
-            f"share_vectors: {path!r} has {shape[own]} elements along axis {axis}, which vectors of {size} do not divide;"
-            " take a divisor, another axis, or leave this leaf out by a rule."
+            f"share_vectors: {path!r} has {shape[own]} elements along axis {axis}, which vectors of {size} do not"
+            " divide; take a divisor, another axis, or leave this leaf out by a rule."
         )
     count = math.prod(shape) // size
     if count < clusters:

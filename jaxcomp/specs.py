@@ -11,16 +11,23 @@ import jax.numpy as jnp
 
 from jaxcomp.structures import Global, Local
 
-MIN_BITS, MAX_BITS = 2, 8
+MAX_BITS = 8
 
 
 class Spec:
     """What every frozen spec is: a value that says what to do; files name it by its class and its fields."""
 
 
-def _check_bits(owner: str, bits: object) -> None:
-    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not MIN_BITS <= int(bits) <= MAX_BITS:
-        raise ValueError(f"{owner}: bits must be an integer in {MIN_BITS}..{MAX_BITS}, got {bits!r}.")
+def check_bits(owner: str, bits: object, least: int = 2) -> None:
+    """Raises ValueError where ``bits`` is not an integer in ``least..8``."""
+    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not least <= int(bits) <= MAX_BITS:
+        raise ValueError(f"{owner}: bits must be an integer in {least}..{MAX_BITS}, got {bits!r}.")
+
+
+def check_group(owner: str, group: object) -> None:
+    """Raises ValueError where ``group`` is neither None nor a positive integer."""
+    if group is not None and (not isinstance(group, numbers.Integral) or isinstance(group, bool) or group < 1):
+        raise ValueError(f"{owner}: group must be a positive integer or None, got {group!r}.")
 
 
 @dataclass(frozen=True)
@@ -31,25 +38,29 @@ class Int(Spec):
     ``scale = absmax / (2**(bits-1) - 0.5)``, which rounds both ends by half a step. Asymmetric codes are
     in ``[0, 2**bits - 1]`` and their range always holds 0, so that zeros stay zero.
 
+    ``Int(1)`` is the sign: codes -1 and 1, 1 for a weight of 0, ``scale`` the mean magnitude. It has no zero: what a
+    mask hides stays zero by the mask alone. A sign has no range either, so its gradient is cut nowhere.
+
     Args:
-      bits: width of a code, 2..8.
+      bits: width of a code, 1..8.
       group: how many neighbours along the group axis share a scale; None means all of them.
       symmetric: whether the zero point is 0.
       narrow: leave the lowest symmetric code out, so that the grid is its own mirror image
         (``scale = absmax / (2**(bits-1) - 1)``; with two bits this is the ternary grid).
 
     Raises:
-      ValueError: bits outside 2..8, a group below 1, or narrow without symmetric.
+      ValueError: bits outside 1..8, a group below 1, or narrow without symmetric or with one bit.
 
     >>> Int(4, group=32)
     Int(bits=4, group=32, symmetric=True, narrow=False)
     >>> Int(bits=9)
     Traceback (most recent call last):
     ...
-    ValueError: Int: bits must be an integer in 2..8, got 9.
+    ValueError: Int: bits must be an integer in 1..8, got 9.
 
     Source: Krishnamoorthi 2018, arXiv:1806.08342, sections 2.1 and 2.2; the half-step scale is that of a
-    mid-tread grid whose two end cells are full.
+    mid-tread grid whose two end cells are full. The sign: Courbariaux et al. 2015, arXiv:1511.00363, with the scale of
+    Rastegari et al. 2016, arXiv:1603.05279.
     """
 
     bits: int = 8
@@ -58,17 +69,25 @@ class Int(Spec):
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        _check_bits("Int", self.bits)
-        if self.group is not None and (not isinstance(self.group, numbers.Integral) or self.group < 1):
-            raise ValueError(f"Int: group must be a positive integer or None, got {self.group!r}.")
+        check_bits("Int", self.bits, least=1)
+        check_group("Int", self.group)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow leaves out the lowest code of a symmetric grid; got symmetric=False.")
+        if self.narrow and self.bits == 1:
+            raise ValueError("Int: narrow leaves one code of one bit; the ternary grid is Int(2, narrow=True).")
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether the codes are -1 and 1."""
+        return self.symmetric and self.bits == 1
 
     @property
     def code_range(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         if not self.symmetric:
             return 0, 2**self.bits - 1
+        if self.is_sign:
+            return -1, 1
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     @property
@@ -139,7 +158,7 @@ class Companded(Spec):
     compander: Compander = LOG
 
     def __post_init__(self) -> None:
-        _check_bits("Companded", self.bits)
+        check_bits("Companded", self.bits)
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -155,9 +174,6 @@ class Companded(Spec):
 def Log(bits: int = 8) -> Companded:
     """The logarithmic grid, ``Companded(bits, LOG)``."""
     return Companded(bits)
-
-
-Grid = Int | Companded
 
 
 @dataclass(frozen=True)

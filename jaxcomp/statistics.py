@@ -48,7 +48,7 @@ batch means (exact for batches of one)."""
 class RunningState(NamedTuple):
     """How many steps were gathered, what they gave by path, and the state behind it."""
 
-    count: jax.Array
+    gathered: jax.Array
     values: dict[str, jax.Array]
     inner: State
 
@@ -89,7 +89,8 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
         if stats.get("grads") is None:
             raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
         grads = dict(leaves_with_paths(stats["grads"])[0])
-        count, values, made = state.count + 1, dict(state.values), {}
+        count, values = state.gathered + 1, dict(state.values)
+        made: dict[str, dict[str, Any]] = {}
         for s in statistics:
             made[s.name] = {}
             for path, w in weights(params).items():
@@ -106,7 +107,15 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
 
 
 def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:
-    return old + new if decay is None else old * decay + new * (1 - decay)
+    if decay is None:
+        return old + _rounded(new)
+    return _rounded(old * decay) + _rounded(new * (1 - decay))
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """A clip that changes no finite value keeps a product and a sum two roundings, in jit as in eager."""
+    most = float(jnp.finfo(jnp.float32).max)
+    return jnp.clip(product, -most, most)
 
 
 def _weight(decay: float, count: jax.Array) -> jax.Array:

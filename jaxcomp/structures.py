@@ -114,7 +114,7 @@ class Block:
             raise ValueError(f"Block: pool must be 'mean' or 'max', got {self.pool!r}.")
 
 
-Order = float | Literal["fro", "nuc"]
+Order = int | float | Literal["fro", "nuc"]
 
 
 @dataclass(frozen=True)

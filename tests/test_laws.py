@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.grids import E2M1, E4M3, Blocked
 from jaxcomp.masks.scores import lamp
 from jaxcomp.numerics.kmeans_inits import linear, quantile
 from jaxcomp.rank_specs import CP, RankOne, Tucker2
+from jaxcomp.scaling import MSE, Stochastic
 from jaxcomp.specs import Buckets, Channels
 from jaxcomp.statistics import accumulate, movement
 from jaxcomp.structures import StraightThrough
@@ -73,6 +75,40 @@ TRANSFORMS: dict[str, jc.Transform] = {
         jc.prune(jc.polynomial(0.6, begin=0, end=4), score=jc.movement, regrow=False), movement
     ),
     "prune_lamp_global_int4": jc.chain(jc.prune(0.5, score=lamp(), scope=jc.Global()), jc.quantize(jc.Int(4))),
+    # Grids of levels, scales on a grid, rounding at random, buckets.
+    "pruned_signs": jc.chain(jc.prune(0.4), jc.quantize(jc.Int(1))),
+    "nf4_mse": jc.quantize(jc.NF4(group=4), scale=MSE(steps=9)),
+    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.APoT(4), bucket=50)),
+    "mx": jc.quantize(jc.MX(E4M3, 4)),
+    "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
+    "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
+}
+# Laws of these take long to compile, and others like them are among the quick ones.
+SLOW = {
+    "gate_stacked",
+    "int2",
+    "int3",
+    "int5_asymmetric",
+    "int8_tensor",
+    "joint_filters_log",
+    "log3_tensor",
+    "prune_filters_l2_global",
+    "prune_taylor_global",
+    "prune_elements_of_filters",
+    "prune_constant_schedule",
+    "regrow_random",
+    "regrow_int4",
+    "low_rank_pruned_quantized",
+    "rank_one",
+    "cp",
+    "tucker",
+    "share",
+    "share_channels_kept",
+    "share_buckets_quantized",
+    "prune_straight_random",
+    "prune_lamp_global_int4",
+    "apot4_buckets",
+    "nf4_mse",
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}
@@ -91,7 +127,7 @@ def make_params(dtype: jnp.dtype = jnp.float32) -> dict:
 
 
 @pytest.mark.parametrize("check", laws.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TRANSFORMS])
 def test_law(name: str, check) -> None:
     t, params = TRANSFORMS[name], make_params()
     if check is laws.check_jit_equals_eager and name in TRANSCENDENTAL:

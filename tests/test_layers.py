@@ -13,7 +13,7 @@ ROOT = Path(jaxcomp.__file__).parent
 
 # Lowest first; a module may import its own layer's package and what is below.
 LAYERS = [
-    {"paths", "rank_specs", "specs", "structures"},
+    {"grids", "paths", "rank_specs", "scaling", "specs", "structures"},
     {"codebooks", "factors", "leaves", "masks", "numerics"},
     {"factoring", "resets", "schedules", "slots", "trace", "transform"},
     {
@@ -21,6 +21,7 @@ LAYERS = [
         "contraction",
         "distill",
         "federated",
+        "learned",
         "low_rank",
         "prune",
         "quantize",

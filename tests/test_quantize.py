@@ -132,11 +132,18 @@ def test_quantizing_a_pruned_leaf_keeps_its_zeros_and_mask() -> None:
     assert (np.asarray(seen.materialize())[~np.asarray(seen.mask)] == 0).all()
 
 
-@pytest.mark.parametrize("bits", [0, 1, 9, 16, 4.0, True, "4"])
-@pytest.mark.parametrize("spec", [jc.Int, jc.Companded, jc.Log])
-def test_refuses_other_widths(spec, bits) -> None:
-    with pytest.raises(ValueError, match=r"bits must be an integer in 2\.\.8, got"):
+@pytest.mark.parametrize("bits", [0, 9, 16, 4.0, True, "4"])
+@pytest.mark.parametrize(("spec", "least"), [(jc.Int, 1), (jc.Companded, 2), (jc.Log, 2), (jc.APoT, 2)])
+def test_refuses_other_widths(spec, least, bits) -> None:
+    with pytest.raises(ValueError, match=rf"bits must be an integer in {least}\.\.8, got"):
         spec(bits)
+
+
+def test_refuses_one_bit_where_it_says_nothing() -> None:
+    with pytest.raises(ValueError, match=r"narrow leaves one code of one bit"):
+        jc.Int(1, narrow=True)
+    with pytest.raises(ValueError, match=r"bits must be an integer in 2\.\.8, got 1"):
+        jc.Log(1)
 
 
 @pytest.mark.parametrize("group", [0, -4, 2.5])

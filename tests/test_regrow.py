@@ -23,7 +23,7 @@ OPTIMIZERS = {
     "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": optax.adam(1e-2),
     "adamw": optax.adamw(1e-2, weight_decay=1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
-    "lion": optax.lion(5e-3),
+    "lion": optax.lion(1e-2),
     "adafactor": optax.adafactor(2e-2, momentum=0.9, min_dim_size_to_factor=8),
     "muon": optax.contrib.muon(1e-2),
     "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=optax.constant_schedule(1e-2)),

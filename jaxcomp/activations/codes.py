@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.leaves import Masked, Quantized, unpacked
+from jaxcomp.leaves import Masked, Quantized, dense, unpacked
 from jaxcomp.numerics.quantizers import dequantize, spread
 from jaxcomp.specs import Int
 from jaxcomp.trace.flow import Op
@@ -45,6 +45,8 @@ class Codes:
 def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     """The codes of a compressed leaf, or why it has none; ``stepped`` are axes that a scan steps over.
 
+    The codes of other grids than Int index levels that are no integers: such weights run in fake mode.
+
     Codes of an asymmetric 8-bit grid are shifted by 128, for a product of int8 by int8 is the fast one.
     """
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
@@ -53,14 +55,14 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     if not isinstance(inner.grid, Int):
         return f"{type(inner.grid).__name__} codes are not proportional to the weight"
     shift = 128 if inner.grid.code_range[1] > 127 else 0
-    codes: Any = unpacked(inner.codes)
+    codes: Any = inner.numbers()
     codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8)
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
         nothing = jnp.zeros((), jnp.int8) if zero is None else spread(zero, codes.shape).astype(jnp.int8)
         codes = jnp.where(unpacked(mask), codes, nothing)
     low, high = inner.grid.code_range
-    box = Codes(codes, inner.scale, zero, inner.dtype, high - low if zero is not None else max(-low, high))
+    box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
     return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
 
 

@@ -85,10 +85,10 @@ class _Product:
                 self.record(path, *_done(a))
                 return [integer_product(op, a, b)]
         self.record(path, "fake", why)
-        rounded = [self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values)]
+        x, y = (self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values))
         if self.mode.gradients is None:
-            return op.bind(*rounded)
-        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, *rounded)]
+            return op.bind(x, y)
+        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, x, y)]
 
     def factor(self, index: int, value: Any, given: Range | None) -> Factor | str:
         """An operand in codes, or why it has none."""

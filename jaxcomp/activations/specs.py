@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcomp.specs import Int
+from jaxcomp.specs import Int, check_bits
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ class Act:
     per: Sharing = PerTensor()
 
     def __post_init__(self) -> None:
-        try:
-            Int(self.bits)
-        except ValueError as e:
-            raise ValueError(f"Act: {str(e).removeprefix('Int: ')}") from e
+        check_bits("Act", self.bits)
         if not isinstance(self.range, RangeKind):
             raise TypeError(f"Act: range must be Static(), Dynamic(), LSQ() or PACT(), got {self.range!r}.")
         _check_sharing("Act", self.per, self.range)

@@ -132,7 +132,7 @@ redundancy = Score("redundancy", _redundancy, takes=("structure",), of_units=Tru
 Source: He et al. 2018 (FPGM), arXiv:1811.00250, in its practical form, the sum of distances."""
 
 
-def norm(p: float) -> Score:
+def norm(p: float | int) -> Score:
     """``|w|**p``: as magnitude, but summed or averaged in units and groups it weighs large entries more.
 
     >>> norm(2).fn(jnp.array([-3.0])).tolist()
@@ -146,7 +146,7 @@ def norm(p: float) -> Score:
     return Score(f"norm({p})", lambda w: jnp.abs(w.astype(jnp.float32)) ** p)
 
 
-def random_score(key: jax.Array) -> Score:
+def random_score(key: Any) -> Score:
     """Uniform noise, the same at every step: a growing sparsity only adds to the mask.
 
     Args:

@@ -29,6 +29,7 @@ def fit(
     """An ascending table for the values of a vector; those not ``counted`` are left out.
 
     Where there are no more distinct values than clusters the table is those values, and the last again for the rest.
+    Below 2**-126 of the largest magnitude a value counts as zero.
 
     >>> fit(jnp.array([0.0, 1.0, 5.0, 7.0]), None, clusters=2)
     Array([0.5, 6. ], dtype=float32)

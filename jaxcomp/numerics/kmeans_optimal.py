@@ -9,11 +9,11 @@ from jaxtyping import Float
 def optimal_table(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], clusters: int
 ) -> Float[np.ndarray, " clusters"]:
-    """The ascending table of least ``Σ weight (value - nearest entry)**2``; where there are fewer values, the last repeats.
+    """The ascending table of least ``Σ weight (value - nearest entry)**2``; of fewer values the last one repeats.
 
     Clusters are runs of the sorted values, so with ``cost(i, j)`` that of one run,
-    ``D_k(j) = min over i of D_(k-1)(i) + cost(i, j)``. The best i grows with j: so the middle j's choice bounds those on
-    both of its sides, and all j of one depth are found in one vectorized pass: O(K N log N).
+    ``D_k(j) = min over i of D_(k-1)(i) + cost(i, j)``. The best i grows with j: so the middle j's choice bounds those
+    on both of its sides, and all j of one depth are found in one vectorized pass: O(K N log N).
 
     Args:
       values: ascending.

@@ -14,9 +14,9 @@ _ROUNDS = 4
 
 
 class _Runs(NamedTuple):
-    """The points nearest to each entry: how many weights, their mean and extremes, the first point and the one after."""
+    """The points nearest to each entry: how many weights, mean, extremes, the first point and the one after."""
 
-    count: jax.Array
+    number: jax.Array
     mean: jax.Array
     low: jax.Array
     high: jax.Array
@@ -55,7 +55,7 @@ def borders(table: Float[Array, " k"]) -> Float[Array, " k_minus_1"]:
 
 
 def refined(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
-    """A table near the optimum, but for some of Lloyd's iterations, from any table: rounds of respacing and of swaps."""
+    """A table near the optimum, but for some of Lloyd's iterations: rounds of respacing and of swaps."""
 
     def inertia(table: jax.Array) -> jax.Array:  # but for a factor
         return jnp.sum(_gains(points, _runs(points, table))[0])
@@ -100,8 +100,8 @@ def _joining(n: jax.Array, a: jax.Array, m: jax.Array, b: jax.Array) -> jax.Arra
 def _swapped(points: Points, table: jax.Array) -> jax.Array:
     """Joins two neighbours and splits another run as long as that pays: entries go where they serve more.
 
-    Source: Patanè and Russo 2001, "The enhanced LBG algorithm", whose shift of codewords this is in one dimension, where
-    neighbours are known and a run is cut at its mean.
+    Source: Patanè and Russo 2001, "The enhanced LBG algorithm", whose shift of codewords this is in one dimension,
+    where neighbours are known and a run is cut at its mean.
     """
     index = jnp.arange(table.size, dtype=jnp.int32)
 
@@ -113,12 +113,12 @@ def _swapped(points: Points, table: jax.Array) -> jax.Array:
         table, _, i = carry
         runs = _runs(points, table)
         gain, left, right = _gains(points, runs)
-        split = jnp.argmax(gain)
-        cost = _joining(runs.count[:-1], runs.mean[:-1], runs.count[1:], runs.mean[1:])
+        split = jnp.argmax(gain).astype(jnp.int32)
+        cost = _joining(runs.number[:-1], runs.mean[:-1], runs.number[1:], runs.mean[1:])
         apart = (index[:-1] != split) & (index[1:] != split)
         cost = jnp.where(apart, cost, jnp.inf)
-        join = jnp.argmin(cost)
-        x, y = runs.count[join].astype(table.dtype), runs.count[join + 1].astype(table.dtype)
+        join = jnp.argmin(cost).astype(jnp.int32)
+        x, y = runs.number[join].astype(table.dtype), runs.number[join + 1].astype(table.dtype)
         share = y / jnp.maximum(x + y, 1)
         joined = runs.mean[join] + (runs.mean[join + 1] - runs.mean[join]) * share
         paid = gain[split] > cost[join] * 1.01
@@ -133,12 +133,12 @@ def _respaced(points: Points, table: jax.Array) -> jax.Array:
     """Spaces the entries evenly in the integral of the cube root of the density, as the runs show it.
 
     A run of width d and density f has inertia ``f d**3 / 12`` and ``f**(1/3) d`` of that integral: the cube root of its
-    inertia, but for a factor. A run of one value keeps its entry. Where Lloyd's iterations would need some K**2 rounds to
-    carry entries from one end of the table to the other, this takes one.
+    inertia, but for a factor. A run of one value keeps its entry. Where Lloyd's iterations would need some K**2 rounds
+    to carry entries from one end of the table to the other, this takes one.
     """
     runs = _runs(points, table)
     gain = _gains(points, runs)[0]
-    single = (runs.count > 0) & (gain <= 0)
+    single = (runs.number > 0) & (gain <= 0)
     mass = jnp.cbrt(gain)
     rest = jnp.maximum(table.size - jnp.sum(single), 0).astype(mass.dtype)
     mass = jnp.where(single, 1.0, mass * (rest / jnp.maximum(jnp.sum(mass), jnp.finfo(mass.dtype).tiny)))

@@ -11,10 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcomp.numerics.rounding import round_ste
 from jaxcomp.specs import Companded, Compander, Int
+
+Rounded = Callable[[jax.Array, int, int], jax.Array]
+"""``rounded(x, low, high)``: integers in the range, with a gradient."""
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -22,7 +25,7 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def blocked(x: Float[Array, "*shape"], blocks: tuple[int, ...]) -> Float[Array, "*split"]:
+def blocked(x: Shaped[Array, "*shape"], blocks: tuple[int, ...]) -> Shaped[Array, "*split"]:
     """Splits each axis i of size n into ``(blocks[i], n // blocks[i])``.
 
     >>> blocked(jnp.zeros((4, 6)), (2, 6)).shape
@@ -111,10 +114,10 @@ def scale_shape(
     return tuple(out)
 
 
-def _positive(scale: jax.Array) -> jax.Array:
-    """A block of zeros gets scale 1: its codes are 0 and so are its values."""
-    tiny = jnp.finfo(scale.dtype).tiny
-    return jnp.where(scale > 0, jnp.maximum(scale, tiny), jnp.ones_like(scale))
+def positive(scale: Float[Array, "*blocks"], least: float = 1.0) -> Float[Array, "*blocks"]:
+    """At least ``least`` times the smallest normal number; a block of zeros gets 1: its codes are 0, its values too."""
+    floor = float(jnp.finfo(scale.dtype).tiny) * least
+    return jnp.where(scale > 0, jnp.maximum(scale, floor), jnp.ones_like(scale))
 
 
 def int_scale(
@@ -122,48 +125,61 @@ def int_scale(
 ) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
     """Scale and zero point of each block, from the largest magnitude (symmetric) or the extremes (asymmetric).
 
-    No gradient flows into either. Multiplications by constants, never divisions, and a clip between each product and a
-    sum, which a compiler would fuse into one rounding: so jit equals eager.
+    No gradient flows into either.
     """
     x = jax.lax.stop_gradient(w).astype(compute_dtype(w.dtype))
-    low, high = spec.code_range
     if spec.symmetric:
-        steps = high if spec.narrow else high + 0.5
-        scale = _positive(block_absmax(x, blocks) * (1.0 / steps))
+        return int_scale_of(block_absmax(x, blocks), None, spec)
+    return int_scale_of(block_reduce(x, blocks, jnp.max), block_reduce(x, blocks, jnp.min), spec)
+
+
+def int_scale_of(
+    top: Float[Array, "*blocks"], bottom: Float[Array, "*blocks"] | None, spec: Int
+) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
+    """Scale and zero point of the range ``[bottom, top]``, or ``[-top, top]`` for a symmetric grid.
+
+    Multiplications by constants, never divisions, and a clip between each product and a sum, which a compiler would
+    fuse into one rounding: so jit equals eager.
+    """
+    low, high = spec.code_range
+    if spec.symmetric or bottom is None:
+        steps = high if spec.narrow or spec.is_sign else high + 0.5
+        scale = positive(top * (1.0 / steps))
         return scale, jnp.zeros_like(scale)
-    top, bottom = block_reduce(x, blocks, jnp.max), block_reduce(x, blocks, jnp.min)
     step = 1.0 / (high - low)
-    scale = _positive(jnp.maximum(top * step, 0.0) - jnp.minimum(bottom * step, 0.0))
+    scale = positive(jnp.maximum(top * step, 0.0) - jnp.minimum(bottom * step, 0.0))
     return scale, jnp.clip(jnp.round(-jnp.minimum(bottom, 0.0) / scale), low, high)
 
 
 def int_codes(
-    w: Float[Array, "*shape"], scale: Float[Array, "*blocks"], zero_point: Float[Array, "*blocks"], spec: Int
+    w: Float[Array, "*shape"],
+    scale: Float[Array, "*blocks"],
+    zero_point: Float[Array, "*blocks"] | None,
+    spec: Int,
+    rounded: Rounded = round_ste,
 ) -> Float[Array, "*shape"]:
     """``clip(round(w / scale) + zero_point)``: integers in a float type, with a straight-through gradient in w."""
     low, high = spec.code_range
     # By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
     x = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
-    if spec.symmetric:
-        return round_ste(x, low, high)
+    if spec.symmetric or zero_point is None:
+        return rounded(x, low, high)
     # The clip changes no code and keeps the product and the sum two roundings, in jit as in eager.
     x = jnp.clip(x, -high - 1.0, high + 1.0)
-    return round_ste(x + spread(zero_point, w.shape), low, high)
+    return rounded(x + spread(zero_point, w.shape), low, high)
 
 
-def companded_step(w: Float[Array, "*shape"], spec: Companded, blocks: tuple[int, ...]) -> Float[Array, "*blocks"]:
-    """``f(max|w|) / (2**(bits-1) - 1)`` of each block: the width of a cell in the companded domain."""
-    x = jax.lax.stop_gradient(w).astype(compute_dtype(w.dtype))
-    top = spec.compander.compress(block_absmax(x, blocks))
-    return _positive(top * (1.0 / spec.code_range[1]))
+def companded_step(top: Float[Array, "*blocks"], spec: Companded) -> Float[Array, "*blocks"]:
+    """``f(top) / (2**(bits-1) - 1)`` of each block: the width of a cell in the companded domain."""
+    return positive(spec.compander.compress(top) * (1.0 / spec.code_range[1]))
 
 
 def companded_codes(
-    w: Float[Array, "*shape"], step: Float[Array, "*blocks"], spec: Companded
+    w: Float[Array, "*shape"], step: Float[Array, "*blocks"], spec: Companded, rounded: Rounded = round_ste
 ) -> Float[Array, "*shape"]:
     """``clip(round(f(w) / step))``; the gradient passes ``f`` and skips the rounding."""
     low, high = spec.code_range
-    return round_ste(spec.compander.compress(w.astype(step.dtype)) / spread(step, w.shape), low, high)
+    return rounded(spec.compander.compress(w.astype(step.dtype)) / spread(step, w.shape), low, high)
 
 
 def dequantize(

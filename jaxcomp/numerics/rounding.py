@@ -1,4 +1,4 @@
-"""Rounding to a range of integers with a straight-through gradient."""
+"""Rounding to a range of integers, nearest or stochastic, with a straight-through gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # The cells at both ends are half a step wider than their codes; the rest absorbs the division's rounding error.
 HALF_CELL = 0.5 + 2.0**-10
@@ -37,3 +37,55 @@ def _round_ste_jvp(
     (x,), (t,) = primals, tangents
     inside = (x >= low - HALF_CELL) & (x <= high + HALF_CELL)
     return round_ste(x, low, high), jnp.where(inside, t, jnp.zeros_like(t))
+
+
+@jax.custom_jvp
+def straight_through(
+    x: Float[Array, "*shape"], value: Float[Array, "*shape"], inside: Bool[Array, "*shape"] | None = None
+) -> Float[Array, "*shape"]:
+    """``value``, whose gradient is that of ``x`` where ``inside`` (None is everywhere), else 0.
+
+    >>> jax.grad(lambda x: straight_through(x, jnp.round(x), x < 2).sum())(jnp.array([0.4, 2.5]))
+    Array([1., 0.], dtype=float32)
+    """
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (_, value, inside), (t, _, _) = primals, tangents
+    return value, t if inside is None else jnp.where(inside, t, jnp.zeros_like(t))
+
+
+def round_with(
+    x: Float[Array, "*shape"],
+    low: int,
+    high: int,
+    *,
+    noise: Float[Array, "*shape"] | None = None,
+    clipped: bool = True,
+) -> Float[Array, "*shape"]:
+    """:func:`round_ste` with its choices: stochastic rounding, and a gradient that is cut nowhere.
+
+    With noise uniform in [0, 1) the result is the next higher code where ``noise < clip(x) - floor(clip(x))``, so its
+    expectation is ``clip(x)``; integers stay as they are.
+
+    Args:
+      x: values, in steps.
+      low: the lowest code.
+      high: the highest code.
+      noise: None rounds to nearest.
+      clipped: whether the gradient is cut outside the range.
+    """
+    if noise is None and clipped:
+        return round_ste(x, low, high)
+    if noise is None:
+        codes = jnp.round(x)
+    else:  # the clip keeps the difference apart from the product that made x: two roundings, in jit as in eager
+        within = jnp.clip(x, low, high)
+        codes = jnp.floor(within)
+        codes = codes + (noise < within - codes).astype(x.dtype)
+    codes = jnp.clip(codes, low, high)
+    codes = jnp.where(codes == 0, jnp.zeros_like(codes), codes)
+    inside = (x >= low - _HALF_CELL) & (x <= high + _HALF_CELL) if clipped else None
+    return straight_through(x, jax.lax.stop_gradient(codes), inside)

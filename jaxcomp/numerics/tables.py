@@ -1,7 +1,7 @@
 """Which table serves which element of an array: one for all, one an index of some axes, or one a bucket.
 
-``axes`` are those that keep tables of their own; with a ``bucket`` above 0 there are none, and the elements in C order are
-cut into buckets of that many.
+``axes`` are those that keep tables of their own; with a ``bucket`` above 0 there are none, and the elements in C order
+are cut into buckets of that many.
 """
 
 from __future__ import annotations

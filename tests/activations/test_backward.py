@@ -64,10 +64,10 @@ def test_gradients_are_near_those_that_are_not_rounded(name, stochastic):
     exact = gradient(fn, None)({"w": w}, x, None)
     run = jax.jit(gradient(fn, Backward(8, stochastic)), compiler_options=FAST)
     rounded = run({"w": w}, x, KEY if stochastic else None)
-    pairs = list(zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True))
-    off = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
-    assert max(off) < 0.03
-    assert off[1] > 1e-4  # of the input: rounded indeed
+    pairs = zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True)
+    errors = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
+    assert max(errors) < 0.03
+    assert max(errors) > 1e-3  # it does round; a weight that enters no product keeps its exact gradient
 
 
 @pytest.mark.parametrize("name", ["dot", "conv"])

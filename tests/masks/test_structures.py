@@ -17,12 +17,9 @@ def test_norms_are_numpys(order) -> None:
     w = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
     got = norms(jnp.asarray(w), (0, 2), order)
     for j in range(5):
-        unit = w[:, j].astype(np.float64)
-        want = (
-            np.linalg.norm(unit, "nuc")
-            if order == "nuc"
-            else np.linalg.norm(unit.ravel(), 2 if order == "fro" else order)
-        )
+        unit, power = w[:, j].astype(np.float64), 2 if order == "fro" else order
+        vector = np.linalg.norm(unit.ravel(), 2 if power == "nuc" else power)
+        want = np.linalg.norm(unit, "nuc") if order == "nuc" else vector
         assert float(got[0, j, 0]) == pytest.approx(want, rel=1e-5)
 
 
@@ -77,5 +74,5 @@ def test_axes_that_are_not_there() -> None:
         unit_scores(jnp.ones(4), Block((2, 2)))
     with pytest.raises(ValueError, match=r"axes \(0, -2\) of the block coincide"):
         unit_scores(jnp.ones((4, 4)), Block((2, 2), axes=(0, -2)))
-    with pytest.raises(ValueError, match=r"has slices with 3 dimensions; a nuclear norm is of matrices"):
+    with pytest.raises(ValueError, match=r"has slices with 3 dimensions, and a nuclear norm is of matrices"):
         unit_scores(jnp.ones((2, 2, 2, 2)), Filters(order="nuc"))

@@ -1,0 +1,98 @@
+"""Distillation losses against their equations in numpy, and what they refuse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+
+from jaxcomp import distill
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_targets(temperature) -> None:
+    s, t = normal(5, 7), normal(5, 7, seed=1)
+    p = softmax(np.asarray(t, np.float64) / temperature, -1)
+    want = temperature**2 * np.mean(
+        np.sum(p * (np.log(p) - log_softmax(np.asarray(s, np.float64) / temperature, -1)), -1)
+    )
+    assert float(distill.soft_targets(s, t, temperature)) == pytest.approx(want, rel=1e-5)
+
+
+def test_soft_targets_at_a_high_temperature_match_logits() -> None:
+    """There the gradient is that of ``(s - t)² / 2 classes`` between centered logits."""
+    s, t = normal(1, 7), normal(1, 7, seed=1)
+    got = jax.grad(lambda s: distill.soft_targets(s, t, 1e3))(s)
+    centered = lambda x: x - jnp.mean(x, -1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(got, (centered(s) - centered(t)) / 7, atol=2e-3)
+
+
+def test_hint_with_a_projection() -> None:
+    s, t, m = normal(4, 3), normal(4, 5, seed=1), normal(3, 5, seed=2)
+    want = np.mean((np.asarray(s) @ np.asarray(m) - np.asarray(t)) ** 2)
+    assert float(distill.hint(s, t, m)) == pytest.approx(want, rel=1e-5)
+
+
+def test_attention_transfer_sees_space_and_no_scale() -> None:
+    s, t = normal(2, 4, 4, 3), normal(2, 4, 4, 6, seed=1)
+    maps = [np.mean(np.abs(np.asarray(x, np.float64)) ** 2, -1).reshape(2, -1) for x in (s, t)]
+    a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in maps)
+    want = np.mean(np.sum((a - b) ** 2, 1))
+    assert float(distill.attention_transfer(s, t)) == pytest.approx(want, rel=1e-5)
+    assert float(distill.attention_transfer(3 * s, t)) == pytest.approx(want, rel=1e-5)
+
+
+def test_similarity() -> None:
+    s, t = normal(4, 6), normal(4, 2, 5, seed=1)
+    grams = [np.asarray(x, np.float64).reshape(4, -1) @ np.asarray(x, np.float64).reshape(4, -1).T for x in (s, t)]
+    a, b = (g / np.linalg.norm(g, axis=1, keepdims=True) for g in grams)
+    assert float(distill.similarity(s, t)) == pytest.approx(np.mean((a - b) ** 2), rel=1e-5)
+
+
+LOSSES = {
+    "soft_targets": distill.soft_targets,
+    "hint": distill.hint,
+    "attention_transfer": distill.attention_transfer,
+    "similarity": distill.similarity,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_the_student_learns(name) -> None:
+    s, t = normal(3, 4, 5), normal(3, 4, 5, seed=1)
+    ours, theirs = jax.grad(LOSSES[name], argnums=(0, 1))(s, t)
+    assert np.asarray(ours).any()
+    assert not np.asarray(theirs).any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_zeros_and_half_precision_stay_finite(name) -> None:
+    zeros = jnp.zeros((3, 4, 5), jnp.bfloat16)
+    value, grads = jax.value_and_grad(LOSSES[name])(zeros, zeros)
+    assert value.dtype == jnp.float32
+    assert np.isfinite(float(value))
+    assert np.isfinite(np.asarray(grads, np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: distill.soft_targets(jnp.ones((2, 3)), jnp.ones((2, 4))), "soft_targets: the student's shape is"),
+        (
+            lambda: distill.soft_targets(jnp.ones((2, 3)), jnp.ones((2, 3)), 0.0),
+            "temperature must be positive, got 0.0",
+        ),
+        (lambda: distill.hint(jnp.ones((2, 3)), jnp.ones((2, 4))), "hint: the student's shape is"),
+        (lambda: distill.attention_transfer(jnp.ones((2, 3, 1)), jnp.ones((2, 4, 1))), "all but the last dimension"),
+        (lambda: distill.similarity(jnp.ones((2, 3)), jnp.ones((3, 3))), "batches are 2 and 3"),
+    ],
+)
+def test_misfits_are_refused(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
