@@ -98,9 +98,11 @@ def prune(
             return {p: n_m_mask(x, structure, _left(alive[p], dead[p])) for p, x in units.items()}
         shapes = {p: slot.array.shape for p, slot in selected.items()}
         if isinstance(structure, Tied):
-            return _tied_masks(
-                structure, shapes, (units, alive, dead), criterion, lambda s: spread(scope, s, amount, step)
-            )
+            groups = groups_of(structure, shapes)
+            scores, left, gone = tied(groups, units, alive, dead)
+            amounts = spread(scope, {g: x.shape for g, x in scores.items()}, amount, step)
+            kept = select(_normal(criterion, scores), left, gone, amounts)
+            return {p: kept[g].reshape(units[p].shape) for g, members in groups.items() for p in members}
         return select(_normal(criterion, units), alive, dead, spread(scope, shapes, amount, step))
 
     def init(params: Params) -> State:

@@ -127,6 +127,7 @@ def _placed(program: Program, params: Any, kept: Mapping[str, Factors], integer:
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
     leaves: list[Any] = []
     reasons: dict[str, str] = {}
+    found: Any
     for path, leaf in named:
         found: Any
         if path in kept:

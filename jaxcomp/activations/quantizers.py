@@ -102,14 +102,10 @@ def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range 
         coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
         return _value_of(dequantize(*coded).astype(x.dtype), clipped)
     if isinstance(act.range, LSQ):
-        return jax.checkpoint(partial(_encoded, act, roles), prevent_cse=False)(x, given)
+        return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
     # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
     coded = encode(jax.lax.stop_gradient(x), act, roles, given)
     return _value_of(dequantize(*coded).astype(x.dtype), x if given is None else _within(x, coded, act.grid))
-
-
-def _encoded(act: Act, roles: tuple[str, ...], x: jax.Array, given: Range | None) -> jax.Array:
-    return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
 
 
 def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:

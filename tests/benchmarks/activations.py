@@ -113,6 +113,13 @@ class Stepper:
         self.state, loss = self.compiled(self.state, self.images, self.labels)
         return loss
 
+    def still(self) -> str:
+        """How many kernels have no gradient at all: their momentum is zero."""
+        momentum = jax.tree_util.tree_leaves_with_path(self.state.opt_state[0].trace[0])
+        kernels = [leaf for path, leaf in momentum if jax.tree_util.keystr(path).endswith("['kernel']")]
+        still = sum(not jnp.any(leaf) for leaf in kernels)
+        return f", {still} of {len(kernels)} kernels get no gradient" if still else ""
+
     def bytes_accessed(self) -> float:
         """By XLA's cost analysis."""
         return float(self.compiled.cost_analysis()["bytes accessed"])
@@ -129,7 +136,8 @@ def steps(title: str, model: nn.Module, *, batch: int, rounds: int) -> Report:
         if name in (FLOAT, CONTROL):
             continue
         read = steppers[name].bytes_accessed()
-        rows.append(timings.row(name, FLOAT, target=case.target))
+        time = f"{timings.median(name) * 1e3:.1f} ms{steppers[name].still()}"
+        rows.append(timings.row(name, FLOAT, detail=time, target=case.target))
         detail, target = f"{read / 1e6:.1f} MB", BYTES if case.target else ""
         rows.append(Row(f"  bytes accessed, {name}", read / base, read / base, read / base, detail, target))
     return Report(title, f"float ({timings.median(FLOAT) * 1e3:.0f} ms)", rows, [*timings.notes(), *missing])
