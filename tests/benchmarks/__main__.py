@@ -10,8 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-NAMES = ("qat_step", "global_mask", "nm_mask", "quantize_bandwidth", "activations", "shrink")
-NAMES = ("qat_step", "global_mask", "quantize_bandwidth", "activations", "kmeans")
+NAMES = ("qat_step", "global_mask", "nm_mask", "quantize_bandwidth", "activations", "shrink", "kmeans", "low_rank")
 
 
 def main() -> None:
