@@ -129,7 +129,6 @@ def _placed(program: Program, params: Any, kept: Mapping[str, Factors], integer:
     reasons: dict[str, str] = {}
     found: Any
     for path, leaf in named:
-        found: Any
         if path in kept:
             reasons[path], found = IN_FLOAT, kept[path]
         elif integer:
