@@ -21,7 +21,6 @@ LAYERS = [
         "contraction",
         "distill",
         "federated",
-        "learned",
         "low_rank",
         "prune",
         "quantize",

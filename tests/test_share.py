@@ -254,7 +254,7 @@ def test_one_step_prunes_shares_and_distils(tmp_path) -> None:
     assert step._cache_size() == 1
     seen = t.apply(state, params)
     dense_bytes = jc.save(tmp_path / "dense", params)
-    assert jc.save(tmp_path / "f", seen) < dense_bytes / 3
+    assert jc.save(tmp_path / "f", seen) < 0.4 * dense_bytes
     loaded = jc.materialize(jc.load(tmp_path / "f"))
     for name, w in jc.materialize(seen).items():
         assert_same_bits(loaded[name], w)

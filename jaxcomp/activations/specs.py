@@ -204,10 +204,7 @@ class Backward:
     stochastic: bool = True
 
     def __post_init__(self) -> None:
-        try:
-            Int(self.bits)
-        except ValueError as e:
-            raise ValueError(f"Backward: {str(e).removeprefix('Int: ')}") from e
+        check_bits("Backward", self.bits)
 
     @property
     def grid(self) -> Int:

@@ -87,5 +87,5 @@ def round_with(
         codes = codes + (noise < within - codes).astype(x.dtype)
     codes = jnp.clip(codes, low, high)
     codes = jnp.where(codes == 0, jnp.zeros_like(codes), codes)
-    inside = (x >= low - _HALF_CELL) & (x <= high + _HALF_CELL) if clipped else None
+    inside = (x >= low - HALF_CELL) & (x <= high + HALF_CELL) if clipped else None
     return straight_through(x, jax.lax.stop_gradient(codes), inside)
