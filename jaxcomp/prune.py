@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcomp.leaves import Masked, is_compressed
 from jaxcomp.masks.nm import n_m_mask
 from jaxcomp.masks.scores import Score, as_score, magnitude
-from jaxcomp.masks.select import select, spread
+from jaxcomp.masks.select import groups_of, select, spread, tied
 from jaxcomp.masks.structures import alive_units, checked_axis, full_mask, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
