@@ -85,6 +85,7 @@ TRANSFORMS: dict[str, jc.Transform] = {
 }
 # Laws of these take long to compile, and others like them are among the quick ones.
 SLOW = {
+    "share_global_pruned",
     "gate_stacked",
     "int2",
     "int3",
@@ -150,7 +151,11 @@ shapes = st.sampled_from([(1, 1), (5, 3), (2, 3, 2, 2)])  # each new shape is a 
 
 
 @pytest.mark.parametrize(
-    "name", ["prune", "prune_global", "prune_filters", "int2", "int3", "int8", "int5_asymmetric", "log8", "joint"]
+    "name",
+    [
+        *("prune", "int3", "int8", "int5_asymmetric", "log8", "joint"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("prune_global", "prune_filters", "int2")),
+    ],
 )
 @given(data=st.data())
 def test_laws_hold_for_any_values(name: str, data) -> None:

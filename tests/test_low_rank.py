@@ -77,6 +77,7 @@ def test_rows_and_columns_may_be_several_axes() -> None:
     assert (got.u.shape, got.v.shape) == ((3, 2), (2, 3, 4, 10))
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_decomposed_each_by_itself() -> None:
     w = normal(2, 3, 12, 9)
     got = leaf(w, 4, SVD(stacked=2))
@@ -199,6 +200,7 @@ def test_balancing_changes_sizes_and_not_the_product(name) -> None:
     assert np.asarray(dead.v).all()
 
 
+@jax.numpy_dtype_promotion("standard")  # optax's own code mixes types
 def test_factors_are_parameters_of_any_optimizer() -> None:
     target = planted(16, 12, 2)
     x = normal(64, 16)
@@ -287,6 +289,7 @@ def test_an_error_budget_is_met() -> None:
     assert sum(x.size for x in jax.tree.leaves(tree)) < 20 * 30 + 24 * 24
 
 
+@pytest.mark.slow
 def test_tucker_and_cp_budgets_are_met_and_better_with_more() -> None:
     params = {"a": normal(3, 3, 8, 8), "d": normal(3, 3, 6, 10)}
     for method in (Tucker2(), CP(steps=5, refits=0, sweeps=10)):

@@ -309,6 +309,7 @@ def test_what_reset_refuses() -> None:
         reset_regrown((), masks[1], {"u": jnp.ones(1)}, ())
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # optax's adam mixes types
 def test_wrap_optax_trains_with_rigl_in_one_line() -> None:
     t, adam, params = rigl(), optax.adam(1e-2), make_params()

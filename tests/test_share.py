@@ -300,6 +300,7 @@ def test_draws_want_a_key_and_repeat_with_it(init) -> None:
     assert_same_bits(*states)
 
 
+@pytest.mark.slow
 def test_optimal_is_never_worse() -> None:
     w = normal(30, 10)
     error = lambda init: float(jnp.sum((applied(jc.share(5, init=init), w).materialize() - w) ** 2))  # noqa: E731

@@ -170,6 +170,7 @@ class Net(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
 
 
+@pytest.mark.slow
 def test_a_network_trains_on_digits():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         images, labels = load_digits(return_X_y=True)

@@ -121,6 +121,7 @@ def test_what_is_counted_is_what_would_be_sent(name) -> None:
     assert len(fed.to_bytes(message)) == message_bytes(compressor, update)
 
 
+@pytest.mark.slow
 def test_a_federation_learns_counts_and_writes_the_same_twice(tmp_path) -> None:
     config = dataclasses.replace(SMALL, out=tmp_path / "run")
     rows = run(config, quiet())

@@ -21,6 +21,7 @@ def _as_users_run_it():
         yield
 
 
+@pytest.mark.slow
 def test_every_method_trains_at_its_sparsity(tmp_path, capsys) -> None:
     assert main([*SMALL, *SHORT, "--sparsity", "0.8", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
