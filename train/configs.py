@@ -54,7 +54,7 @@ class Config:
     augment: bool = True
     """Random shifts, and flips where the data set has them."""
     methods: tuple[str, ...] = ()
-    """Rows of the table besides the baseline; none means all."""
+    """Rows of the table besides the baseline, of train.methods; none means the main job's."""
     seed: int = 0
     """Of initialization, order and augmentation."""
     out: Path | None = None

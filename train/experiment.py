@@ -19,7 +19,7 @@ from train.configs import Config, ModelConfig, OptimConfig, identity_of
 from train.data import Dataset, load
 from train.evaluate import accuracy
 from train.loop import Job, TrainingError, compressed_variables, first_compression, fit
-from train.methods import METHODS, Recipe, Start
+from train.methods import MAIN_JOB, METHODS, Recipe, Start
 from train.models import build
 from train.networks import macs_of
 from train.progress import Progress
@@ -61,7 +61,7 @@ def run(config: Config, console: Console) -> list[Row]:
       RunError: an unknown method, a folder that holds a run with other settings or that cannot be written.
       train.data.DataError, TrainingError: what their names say.
     """
-    methods = config.methods or tuple(METHODS)
+    methods = config.methods or MAIN_JOB
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")

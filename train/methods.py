@@ -12,6 +12,7 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations import Rules
+from jaxcomp.grids import APoT
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.structure import Plan, plan
 from train.data import Dataset
@@ -91,8 +92,8 @@ def not_the_head(path: str, leaf: Any) -> bool:
 def _joint(steps: int) -> jc.Transform:
     """Sparsity grows to 80% over the first half while all weights are at 4 bits; then the masks rest."""
     schedule = jc.cubic(0.8, end=max(1, steps // 2))
-    due = jc.every(max(1, steps // 100), stop=steps // 2 + max(1, steps // 100))
-    return jc.chain(jc.gate(jc.prune(schedule, scope=jc.Global()), due), jc.quantize(jc.Int(4)))
+    masks = jc.gate(jc.prune(schedule, scope=jc.Global()), _hundred_times(steps))
+    return jc.chain(masks, jc.quantize(jc.Int(4)))
 
 
 def _weights_and_activations(start: Start) -> Recipe:
@@ -127,6 +128,22 @@ def _fewer_channels(start: Start) -> Recipe:
     return Recipe(jc.identity(), opened({**small, **beside}), small, beside, opened, rewound=True)
 
 
+def _sparse(steps: int) -> jc.Transform:
+    """Sparsity grows to 90% over the first half; then the masks rest."""
+    return jc.gate(jc.prune(jc.cubic(0.9, end=max(1, steps // 2)), scope=jc.Global()), _hundred_times(steps))
+
+
+def _hundred_times(steps: int) -> jc.transform.Due:
+    """At most a hundred of the steps of the first half and one after it."""
+    period = max(1, steps // 100)
+    return jc.every(period, stop=steps // 2 + period)
+
+
+def _shared(clusters: int) -> Callable[[int], jc.Transform]:
+    """A table a leaf; k-means goes on as often as masks are made anew."""
+    return lambda steps: jc.gate(jc.share(clusters), jc.every(max(1, steps // 100)))
+
+
 METHODS: dict[str, Method] = {
     "l1": Method("l1 pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2)))),
     "sensitivity": Method(
@@ -143,4 +160,15 @@ METHODS: dict[str, Method] = {
     "w8a8": Method("8-bit with activations", 8, _weights_and_activations),
     "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
     "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
+    # By name only.
+    "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.identity())),
+    "log4": Method("logarithmic 4-bit", 4, weights(lambda _: jc.quantize(jc.Log(4)))),
+    "log3": Method("logarithmic 3-bit", 3, weights(lambda _: jc.quantize(jc.Log(3)))),
+    "apot4": Method("additive powers of two, 4-bit", 4, weights(lambda _: jc.quantize(APoT(4)))),
+    "apot3": Method("additive powers of two, 3-bit", 3, weights(lambda _: jc.quantize(APoT(3)))),
+    "share16": Method("16 shared values a leaf", 4, weights(_shared(16))),
+    "share4": Method("4 shared values a leaf", 2, weights(_shared(4))),
+    "sparse90": Method("prune 90%", 32, weights(_sparse)),
 }
+MAIN_JOB = ("l1", "sensitivity", "filters", "structured", "int8", "log8", "w8a8", "int4", "joint")
+"""The rows of a run that names none."""

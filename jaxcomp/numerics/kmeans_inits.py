@@ -102,7 +102,7 @@ def _solve(values: Any, counts: Any, cuts: Any, *, clusters: int) -> np.ndarray:
     if v.size > _OPTIMAL_CELLS:
         cell = np.searchsorted(np.asarray(cuts, np.float64), v)
         mass, total = np.bincount(cell, n), np.bincount(cell, n * v)
-        v, n = total[mass > 0] / mass[mass > 0], mass[mass > 0]
+        v, n = np.asarray(total[mass > 0] / mass[mass > 0], np.float64), np.asarray(mass[mass > 0], np.float64)
     return optimal_table(v, n, clusters).astype(np.asarray(values).dtype)
 
 
