@@ -14,6 +14,7 @@ from jaxcomp.artifact.files import load, save
 from jaxcomp.codebooks import Codebook
 from jaxcomp.factors import LowRank
 from jaxcomp.grids import MX, NF4, NVFP4, APoT, Float, PoT
+from jaxcomp.learned import Learned, learned
 from jaxcomp.leaves import Masked, Packed, Quantized, Switch, materialize, nbytes, pack
 from jaxcomp.low_rank import factorize, low_rank
 from jaxcomp.masks.scores import Score, fisher, magnitude, movement, random_score, sensitivity, taylor, wanda
@@ -23,6 +24,7 @@ from jaxcomp.quantize import quantize
 from jaxcomp.regrow import regrow, rigl, sparse_evolution
 from jaxcomp.schedules import cubic, polynomial
 from jaxcomp.share import deep_compression, share
+from jaxcomp.slots import weight_mask
 from jaxcomp.specs import LOG, Companded, Compander, Int, Log
 from jaxcomp.structure import channel_groups, shrink
 from jaxcomp.structures import ERK, NM, Block, Element, Filters, Global, Local
@@ -50,6 +52,7 @@ __all__ = [
     "Float8",
     "Global",
     "Int",
+    "Learned",
     "Local",
     "Log",
     "LowRank",
@@ -76,6 +79,7 @@ __all__ = [
     "fold_batch_norm",
     "gate",
     "identity",
+    "learned",
     "load",
     "low_rank",
     "magnitude",
@@ -101,5 +105,6 @@ __all__ = [
     "sparse_evolution",
     "taylor",
     "wanda",
+    "weight_mask",
     "wrap_optax",
 ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.leaves import CompressedLeaf, Masked, is_compressed, unpacked
-from jaxcomp.paths import Where, describe, is_float_array, leaves_with_paths, matches, some_paths
+from jaxcomp.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,43 @@ def rewrite(tree: Any, new: Mapping[str, Any]) -> Any:
     """The tree with the leaves at the given slot paths replaced; all others are the same objects."""
     named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
     return treedef.unflatten([_rewrite(path, leaf, new) for path, leaf in named])
+
+
+def weight_mask(params: Any, where: Where = matrices) -> Any:
+    """A tree of booleans like the parameters: True where an array is a weight, which weight decay may shrink.
+
+    False are what ``where`` leaves out (the default: vectors, biases, a norm's scales) and, inside a compressed leaf,
+    all that is not open to a later transform: trained scales, offsets, codes, masks. It is what optax calls a mask, and
+    optax takes the function itself: ``optax.adamw(1e-3, mask=weight_mask)``.
+
+    Args:
+      params: parameters, some of them perhaps compressed.
+      where: a rule; inside a compressed leaf it is tried on the parameter's path too.
+
+    >>> weight_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+    {'bias': False, 'kernel': True}
+    """
+    named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
+    masks = []
+    for path, leaf in named:
+        found = _open_slots(path, path, leaf, None) if is_compressed(leaf) else [Slot(path, path, leaf, None)]
+        chosen = {s.path: True for s in found if is_float_array(s.array) and _selected(where, s)}
+        masks.append(_marked(path, leaf, chosen))
+    return treedef.unflatten(masks)
+
+
+def _marked(path: str, leaf: Any, chosen: Mapping[str, bool]) -> Any:
+    """The leaf with booleans for arrays: True at the chosen slots, which bear the path of what holds the array."""
+    if isinstance(leaf, Masked):
+        return replace(_all_false(leaf), values=_marked(path, leaf.values, chosen))
+    if isinstance(leaf, CompressedLeaf):
+        inner = {name: _marked(f"{path}/{name}", getattr(leaf, name), chosen) for name in leaf.open}
+        return replace(cast(Any, _all_false(leaf)), **inner)
+    return chosen.get(path, False)
+
+
+def _all_false(leaf: Any) -> Any:
+    return jax.tree.map(lambda _: False, leaf)
 
 
 def check_finite(found: Mapping[str, Slot], owner: str) -> None:

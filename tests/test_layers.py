@@ -21,6 +21,7 @@ LAYERS = [
         "contraction",
         "distill",
         "federated",
+        "learned",
         "low_rank",
         "prune",
         "quantize",

@@ -51,16 +51,12 @@ def data_mesh() -> Mesh:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Linear warm-up and cosine to zero; decay on matrices only."""
+    """Linear warm-up and cosine to zero; decay on weights only: no vectors, no trained scales."""
     warmup = max(1, round(config.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
-
-    def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
     if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=jc.weight_mask)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=jc.weight_mask)
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
 from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_codes, int_scale, spread
-from jaxcomp.numerics.rounding import HALF_CELL, round_ste
+from jaxcomp.numerics.rounding import HALF_CELL, round_ste, scale_gradient
 from jaxcomp.specs import Int
 from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.trace.ranges import Range
@@ -139,26 +138,15 @@ def _trained(given: Range, act: Act, size: int) -> Range:
     """The range with the gradient that the rule gives it."""
     if isinstance(act.range, LSQ):
         factor = float(size * act.grid.code_range[1]) ** -0.5
-        return Range(*(_scaled_gradient(end, factor) for end in given))
+        return Range(*(scale_gradient(end, factor) for end in given))
     low = jnp.zeros_like(given.low) if isinstance(act.range, PACT) else given.low
     return jax.lax.stop_gradient(Range(low, given.high))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """``x``, whose gradient is ``factor`` times what comes."""
-    return x
 
 
 @jax.custom_jvp
 def _value_of(value: jax.Array, gradient_of: jax.Array) -> jax.Array:
     """``value``, with the gradient of ``gradient_of``."""
     return value
-
-
-@_scaled_gradient.defjvp
-def _scaled_gradient_jvp(factor: float, primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[0] * factor
 
 
 @_value_of.defjvp
