@@ -89,7 +89,8 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
 
     Linear in the trained values, with constants that are finite everywhere, so that no gradient is NaN.
     """
-    grid, shape = leaf.grid, leaf.shape
+    grid: Any = leaf.grid
+    shape = leaf.shape
     x = dense(leaf.latent).astype(scale.dtype)
     steps = jax.lax.stop_gradient(x) * spread(1.0 / scale, shape)
     inside = jnp.ones(shape, bool)

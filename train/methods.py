@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from train.networks import (
     Shrunken,
     calibrated,
     inference,
+    learned_grids,
     ranges_as_dicts,
     ranges_of_dicts,
 )
@@ -108,6 +109,16 @@ def _weights_and_activations(start: Start) -> Recipe:
     return Recipe(jc.quantize(jc.Int(8)), fake, start.variables, beside, opened, integer=True)
 
 
+def _learned(bits: int) -> Callable[[Start], Recipe]:
+    """LSQ of weights and activations, the first and the last layer at 8 bits: trained in float, judged on integers."""
+
+    def make(start: Start) -> Recipe:
+        fake, variables = learned_grids(start.model, start.variables, start.data, bits)
+        return Recipe(jc.identity(), fake, variables, opened=lambda _: replace(fake, integer=True), integer=True)
+
+    return make
+
+
 def _fewer_channels(start: Start) -> Recipe:
     """Half of every group of channels is removed, then the small network is trained and judged.
 
@@ -159,6 +170,9 @@ METHODS: dict[str, Method] = {
     "log8": Method("logarithmic 8-bit", 8, weights(lambda _: jc.quantize(jc.Log(8)))),
     "w8a8": Method("8-bit with activations", 8, _weights_and_activations),
     "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
+    "w4a4": Method("learned 4-bit, activations too", 4, _learned(4)),
+    "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
+    "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),
     "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
     # By name only.
     "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.identity())),

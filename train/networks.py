@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
-from jaxcomp.activations import Rules
+from jaxcomp.activations import LSQ, Rules
+from jaxcomp.scaling import MSE, AbsMax
 from jaxcomp.structure import Plan
-from jaxcomp.trace.calibrate import merge_all
-from jaxcomp.trace.ranges import Range
+from jaxcomp.trace.calibrate import Stats, merge_all
+from jaxcomp.trace.ranges import Range, min_max, mse
 from train.data import Dataset, normalize
 
 
@@ -50,6 +52,29 @@ class OnGrids:
 
 
 @dataclass(frozen=True)
+class LearnedGrids:
+    """A network whose parameters are ``{"weights": its own, "ranges": of its activations by site}``: both are trained.
+
+    A range without a ``low`` begins at 0.
+
+    Args:
+      network: of float activations.
+      rules, integer: as of ``quantize_function``.
+    """
+
+    network: Network
+    rules: Rules
+    integer: bool = False
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network's results; in integer mode ``variables`` hold the compressed leaves as they are."""
+        weights, given = variables["params"]["weights"], variables["params"]["ranges"]
+        ranges = {name: Range(r.get("low", jnp.zeros_like(r["high"])), r["high"]) for name, r in given.items()}
+        run = jc.quantize_function(partial(self.network.apply, **kwargs), self.rules, integer=self.integer)
+        return run({**variables, "params": weights}, ranges, *args)
+
+
+@dataclass(frozen=True)
 class Shrunken:
     """A network over the smaller tree of a plan, for one that cannot be built at the new widths."""
 
@@ -66,15 +91,47 @@ def inference(network: Network) -> Any:
     return partial(network.apply, train=False)
 
 
-def calibrated(network: Network, variables: Any, data: Dataset, *, examples: int = 1000) -> dict[str, Range]:
-    """From the smallest to the largest value of each activation over the first examples of the training split."""
+def observed(network: Network, variables: Any, data: Dataset, *, examples: int = 1000) -> dict[str, Stats]:
+    """The statistics of each activation over the first examples of the training split."""
     import jax
 
     observe = jax.jit(jc.calibrate(inference(network)))
     size = min(250, examples, len(data.train))
     starts = range(0, min(examples, len(data.train)) - size + 1, size)
     batches = (normalize(jnp.asarray(data.train.images[s : s + size]), data.mean, data.std) for s in starts)
-    return jc.ranges_of(merge_all(*(observe(variables, batch) for batch in batches)))
+    return merge_all(*(observe(variables, batch) for batch in batches))
+
+
+def calibrated(network: Network, variables: Any, data: Dataset) -> dict[str, Range]:
+    """From the smallest to the largest value of each activation over the first examples of the training split."""
+    return jc.ranges_of(observed(network, variables, data))
+
+
+def learned_grids(network: Network, variables: Any, data: Dataset, bits: int) -> tuple[LearnedGrids, Any]:
+    """LSQ of weights and activations: the network, and its variables before the first step.
+
+    The first and the last layer have 8 bits. Activations are on unsigned grids from 0, but for those that were seen
+    below it, which are symmetric. Ranges and scales begin where the squared error is least.
+
+    Source: Esser et al. 2020, arXiv:1902.08153. Deviations: a scale a channel for weights; the beginning, which is
+    nearer the end for a short training.
+    """
+    image = jnp.zeros((1, *data.train.images.shape[1:]), jnp.float32)
+    paths = [site.path for site in jc.sites(inference(network))(variables, image)]
+    ends = {paths[0], paths[-1]}
+    rules: dict[Any, Any] = {}
+    ranges = {}
+    for name, stats in observed(network, variables, data).items():
+        width, signed = 8 if name in ends else bits, float(stats.low) < 0
+        rules[re.escape(name)] = jc.Act(width, symmetric=signed, range=LSQ())
+        found = min_max(stats) if width == 8 else mse(width if signed else width + 1)(stats)
+        ranges[name] = found._asdict() if signed else {"high": found.high}
+    inner = {path.removeprefix("params/") for path in ends}
+    weights = jc.learned(
+        variables["params"], jc.Int(bits), scale=MSE(), where=lambda p, x: jc.matrices(p, x) and p not in inner
+    )
+    weights = jc.learned(weights, jc.Int(8), scale=AbsMax(), where=lambda p, _: p in inner)
+    return LearnedGrids(network, rules), {**variables, "params": {"weights": weights, "ranges": ranges}}
 
 
 def ranges_as_dicts(ranges: Mapping[str, Range]) -> dict[str, dict[str, Any]]:
