@@ -18,6 +18,7 @@ LAYERS = [
     {"factoring", "resets", "schedules", "slots", "trace", "transform"},
     {
         "activations",
+        "adaround",
         "contraction",
         "distill",
         "federated",

@@ -170,9 +170,6 @@ METHODS: dict[str, Method] = {
     "log8": Method("logarithmic 8-bit", 8, weights(lambda _: jc.quantize(jc.Log(8)))),
     "w8a8": Method("8-bit with activations", 8, _weights_and_activations),
     "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
-    "w4a4": Method("learned 4-bit, activations too", 4, _learned(4)),
-    "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
-    "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),
     "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
     # By name only.
     "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.identity())),
@@ -183,6 +180,9 @@ METHODS: dict[str, Method] = {
     "share16": Method("16 shared values a leaf", 4, weights(_shared(16))),
     "share4": Method("4 shared values a leaf", 2, weights(_shared(4))),
     "sparse90": Method("prune 90%", 32, weights(_sparse)),
+    "w4a4": Method("learned 4-bit, activations too", 4, _learned(4)),
+    "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
+    "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),
 }
 MAIN_JOB = ("l1", "sensitivity", "filters", "structured", "int8", "log8", "w8a8", "int4", "joint")
 """The rows of a run that names none."""
