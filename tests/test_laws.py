@@ -137,6 +137,30 @@ def test_law(name: str, check) -> None:
         check(t, params)
 
 
+# Leaves of trained parameters, and a transform that sees inside them.
+IN_PARAMS = {
+    "learned_int4_pruned": (lambda p: jc.learned(p, jc.Int(4)), jc.prune(0.5)),
+    "learned_offset_gated": (
+        lambda p: jc.learned(p, jc.Int(3, symmetric=False), offset=True),
+        jc.gate(jc.prune(0.5), jc.every(2, start=1)),
+    ),
+    "learned_apot_filters": (lambda p: jc.learned(p, jc.APoT(4)), jc.prune(0.3, structure=jc.Filters())),
+    "learned_signs": (lambda p: jc.learned(p, jc.Int(1)), jc.prune(0.4)),
+}
+
+
+@pytest.mark.parametrize("check", laws.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(IN_PARAMS)]
+)
+def test_law_of_leaves_in_params(name: str, check) -> None:
+    make, t = IN_PARAMS[name]
+    params = make(make_params())
+    if check is laws.check_ships_what_it_trains:
+        check(jc.identity(), params)
+    check(t, params)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["prune", "int4", "int5_asymmetric", "joint", "log8"])
 def test_laws_hold_in_half_precision(name: str, dtype: jnp.dtype) -> None:

@@ -150,7 +150,7 @@ def test_pruned_weights_stay_zero_in_training_and_in_the_file(tmp_path) -> None:
     prune = jc.prune(0.5)
     state = prune.init(params)
     grads = jax.jit(jax.grad(lambda p: jnp.sum((jc.materialize(prune.apply(state, p))["kernel"] - UP) ** 2)))(params)
-    assert not grads["kernel"].latent[~state.masks["kernel/latent"]].any()
+    assert not grads["kernel"].latent[~prune.apply(state, params)["kernel"].latent.mask].any()
     params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
     seen = prune.apply(state, params)
     dense = jc.materialize(seen)["kernel"]
@@ -239,3 +239,18 @@ def test_wrong_leaves_are_named() -> None:
                 ValueError, match="learned: quantize put the latent weights of a learned leaf on a grid"
             ):
                 use(seen)
+
+
+@jax.numpy_dtype_promotion("standard")
+@jax.numpy_rank_promotion("allow")
+def test_the_recipe_of_dorefa_is_its_equation_9() -> None:
+    """``2 q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1`` with ``q(x) = round((2**k - 1) x) / (2**k - 1)``."""
+    from tests.test_documents import BLOCKS
+
+    names: dict[str, Any] = {}
+    exec(next(b for b in BLOCKS if "def dorefa" in b), names)
+    for bits in (1, 2, 4):
+        t, n = names["dorefa"](bits), 2**bits - 1
+        squashed = np.tanh(W) / (2 * np.abs(np.tanh(W)).max()) + 0.5
+        found = jc.materialize(t.apply(t.init({"kernel": jnp.asarray(W)}), {"kernel": jnp.asarray(W)}))["kernel"]
+        np.testing.assert_allclose(found, 2 * np.round(n * squashed) / n - 1, atol=1e-6)
