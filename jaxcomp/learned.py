@@ -237,7 +237,8 @@ def _leaf(path: str, slot: Slot, grid: Any, sharing: Sharing, rule: ScaleRule | 
     latent = w if slot.mask is None else Masked(w, slot.mask)
     if rule is None and isinstance(grid, Int) and grid.symmetric and not grid.is_sign:
         mean, _ = range_of(path, w, mask, blocks, grid, MeanAbs(), OWNER)
-        return Learned(latent, positive(mean * (2 * grid.code_range[1] ** -0.5)), None, grid)
+        # The maximum keeps the mean's division and the product two roundings, in jit as in eager.
+        return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.code_range[1] ** -0.5)), None, grid)
     if rule is None:
         rule = MSE() if isinstance(grid, Int) and not grid.symmetric else None
     scale, zero = scale_of(*range_of(path, w, mask, blocks, grid, rule, OWNER), grid)
