@@ -63,7 +63,7 @@ def quantize(
       scale: how the range is found: ``AbsMax()``, ``MeanAbs()``, ``Percentile(percent)``, ``MSE()``, ``Fixed(end)``.
         The default is ``MeanAbs()`` for the sign, ``Int(1)``, and ``AbsMax()`` for all others.
       rounding: ``Nearest()`` or ``Stochastic(key)``, which takes new random numbers at each ``update``.
-      clip_gradient: whether the gradient is cut outside the range.
+      clip_gradient: whether the gradient is cut outside the range; outside that of ``AbsMax()`` nothing is.
       where: which leaves.
 
     Raises:
@@ -223,7 +223,9 @@ def _quantized(
     else:
         scale, zero = scale_of(*ends, grid)
     noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
-    codes = encode(w, dense(scale), zero, inner, noise=noise, clipped=clipped)
+    # No weight is outside its own block's range, so the backward pass need not look.
+    covered = isinstance(rule, AbsMax | None) and not isinstance(grid, Blocked)
+    codes = encode(w, dense(scale), zero, inner, noise=noise, clipped=clipped and not covered)
     return Quantized(codes, scale, zero, inner, jnp.dtype(w.dtype))
 
 

@@ -15,6 +15,7 @@ from jaxcomp.activations.planning import BARRED, Planned
 from jaxcomp.activations.products import Factor, integer_product, refusal
 from jaxcomp.activations.quantizers import encode, fake_quantize, float8_codes
 from jaxcomp.activations.specs import Float8, Rule
+from jaxcomp.numerics.quantizers import spread
 from jaxcomp.trace.evaluator import Claim
 from jaxcomp.trace.ranges import Range
 
@@ -101,10 +102,10 @@ class _Product:
             return self.reason or ("the weight is not quantized" if exact else "the weight is computed, not a leaf")
         if isinstance(self.act, Float8):
             return Factor(*float8_codes(value, self.act, site.operands[index].roles, given), None, 0)
-        codes, scale, zero = encode(value, self.act, site.operands[index].roles, given)
+        numbers, scale, zero = encode(value, self.act, site.operands[index].roles, given)
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
-        codes = (codes - shift).astype(jnp.int8)
+        codes = (numbers if zero is None else numbers + (spread(zero, numbers.shape) - shift)).astype(jnp.int8)
         if zero is None:
             return Factor(codes, scale, None, max(-low, high))
         return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)

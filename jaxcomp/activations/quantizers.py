@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
-from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_codes, int_scale, spread
-from jaxcomp.numerics.rounding import HALF_CELL, round_ste, scale_gradient
+from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, int_scale, spread
+from jaxcomp.numerics.rounding import HALF_CELL, round_between, round_ste, scale_gradient
 from jaxcomp.specs import Int
 from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.trace.ranges import Range
 
 
 class Coded(NamedTuple):
-    """``value == (codes - zero) * scale``; codes and zeros are integers in a float type, no zeros means 0."""
+    """``value == numbers * scale`` and ``codes == numbers + zero``, all integers in a float type; no zero means 0."""
 
-    codes: jax.Array
+    numbers: jax.Array
     scale: jax.Array
     zero: jax.Array | None
 
@@ -50,7 +50,10 @@ def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Rule) -> t
 
 
 def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> Coded:
-    """Codes of an activation, their gradient straight through and cut outside the range.
+    """An activation in steps of its grid, ``clip(round(x / scale), low - zero, high - zero)``.
+
+    The gradient is straight through and cut outside the range. ONNX's QuantizeLinear rounds so too: before it adds the
+    zero point.
 
     Args:
       x: the value.
@@ -64,7 +67,10 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
         low, high = (jnp.asarray(end, compute_dtype(x.dtype)) for end in given)
         scale, zero = grid_of_range(_trained(Range(low, high), act, x.size), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
-    return Coded(int_codes(x, scale, zero, act.grid), scale, None if act.symmetric else zero)
+    steps = x.astype(scale.dtype) * spread(1.0 / scale, x.shape)
+    low, high = act.grid.code_range
+    apart = spread(jnp.zeros_like(scale) if act.symmetric else zero, x.shape)
+    return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)
 
 
 def float8_codes(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> tuple[jax.Array, jax.Array]:
@@ -99,21 +105,30 @@ def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range 
         high = jnp.asarray(given.high, x.dtype)
         clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
         coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
-        return _value_of(dequantize(*coded).astype(x.dtype), clipped)
+        return _value_of(_value(coded, x), clipped)
     if isinstance(act.range, LSQ):
-        return dequantize(*encode(x, act, roles, given)).astype(x.dtype)
+        return _value(encode(x, act, roles, given), x)
     # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
     coded = encode(jax.lax.stop_gradient(x), act, roles, given)
-    return _value_of(dequantize(*coded).astype(x.dtype), x if given is None else _within(x, coded, act.grid))
+    return _value_of(_value(coded, x), x if given is None else _within(x, coded, act.grid))
+
+
+def _value(coded: Coded, like: jax.Array) -> jax.Array:
+    """What the codes stand for, in the type of the value that they were made of."""
+    return dequantize(coded.numbers, coded.scale).astype(like.dtype)
 
 
 def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:
-    """``x``, through which a gradient passes where no code is clipped."""
+    """``x``, through which a gradient passes where no code is clipped.
+
+    The ends are compared in the units of ``x``: two comparisons an element, no more arithmetic.
+    """
     low, high = grid.code_range
     zero = jnp.zeros_like(coded.scale) if coded.zero is None else coded.zero
-    steps = jax.lax.stop_gradient(x).astype(coded.scale.dtype) * (1.0 / coded.scale) + zero
-    inside = (steps >= low - HALF_CELL) & (steps <= high + HALF_CELL)
-    return jnp.where(inside, x, jax.lax.stop_gradient(x))
+    fixed = jax.lax.stop_gradient(x)
+    wide = fixed.astype(coded.scale.dtype)
+    inside = (wide >= (low - HALF_CELL - zero) * coded.scale) & (wide <= (high + HALF_CELL - zero) * coded.scale)
+    return jnp.where(inside, x, fixed)
 
 
 def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:

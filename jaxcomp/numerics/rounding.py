@@ -40,6 +40,29 @@ def _round_ste_jvp(
 
 
 @jax.custom_jvp
+def round_between(
+    x: Float[Array, "*shape"], low: Float[Array, "*#shape"], high: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
+    """:func:`round_ste` between ends that are arrays of integers: what is clipped gives its gradient to its end.
+
+    A result may be -0.
+
+    >>> ends = jnp.array([-1.0]), jnp.array([2.0])
+    >>> jax.grad(lambda x, low, high: round_between(x, low, high).sum(), (0, 2))(jnp.array([0.4, 9.0, 7.0]), *ends)
+    (Array([1., 0., 0.], dtype=float32), Array([2.], dtype=float32))
+    """
+    return jnp.clip(jnp.round(x), low, high)
+
+
+@round_between.defjvp
+def _round_between_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, low, high), (t, of_low, of_high) = primals, tangents
+    ends = jnp.where(x < low - HALF_CELL, of_low, jnp.where(x > high + HALF_CELL, of_high, jnp.zeros_like(t)))
+    inside = (x >= low - HALF_CELL) & (x <= high + HALF_CELL)
+    return round_between(x, low, high), jnp.where(inside, t, ends)
+
+
+@jax.custom_jvp
 def straight_through(
     x: Float[Array, "*shape"], value: Float[Array, "*shape"], inside: Bool[Array, "*shape"] | None = None
 ) -> Float[Array, "*shape"]:

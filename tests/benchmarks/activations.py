@@ -29,11 +29,12 @@ FLOAT, CONTROL = "float", "float again (control)"
 
 
 class Case(NamedTuple):
-    """A training step: ``run(variables, ranges, key, images)``, what its weights become, whether it needs ranges."""
+    """A training step: ``run(variables, ranges, key, images)``, what its weights become, which ranges it takes."""
 
     run: Callable[..., Any]
     transform: jc.Transform = jc.identity()
     calibrated: bool = False
+    learned: bool = False
     target: str = ""
 
 
@@ -44,7 +45,8 @@ def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
     def ours(bits: int, act: Act, target: str = "", backward: Backward | None = None) -> Case:
         q = quantize_activations(apply, {r".*": act}, backward=backward)
         call = q if backward else lambda variables, ranges, key, images: q(variables, ranges, images)
-        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, target)
+        learned = isinstance(act.range, LSQ | PACT)
+        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, learned, target)
 
     def other(peer: Callable[..., Any]) -> Case:
         return Case(lambda variables, ranges, key, images: peer(variables, images))
@@ -63,9 +65,9 @@ def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
 
 
 class State(NamedTuple):
-    """All that a step changes; ranges are trained where the rule says so."""
+    """All that a step changes. Ranges that are learned are trained with the parameters, others stay."""
 
-    params: Any
+    trained: Any
     ranges: Any
     batch_stats: Any
     opt_state: Any
@@ -76,18 +78,18 @@ def make_step(case: Case) -> Callable[..., Any]:
     optimizer = optax.sgd(1e-3, momentum=0.9)
 
     def loss_fn(trained: Any, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        params, ranges = trained
+        params, learned = trained
+        ranges = learned if case.learned else state.ranges
         params = jc.materialize(case.transform.apply(case.transform.init(params), params))
         key = jax.random.key(labels[0])
         logits, updated = case.run({"params": params, "batch_stats": state.batch_stats}, ranges, key, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        trained = state.params, state.ranges
-        (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained, state, images, labels)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params, ranges = optax.apply_updates(trained, updates)
-        return State(params, ranges, updated.get("batch_stats", {}), opt_state), loss
+        (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, state, images, labels)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        return State(trained, state.ranges, updated.get("batch_stats", {}), opt_state), loss
 
     return step
 
@@ -104,8 +106,9 @@ class Stepper:
         ranges = {}
         if case.calibrated:
             ranges = ranges_of(jax.jit(calibrate(training(model)))(variables, self.images[:8]))
-        opt_state = optax.sgd(1e-3, momentum=0.9).init((variables["params"], ranges))
-        self.state = jax.tree.map(jnp.copy, State(variables["params"], ranges, variables["batch_stats"], opt_state))
+        trained, fixed = (variables["params"], ranges if case.learned else {}), {} if case.learned else ranges
+        opt_state = optax.sgd(1e-3, momentum=0.9).init(trained)
+        self.state = jax.tree.map(jnp.copy, State(trained, fixed, variables["batch_stats"], opt_state))
         step = jax.jit(make_step(case), donate_argnums=0)
         self.compiled = step.lower(self.state, self.images, self.labels).compile()
 
