@@ -64,8 +64,8 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
     if isinstance(act.range, Dynamic) or given is None:
         scale, zero = int_scale(x, act.grid, scale_blocks(x.shape, roles, act))
     else:
-        low, high = (jnp.asarray(end, compute_dtype(x.dtype)) for end in given)
-        scale, zero = grid_of_range(_trained(Range(low, high), act, x.size), act.grid)
+        ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in given))
+        scale, zero = grid_of_range(_trained(ends, act, x.size), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
     steps = x.astype(scale.dtype) * spread(1.0 / scale, x.shape)
     low, high = act.grid.code_range
