@@ -114,8 +114,13 @@ def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range 
 
 
 def _value(coded: Coded, like: jax.Array) -> jax.Array:
-    """What the codes stand for, in the type of the value that they were made of."""
-    return dequantize(coded.numbers, coded.scale).astype(like.dtype)
+    """What the codes stand for, in the type of the value that they were made of.
+
+    On CPU a barrier keeps XLA from computing it, and all that led to it, anew inside the transposed copy that a
+    kernel's gradient reads: ResNet-18's step is a tenth faster for it. Accelerators fuse it into the product.
+    """
+    value = dequantize(coded.numbers, coded.scale).astype(like.dtype)
+    return jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
 
 
 def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:
