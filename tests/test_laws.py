@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -110,11 +111,22 @@ SLOW = {
     "prune_lamp_global_int4",
     "apot4_buckets",
     "nf4_mse",
+    "prune_sensitivity",
+    "prune_twice",
+    "prune_movement",
+    "int2_narrow",
+    "int4_group",
+    "joint_asymmetric",
+    "gate_then_quantize",
+    "companded",
+    "pruned_signs",
+    "nvfp4",
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}
 
 
+@cache
 def make_params(dtype: jnp.dtype = jnp.float32) -> dict:
     rng = np.random.default_rng(0)
 

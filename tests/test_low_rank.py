@@ -21,6 +21,7 @@ from jaxcomp.rank_specs import CP, SVD, Budget, Energy, RankOne, Tucker2
 from jaxcomp.ranks import reuse_of
 from jaxcomp.trace import cost, input_moments
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 RNG = np.random.default_rng(0)
 
@@ -125,7 +126,7 @@ METHODS["separable"] = (CP(separable=True), 3)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", quick([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
 def test_types_are_kept_and_the_file_keeps_every_bit(name, dtype, tmp_path) -> None:
     method, rank = METHODS[name]
     tree = {"w": leaf(normal(3, 3, 6, 5, dtype=dtype), rank, method)}
@@ -186,7 +187,7 @@ def test_the_basis_moves_at_due_steps_alone() -> None:
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, "svd", "tucker"))
 def test_balancing_changes_sizes_and_not_the_product(name) -> None:
     method, rank = METHODS[name]
     w = normal(3, 3, 6, 5)
@@ -335,7 +336,7 @@ def test_weighting_lowers_the_error_of_the_products(method) -> None:
     assert full < 1.02 * np.linalg.norm(best)  # the damping costs a little
 
 
-@pytest.mark.parametrize("method", [SVD(), Tucker2(), CP(sweeps=40)])
+@pytest.mark.parametrize("method", quick([SVD(), Tucker2(), CP(sweeps=40)], SVD()))
 def test_weighting_lowers_the_error_of_convolutions(method) -> None:
     def fn(p, x):
         return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -15,6 +15,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.regrow import dense_value_and_grad, reset_regrown
 from jaxcomp.resets import MaskState
+from tests.marks import quick
 
 KEY = jax.random.key(0)
 SPARSITY = 0.8
@@ -213,12 +214,12 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, "sgd", "adamw", "muon", "inject_hyperparams"))
 def test_rigl_trains_and_regrown_weights_start_afresh(name) -> None:
     _train(OPTIMIZERS[name], rigl(), KEPT[name])
 
 
-@pytest.mark.parametrize("name", [n if n == "adam" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, "adam"))
 def test_set_trains_and_regrown_weights_start_afresh(name) -> None:
     _train(OPTIMIZERS[name], set_(), KEPT[name])
 

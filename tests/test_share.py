@@ -16,6 +16,7 @@ from jaxcomp.numerics import kmeans_inits as inits
 from jaxcomp.share_vectors import share_vectors
 from jaxcomp.specs import Buckets, Channels
 from tests.laws import assert_same_bits, bits_of
+from tests.marks import quick
 
 
 def normal(*shape: int, seed: int = 0, dtype=jnp.float32) -> jax.Array:
@@ -76,7 +77,7 @@ def test_one_table_serves_several_leaves() -> None:
     assert seen["two"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("k", [2, 3, 16, 200, 300])
+@pytest.mark.parametrize("k", quick([2, 3, 16, 200, 300], 3, 16, 300))
 def test_codes_take_log2_bits(k, tmp_path) -> None:
     leaf = applied(jc.share(k, init=inits.quantile), normal(40, 25))
     packed = jc.pack(leaf)
@@ -112,7 +113,7 @@ def test_reclustering_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize("per", [jc.Local(), Channels(), Buckets(6)], ids=repr)
-@pytest.mark.parametrize("gradient", ["straight", "sum", "mean"])
+@pytest.mark.parametrize("gradient", quick(["straight", "sum", "mean"], "straight", "mean"))
 def test_the_gradient_of_a_weight(gradient, per) -> None:
     w, g = normal(5, 4), normal(5, 4, seed=1)
     t = jc.share(3, gradient=gradient, init=inits.linear, per=per)
@@ -193,7 +194,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", quick(COMPOSED, "PQAT", "PCQAT"))
 def test_training_preserves_what_came_before(name) -> None:
     t, most, sparse = COMPOSED[name]
     params, x = {"kernel": normal(12, 8)}, normal(32, 12, seed=3)

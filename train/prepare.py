@@ -58,10 +58,13 @@ def prepare(name: str, data_dir: Path) -> dict[str, np.ndarray]:
         builder = builder_class(data_dir=data_dir, file_format="array_record")
         if not builder.data_path.exists():
             builder.find_sources(data_dir)
-        builder.download_and_prepare(
-            download_dir=data_dir / "downloads",
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False, force_checksums_validation=True),
-        )
+        try:
+            builder.download_and_prepare(
+                download_dir=data_dir / "downloads",
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False, force_checksums_validation=True),
+            )
+        except FileExistsError:  # another process was first
+            builder = builder_class(data_dir=data_dir, file_format="array_record")
     except DataError:
         raise
     except Exception as e:

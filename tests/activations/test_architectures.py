@@ -19,10 +19,7 @@ from jaxcomp.trace.sites import Site, sites
 from tests.structure.models import CASES, Case
 from tests.trace.models import CASES as MORE
 
-QUICK = {
-    ("resnet train", 4), ("gpt, tied, fused, rotary", 8), ("linen lstm", 4), 
-    ("nnx", 4),
-}  # fmt: skip
+QUICK = {("gpt, tied, fused, rotary", 8), ("nnx", 4)}  # fmt: skip
 NAMES = [*CASES, "linen_conv", "linen_scan_remat", "einsum", "recurrent"]
 TABLE = [
     pytest.param(name, bits, marks=() if (name, bits) in QUICK else pytest.mark.slow, id=f"{name}, W{bits}A8")

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 import jaxcomp as jc
 from jaxcomp.activations import Act, Backward, Dynamic, quantize_function
 from jaxcomp.trace.program import trace
+from tests.marks import quick
 from tests.trace.models import normal
 
 ACT = Act(8, symmetric=True, range=Dynamic())
@@ -57,8 +58,8 @@ def gradient(fn, spec):
     return jax.grad(loss, argnums=(0, 1))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("name", quick(CASES, "dot", "grouped conv"))
+@pytest.mark.parametrize("stochastic", quick([True, False], True))
 def test_gradients_are_near_those_that_are_not_rounded(name, stochastic):
     fn, w, x = CASES[name]
     exact = gradient(fn, None)({"w": w}, x, None)
@@ -70,7 +71,7 @@ def test_gradients_are_near_those_that_are_not_rounded(name, stochastic):
     assert max(errors) > 1e-3  # it does round; a weight that enters no product keeps its exact gradient
 
 
-@pytest.mark.parametrize("name", ["dot", "conv"])
+@pytest.mark.parametrize("name", quick(["dot", "conv"], "dot"))
 def test_the_expectation_is_the_gradient(name):
     """Over n keys the mean errs by sigma / sqrt(n); rounding to nearest errs by far more, so this test can fail."""
     fn, w, x = CASES[name]
@@ -105,7 +106,7 @@ def test_both_products_run_on_integers(monkeypatch):
     assert products(conv, {"w": CASES["conv"][1]}, CASES["conv"][2]) == (0, 3)
 
 
-@pytest.mark.parametrize("name", ["conv", "grouped conv"])
+@pytest.mark.parametrize("name", quick(["conv", "grouped conv"], "conv"))
 def test_integer_convolutions_equal_those_in_float(name, monkeypatch):
     fn, w, x = CASES[name]
     found = []

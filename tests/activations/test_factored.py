@@ -13,6 +13,7 @@ from jaxcomp.activations import Act, Dynamic, coverage, factored, quantize_funct
 from jaxcomp.factors import Depthwise, Separable, Tucker
 from jaxcomp.rank_specs import CP, SVD, Tucker2
 from jaxcomp.trace import cost, sites
+from tests.marks import quick
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +65,7 @@ DOTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DOTS)
+@pytest.mark.parametrize("name", quick(DOTS, "x @ w", "heads", "one layer", "cast"))
 def test_a_dot_is_two_thin_dots(name):
     fn, x, w, method = DOTS[name]
     tree = factors(normal(*w), 3, method if isinstance(method, SVD) else SVD(method))
@@ -112,8 +113,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("conv", quick(CONVS, "plain", "transposed"))
+@pytest.mark.parametrize("method", quick(METHODS, "svd", "tucker"))
 def test_a_convolution_is_a_chain_of_convolutions(method, conv):
     spec, rank, kind = METHODS[method]
     options = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), **CONVS[conv]}
@@ -127,7 +128,7 @@ def test_a_convolution_is_a_chain_of_convolutions(method, conv):
     assert thin < dense or conv == "transposed"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, "svd", "separable"))
 def test_a_kernel_may_lie_in_any_order(method):
     spec, rank, _ = METHODS[method]
 

@@ -10,6 +10,7 @@ from scipy.linalg import hadamard as scipy_hadamard
 
 from jaxcomp import federated as fed
 from jaxcomp.federated.arrays import key_of
+from tests.marks import quick
 
 KEY, SHARED = jax.random.key(1), jax.random.key(2)
 FACTORS = jax.random.key(3)
@@ -51,7 +52,8 @@ COMPRESSORS = {
     "feedback": fed.error_feedback(fed.topk(0.1)),
     "by_path": fed.by_path({r".*/kernel": fed.powersgd(1, key=FACTORS), r".*": fed.sign()}),
 }
-every = pytest.mark.parametrize("name", COMPRESSORS)
+SOME = ("topk", "randomk", "sign", "uniform 3, common", "rotated 4", "powersgd", "feedback", "by_path")
+every = pytest.mark.parametrize("name", quick(COMPRESSORS, *SOME))
 
 
 @every
@@ -254,7 +256,7 @@ CONTRACTING = {
 }
 
 
-@pytest.mark.parametrize("name", CONTRACTING)
+@pytest.mark.parametrize("name", quick(CONTRACTING, "topk", "uniform 4", "powersgd"))
 def test_contracts(name) -> None:
     t, delta = CONTRACTING[name]
     for seed in range(5):

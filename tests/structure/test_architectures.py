@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcomp.structure import Groups, Plan, channel_groups, check_shrink, shrink
+from tests.marks import quick
 from tests.structure.models import CASES, Case, normal, plain
 
 
@@ -54,7 +55,10 @@ def test_finds_the_groups_a_reader_finds(name):
     assert not groups.unknown
 
 
-@pytest.mark.parametrize("name", CASES)
+SHRUNKEN = ("resnet", "mobilenet", "flatten", "gpt, tied, fused, rotary", "linen lstm", "scan of remat", "nnx")
+
+
+@pytest.mark.parametrize("name", quick(CASES, *SHRUNKEN))
 def test_shrunken_equals_masked(name):
     case, groups = built(name)
     plan = random_plan(groups, np.random.default_rng(len(name)))
@@ -67,7 +71,7 @@ def flops(fn, *args) -> float:
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("name", ["resnet", "gpt, tied, fused, rotary"])
+@pytest.mark.parametrize("name", quick(["resnet", "gpt, tied, fused, rotary"], "resnet"))
 def test_compiled_work_falls_as_the_plan_says(name):
     case, groups = built(name)
     plan = Plan(groups, tuple(np.arange(g.units // 2) for g in groups))
