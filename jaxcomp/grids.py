@@ -291,7 +291,8 @@ def _mirrored(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
 class E8M0(Spec):
     """A power of two in a byte, ``2**(code - 127)``: the scale of a microscaling block. Without sign or zero.
 
-    Deviation: the codes 0 and 255 (NaN) are not used, so that every scale is a normal number of float32.
+    Deviation: the codes below 27 and 255 (NaN) are not used, so that every level times its scale is a normal number of
+    float32.
 
     Source: OCP microscaling formats (MX) specification 1.0, section 5.4.1.
     """

@@ -61,8 +61,8 @@ def share(
     Args:
       clusters: entries of a table, 2..65536.
       init: where k-means starts, one of :mod:`jaxcomp.numerics.kmeans_inits`.
-      per: ``Local()``, a table a leaf; ``Global()``, one for all selected leaves (each stores it); ``Channels(axes)``;
-        ``Buckets(size)``.
+      per: ``Local()``, a table a leaf; ``Global()``, one for all selected leaves (a file holds it once);
+        ``Channels(axes)``; ``Buckets(size)``.
       preserve_zeros: the first of the clusters is 0, for the weights that are exactly 0 or masked, and for no other;
         these get no gradient, so what is zero stays so.
       recluster: at ``apply`` a weight takes the entry that is nearest now, and ``update`` goes on with k-means from the

@@ -18,11 +18,12 @@ import safetensors
 import safetensors.numpy
 
 from jaxcomp.artifact.codec import Json, decode_tree, encode_tree
+from jaxcomp.artifact.duplicates import all_named, held_once
 from jaxcomp.leaves import is_compressed
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.specs import Compander
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written only where tensors are equal: a file without a reference is of version 1
 _KEY = "jaxcomp"
 
 _DTYPES = {
@@ -53,8 +54,8 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any]
     """Writes a tree in its smallest storage; returns the file's size in bytes.
 
     Compressed leaves are packed first. A masked leaf is stored as a bitmap and its survivors where that is smaller than
-    all its values (else as those, without the mask), and so is an array with many zeros. The file appears under its
-    name only when it is complete and on disk.
+    all its values (else as those, without the mask), and so is an array with many zeros. Equal tensors, such as the one
+    table of several codebooks, are stored once. The file appears under its name only when it is complete and on disk.
 
     Args:
       path: where; the folder must exist.
@@ -81,7 +82,10 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any]
     for name, x in tensors.items():
         if x.dtype not in _NAMES:
             raise TypeError(f"save: {name!r} is of type {x.dtype}, which safetensors does not hold.")
-    described = {"version": FORMAT_VERSION, "tree": node, "metadata": dict(metadata or {})}
+    tensors, same = held_once(tensors)
+    described = {"version": FORMAT_VERSION if same else 1, "tree": node, "metadata": dict(metadata or {})}
+    if same:
+        described["same"] = same
     described["sha256"] = _digest(described, tensors)
     header = {_KEY: _text(described)}  # one entry: the library writes several in any order
     data = safetensors.numpy.save(tensors, metadata=header)
@@ -103,7 +107,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, companders: Iterable
     """
     described, tensors = _read(path)
     try:
-        tree = decode_tree(described["tree"], tensors, companders)
+        tree = decode_tree(described["tree"], all_named(tensors, described.get("same", {})), companders)
     except ValueError as e:
         raise FileError(f"load: {os.fspath(path)!r}: {e}.") from e
     return tree if like is None else _shaped_like(tree, like, path)
@@ -165,10 +169,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
         version = described["version"]
     except (ValueError, KeyError, TypeError) as e:
         raise FileError(f"load: {name!r} has a damaged header; get the file again.") from e
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise FileError(
-            f"load: {name!r} has format version {version}, this jaxcomp reads {FORMAT_VERSION}; use the jaxcomp that"
-            " wrote it, or a newer one."
+            f"load: {name!r} has format version {version}, this jaxcomp reads 1 to {FORMAT_VERSION}; use the jaxcomp"
+            " that wrote it, or a newer one."
         )
     tensors = _tensors(data, name)
     if described.get("sha256") != _digest(described, tensors):

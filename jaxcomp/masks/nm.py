@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxcomp.masks.structures import checked_axis
 from jaxcomp.masks.thresholds import order_keys
 from jaxcomp.structures import NM
 
-_PAIRS = 16  # up to this m, m (m - 1) / 2 comparisons are cheaper than sorting each group
+_PAIRS = 16  # up to this m, comparing every pair is cheaper than sorting each group; the bits of a group's byte or two
 
 
 def n_m_mask(
@@ -40,8 +41,8 @@ def n_m_mask(
         keys = jnp.pad(keys, [(0, -size % m if i == axis else 0) for i in range(keys.ndim)])
     shape = keys.shape
     groups = keys.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
-    kept = _by_pairs(groups, axis + 1, n) if m <= _PAIRS else _by_ranks(groups, axis + 1, n)
-    kept = kept.reshape(shape)
+    by = _by_ranks if m > _PAIRS else _by_entries if axis == keys.ndim - 1 else _by_groups
+    kept = by(groups, axis + 1, n).reshape(shape)
     if size % m:
         kept = jax.lax.slice_in_dim(kept, 0, size, axis=axis)
     return kept if alive is None else kept & alive
@@ -70,8 +71,12 @@ def is_n_m(x: Any, structure: NM) -> bool:
     return bool((along.reshape(-1, structure.m).sum(1) <= structure.n).all())
 
 
-def _by_pairs(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
-    """An entry is kept if fewer than n of its group beat it; at equal keys the later one wins."""
+def _by_groups(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
+    """An entry is kept if fewer than n of its group beat it; at equal keys the later one wins.
+
+    In two passes, a group's verdicts as the bits of one number between them. XLA fuses what is elementwise into the
+    loop over the mask, and would compare every pair once for each entry of its group; a reduction ends that fusion.
+    """
     m = groups.shape[axis]
     entry = [jax.lax.index_in_dim(groups, i, axis, keepdims=False) for i in range(m)]
     beaten = [jnp.zeros(entry[0].shape, jnp.uint8) for _ in range(m)]
@@ -79,7 +84,31 @@ def _by_pairs(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
         for j in range(i + 1, m):
             later = (entry[j] >= entry[i]).astype(jnp.uint8)
             beaten[i], beaten[j] = beaten[i] + later, beaten[j] + (1 - later)
-    return jnp.stack([b < n for b in beaten], axis)
+    dtype = jnp.uint8 if m <= 8 else jnp.uint16
+    parts = [(b < n).astype(dtype) << np.asarray(i, dtype) for i, b in enumerate(beaten)]
+    verdicts = jnp.stack([reduce(jnp.bitwise_or, parts), jnp.zeros(entry[0].shape, dtype)])
+    verdicts = jax.lax.reduce(verdicts, np.zeros((), dtype), jax.lax.bitwise_or, (0,))
+    return (jnp.expand_dims(verdicts, axis) >> _along(m, groups.ndim, axis).astype(dtype)) & 1 != 0
+
+
+def _by_entries(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
+    """The same in one pass, which counts for each entry who beats it.
+
+    Along the last axis the entries of a group lie side by side, and what is gathered by strides costs more than
+    comparing every pair twice.
+    """
+    m = groups.shape[axis]
+    place = _along(m, groups.ndim, axis)
+    beaten = jnp.zeros(groups.shape, jnp.int32)
+    for j in range(m):
+        other = jax.lax.slice_in_dim(groups, j, j + 1, axis=axis)
+        beaten = beaten + ((other > groups) | ((other == groups) & (place < j))).astype(jnp.int32)
+    return beaten < n
+
+
+def _along(size: int, ndim: int, axis: int) -> Array:
+    """0, 1, 2 ... along one axis of many."""
+    return jax.lax.broadcasted_iota(jnp.int32, [size if i == axis else 1 for i in range(ndim)], axis)
 
 
 def _by_ranks(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:

@@ -10,10 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxcomp.numerics.points import Points, run_sums
 
-_ROUNDS = 4
 
-
-class _Runs(NamedTuple):
+class Runs(NamedTuple):
     """The points nearest to each entry: how many weights, mean, extremes, the first point and the one after."""
 
     number: jax.Array
@@ -43,7 +41,7 @@ def lloyd(points: Points, table: Float[Array, " k"], iterations: int) -> Float[A
 
     def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         old, _, i = carry
-        new = _runs(points, old).mean
+        new = runs_of(points, old).mean
         return new, jnp.any(new != old), i + 1
 
     return jax.lax.while_loop(moves, step, (table, jnp.bool_(True), jnp.int32(0)))[0]
@@ -55,39 +53,38 @@ def borders(table: Float[Array, " k"]) -> Float[Array, " k_minus_1"]:
 
 
 def refined(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
-    """A table near the optimum, but for some of Lloyd's iterations: rounds of respacing and of swaps."""
+    """A table near a good one, but for some of Lloyd's iterations: respaced where that helps, then swapped."""
 
     def inertia(table: jax.Array) -> jax.Array:  # but for a factor
-        return jnp.sum(_gains(points, _runs(points, table))[0])
+        return jnp.sum(_gains(points, runs_of(points, table))[0])
 
-    def one(_: jax.Array, table: jax.Array) -> jax.Array:
-        both = jnp.stack([table, lloyd(points, _respaced(points, table), 16)])
-        return _swapped(points, both[jnp.argmin(jax.vmap(inertia)(both))])
-
-    return jax.lax.fori_loop(0, _ROUNDS, one, table)
+    both = jnp.stack([table, lloyd(points, _respaced(points, table), 16)])
+    return _swapped(points, both[jnp.argmin(jax.vmap(inertia)(both))])
 
 
-def _runs(points: Points, table: jax.Array) -> _Runs:
+def runs_of(points: Points, table: Float[Array, " k"]) -> Runs:
+    """The runs of an ascending table."""
     cuts = jnp.searchsorted(points.values, borders(table), side="right").astype(jnp.int32)
     ends = jnp.full((1,), points.values.size, jnp.int32)
     start, stop = jnp.concatenate([ends * 0, cuts]), jnp.concatenate([cuts, ends])
     low, high = points.values[jnp.minimum(start, points.values.size - 1)], points.values[jnp.maximum(stop - 1, 0)]
-    count, mean = _means(points, start, stop)
+    count, mean = means(points, start, stop)
     # Rounding may not carry a mean past the run's own ends: a cluster of equal values is that value.
     mean = jnp.where(count > 0, jnp.clip(mean, low, high), table)
-    return _Runs(count, mean, low, high, start, stop)
+    return Runs(count, mean, low, high, start, stop)
 
 
-def _means(points: Points, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+def means(points: Points, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many weights lie at the points ``start`` to ``stop - 1`` of each run, and their mean."""
     count = points.before[stop] - points.before[start]
     return count, run_sums(points, start, stop) / jnp.maximum(count, 1).astype(points.values.dtype)
 
 
-def _gains(points: Points, runs: _Runs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gains(points: Points, runs: Runs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """By how much the inertia falls where each run is cut at its mean, and the means of both parts."""
     cut = jnp.searchsorted(points.values, runs.mean, side="right").astype(jnp.int32)
     cut = jnp.clip(cut, runs.start, runs.stop)
-    (left, left_mean), (right, right_mean) = _means(points, runs.start, cut), _means(points, cut, runs.stop)
+    (left, left_mean), (right, right_mean) = means(points, runs.start, cut), means(points, cut, runs.stop)
     return _joining(left, left_mean, right, right_mean), left_mean, right_mean
 
 
@@ -111,7 +108,7 @@ def _swapped(points: Points, table: jax.Array) -> jax.Array:
 
     def swap(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         table, _, i = carry
-        runs = _runs(points, table)
+        runs = runs_of(points, table)
         gain, left, right = _gains(points, runs)
         split = jnp.argmax(gain).astype(jnp.int32)
         cost = _joining(runs.number[:-1], runs.mean[:-1], runs.number[1:], runs.mean[1:])
@@ -136,7 +133,7 @@ def _respaced(points: Points, table: jax.Array) -> jax.Array:
     inertia, but for a factor. A run of one value keeps its entry. Where Lloyd's iterations would need some K**2 rounds
     to carry entries from one end of the table to the other, this takes one.
     """
-    runs = _runs(points, table)
+    runs = runs_of(points, table)
     gain = _gains(points, runs)[0]
     single = (runs.number > 0) & (gain <= 0)
     mass = jnp.cbrt(gain)

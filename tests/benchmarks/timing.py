@@ -116,13 +116,14 @@ class Timings:
         return [where, f"{self.rounds} interleaved rounds, {load}; ratios are medians of paired rounds"]
 
 
-def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1) -> Timings:
+def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1, warm: bool = False) -> Timings:
     """Runs all cases once a round, A B C A B C, and times each.
 
     Args:
       cases: name -> a call whose result can be waited for.
       rounds: after one that is not counted.
       inner: calls a timing; the seconds are of one.
+      warm: one more call before each timing, so that caches and the allocator's pages are as the case itself left them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     quiet: list[bool | None] = []
@@ -130,6 +131,8 @@ def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1)
         before = _foreign_seconds()
         started = time.perf_counter()
         for name, call in cases.items():
+            if warm:
+                jax.block_until_ready(call())
             start = time.perf_counter()
             for _ in range(inner):
                 jax.block_until_ready(call())
