@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcomp.numerics.lloyd import borders, lloyd, means, runs_of
+from jaxcomp.numerics.lloyd import lloyd, means, runs_of
 from jaxcomp.numerics.points import Points
 
 _FINE, _FEW = 32, 32  # pieces a run, up to so many entries; half of that where there are more
@@ -18,11 +18,10 @@ _PAYS = 1e-4  # a round that gains less, of the inertia, is the last
 
 
 class _Round(NamedTuple):
-    """The best table so far, its inertia, whether the last round paid, and how many there were."""
+    """A table, whether the round that made it paid, and how many rounds there were."""
 
     table: jax.Array
-    inertia: jax.Array
-    pays: jax.Array
+    paid: jax.Array
     number: jax.Array
 
 
@@ -36,23 +35,13 @@ def windowed(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
     pieces = _FINE if table.size <= _FEW else _FINE // 2
 
     def goes_on(carry: _Round) -> jax.Array:
-        return carry.pays & (carry.number < _ROUNDS)
+        return carry.paid & (carry.number < _ROUNDS)
 
     def one(last: _Round) -> _Round:
-        table = lloyd(points, _moved(points, last.table, pieces), 8)
-        inertia = _inertia(points, table)
-        better = inertia < last.inertia
-        table, least = jnp.where(better, table, last.table), jnp.minimum(inertia, last.inertia)
-        return _Round(table, least, inertia < last.inertia * (1 - _PAYS), last.number + 1)
+        table, paid = _moved(points, last.table, pieces)
+        return _Round(lloyd(points, table, 8), paid, last.number + 1)
 
-    start = _Round(table, _inertia(points, table), jnp.bool_(True), jnp.int32(0))
-    return jax.lax.while_loop(goes_on, one, start).table
-
-
-def _inertia(points: Points, table: jax.Array) -> jax.Array:
-    """But for what lies within a point."""
-    away = points.values - table[jnp.searchsorted(borders(table), points.values)]
-    return jnp.sum(points.counts.astype(away.dtype) * away * away)
+    return jax.lax.while_loop(goes_on, one, _Round(table, jnp.bool_(True), jnp.int32(0))).table
 
 
 def _cuts(points: Points, table: jax.Array, pieces: int) -> Int[Array, " ends"]:
@@ -76,14 +65,19 @@ def _cuts(points: Points, table: jax.Array, pieces: int) -> Int[Array, " ends"]:
     return jnp.concatenate([cuts.reshape(-1), jnp.full((1,), points.values.size, jnp.int32)])
 
 
-def _moved(points: Points, table: jax.Array, pieces: int) -> jax.Array:
-    """The entries between the best borders."""
+def _moved(points: Points, table: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
+    """The entries between the best borders, and whether that pays; the old ones where it is no gain."""
     cuts = _cuts(points, table, pieces)
     count, mean = means(points, cuts[:-1], cuts[1:])
     mean = jnp.where(count > 0, mean, points.values[jnp.minimum(cuts[:-1], points.values.size - 1)])
-    starts = cuts[_borders(count.astype(mean.dtype), mean, table.size, pieces)]
-    number, new = means(points, starts, jnp.concatenate([starts[1:], cuts[-1:]]))
-    return jnp.sort(jnp.where(number > 0, new, table))
+    mass = count.astype(mean.dtype)
+    first = _borders(mass, mean, table.size, pieces)
+    number, new = means(points, cuts[first], jnp.concatenate([cuts[first[1:]], cuts[-1:]]))
+    new = jnp.where(number > 0, new, table)
+    run = jnp.searchsorted(first, jnp.arange(mass.size, dtype=first.dtype), side="right") - 1
+    before = jnp.sum(mass * (mean - jnp.repeat(table, pieces)) ** 2)  # but for what lies within a piece
+    after = jnp.sum(mass * (mean - new[run]) ** 2)
+    return jnp.where(after < before, jnp.sort(new), table), after < before * (1 - _PAYS)
 
 
 def _borders(mass: jax.Array, mean: jax.Array, entries: int, pieces: int) -> Int[Array, " entries"]:

@@ -84,7 +84,8 @@ def _gains(points: Points, runs: Runs) -> tuple[jax.Array, jax.Array, jax.Array]
     """By how much the inertia falls where each run is cut at its mean, and the means of both parts."""
     cut = jnp.searchsorted(points.values, runs.mean, side="right").astype(jnp.int32)
     cut = jnp.clip(cut, runs.start, runs.stop)
-    (left, left_mean), (right, right_mean) = means(points, runs.start, cut), means(points, cut, runs.stop)
+    count, mean = means(points, jnp.concatenate([runs.start, cut]), jnp.concatenate([cut, runs.stop]))
+    (left, right), (left_mean, right_mean) = jnp.split(count, 2), jnp.split(mean, 2)
     return _joining(left, left_mean, right, right_mean), left_mean, right_mean
 
 
