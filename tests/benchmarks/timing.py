@@ -42,7 +42,7 @@ class Row:
         if not self.target:
             return None
         relation, value = self.target.split()
-        return self.ratio <= float(value) if relation == "<=" else self.ratio >= float(value)
+        return bool(self.ratio <= float(value) if relation == "<=" else self.ratio >= float(value))
 
 
 @dataclass(frozen=True)
