@@ -12,7 +12,7 @@ from jaxcomp.leaves import CompressedLeaf, Masked, Quantized, compressed_leaf, i
 from jaxcomp.numerics.coding import scale_of
 from jaxcomp.numerics.quantizers import spread
 from jaxcomp.paths import Where, matrices
-from jaxcomp.quantize import Sharing, check_choices, range_of, scale_blocks
+from jaxcomp.quantize import Sharing, checked_sharing, range_of, scale_blocks
 from jaxcomp.scaling import MSE, ScaleRule
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.specs import Int
@@ -122,8 +122,7 @@ def adaround(
 
     Source: Nagel et al. 2020, arXiv:2004.10568, equations 21 to 25.
     """
-    sharing = Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, None)
-    check_choices(grid, sharing, scale, OWNER)
+    sharing = checked_sharing(OWNER, grid, scale, channel_axes, group_axis, tile)
     if not isinstance(grid, Int) or grid.bits < 2:
         raise TypeError(f"{OWNER}: rounds up or down on an integer grid, Int(2..8), got {grid!r}.")
     found = slots(params, where, OWNER)
@@ -133,9 +132,8 @@ def adaround(
 
 def _leaf(path: str, slot: Slot, grid: Int, sharing: Sharing, rule: ScaleRule) -> Any:
     w: Any = slot.array
-    mask = None if slot.mask is None else jnp.broadcast_to(slot.mask, w.shape)
     blocks = scale_blocks(path, w.shape, grid, sharing, OWNER)
-    scale, zero = scale_of(*range_of(path, w, mask, blocks, grid, rule, OWNER), grid)
+    scale, zero = scale_of(*range_of(path, w, slot.full_mask, blocks, grid, rule, OWNER), grid)
     steps = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
     floor = jnp.floor(steps)
     rounding = -jnp.log((ZETA - GAMMA) / (steps - floor - GAMMA) - 1)

@@ -14,7 +14,7 @@ from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.numerics.quantizers import positive, spread
 from jaxcomp.numerics.rounding import scale_gradient, straight_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices
-from jaxcomp.quantize import Sharing, check_choices, range_of, scale_blocks
+from jaxcomp.quantize import Sharing, checked_sharing, range_of, scale_blocks
 from jaxcomp.scaling import MSE, MeanAbs, ScaleRule
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.specs import Int
@@ -199,8 +199,7 @@ def learned(
     tables: Li et al. 2020, arXiv:1909.13144, section 2.3. Deviation: the offset's zero point is rounded, so that zeros
     stay zero.
     """
-    sharing = Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, None)
-    check_choices(grid, sharing, scale, OWNER)
+    sharing = checked_sharing(OWNER, grid, scale, channel_axes, group_axis, tile)
     _check_grid(grid, offset)
     found = slots(params, where, OWNER)
     check_finite(found, OWNER)
@@ -232,14 +231,13 @@ def _check_grid(grid: Any, offset: bool) -> None:
 
 def _leaf(path: str, slot: Slot, grid: Any, sharing: Sharing, rule: ScaleRule | None) -> Learned:
     w: Any = slot.array
-    mask = None if slot.mask is None else jnp.broadcast_to(slot.mask, w.shape)
     blocks = scale_blocks(path, w.shape, grid, sharing, OWNER)
     latent = w if slot.mask is None else Masked(w, slot.mask)
     if rule is None and isinstance(grid, Int) and grid.symmetric and not grid.is_sign:
-        mean, _ = range_of(path, w, mask, blocks, grid, MeanAbs(), OWNER)
+        mean, _ = range_of(path, w, slot.full_mask, blocks, grid, MeanAbs(), OWNER)
         # The maximum keeps the mean's division and the product two roundings, in jit as in eager.
         return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.code_range[1] ** -0.5)), None, grid)
     if rule is None:
         rule = MSE() if isinstance(grid, Int) and not grid.symmetric else None
-    scale, zero = scale_of(*range_of(path, w, mask, blocks, grid, rule, OWNER), grid)
+    scale, zero = scale_of(*range_of(path, w, slot.full_mask, blocks, grid, rule, OWNER), grid)
     return Learned(latent, scale, None if zero is None else -zero * scale, grid)

@@ -15,7 +15,8 @@ from jaxcomp.masks.select import groups_of, select, spread, tied
 from jaxcomp.masks.structures import alive_units, checked_axis, full_mask, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
-from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.slots import Slot, broadcasts, check_finite, rewrite, slots
+from jaxcomp.statistics import for_score
 from jaxcomp.structures import (
     ERK,
     NM,
@@ -117,7 +118,7 @@ def prune(
 
     def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
         selected = found(params)
-        needed = {name: _statistic(name, criterion, stats, selected) for name in criterion.needs}
+        needed = {name: for_score(name, criterion, stats, selected, "prune") for name in criterion.needs}
         return masks(selected, step, needed, state)
 
     def apply(state: State, params: Params) -> Params:
@@ -155,7 +156,7 @@ def masked_by(masks: Any) -> Transform:
             if path not in selected:
                 raise ValueError(f"masked_by: there is no leaf {path!r}, only {some_paths(selected)}.")
             shape = selected[path].array.shape
-            if mask.dtype != jnp.bool_ or not _broadcasts(mask.shape, shape):
+            if mask.dtype != jnp.bool_ or not broadcasts(mask.shape, shape):
                 raise ValueError(
                     f"masked_by: the mask of {path!r} is {mask.dtype} of shape {mask.shape}, wanted booleans that"
                     f" broadcast to {shape}."
@@ -251,29 +252,3 @@ def _masked(slot: Slot, units: jax.Array, structure: Structure, through: bool) -
     mask = over_units(units, structure, x.shape) if isinstance(structure, Block) else units
     mask = mask if slot.mask is None else mask & slot.mask
     return Masked(masked_through(x, mask) if through else masked(x, mask), mask, straight=through)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
-
-
-def _statistic(name: str, score: Score, stats: dict[str, Any], selected: Slots) -> dict[str, Any]:
-    """A statistic's leaves by slot path."""
-    maker = f" It is made by {score.maker}." if score.maker else ""
-    if stats.get(name) is None:
-        raise ValueError(
-            f"prune: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree).{maker}"
-        )
-    leaves = dict(leaves_with_paths(stats[name])[0])
-    for path, slot in selected.items():
-        if path not in leaves:
-            raise ValueError(
-                f"prune: the statistic {name!r} has no entry for {path!r}, only {some_paths(leaves)}; it wants a tree"
-                f" like the parameters, and prune before what factors them.{maker}"
-            )
-        if not _broadcasts(tuple(leaves[path].shape), slot.array.shape):
-            raise ValueError(
-                f"prune: the statistic {name!r} has shape {leaves[path].shape} at {path!r}, wanted {slot.array.shape}"
-                " or 1 along some axes."
-            )
-    return {path: leaves[path] for path in selected}

@@ -81,8 +81,7 @@ def quantize(
     Source: Krishnamoorthi 2018, arXiv:1806.08342; straight-through as in Bengio et al. 2013, arXiv:1308.3432; buckets
     as in Polino et al. 2018, arXiv:1802.05668.
     """
-    sharing = Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, bucket)
-    check_choices(grid, sharing, scale)
+    sharing = checked_sharing("quantize", grid, scale, channel_axes, group_axis, tile, bucket)
     if not isinstance(rounding, Nearest | Stochastic):
         raise TypeError(f"quantize: rounding must be Nearest() or Stochastic(key), got {rounding!r}.")
 
@@ -126,21 +125,29 @@ def _leaf_key(state: State, rounding: Stochastic, path: str) -> jax.Array:
     return jax.random.fold_in(step, zlib.crc32(path.encode()))
 
 
-def check_choices(grid: Any, sharing: Sharing, scale: Any, owner: str = "quantize") -> None:
-    """Checks what does not need the leaves; raises what :func:`quantize` says."""
+def checked_sharing(
+    owner: str,
+    grid: Any,
+    scale: Any,
+    channel_axes: tuple[int, ...] | None,
+    group_axis: int,
+    tile: Any,
+    bucket: Any = None,
+) -> Sharing:
+    """What shares a scale; checks all that does not need the leaves, and raises what :func:`quantize` says."""
     if not isinstance(grid, Grid | Blocked) or isinstance(grid, E8M0):
         raise TypeError(f"{owner}: wants a grid such as Int(8) or Log(4), got {grid!r}.")
     if scale is not None and not isinstance(scale, ScaleRule):
         raise TypeError(f"{owner}: scale must be a rule such as AbsMax() or MSE(), got {scale!r}.")
-    tile, bucket = sharing.tile, sharing.bucket
     if tile is not None and (not tile or not all(isinstance(n, int) and n > 0 for n in tile)):
         raise ValueError(f"{owner}: tile must be a tuple of positive integers, got {tile!r}.")
     if bucket is not None and (not isinstance(bucket, int) or bucket < 1):
         raise ValueError(f"{owner}: bucket must be a positive integer, got {bucket!r}.")
-    given = {"channel_axes": sharing.channel_axes, "tile": tile, "bucket": bucket, "the grid's group": _group(grid)}
+    given = {"channel_axes": channel_axes, "tile": tile, "bucket": bucket, "the grid's group": _group(grid)}
     names = [name for name, value in given.items() if value is not None]
     if (tile is not None or bucket is not None) and len(names) > 1:
         raise ValueError(f"{owner}: a scale is shared in one way, got {' and '.join(names)}; take one of them.")
+    return Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, bucket)
 
 
 def _group(grid: Grid | Blocked) -> int | None:
@@ -185,7 +192,7 @@ def quantized_leaf(
 ) -> Quantized | Folded:
     """One array on its grid."""
     w: Any = slot.array
-    mask = None if slot.mask is None else jnp.broadcast_to(slot.mask, w.shape)
+    mask = slot.full_mask
     if sharing.bucket is None:
         blocks = scale_blocks(path, w.shape, grid, sharing, "quantize")
         return _quantized(path, w, mask, blocks, grid, rule, key, clipped)

@@ -15,15 +15,17 @@ from jaxcomp.leaves import Masked, materialize
 from jaxcomp.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.masks.scores import Score, magnitude, sensitivity
 from jaxcomp.masks.thresholds import MAX_COUNT, fraction_of, order_keys
-from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.paths import Where, describe, matches, matrices, some_paths
 from jaxcomp.resets import MaskState, reset_regrown
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.statistics import for_score
 from jaxcomp.transform import Due, Params, State, Transform, cond, every
 
 __all__ = ["dense_value_and_grad", "regrow", "reset_regrown", "rigl", "sparse_evolution"]
 
 Fraction = float | Callable[[Any], Any]
 Sparsity = float | Mapping[Where, float]
+DENSE = " Gradients are those of dense_value_and_grad."
 
 
 def regrow(
@@ -132,7 +134,7 @@ def regrow(
         if due is None:
             return state
         found, _ = selected(params)
-        leaves = {name: _statistic(name, score, stats, found) for name, score in needed.items()}
+        leaves = {name: for_score(name, score, stats, found, "regrow", DENSE) for name, score in needed.items()}
         now = jnp.asarray(step)
         return cond(due(now), lambda: moved(state, found, now, leaves), lambda: state)
 
@@ -283,25 +285,7 @@ def _clipped(share: Any) -> jax.Array:
 
 
 def _scores(score: Score, w: jax.Array, stats: dict[str, Any]) -> jax.Array:
-    return score.fn(w, **{name: stats[name] for name in score.needs})
-
-
-def _statistic(name: str, score: Score, stats: dict[str, Any], found: Mapping[str, Slot]) -> dict[str, Any]:
-    """A statistic's leaves by path."""
-    if name not in stats:
-        raise ValueError(
-            f"regrow: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree), gradients as"
-            " dense_value_and_grad gives them."
-        )
-    leaves = dict(leaves_with_paths(stats[name])[0])
-    for path, slot in found.items():
-        if path not in leaves or leaves[path].shape != slot.array.shape:
-            wrong = f"has shape {leaves[path].shape} at" if path in leaves else "has no entry for"
-            raise ValueError(
-                f"regrow: the statistic {name!r} {wrong} {path!r}, wanted shape {slot.array.shape}; its paths are"
-                f" {some_paths(leaves)}. It is a tree like the parameters."
-            )
-    return leaves
+    return jnp.broadcast_to(score.fn(w, **{name: stats[name] for name in score.needs}), w.shape)
 
 
 def _check_dense(path: str, mask: jax.Array, stats: dict[str, Any]) -> None:

@@ -208,7 +208,7 @@ def _layout(path: str, slot: Slot, per: Tables, clusters: int) -> tuple[tuple[in
 
 def _counted(slot: Slot, preserve_zeros: bool) -> jax.Array | None:
     """The elements that k-means sees, or None for all."""
-    alive = None if slot.mask is None else jnp.broadcast_to(slot.mask, slot.array.shape)
+    alive = slot.full_mask
     if not preserve_zeros:
         return alive
     nonzero = slot.array != 0

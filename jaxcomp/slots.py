@@ -29,6 +29,11 @@ class Slot:
     array: Any
     mask: Any
 
+    @property
+    def full_mask(self) -> Any:
+        """The mask at the array's own shape, or None."""
+        return None if self.mask is None else jnp.broadcast_to(self.mask, self.array.shape)
+
 
 def slots(tree: Any, where: Where, owner: str) -> dict[str, Slot]:
     """The slots that ``where`` selects, by path, in the tree's order.
@@ -62,6 +67,11 @@ def rewrite(tree: Any, new: Mapping[str, Any]) -> Any:
     """The tree with the leaves at the given slot paths replaced; all others are the same objects."""
     named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
     return treedef.unflatten([_rewrite(path, leaf, new) for path, leaf in named])
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array is of the rank of another, and 1 along an axis where it is not as long."""
+    return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
 
 
 def weight_mask(params: Any, where: Where = matrices) -> Any:

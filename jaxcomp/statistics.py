@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.masks.scores import Score
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
-from jaxcomp.slots import slots
+from jaxcomp.slots import Slot, broadcasts, slots
 from jaxcomp.transform import Params, State, Transform
 
 
@@ -104,6 +105,43 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
         return RunningState(count, values, inner)
 
     return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
+def for_score(
+    name: str, score: Score, stats: Mapping[str, Any], selected: Mapping[str, Slot], owner: str, hint: str = ""
+) -> dict[str, Any]:
+    """The statistic that a score needs, by slot path: of the slot's shape, or 1 along some axes.
+
+    Args:
+      name: of the statistic.
+      score: who needs it.
+      stats: what ``update`` was given.
+      selected: the slots, by path.
+      owner: the transform's name, for messages.
+      hint: where such a statistic comes from, for messages; by default the score's maker.
+
+    Raises:
+      ValueError: it is missing, lacks a path, or does not fit there.
+    """
+    maker = hint or (f" It is made by {score.maker}." if score.maker else "")
+    if stats.get(name) is None:
+        raise ValueError(
+            f"{owner}: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree).{maker}"
+        )
+    leaves = dict(leaves_with_paths(stats[name])[0])
+    for path, slot in selected.items():
+        wanted = tuple(slot.array.shape)
+        if path not in leaves:
+            raise ValueError(
+                f"{owner}: the statistic {name!r} has no entry for {path!r}, only {some_paths(leaves)}; it wants a tree"
+                f" like the parameters, and {owner} before what factors them.{maker}"
+            )
+        if not broadcasts(tuple(leaves[path].shape), wanted):
+            raise ValueError(
+                f"{owner}: the statistic {name!r} has shape {leaves[path].shape} at {path!r}, wanted {wanted}"
+                " or 1 along some axes."
+            )
+    return {path: leaves[path] for path in selected}
 
 
 def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:

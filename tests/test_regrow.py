@@ -429,9 +429,9 @@ def test_asks_for_dense_gradients() -> None:
     state = t.init(params)
     with pytest.raises(ValueError, match=r"score 'sensitivity' needs the statistic 'grads'; call update\(..., grads="):
         t.update(state, params, step=1)
-    with pytest.raises(ValueError, match=r"'grads' has no entry for 'in/kernel', wanted shape \(12, 32\)"):
+    with pytest.raises(ValueError, match=r"'grads' has no entry for 'in/kernel', only 'other'.* dense_value_and_grad"):
         t.update(state, params, step=1, grads={"other": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"'grads' has shape \(32, 12\) at 'in/kernel', wanted shape \(12, 32\)"):
+    with pytest.raises(ValueError, match=r"'grads' has shape \(32, 12\) at 'in/kernel', wanted \(12, 32\)"):
         t.update(state, params, step=1, grads=jax.tree.map(jnp.transpose, params))
     _, grads, _ = dense_value_and_grad(t, loss)(state, params, X, Y)
     with pytest.raises(ValueError, match=r"'grads' is zero wherever 'in/kernel' is masked, so growth would be blind"):

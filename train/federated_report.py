@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from jaxcomp.artifact.files import write_atomically
 from train.experiment import devices_line
+from train.figures import accuracy_axes, png_of
 
 if TYPE_CHECKING:
     from train.federated import Config, Row
@@ -58,13 +58,8 @@ def write_report(rows: list[Row], config: Config, console: Console) -> Path:
 
 def picture(rows: list[Row], config: Config) -> bytes:
     """A PNG: a curve for each row, its points the evaluations, bytes on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_xscale("log")
+    title = f"{config.dataset}: {config.clients} clients, {config.per_round} a round, {config.rounds} rounds"
+    axes = accuracy_axes(title, "megabytes sent by all clients", (9, 5))
     for i, row in enumerate(rows):
         sent, reached = [p[1] / 1e6 for p in row.history], [100 * p[2] for p in row.history]
         style = ("-", "--")[i // 10 % 2]
@@ -72,11 +67,4 @@ def picture(rows: list[Row], config: Config) -> bytes:
     best = max(p[2] for row in rows for p in row.history)
     worst_end = min(row.history[-1][2] for row in rows)
     axes.set_ylim(max(0.0, 100 * worst_end - 15), 100 * best + 1)
-    axes.set_xlabel("megabytes sent by all clients")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{config.dataset}: {config.clients} clients, {config.per_round} a round, {config.rounds} rounds")
-    axes.grid(visible=True, which="both", color="0.92", zorder=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(axes)

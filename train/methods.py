@@ -93,7 +93,7 @@ def not_the_head(path: str, leaf: Any) -> bool:
 def _joint(steps: int) -> jc.Transform:
     """Sparsity grows to 80% over the first half while all weights are at 4 bits; then the masks rest."""
     schedule = jc.cubic(0.8, end=max(1, steps // 2))
-    masks = jc.gate(jc.prune(schedule, scope=jc.Global()), _hundred_times(steps))
+    masks = jc.gate(jc.prune(schedule, scope=jc.Global()), _in_the_first_half(steps))
     return jc.chain(masks, jc.quantize(jc.Int(4)))
 
 
@@ -141,18 +141,22 @@ def _fewer_channels(start: Start) -> Recipe:
 
 def _sparse(steps: int) -> jc.Transform:
     """Sparsity grows to 90% over the first half; then the masks rest."""
-    return jc.gate(jc.prune(jc.cubic(0.9, end=max(1, steps // 2)), scope=jc.Global()), _hundred_times(steps))
+    return jc.gate(jc.prune(jc.cubic(0.9, end=max(1, steps // 2)), scope=jc.Global()), _in_the_first_half(steps))
 
 
-def _hundred_times(steps: int) -> jc.transform.Due:
-    """At most a hundred of the steps of the first half and one after it."""
-    period = max(1, steps // 100)
+def _in_the_first_half(steps: int) -> jc.transform.Due:
+    """Every hundredth of the steps, to the first one in their second half."""
+    period = _hundredth(steps)
     return jc.every(period, stop=steps // 2 + period)
+
+
+def _hundredth(steps: int) -> int:
+    return max(1, steps // 100)
 
 
 def _shared(clusters: int) -> Callable[[int], jc.Transform]:
     """A table a leaf; k-means goes on as often as masks are made anew."""
-    return lambda steps: jc.gate(jc.share(clusters), jc.every(max(1, steps // 100)))
+    return lambda steps: jc.gate(jc.share(clusters), jc.every(_hundredth(steps)))
 
 
 METHODS: dict[str, Method] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from jaxcomp.artifact.files import write_atomically
 from train.configs import Config, identity_of
 from train.experiment import Row, devices_line
+from train.figures import accuracy_axes, png_of
 
 
 def make_table(rows: list[Row], title: str) -> Table:
@@ -63,21 +63,8 @@ def write_report(rows: list[Row], config: Config, console: Console) -> Path:
 
 def picture(rows: list[Row], title: str) -> bytes:
     """A PNG of test accuracy against bytes of the file, bytes on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_xscale("log")
+    axes = accuracy_axes(title, "bytes of the saved file", (8, 5))
     for i, row in enumerate(rows):
         axes.scatter(row.file_bytes, 100 * row.test_accuracy, s=60, color=f"C{i}", label=row.method, zorder=3)
     axes.axhline(100 * rows[0].test_accuracy, color="0.7", linewidth=1, zorder=1)
-    axes.set_xlabel("bytes of the saved file")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title(title)
-    axes.grid(visible=True, which="both", color="0.92", zorder=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(axes)
