@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 from rich.console import Console
 
 import jaxcomp as jc
+from jaxcomp.activations import LSQ
 from jaxcomp.paths import leaves_with_paths
 from train.__main__ import main, parse
 from train.configs import DIGITS, Config, ModelConfig, OptimConfig
@@ -26,7 +29,7 @@ from train.evaluate import accuracy
 from train.experiment import RunError, run
 from train.loop import TrainingError
 from train.models import MLP
-from train.networks import OnGrids, ranges_of_dicts
+from train.networks import LearnedGrids, OnGrids, ranges_of_dicts
 from train.report import write_report
 from train.step import make_predict
 
@@ -138,6 +141,30 @@ def test_the_file_of_eight_bits_runs_on_integers(finished) -> None:
     assert abs(fake - row.test_accuracy) <= 2 / len(data.test)
     assert abs(row.untuned_accuracy - rows[0].test_accuracy) < 0.01
     assert row.file_bytes < 0.3 * rows[0].file_bytes
+
+
+def test_the_file_of_learned_grids_runs_on_integers(finished, tmp_path) -> None:
+    out, rows = finished
+    shutil.copytree(out, tmp_path / "run")  # the baseline is finished
+    base, row = run(dataclasses.replace(SMALL, out=tmp_path / "run", methods=("w2a2",)), Console(quiet=True))
+    assert base == rows[0]
+    saved = jc.load(tmp_path / "run" / "w2a2.safetensors")
+    weights = saved["params"]["weights"]
+    assert {p: weights[p]["kernel"].grid for p in sorted(weights)} == {
+        "dense_0": jc.Int(8),
+        "dense_1": jc.Int(2),
+        "head": jc.Int(8),
+    }
+    rules = {
+        re.escape(f"params/{name}/kernel"): jc.Act(bits, symmetric=signed, range=LSQ())
+        for name, bits, signed in (("dense_0", 8, True), ("dense_1", 2, False), ("head", 8, False))
+    }
+    network, data = LearnedGrids(MLP(), rules, integer=True), load("digits")
+    assert accuracy(make_predict(network, data), saved["params"], saved["batch_stats"], data.test) == row.test_accuracy
+    fake = float(row.note.split()[-1].rstrip("%")) / 100
+    assert abs(fake - row.test_accuracy) <= 2 / len(data.test)
+    assert row.test_accuracy > rows[0].test_accuracy - 0.05
+    assert row.file_bytes < 0.2 * rows[0].file_bytes
 
 
 @pytest.mark.slow

@@ -1,0 +1,118 @@
+"""Several runs that differ in their seed as one table: ``python -m train.seeds runs/a runs/b ...``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from train.__main__ import make_console
+from train.experiment import BASELINE, Row, RunError
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs of one job.
+
+    Fields:
+      seeds: of each run, ascending.
+      rows: of each run, in the order of the seeds; the same methods in each.
+    """
+
+    seeds: tuple[int, ...]
+    rows: tuple[tuple[Row, ...], ...]
+
+
+def read(folders: tuple[Path, ...]) -> Runs:
+    """The runs of some folders.
+
+    Raises:
+      RunError: no folder, one without a report, runs of different settings or methods, or a seed that is there twice.
+    """
+    if not folders:
+        raise RunError("name the folders of finished runs, such as runs/digits.")
+    found: dict[int, tuple[Path, dict[str, Any], tuple[Row, ...]]] = {}
+    for folder in folders:
+        try:
+            report = json.loads((folder / "report.json").read_text())
+        except (OSError, ValueError) as e:
+            raise RunError(f"{str(folder)!r} holds no finished run ({e}); run `python -m train` to its end.") from e
+        settings, rows = dict(report["settings"]), tuple(Row(**row) for row in report["rows"])
+        seed = settings.pop("seed")
+        if seed in found:
+            raise RunError(f"{str(folder)!r} and {str(found[seed][0])!r} both have seed {seed}; name one of them.")
+        found[seed] = folder, settings, rows
+    first, settings, rows = next(iter(found.values()))
+    for folder, others, own in found.values():
+        differ = [k for k in {**settings, **others} if settings.get(k) != others.get(k)]
+        if differ:
+            k = differ[0]
+            raise RunError(f"{str(folder)!r} has {k} = {others.get(k)}, {str(first)!r} has {settings.get(k)}.")
+        if [r.name for r in own] != [r.name for r in rows]:
+            names = ", ".join(r.name for r in rows)
+            raise RunError(f"{str(folder)!r} has other rows than {str(first)!r}, which has {names}.")
+    return Runs(tuple(sorted(found)), tuple(found[seed][2] for seed in sorted(found)))
+
+
+def make_table(runs: Runs, against: str) -> Table:
+    """Accuracy of each seed on the test split, the mean, and the change against another row of the same seed.
+
+    Raises:
+      RunError: no row has that name.
+    """
+    names = [row.name for row in runs.rows[0]]
+    if against not in names:
+        raise RunError(f"no row is called {against!r}; there are {', '.join(names)}.")
+    base = [rows[names.index(against)].test_accuracy for rows in runs.rows]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("method", no_wrap=True)
+    seeds = [f"seed {seed}" for seed in runs.seeds]
+    for name in (*seeds, "mean", f"against {against}, pp", "file bytes", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    float_bytes = runs.rows[0][0].file_bytes
+    for i, name in enumerate(names):
+        reached = [rows[i].test_accuracy for rows in runs.rows]
+        change = [100 * (x - y) for x, y in zip(reached, base, strict=True)]
+        size = mean(rows[i].file_bytes for rows in runs.rows)
+        table.add_row(
+            runs.rows[0][i].method,
+            *(f"{x:.2%}" for x in reached),
+            f"{mean(reached):.2%}",
+            "" if name == against else f"{mean(change):+.2f} [{min(change):+.2f}, {max(change):+.2f}]",
+            f"{size:,.0f}",
+            f"{float_bytes / size:.1f}x",
+        )
+    return table
+
+
+def main(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    against: str | None = None,
+) -> int:
+    """Prints what several seeds of one run gave, and each method's change against a row of the same seed.
+
+    Args:
+      folders: of the runs.
+      against: name of the row to compare with; by default `float`, the baseline fine-tuned alike, where there is one.
+    """
+    try:
+        runs = read(folders)
+        names = [row.name for row in runs.rows[0]]
+        table = make_table(runs, against or ("float" if "float" in names else BASELINE))
+    except RunError as e:
+        Console(stderr=True).print(f"[bold red]error:[/] {e}", highlight=False)
+        return 2
+    make_console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, prog="python -m train.seeds"))
