@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxcomp.numerics.kmeans_optimal import optimal_table
 from jaxcomp.numerics.kmeans_windows import windowed
-from jaxcomp.numerics.lloyd import refined
+from jaxcomp.numerics.lloyd import respaced
 from jaxcomp.numerics.points import Points, at_rank
 
 _PIECES = 1 << 13  # of equal numbers of weights, over which a density is estimated
@@ -75,7 +75,7 @@ def _plus_plus(points: Points, clusters: int, key: Any) -> Float[Array, " cluste
 
 
 def _near_optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
-    return windowed(points, refined(points, spaced(points, clusters)))
+    return windowed(points, respaced(points, spaced(points, clusters)))
 
 
 def spaced(points: Points, clusters: int) -> Float[Array, " clusters"]:
@@ -152,8 +152,8 @@ Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful see
 """
 
 near_optimal = Init("near_optimal", _near_optimal)
-"""Spaced by the cube root of the density, as the best table is when it is large, then refined until no swap pays, nor
-a dynamic program that moves all borders at once.
+"""Spaced by the cube root of the density, as the best table is when it is large: of that which counts show, then of that
+which the runs of the table itself do. Then a dynamic program moves all borders at once, as long as that pays.
 
 Source: Panter and Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels".
 """

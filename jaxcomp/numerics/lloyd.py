@@ -1,4 +1,4 @@
-"""Lloyd's iterations over sorted points, and two moves that take a table out of their local minima."""
+"""Lloyd's iterations over sorted points, and a respacing that takes a table out of their local minima."""
 
 from __future__ import annotations
 
@@ -52,16 +52,6 @@ def borders(table: Float[Array, " k"]) -> Float[Array, " k_minus_1"]:
     return table[:-1] * 0.5 + table[1:] * 0.5
 
 
-def refined(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
-    """A table near a good one, but for some of Lloyd's iterations: respaced where that helps, then swapped."""
-
-    def inertia(table: jax.Array) -> jax.Array:  # but for a factor
-        return jnp.sum(_gains(points, runs_of(points, table))[0])
-
-    both = jnp.stack([table, lloyd(points, _respaced(points, table), 16)])
-    return _swapped(points, both[jnp.argmin(jax.vmap(inertia)(both))])
-
-
 def runs_of(points: Points, table: Float[Array, " k"]) -> Runs:
     """The runs of an ascending table."""
     cuts = jnp.searchsorted(points.values, borders(table), side="right").astype(jnp.int32)
@@ -80,54 +70,28 @@ def means(points: Points, start: jax.Array, stop: jax.Array) -> tuple[jax.Array,
     return count, run_sums(points, start, stop) / jnp.maximum(count, 1).astype(points.values.dtype)
 
 
-def _gains(points: Points, runs: Runs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """By how much the inertia falls where each run is cut at its mean, and the means of both parts."""
+def _gain(points: Points, runs: Runs) -> jax.Array:
+    """By how much the inertia falls where each run is cut at its mean: its inertia, but for a factor."""
     cut = jnp.searchsorted(points.values, runs.mean, side="right").astype(jnp.int32)
     cut = jnp.clip(cut, runs.start, runs.stop)
     count, mean = means(points, jnp.concatenate([runs.start, cut]), jnp.concatenate([cut, runs.stop]))
-    (left, right), (left_mean, right_mean) = jnp.split(count, 2), jnp.split(mean, 2)
-    return _joining(left, left_mean, right, right_mean), left_mean, right_mean
+    (n, m), (a, b) = jnp.split(count.astype(mean.dtype), 2), jnp.split(mean, 2)
+    return n * (m / jnp.maximum(n + m, 1)) * (b - a) ** 2
 
 
-def _joining(n: jax.Array, a: jax.Array, m: jax.Array, b: jax.Array) -> jax.Array:
-    """By how much the inertia grows where n weights of mean a and m of mean b become one cluster."""
-    x, y = n.astype(a.dtype), m.astype(a.dtype)
-    return x * (y / jnp.maximum(x + y, 1)) * (b - a) ** 2
+def respaced(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Spaces the entries by the density that their own runs show, three times, each followed by Lloyd's iterations.
 
-
-def _swapped(points: Points, table: jax.Array) -> jax.Array:
-    """Joins two neighbours and splits another run as long as that pays: entries go where they serve more.
-
-    Source: Patanè and Russo 2001, "The enhanced LBG algorithm", whose shift of codewords this is in one dimension,
-    where neighbours are known and a run is cut at its mean.
+    More than once, because an entry that serves no weight, as beside an outlier, says nothing of where it should be.
     """
-    index = jnp.arange(table.size, dtype=jnp.int32)
 
-    def pays(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        _, paid, i = carry
-        return paid & (i < 2 * table.size)
+    def once(i: jax.Array, table: jax.Array) -> jax.Array:
+        return lloyd(points, _respaced_once(points, table), 4)
 
-    def swap(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        table, _, i = carry
-        runs = runs_of(points, table)
-        gain, left, right = _gains(points, runs)
-        split = jnp.argmax(gain).astype(jnp.int32)
-        cost = _joining(runs.number[:-1], runs.mean[:-1], runs.number[1:], runs.mean[1:])
-        apart = (index[:-1] != split) & (index[1:] != split)
-        cost = jnp.where(apart, cost, jnp.inf)
-        join = jnp.argmin(cost).astype(jnp.int32)
-        x, y = runs.number[join].astype(table.dtype), runs.number[join + 1].astype(table.dtype)
-        share = y / jnp.maximum(x + y, 1)
-        joined = runs.mean[join] + (runs.mean[join + 1] - runs.mean[join]) * share
-        paid = gain[split] > cost[join] * 1.01
-        new = jnp.where(index == join, joined, jnp.where(index == join + 1, right[split], runs.mean))
-        new = lloyd(points, jnp.sort(jnp.where(index == split, left[split], new)), 2)
-        return jnp.where(paid, new, table), paid, i + 1
-
-    return jax.lax.while_loop(pays, swap, (table, jnp.bool_(True), jnp.int32(0)))[0]
+    return jax.lax.fori_loop(0, 3, once, table)
 
 
-def _respaced(points: Points, table: jax.Array) -> jax.Array:
+def _respaced_once(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
     """Spaces the entries evenly in the integral of the cube root of the density, as the runs show it.
 
     A run of width d and density f has inertia ``f d**3 / 12`` and ``f**(1/3) d`` of that integral: the cube root of its
@@ -135,7 +99,7 @@ def _respaced(points: Points, table: jax.Array) -> jax.Array:
     to carry entries from one end of the table to the other, this takes one.
     """
     runs = runs_of(points, table)
-    gain = _gains(points, runs)[0]
+    gain = _gain(points, runs)
     single = (runs.number > 0) & (gain <= 0)
     mass = jnp.cbrt(gain)
     rest = jnp.maximum(table.size - jnp.sum(single), 0).astype(mass.dtype)
