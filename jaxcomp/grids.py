@@ -371,6 +371,9 @@ def MX(element: Int | Float = E2M1, block: int = 32) -> Blocked:
     ``MX(E4M3)`` and ``MX(E5M2)`` are MXFP8, ``MX(E3M2)`` and ``MX(E2M3)`` MXFP6, ``MX(E2M1)`` MXFP4, and
     ``MX(Int(8, narrow=True))`` MXINT8.
 
+    Blocks of floats equal torchao's with ``ScaleCalculationMode.FLOOR``, the specification's rule; its RCEIL, CEIL and
+    EVEN modes take up to twice that scale and saturate less, and its scales go below ``2**-100`` (see ``E8M0``).
+
     >>> MX().bits + 8 / MX().group
     4.25
     """
@@ -378,7 +381,11 @@ def MX(element: Int | Float = E2M1, block: int = 32) -> Blocked:
 
 
 NVFP4 = Blocked(E2M1, 16, E4M3)
-"""E2M1 elements in blocks of 16, E4M3 block scales, one float32 scale for the leaf."""
+"""E2M1 elements in blocks of 16, E4M3 block scales, one float32 scale for the leaf.
+
+Blocks equal torchao's with the ``per_tensor_scale`` of the leaf's largest magnitude, but its block scales stop at
+``2**-6``, E4M3's least normal number, and ours at ``2**-9``, the least subnormal one: small blocks stay finer.
+"""
 
 
 def has_zero(grid: Grid) -> bool:
