@@ -136,7 +136,7 @@ density = Init("density", _density)
 """Where the distribution function reaches evenly spaced levels from 0.01 to 1: most entries where most weights are.
 
 Source: Han et al. 2015, arXiv:1510.00149, section 3.2; the levels are those of the TensorFlow Model Optimization
-Toolkit's DENSITY_BASED, whose distribution function is interpolated on 30 points and here is exact.
+Toolkit's DENSITY_BASED, which takes the next of 30 even values where this takes the weight itself.
 """
 
 quantile = Init("quantile", _quantile)

@@ -22,16 +22,12 @@ def test_linear_is_tfmots(k) -> None:
 
 
 @pytest.mark.parametrize("k", [2, 7, 32])
-def test_density_is_tfmots_but_for_its_interpolation(k) -> None:
-    """TFMOT inverts the distribution function at even levels from 0.01 to 1, interpolated on 30 even values."""
+def test_density_inverts_the_distribution_at_tfmots_levels(k) -> None:
+    """They are even, from 0.01 to 1; tests/test_tfmot_figures.py compares with TFMOT's own numbers."""
     levels = np.linspace(0.01, 1, k)
     got = np.asarray(inits.density.fn(POINTS, k, None))
     exact = np.sort(X)[np.minimum((levels * X.size + 1e-3).astype(int), X.size - 1)]
     np.testing.assert_array_equal(got, exact)
-    grid = np.linspace(X.min(), X.max(), 30)
-    cdf = np.array([(v >= X).mean() for v in grid])
-    theirs = np.interp(levels, cdf, grid)
-    assert np.abs(got - theirs)[1:-1].max(initial=0) <= grid[1] - grid[0]  # at most one of their cells apart
 
 
 @pytest.mark.parametrize("init", [inits.random, inits.plus_plus], ids=lambda i: i.name)
