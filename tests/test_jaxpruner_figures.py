@@ -19,7 +19,7 @@ from jaxcomp.masks.growth import drop_and_grow
 from jaxcomp.masks.scores import magnitude, taylor
 from jaxcomp.masks.thresholds import fraction_of, order_keys
 from jaxcomp.schedules import Plan
-from jaxcomp.structures import ERK, StraightThrough
+from jaxcomp.structures import ERK, Given, StraightThrough
 from jaxcomp.transform import every
 from tests.figures import TIES, W, digits, mask, masks, normal
 
@@ -78,6 +78,12 @@ def test_softer_erk_and_erk_of_all_but_the_head() -> None:
     want = dict(zip(ERK_FIGURES, WITHOUT_HEAD, strict=False))
     del shapes["head"]
     assert erk(shapes, 0.9) == pytest.approx({k: want[s] for k, s in shapes.items()}, abs=1e-9)
+
+
+def test_uniform_with_one_leaf_by_a_table() -> None:
+    """MagnitudePruning with uniform(sparsity=0.7, custom_sparsity_map={("two",): 0.25}) of W and V."""
+    got = masks(jc.prune(scope=Given({"two": 0.25, ".*": 0.7})), {"one": W, "two": V})
+    assert {name: digits(m) for name, m in got.items()} == {"one": "024a040001e3d22634311950", "two": "ffdb63"}
 
 
 # PolynomialSchedule(update_freq, update_start_step, update_end_step, power).get_sparsity_at_step(target, step) for the
