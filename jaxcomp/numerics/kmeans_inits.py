@@ -152,8 +152,8 @@ Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful see
 """
 
 near_optimal = Init("near_optimal", _near_optimal)
-"""Spaced by the cube root of the density, as the best table is when it is large: of that which counts show, then of that
-which the runs of the table itself do. Then a dynamic program moves all borders at once, as long as that pays.
+"""Spaced by the cube root of the density, as the best table is when it is large: first of the density that counts show,
+then of that which the table's own runs do. Then a dynamic program moves all borders at once, as long as that pays.
 
 Source: Panter and Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels".
 """
