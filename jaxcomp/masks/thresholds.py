@@ -20,6 +20,9 @@ _CHUNK = 1 << 14
 _SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
 MAX_COUNT = 2**31 - 1
 
+Kth = tuple[jax.Array, jax.Array]
+"""The count-th smallest key, and which of the keys equal to it that is, from 1."""
+
 
 def order_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Unsigned integers that order as the scores do; -0 and 0 are equal, NaN is above infinity.
@@ -54,18 +57,17 @@ def smallest(
     """
     of = (list(keys), list(eligible), count)
     if sum(k.size for k in keys) < _SMALL:
-        kth = _kth_by_bisection(*of)
+        kth, wanted = _kth_by_bisection(*of)
     else:
-        kth = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
-    wanted = jnp.maximum(count, 1) - sum(
-        (_total(_among(k < kth, e)) for k, e in zip(*of[:2], strict=True)), jnp.uint32(0)
-    )
+        kth, wanted = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
     out = []
     for k, e in zip(keys, eligible, strict=True):
-        here = _total(_among(k == kth, e))
+        ties = _ties_by_block(k.reshape(-1), None if e is None else e.reshape(-1), kth)
+        here = _sum(ties)
         take = jnp.minimum(here, wanted)
         wanted = wanted - take
-        chosen = (k < kth) | ((k == kth) & _up_to(_end_of_ties(k, e, kth, take, here), k.shape))
+        end = jnp.where(take == here, jnp.uint32(k.size), _end_of_ties(k, e, kth, take, ties))
+        chosen = (k < kth) | ((k == kth) & _up_to(end, k.shape))
         out.append(_among(chosen, e) & (count > 0))
     return out
 
@@ -108,47 +110,23 @@ def _among(x: jax.Array, eligible: jax.Array | None) -> jax.Array:
     return x if eligible is None else x & eligible
 
 
-def _total(marks: jax.Array) -> jax.Array:
-    """How many are True."""
-    if marks.size < _SMALL:
-        return _sum(marks)
-    return jax.lax.platform_dependent(marks, cpu=_total_by_blocks, default=_sum)
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, dtype=jnp.uint32)
 
 
-def _sum(marks: jax.Array) -> jax.Array:
-    return jnp.sum(marks, dtype=jnp.uint32)
-
-
-def _total_by_blocks(marks: jax.Array) -> jax.Array:
-    flat = marks.reshape(-1)
-    rest = flat.size // _BLOCK * _BLOCK
-    return _sum(_block_totals(flat)) + _sum(flat[rest:])
-
-
-def _block_totals(marks: jax.Array) -> jax.Array:
-    """The totals of each ``_BLOCK`` of a vector, without what is left at its end.
-
-    First in bytes, which cannot overflow in a row of 128: XLA on CPU writes out what it sums, in the type that it sums
-    in, and so four times as much where that is four times as wide.
-    """
-    blocks = marks.size // _BLOCK
-    rows = marks[: blocks * _BLOCK].reshape(blocks, _BLOCK // 128, 128)
-    return jnp.sum(jnp.sum(rows, axis=2, dtype=jnp.uint8), axis=1, dtype=jnp.uint32)
-
-
-def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> jax.Array:
-    """The count-th smallest key from a histogram of the high half-words and one of the low ones."""
+def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Kth:
+    """From a histogram of the high half-words and one of the low ones."""
     high, left = jnp.uint32(0), jnp.maximum(count, 1)
     for low_pass in (False, True):
         hist = jnp.zeros(1 << 16, jnp.uint32)
         for k, e in zip(keys, eligible, strict=True):
             hist = _counted(hist, k.reshape(-1), None if e is None else e.reshape(-1), high if low_pass else None)
         sums = jnp.cumsum(hist, dtype=jnp.uint32)
-        digit = jnp.minimum(_total(sums < left), jnp.uint32(0xFFFF))
+        digit = jnp.minimum(_sum(sums < left), jnp.uint32(0xFFFF))
         left = left - (sums[digit] - hist[digit])
         if not low_pass:
             high = digit
-    return (high << 16) | digit
+    return (high << 16) | digit, left
 
 
 def _counted(hist: jax.Array, keys: jax.Array, eligible: jax.Array | None, high: jax.Array | None) -> jax.Array:
@@ -175,41 +153,66 @@ def _counted(hist: jax.Array, keys: jax.Array, eligible: jax.Array | None, high:
     return hist if rest == keys.size else add(hist, keys[rest:], None if eligible is None else eligible[rest:])
 
 
-def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> jax.Array:
+def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Kth:
     """The largest t with fewer than count keys below it, bit by bit from the highest."""
+
+    def below(t: jax.Array) -> jax.Array:
+        return sum((_sum(_among(k < t, e)) for k, e in zip(keys, eligible, strict=True)), jnp.uint32(0))
 
     def step(i: jax.Array, found: jax.Array) -> jax.Array:
         trial = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        below = sum((_total(_among(k < trial, e)) for k, e in zip(keys, eligible, strict=True)), jnp.uint32(0))
-        return jnp.where(below < jnp.maximum(count, 1), trial, found)
+        return jnp.where(below(trial) < jnp.maximum(count, 1), trial, found)
 
-    return jax.lax.fori_loop(0, 32, step, jnp.uint32(0))
+    kth = jax.lax.fori_loop(0, 32, step, jnp.uint32(0))
+    return kth, jnp.maximum(count, 1) - below(kth)
+
+
+def _ties_by_block(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
+    """How many keys of each ``_BLOCK`` are the kth; the last block may be shorter.
+
+    On CPU chunk by chunk, as XLA writes out there what it sums.
+    """
+    if keys.size < _SMALL:
+        return _block_sums(keys, eligible, kth)
+    return jax.lax.platform_dependent(keys, eligible, kth, cpu=_block_sums_by_chunk, default=_block_sums)
+
+
+def _block_sums(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
+    ties = _among(keys == kth, eligible)
+    whole = keys.size // _BLOCK * _BLOCK
+    sums = jnp.sum(ties[:whole].reshape(-1, _BLOCK), axis=1, dtype=jnp.uint32)
+    return sums if whole == keys.size else jnp.append(sums, _sum(ties[whole:]))
+
+
+def _block_sums_by_chunk(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
+    def sums_of(i: jax.Array) -> jax.Array:
+        chunk = partial(jax.lax.dynamic_slice_in_dim, start_index=i * _CHUNK, slice_size=_CHUNK)
+        return _block_sums(chunk(keys), None if eligible is None else chunk(eligible), kth)
+
+    chunks = keys.size // _CHUNK
+    sums, whole = jax.lax.map(sums_of, jnp.arange(chunks)).reshape(-1), chunks * _CHUNK
+    if whole == keys.size:
+        return sums
+    return jnp.append(sums, _block_sums(keys[whole:], None if eligible is None else eligible[whole:], kth))
 
 
 def _end_of_ties(
-    keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, take: jax.Array, total: jax.Array
+    keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, take: jax.Array, ties: jax.Array
 ) -> jax.Array:
-    """The C-order index after the ``take``-th of the ``total`` ties; nothing is scanned where that is all of them."""
-
-    def scan() -> jax.Array:
-        return _end_of(_among(keys == kth, eligible).reshape(-1), take)
-
-    return jax.lax.cond(take == total, lambda: jnp.uint32(keys.size), scan)
+    """The C-order index after the ``take``-th tie: by the sums of blocks, then inside the one that holds it."""
+    size = min(_BLOCK, keys.size)
+    ends = jnp.cumsum(jnp.pad(ties, (1, 0)), dtype=jnp.uint32)
+    block = jnp.maximum(_sum(ends < take).astype(jnp.int32) - 1, 0)
+    start = jnp.minimum(block * _BLOCK, keys.size - size)
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    row = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    marks = _among(row(keys.reshape(-1)) == kth, None if eligible is None else row(eligible.reshape(-1)))
+    marks = marks & (index >= block * _BLOCK)
+    inside = _sum(jnp.cumsum(marks, dtype=jnp.uint32) < take - ends[block])
+    return jnp.where(take == 0, jnp.uint32(0), start.astype(jnp.uint32) + inside + 1)
 
 
 def _up_to(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Marks the entries whose C-order index is below ``end``."""
     size = int(np.prod(shape, dtype=np.int64))
     return (jnp.arange(size, dtype=jnp.uint32) < end).reshape(shape)
-
-
-def _end_of(marks: jax.Array, take: jax.Array) -> jax.Array:
-    """The index after the ``take``-th mark: by the totals of blocks, then inside the one that holds it."""
-    size = min(_BLOCK, marks.size)
-    ends = jnp.cumsum(jnp.pad(_block_totals(marks), (1, 0)), dtype=jnp.uint32)
-    block = _total(ends < take).astype(jnp.int32) - 1
-    start = jnp.minimum(block * _BLOCK, marks.size - size)
-    index = start + jnp.arange(size, dtype=jnp.int32)
-    row = jax.lax.dynamic_slice_in_dim(marks, start, size) & (index >= block * _BLOCK)
-    inside = _total(jnp.cumsum(row, dtype=jnp.uint32) < take - ends[block])
-    return jnp.where(take == 0, jnp.uint32(0), start.astype(jnp.uint32) + inside + 1)

@@ -31,20 +31,29 @@ def test_exactly_k_with_ties_by_index(seed, k, few, share) -> None:
     assert (np.asarray(select(x, eligible, jnp.uint32(k))) == want).all()
     if k:
         kth = np.sort(x[index])[k - 1]
-        assert (
-            radix(x, eligible, jnp.uint32(k)) == bisection(x, eligible, jnp.uint32(k)) == order_keys(jnp.asarray(kth))
-        )
+        rank = k - int((x[index] < kth).sum())  # among its equals
+        for way in (radix, bisection):
+            assert [int(v) for v in way(x, eligible, jnp.uint32(k))] == [int(order_keys(jnp.asarray(kth))), rank]
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_large_arrays_take_the_other_way(few) -> None:
-    n = 300_001
-    x = np.random.default_rng(0).normal(size=n).astype(np.float32)
+@pytest.mark.parametrize("some", [False, True])
+def test_large_arrays_take_the_other_way(few, some) -> None:
+    sizes, k = (300_001, 1000, 1 << 18), 123_456
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=sum(sizes)).astype(np.float32)
     x = np.round(x) if few else x
-    want = np.zeros(n, bool)
-    want[np.argsort(x, kind="stable")[:123_456]] = True
-    got = jax.jit(lambda x: smallest([order_keys(x)], [None], jnp.uint32(123_456))[0])(x)
-    assert (np.asarray(got) == want).all()
+    eligible = rng.random(x.size) < (0.7 if some else 2)
+    index = np.flatnonzero(eligible)
+    want = np.zeros(x.size, bool)
+    want[index[np.argsort(x[index], kind="stable")[:k]]] = True
+
+    @jax.jit
+    def got(parts, among):
+        return smallest([order_keys(p) for p in parts], among if some else [None] * 3, jnp.uint32(k))
+
+    ends = np.cumsum(sizes)[:-1]
+    assert (np.concatenate(got(np.split(x, ends), np.split(eligible, ends))) == want).all()
 
 
 def test_keys_order_like_numbers() -> None:
