@@ -12,12 +12,15 @@ import jaxcomp as jc
 from jaxcomp.adaround import SoftRounded, adaround, annealed_beta, harden, rounding_regularizer
 from jaxcomp.scaling import MSE, AbsMax
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 rng = np.random.default_rng(0)
 W = jnp.asarray(rng.normal(size=(12, 5)).astype(np.float32))
 
 
-@pytest.mark.parametrize("grid", [jc.Int(2), jc.Int(3, symmetric=False), jc.Int(4, group=4)])
+@pytest.mark.parametrize(
+    "grid", quick([jc.Int(2), jc.Int(3, symmetric=False), jc.Int(4, group=4)], jc.Int(3, symmetric=False))
+)
 def test_it_begins_at_the_weights_and_hardens_to_the_nearest(grid) -> None:
     params = adaround({"kernel": W, "bias": jnp.zeros(5)}, grid, scale=AbsMax())
     leaf = params["kernel"]

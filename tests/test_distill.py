@@ -9,6 +9,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from jaxcomp import distill
+from tests.marks import quick
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -39,6 +40,7 @@ def test_hint_with_a_projection() -> None:
     assert float(distill.hint(s, t, m)) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_transfer_sees_space_and_no_scale() -> None:
     s, t = normal(2, 4, 4, 3), normal(2, 4, 4, 6, seed=1)
     maps = [np.mean(np.abs(np.asarray(x, np.float64)) ** 2, -1).reshape(2, -1) for x in (s, t)]
@@ -63,7 +65,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", quick(LOSSES, "soft_targets", "hint"))
 def test_only_the_student_learns(name) -> None:
     s, t = normal(3, 4, 5), normal(3, 4, 5, seed=1)
     ours, theirs = jax.grad(LOSSES[name], argnums=(0, 1))(s, t)

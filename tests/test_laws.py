@@ -25,6 +25,7 @@ from jaxcomp.specs import Buckets, Channels
 from jaxcomp.statistics import accumulate, movement
 from jaxcomp.structures import StraightThrough
 from tests import laws
+from tests.marks import quick
 
 TRANSFORMS: dict[str, jc.Transform] = {
     "identity": jc.identity(),
@@ -121,6 +122,10 @@ SLOW = {
     "companded",
     "pruned_signs",
     "nvfp4",
+    "prune_blocks_erk",
+    "prune_n_m",
+    "int4_group_asymmetric",
+    "gate_closed",
 }
 # Logarithms and roots are not the same bits in and out of jit: XLA compiles vectors and remainders differently.
 TRANSCENDENTAL = {"log8", "log3_tensor", "companded", "joint_filters_log"}
@@ -140,7 +145,7 @@ def make_params(dtype: jnp.dtype = jnp.float32) -> dict:
 
 
 @pytest.mark.parametrize("check", laws.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TRANSFORMS])
+@pytest.mark.parametrize("name", quick(TRANSFORMS, *(n for n in TRANSFORMS if n not in SLOW)))
 def test_law(name: str, check) -> None:
     t, params = TRANSFORMS[name], make_params()
     if check is laws.check_jit_equals_eager and name in TRANSCENDENTAL:
@@ -162,9 +167,7 @@ IN_PARAMS = {
 
 
 @pytest.mark.parametrize("check", laws.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(IN_PARAMS)]
-)
+@pytest.mark.parametrize("name", quick(IN_PARAMS, next(iter(IN_PARAMS))))
 def test_law_of_leaves_in_params(name: str, check) -> None:
     make, t = IN_PARAMS[name]
     params = make(make_params())
@@ -174,7 +177,9 @@ def test_law_of_leaves_in_params(name: str, check) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["prune", "int4", "int5_asymmetric", "joint", "log8"])
+@pytest.mark.parametrize(
+    "name", quick(["prune", "int4", "int5_asymmetric", "joint", "log8"], "int5_asymmetric", "joint")
+)
 def test_laws_hold_in_half_precision(name: str, dtype: jnp.dtype) -> None:
     for check in (laws.check_ships_what_it_trains, laws.check_keeps_structure, laws.check_learns):
         check(TRANSFORMS[name], make_params(dtype))
@@ -186,13 +191,10 @@ finite = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from(
 shapes = st.sampled_from([(1, 1), (5, 3), (2, 3, 2, 2)])  # each new shape is a new compilation
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("prune", "int3", "int8", "int5_asymmetric", "log8", "joint"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("prune_global", "prune_filters", "int2")),
-    ],
-)
+VALUES = ("prune", "int2", "int3", "int8", "int5_asymmetric", "log8", "joint", "prune_global", "prune_filters")
+
+
+@pytest.mark.parametrize("name", quick(VALUES, "log8", "joint"))
 @given(data=st.data())
 def test_laws_hold_for_any_values(name: str, data) -> None:
     w = data.draw(hnp.arrays(np.float32, shapes, elements=finite))

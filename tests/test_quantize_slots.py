@@ -18,6 +18,7 @@ from jaxcomp.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Blocked, Levels
 from jaxcomp.leaves import Folded
 from jaxcomp.scaling import MSE, AbsMax, Fixed, MeanAbs, Percentile, Stochastic
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 GRIDS = [jc.Int(1), jc.Int(4), E4M3, E2M1, jc.NF4(group=None), jc.PoT(4), jc.APoT(4), Levels((-1.0, -0.5, 0.5, 1.0))]
 
@@ -212,7 +213,7 @@ def test_zeros_of_a_mask_stay_zero_and_files_keep_them(grid, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, jc.MX(E4M3, 4), Blocked(jc.NF4(None), 4, E4M3)], ids=str)
-@pytest.mark.parametrize("value", [0.0, 2.5, -1e-30])
+@pytest.mark.parametrize("value", quick([0.0, 2.5, -1e-30], 0.0))
 def test_constant_leaves_are_finite(grid, value) -> None:
     for rule in (None, Percentile(99.0), MSE(steps=3)):
         dense = np.asarray(leaf(np.full((8, 3), value, np.float32), grid, scale=rule).materialize())
@@ -221,7 +222,7 @@ def test_constant_leaves_are_finite(grid, value) -> None:
             assert (dense == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", quick([jnp.float16, jnp.bfloat16], jnp.bfloat16))
 @pytest.mark.parametrize("grid", [jc.Int(1), E4M3, jc.NF4(group=4), jc.MX(E2M1, 4), jc.NVFP4], ids=str)
 def test_half_precision_leaves_keep_their_type(grid, dtype) -> None:
     q = leaf(jnp.asarray(normal(16, 3), dtype), grid)
@@ -229,6 +230,7 @@ def test_half_precision_leaves_keep_their_type(grid, dtype) -> None:
     assert_same_bits(jc.pack(q).materialize(), q.materialize())
 
 
+@pytest.mark.slow
 def test_double_precision_leaves_keep_their_type() -> None:
     with jax.enable_x64(True):
         for grid in (jc.Int(1), E4M3, jc.APoT(8), jc.MX(E2M1, 4), jc.NVFP4):

@@ -126,6 +126,7 @@ def test_forward_is_the_same_and_off_means_nothing():
     assert not {"random_bits", "floor", "custom_vjp_call"} & set(names)
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_have_keys_of_their_own():
     def fn(p, x):
         return lax.scan(lambda h, w: (h @ w, None), x, p["w"])[0]

@@ -13,6 +13,7 @@ from jaxcomp.activations import LSQ, PACT, Act, Dynamic, PerGroup, PerToken, cov
 from jaxcomp.trace.calibrate import activation_name, calibrate
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.sites import sites
+from tests.marks import quick
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +48,7 @@ def codes(x, low, high, bits):
 
 
 @pytest.mark.parametrize("grid", [jc.Int(8), jc.Int(8, symmetric=False), jc.Int(4), jc.Int(2, symmetric=False)])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", quick([8, 4], 8))
 def test_dot_is_the_sum_over_centered_codes(grid, bits):
     x, tree = normal(5, 16) + 1, quantized(normal(16, 6), grid)
     q = compiled(dot, {"w": Act(bits)}, integer=True)
@@ -76,7 +77,7 @@ def by_hand(x, w, stride, pad, hole, spacing, groups):
 
 @pytest.mark.parametrize(
     ("stride", "pad", "hole", "spacing", "groups"),
-    [(1, 1, 1, 1, 1), (2, 2, 1, 2, 2), (1, 2, 2, 1, 1), (1, 1, 1, 1, 4)],
+    [pytest.param(1, 1, 1, 1, 1, marks=pytest.mark.slow), (2, 2, 1, 2, 2), (1, 2, 2, 1, 1), (1, 1, 1, 1, 4)],
     ids=["padded", "strided, dilated, grouped", "transposed", "depthwise"],
 )
 def test_conv_pads_with_the_zero_point(stride, pad, hole, spacing, groups):
@@ -96,7 +97,7 @@ def test_conv_pads_with_the_zero_point(stride, pad, hole, spacing, groups):
         np.testing.assert_allclose(q(tree, {"w": scaled(-1, 4)}, x), wanted, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", quick([True, False], False))
 @pytest.mark.parametrize("per", [PerToken(), PerGroup(8)])
 def test_tokens_and_groups_have_scales_of_their_own(per, symmetric):
     x = normal(3, 4, 32) * jnp.asarray([0.1, 1.0, 10.0], jnp.float32)[:, None, None]

@@ -24,6 +24,7 @@ from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
 from jaxcomp.leaves import CompressedLeaf, compressed_leaf, dense
 from jaxcomp.specs import Spec
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ class Outer(CompressedLeaf):
         return dataclasses.replace(self, left=jc.pack(self.left), right=jc.pack(self.right))
 
 
-@pytest.mark.parametrize("times", [2, 5])
+@pytest.mark.parametrize("times", quick([2, 5], 2))
 def test_any_leaf_class_is_stored_by_its_fields(times, tmp_path) -> None:
     joint = jc.chain(jc.prune(0.9), jc.quantize(jc.Int(3, symmetric=False)))
     params = {"kernel": jax.random.normal(jax.random.key(0), (32, 24))}

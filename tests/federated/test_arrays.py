@@ -47,7 +47,7 @@ def test_a_rotation_spreads_an_outlier() -> None:
     assert np.allclose(jnp.abs(arrays.rotated(x, SEED, 1024)), 1.0)
 
 
-@given(bits=st.integers(1, 32), count=st.sampled_from([1, 7, 16]), seed=st.integers(0, 2**31))
+@given(bits=st.sampled_from([1, 5, 12, 17, 32]), count=st.sampled_from([1, 16]), seed=st.integers(0, 2**31))
 def test_wide_integers_come_back_and_waste_no_byte(bits, count, seed) -> None:
     x = np.random.default_rng(seed).integers(0, 2**bits, count, dtype=np.uint64).astype(np.uint32)
     data = arrays.pack_wide(jnp.asarray(x), bits)

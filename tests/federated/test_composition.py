@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxcomp as jc
 from jaxcomp import federated as fed
 from jaxcomp.federated.wire import HEADER_BYTES
+from tests.marks import quick
 
 KEY, SHARED = jax.random.key(1), jax.random.key(2)
 FED = [
@@ -29,7 +30,7 @@ def update_of(seed: int) -> dict:
     return {"kernel": jax.random.normal(a, (12, 10)), "bias": jax.random.normal(b, (10,))}
 
 
-@pytest.mark.parametrize("inner", FED, ids=IDS)
+@pytest.mark.parametrize("inner", quick(FED, FED[0], FED[-1]), ids=IDS)
 def test_with_feedback_messages_and_memory_add_up_to_the_updates(inner) -> None:
     t = fed.error_feedback(inner)
     step = jax.jit(lambda s, u, k: t.encode(s, u, key=k, shared=k))
@@ -41,7 +42,7 @@ def test_with_feedback_messages_and_memory_add_up_to_the_updates(inner) -> None:
     assert np.allclose(said + state.memory["kernel"], total, atol=1e-4)
 
 
-@pytest.mark.parametrize("inner", FED, ids=IDS)
+@pytest.mark.parametrize("inner", quick(FED, FED[0], FED[-1]), ids=IDS)
 def test_with_feedback_a_constant_update_is_all_said_in_the_end(inner) -> None:
     """The memory stays bounded, so the mean of what was said goes to the update as 1/rounds."""
     t, update = fed.error_feedback(inner), update_of(0)

@@ -158,6 +158,7 @@ def test_topk_of_a_fraction_sends_one_element_at_least() -> None:
     assert got.tolist() == [0, -3, 0]
 
 
+@pytest.mark.slow
 def test_one_element_and_zeros_survive_every_compressor() -> None:
     for name, t in COMPRESSORS.items():
         if "powersgd" in name or name == "by_path" or "common" in name:
@@ -174,6 +175,7 @@ def test_sign_has_the_mean_magnitude() -> None:
     assert np.allclose(got, np.where(x >= 0, 1, -1) * np.abs(x).mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_vote_is_the_majoritys() -> None:
     t = fed.sign(vote=True)
     x = np.random.default_rng(2).normal(size=(4, 60)).astype(np.float32)
@@ -256,7 +258,7 @@ CONTRACTING = {
 }
 
 
-@pytest.mark.parametrize("name", quick(CONTRACTING, "topk", "uniform 4", "powersgd"))
+@pytest.mark.parametrize("name", quick(CONTRACTING, "topk", "powersgd"))
 def test_contracts(name) -> None:
     t, delta = CONTRACTING[name]
     for seed in range(5):

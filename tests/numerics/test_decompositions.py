@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxcomp.numerics.decompositions import energies, moment_root, normalized, right_rows, tucker2
 from jaxcomp.numerics.rank_one import deflate, joined, khatri_rao, power_iteration
+from tests.marks import quick
 
 RNG = np.random.default_rng(0)
 values = st.floats(-100, 100, width=32) | st.sampled_from([0.0, 2.0**-140, 1e30])
@@ -43,7 +44,7 @@ def test_the_right_rows_give_the_truncated_svd(shape, rank) -> None:
     assert distance(w @ np.asarray(v).T @ np.asarray(v), truncated(w, rank)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (48, 64)])
+@pytest.mark.parametrize("shape", quick([(30, 20), (48, 64)], (30, 20)))
 @pytest.mark.parametrize("refits", [0, 2])
 def test_rank_one_steps_are_the_truncated_svd(shape, refits) -> None:
     w = normal(*shape)
@@ -72,7 +73,7 @@ def test_energies_are_parts_of_the_squared_norm(w) -> None:
     assert abs(e.sum() - float((np.abs(w) > np.finfo(np.float32).tiny).any())) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(9, 6, 10), (3, 3, 8, 10)])
+@pytest.mark.parametrize("shape", quick([(9, 6, 10), (3, 3, 8, 10)], (3, 3, 8, 10)))
 def test_planted_terms_are_recovered(shape) -> None:
     planted = [normal(n, 3) for n in shape]
     t = np.asarray(joined(tuple(map(jnp.asarray, planted))))
@@ -88,6 +89,7 @@ def test_a_planted_rank_ends_the_residual_of_a_matrix() -> None:
     assert float(errors[3]) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_refit_does_better_than_deflation_alone() -> None:
     t = jnp.asarray(normal(6, 7, 8))
     plain = deflate(t, rank=8, steps=20, refits=0)[1][-1]

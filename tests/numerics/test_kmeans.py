@@ -18,9 +18,11 @@ from jaxcomp.numerics.kmeans import fit, member_means, nearest, refit
 from jaxcomp.numerics.kmeans_optimal import optimal_table
 from jaxcomp.numerics.kmeans_vectors import fit_vectors, nearest_vectors
 from jaxcomp.numerics.lloyd import lloyd
+from tests.marks import quick
 
 DETERMINISTIC = [inits.linear, inits.density, inits.quantile, inits.near_optimal, inits.optimal]
 RANDOM = [inits.random, inits.plus_plus]
+INITS = quick(DETERMINISTIC + RANDOM, inits.near_optimal, inits.plus_plus)
 values = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0**127, -(2.0**-130)])
 
 
@@ -56,7 +58,7 @@ def test_the_dynamic_program_agrees_with_kmeans1d() -> None:
     np.testing.assert_allclose(optimal_table(np.sort(x), np.ones(500), 7), kmeans1d.cluster(x, 7).centroids, rtol=1e-9)
 
 
-@pytest.mark.parametrize("init", DETERMINISTIC + RANDOM, ids=lambda i: i.name)
+@pytest.mark.parametrize("init", INITS, ids=lambda i: i.name)
 def test_a_table_is_sorted_and_its_entries_are_means_of_their_members(init) -> None:
     x = jax.random.normal(jax.random.key(1), (999,))
     key = jax.random.key(2) if init.random else None
@@ -86,7 +88,7 @@ SPREADS = {
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize(("k", "over"), [(16, 1.001), (100, 1.003)])
+@pytest.mark.parametrize(("k", "over"), [(16, 1.001), pytest.param(100, 1.003, marks=pytest.mark.slow)])
 def test_near_optimal_is_near_the_optimum(spread, k, over) -> None:
     x = jnp.asarray(SPREADS[spread](np.random.default_rng(0), 1 << 13), jnp.float32)
     values, counts = np.unique(np.asarray(x, np.float64), return_counts=True)
@@ -105,7 +107,7 @@ def test_outliers_get_entries_of_their_own() -> None:
     assert inertia(x, table) <= inertia(x, best) * 1.001
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", quick([False, True], True))
 def test_the_histogram_is_as_good_as_the_sort(masked, monkeypatch) -> None:
     x = jnp.concatenate([jax.random.normal(jax.random.key(0), (70_000,)), jnp.array([1e4, 1.0, 1.0])])
     counted = jnp.arange(x.size) % 3 > 0 if masked else None
@@ -155,6 +157,7 @@ def test_refit_goes_on_and_starts_anew_where_entries_are_equal() -> None:
     assert inertia(x, again) <= inertia(x, table) * 1.1
 
 
+@pytest.mark.slow
 def test_a_fit_in_double_precision_stays_there() -> None:
     with jax.enable_x64(True):
         x = jnp.asarray(1 + 1e-10 * np.arange(8.0))

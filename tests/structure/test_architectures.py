@@ -80,6 +80,7 @@ def test_compiled_work_falls_as_the_plan_says(name):
     assert abs(small / full - plan.macs / groups.macs()) < 0.15
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_random_plans_of_a_random_residual_net(seed):

@@ -17,6 +17,7 @@ from jaxcomp.structure import (
     residual_branches,
     without_branches,
 )
+from tests.marks import quick
 from tests.structure.models import IMAGE, ResNet, ViT, filled, normal
 
 
@@ -30,7 +31,7 @@ def built(module):
     return filled(jax.eval_shape(module.init, jax.random.key(0), x)), x
 
 
-@pytest.mark.parametrize("module", [ResNet(), ViT()])
+@pytest.mark.parametrize("module", quick([ResNet(), ViT()], ResNet()))
 def test_dropped_equals_branch_of_zeros(module):
     params, x = built(module)
     branches = residual_branches(module.apply)(params, x)
@@ -53,6 +54,7 @@ def test_branch_owns_its_parameters_and_no_other():
     assert "models.py" in branch.source
 
 
+@pytest.mark.slow
 def test_train_mode_gives_no_statistics_of_a_dropped_branch_and_has_gradients():
     params, x = built(ResNet())
     fn = partial(ResNet(train=True).apply, mutable=["batch_stats"])

@@ -33,7 +33,9 @@ def halves(groups, params, fn):
     return plan(groups, params, sparsity=0.5)
 
 
-@pytest.mark.parametrize("case", [resnet(train=False), stack()], ids=["resnet", "stack"])
+@pytest.mark.parametrize(
+    "case", [resnet(train=False), pytest.param(stack(), marks=pytest.mark.slow)], ids=["resnet", "stack"]
+)
 def test_two_plans_as_one(case):
     first = halves(channel_groups(case.fn)(case.params, *case.args), case.params, case.fn)
     small = first.take(case.params)
@@ -97,6 +99,7 @@ def test_rounds_with_fine_tuning_keep_the_optimizer():
     assert after < 0.3 * seen[1][0]
 
 
+@pytest.mark.slow
 def test_train_mode_between_rounds_moves_batch_statistics():
     case = resnet(train=False)
     tx = optax.sgd(1e-2, momentum=0.9)
@@ -135,6 +138,7 @@ def test_no_round_and_no_sparsity():
         fraction_per_round(1.0, 2)
 
 
+@pytest.mark.slow
 def test_a_budget_of_measured_seconds():
     params, x = plain({"w1": (64, 2048), "w2": (2048, 1024), "w3": (1024, 8)}), normal(256, 64)
     groups = channel_groups(net)(params, x)
