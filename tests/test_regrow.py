@@ -214,7 +214,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", quick(OPTIMIZERS, "adamw", "muon"))
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, "muon"))
 def test_rigl_trains_and_regrown_weights_start_afresh(name) -> None:
     _train(OPTIMIZERS[name], rigl(), KEPT[name])
 

@@ -17,6 +17,7 @@ from jaxcomp.numerics.points import points_of
 from jaxcomp.schedules import constant, polynomial
 from jaxcomp.specs import Channels
 from tests.figures import TIES, W, digits, mask, normal
+from tests.marks import quick
 
 X = normal(200)
 CONV = normal(2, 2, 8, 3, seed=1)
@@ -196,7 +197,7 @@ CLUSTERED = {
 }
 
 
-@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("name", quick(CLUSTERED, "one table"))
 def test_codes_and_aggregated_gradients(name) -> None:
     w, g, k, per, codes, gradients = CLUSTERED[name]
     t = jc.share(k, init=inits.linear, per=per, iterations=0)
@@ -215,6 +216,7 @@ def test_codes_and_aggregated_gradients(name) -> None:
         np.testing.assert_allclose(got.T.reshape(np.shape(want)), want, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_preserved_zeros() -> None:
     """cluster_weights(W where |w| >= 0.6 else 0, 6 clusters, LINEAR, preserve_sparsity=True).
 

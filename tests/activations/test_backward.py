@@ -71,6 +71,7 @@ def test_gradients_are_near_those_that_are_not_rounded(name, stochastic):
     assert max(errors) > 1e-3  # it does round; a weight that enters no product keeps its exact gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(["dot", "conv"], "dot"))
 def test_the_expectation_is_the_gradient(name):
     """Over n keys the mean errs by sigma / sqrt(n); rounding to nearest errs by far more, so this test can fail."""

@@ -21,6 +21,7 @@ def described_in(path) -> dict:
         return json.loads(f.metadata()["jaxcomp"])
 
 
+@pytest.mark.slow
 def test_the_one_table_of_a_tree_is_in_the_file_once(tmp_path) -> None:
     params = {name: jax.random.normal(jax.random.key(i), (20, 30)) for i, name in enumerate("uvw")}
     t = jc.share(16, per=jc.Global())

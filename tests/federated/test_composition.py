@@ -129,7 +129,11 @@ def test_combine_refuses_what_does_not_belong_together() -> None:
         fed.combine([{"w": jnp.ones(3, jnp.int32)}] * 2)
 
 
-@pytest.mark.parametrize("t", [fed.randomk(0.5), fed.rotate(fed.uniform(4, limit=9.0))], ids=["randomk", "rotated"])
+@pytest.mark.parametrize(
+    "t",
+    [fed.randomk(0.5), pytest.param(fed.rotate(fed.uniform(4, limit=9.0)), marks=pytest.mark.slow)],
+    ids=["randomk", "rotated"],
+)
 def test_messages_of_different_rounds_are_not_averaged(t) -> None:
     sent = [t.encode((), update_of(0), key=KEY, shared=jax.random.key(i))[0] for i in range(2)]
     with pytest.raises(

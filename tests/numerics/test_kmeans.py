@@ -107,7 +107,8 @@ def test_outliers_get_entries_of_their_own() -> None:
     assert inertia(x, table) <= inertia(x, best) * 1.001
 
 
-@pytest.mark.parametrize("masked", quick([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 def test_the_histogram_is_as_good_as_the_sort(masked, monkeypatch) -> None:
     x = jnp.concatenate([jax.random.normal(jax.random.key(0), (70_000,)), jnp.array([1e4, 1.0, 1.0])])
     counted = jnp.arange(x.size) % 3 > 0 if masked else None

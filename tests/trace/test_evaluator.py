@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, claims_of, evaluate, rewrite
 from jaxcomp.trace.program import trace
+from tests.marks import quick
 from tests.trace.models import CASES, NOT_REVERSIBLE, normal
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
@@ -42,7 +43,10 @@ def test_identity_is_bitwise_without_jit(case):
     chex.assert_trees_all_equal(rewrite(fn, nothing)(params, x), fn(params, x))
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_REVERSIBLE))
+GRADIENTS = ("linen_scan_remat", "custom_gradient", "branching", "rematerialized", "recurrent", "matmul")
+
+
+@pytest.mark.parametrize("name", quick(sorted(CASES.keys() - NOT_REVERSIBLE), *GRADIENTS))
 def test_gradients_are_the_same(name):
     fn, params, x = CASES[name]()
 

@@ -143,6 +143,7 @@ def test_the_file_of_eight_bits_runs_on_integers(finished) -> None:
     assert row.file_bytes < 0.3 * rows[0].file_bytes
 
 
+@pytest.mark.slow
 def test_the_file_of_learned_grids_runs_on_integers(finished, tmp_path) -> None:
     out, rows = finished
     shutil.copytree(out, tmp_path / "run")  # the baseline is finished

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxcomp.paths import leaves_with_paths
 from jaxcomp.structure import channel_groups, plan, shrink
+from tests.marks import quick
 from train import data, models, models_nnx
 from train.models import MLP, BasicBlock, ConvNet, ResNet18, ViT, build, narrowed, resnet18_widths
 
@@ -18,8 +19,7 @@ SMALL = {
     "mlp": MLP(widths=(16, 12)),
     "vit": ViT(patch=4, dim=16, depth=2, heads=2, mlp_dim=24),
 }
-EACH = [pytest.param("resnet18", marks=pytest.mark.slow), "convnet", "mlp", "vit"]
-"""For tests that compile much: ResNet-18 alone would take as long as the others together."""
+EACH = ["resnet18", "convnet", "mlp", "vit"]
 
 SHRUNKEN = (5, ((3, 5), (4, 5), (2, 7), (6, 7), (3, 9), (8, 9), (1, 6), (5, 6)))
 
@@ -197,7 +197,7 @@ def test_parameters_statistics_and_logits_are_float32(name, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated))} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", quick(EACH, "convnet"))
 def test_bfloat16_really_computes_in_bfloat16_and_stays_near(name):
     model, x = SMALL[name], images()
     variables = randomized(model, x)
@@ -207,7 +207,7 @@ def test_bfloat16_really_computes_in_bfloat16_and_stays_near(name):
     assert 1e-4 < error < 0.1
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", quick(EACH, "mlp", "vit"))
 def test_gradients_reach_every_parameter_under_strict_promotion(name):
     model, x = SMALL[name], images()
     variables = randomized(model, x)
