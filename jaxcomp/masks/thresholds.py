@@ -7,7 +7,7 @@ only sums and so works on sharded arrays without gathering them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,8 +20,7 @@ _CHUNK = 1 << 14
 _SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
 MAX_COUNT = 2**31 - 1
 
-Kth = tuple[jax.Array, jax.Array]
-"""The count-th smallest key, and which of the keys equal to it that is, from 1."""
+Pair = tuple[jax.Array, jax.Array]
 
 
 def order_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -62,11 +61,8 @@ def smallest(
         kth, wanted = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
     out = []
     for k, e in zip(keys, eligible, strict=True):
-        ties = _ties_by_block(k.reshape(-1), None if e is None else e.reshape(-1), kth)
-        here = _sum(ties)
-        take = jnp.minimum(here, wanted)
+        take, end = _last_tie(k, e, kth, wanted)
         wanted = wanted - take
-        end = jnp.where(take == here, jnp.uint32(k.size), _end_of_ties(k, e, kth, take, ties))
         chosen = (k < kth) | ((k == kth) & _up_to(end, k.shape))
         out.append(_among(chosen, e) & (count > 0))
     return out
@@ -114,8 +110,8 @@ def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, dtype=jnp.uint32)
 
 
-def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Kth:
-    """From a histogram of the high half-words and one of the low ones."""
+def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Pair:
+    """The count-th smallest key, and its rank from 1 among its equals, from a histogram of each half-word."""
     high, left = jnp.uint32(0), jnp.maximum(count, 1)
     for low_pass in (False, True):
         hist = jnp.zeros(1 << 16, jnp.uint32)
@@ -153,8 +149,8 @@ def _counted(hist: jax.Array, keys: jax.Array, eligible: jax.Array | None, high:
     return hist if rest == keys.size else add(hist, keys[rest:], None if eligible is None else eligible[rest:])
 
 
-def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Kth:
-    """The largest t with fewer than count keys below it, bit by bit from the highest."""
+def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Pair:
+    """The same: the largest t with fewer than count keys below it, bit by bit from the highest."""
 
     def below(t: jax.Array) -> jax.Array:
         return sum((_sum(_among(k < t, e)) for k, e in zip(keys, eligible, strict=True)), jnp.uint32(0))
@@ -167,48 +163,64 @@ def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], c
     return kth, jnp.maximum(count, 1) - below(kth)
 
 
-def _ties_by_block(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
-    """How many keys of each ``_BLOCK`` are the kth; the last block may be shorter.
-
-    On CPU chunk by chunk, as XLA writes out there what it sums.
-    """
+def _last_tie(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """How many keys equal to the kth are marked, all or those wanted, and the C-order index after the last of them."""
+    of = (keys, eligible, kth, wanted)
     if keys.size < _SMALL:
-        return _block_sums(keys, eligible, kth)
-    return jax.lax.platform_dependent(keys, eligible, kth, cpu=_block_sums_by_chunk, default=_block_sums)
+        return _last_tie_by_scan(*of)
+    return jax.lax.platform_dependent(*of, cpu=_last_tie_by_chunk, default=_last_tie_by_scan)
 
 
-def _block_sums(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
+def _last_tie_by_scan(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """Where not all ties are marked, and only there, they are laid in a row, which gathers those of sharded arrays."""
     ties = _among(keys == kth, eligible)
-    whole = keys.size // _BLOCK * _BLOCK
-    sums = jnp.sum(ties[:whole].reshape(-1, _BLOCK), axis=1, dtype=jnp.uint32)
-    return sums if whole == keys.size else jnp.append(sums, _sum(ties[whole:]))
+    here = _sum(ties)
+    take = jnp.minimum(here, wanted)
+
+    def scan() -> jax.Array:
+        flat = ties.reshape(-1)
+        return _end_of(partial(jax.lax.dynamic_slice_in_dim, flat), _block_sums(flat), keys.size, take)
+
+    return take, jax.lax.cond(take == here, lambda: jnp.uint32(keys.size), scan)
 
 
-def _block_sums_by_chunk(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array) -> jax.Array:
-    def sums_of(i: jax.Array) -> jax.Array:
-        chunk = partial(jax.lax.dynamic_slice_in_dim, start_index=i * _CHUNK, slice_size=_CHUNK)
-        return _block_sums(chunk(keys), None if eligible is None else chunk(eligible), kth)
+def _last_tie_by_chunk(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """Without an array of all ties, which XLA would write out to sum it."""
+    flat, among = keys.reshape(-1), None if eligible is None else eligible.reshape(-1)
+
+    def ties(start: jax.Array, size: int) -> jax.Array:
+        here = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        return _among(here(flat) == kth, None if among is None else here(among))
 
     chunks = keys.size // _CHUNK
-    sums, whole = jax.lax.map(sums_of, jnp.arange(chunks)).reshape(-1), chunks * _CHUNK
-    if whole == keys.size:
-        return sums
-    return jnp.append(sums, _block_sums(keys[whole:], None if eligible is None else eligible[whole:], kth))
+    rest = keys.size - chunks * _CHUNK
+    sums = jax.lax.map(lambda i: _block_sums(ties(i * _CHUNK, _CHUNK)), jnp.arange(chunks)).reshape(-1)
+    if rest:
+        sums = jnp.append(sums, _block_sums(ties(jnp.int32(chunks * _CHUNK), rest)))
+    here = _sum(sums)
+    take = jnp.minimum(here, wanted)
+    return take, jnp.where(take == here, jnp.uint32(keys.size), _end_of(ties, sums, keys.size, take))
 
 
-def _end_of_ties(
-    keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, take: jax.Array, ties: jax.Array
-) -> jax.Array:
-    """The C-order index after the ``take``-th tie: by the sums of blocks, then inside the one that holds it."""
-    size = min(_BLOCK, keys.size)
-    ends = jnp.cumsum(jnp.pad(ties, (1, 0)), dtype=jnp.uint32)
+def _block_sums(marks: jax.Array) -> jax.Array:
+    """How many marks each ``_BLOCK`` of a vector has; the last block may be shorter."""
+    whole = marks.size // _BLOCK * _BLOCK
+    sums = jnp.sum(marks[:whole].reshape(-1, _BLOCK), axis=1, dtype=jnp.uint32)
+    return sums if whole == marks.size else jnp.append(sums, _sum(marks[whole:]))
+
+
+def _end_of(marks: Callable[..., jax.Array], sums: jax.Array, size: int, take: jax.Array) -> jax.Array:
+    """The index after the ``take``-th mark: by the sums of blocks, then inside the one that holds it.
+
+    ``marks(start, length)`` gives a part of them.
+    """
+    length = min(_BLOCK, size)
+    ends = jnp.cumsum(jnp.pad(sums, (1, 0)), dtype=jnp.uint32)
     block = jnp.maximum(_sum(ends < take).astype(jnp.int32) - 1, 0)
-    start = jnp.minimum(block * _BLOCK, keys.size - size)
-    index = start + jnp.arange(size, dtype=jnp.int32)
-    row = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-    marks = _among(row(keys.reshape(-1)) == kth, None if eligible is None else row(eligible.reshape(-1)))
-    marks = marks & (index >= block * _BLOCK)
-    inside = _sum(jnp.cumsum(marks, dtype=jnp.uint32) < take - ends[block])
+    start = jnp.minimum(block * _BLOCK, size - length)
+    index = start + jnp.arange(length, dtype=jnp.int32)
+    row = marks(start, length) & (index >= block * _BLOCK)
+    inside = _sum(jnp.cumsum(row, dtype=jnp.uint32) < take - ends[block])
     return jnp.where(take == 0, jnp.uint32(0), start.astype(jnp.uint32) + inside + 1)
 
 

@@ -56,6 +56,17 @@ def test_large_arrays_take_the_other_way(few, some) -> None:
     assert (np.concatenate(got(np.split(x, ends), np.split(eligible, ends))) == want).all()
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 20_000, 10**9])
+def test_the_last_tie_is_found_either_way(wanted) -> None:
+    rng = np.random.default_rng(0)
+    keys, eligible = rng.integers(0, 4, (3, 17_001)).astype(np.uint32), rng.random((3, 17_001)) < 0.7
+    ties = np.flatnonzero((keys == 2) & eligible)
+    want = (min(wanted, ties.size), keys.size if wanted > ties.size else 0 if wanted == 0 else ties[wanted - 1] + 1)
+    for way in (thresholds._last_tie_by_scan, thresholds._last_tie_by_chunk):
+        found = way(jnp.asarray(keys), jnp.asarray(eligible), jnp.uint32(2), jnp.uint32(wanted))
+        assert tuple(map(int, found)) == want
+
+
 def test_keys_order_like_numbers() -> None:
     x = np.array([-np.inf, -3.4e38, -1.0, -1e-38, -0.0, 0.0, 1e-38, 1.0, 3.4e38, np.inf, np.nan], np.float32)
     keys = np.asarray(order_keys(jnp.asarray(x))).astype(np.int64)
