@@ -65,6 +65,9 @@ def picture(rows: list[Row], title: str) -> bytes:
     """A PNG of test accuracy against bytes of the file, bytes on a logarithmic axis."""
     axes = accuracy_axes(title, "bytes of the saved file", (8, 5))
     for i, row in enumerate(rows):
-        axes.scatter(row.file_bytes, 100 * row.test_accuracy, s=60, color=f"C{i}", label=row.method, zorder=3)
+        marker = "os^"[i // 10 % 3]  # colours repeat after ten
+        axes.scatter(
+            row.file_bytes, 100 * row.test_accuracy, s=60, color=f"C{i % 10}", marker=marker, label=row.method, zorder=3
+        )
     axes.axhline(100 * rows[0].test_accuracy, color="0.7", linewidth=1, zorder=1)
     return png_of(axes)
