@@ -12,7 +12,7 @@ from jaxcomp.leaves import Masked, is_compressed
 from jaxcomp.masks.nm import n_m_mask
 from jaxcomp.masks.scores import Score, as_score, magnitude
 from jaxcomp.masks.select import groups_of, select, spread, tied
-from jaxcomp.masks.structures import alive_units, checked_axis, full_mask, over_units, unit_scores
+from jaxcomp.masks.structures import alive_units, checked_axis, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.slots import Slot, broadcasts, check_finite, rewrite, slots
@@ -233,8 +233,7 @@ def _alive(structure: Structure, slot: Slot) -> jax.Array | None:
     if slot.mask is None:
         return None
     within = _within(structure, slot.path)
-    shape = slot.array.shape
-    return full_mask(slot.mask, shape) if isinstance(within, NM) else alive_units(slot.mask, within, shape)
+    return slot.full_mask if isinstance(within, NM) else alive_units(slot.mask, within, slot.array.shape)
 
 
 def _normal(criterion: Score, units: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

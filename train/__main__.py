@@ -14,6 +14,7 @@ from train.experiment import RunError, run
 from train.loop import TrainingError
 from train.progress import ProgressError
 from train.report import write_report
+from train.terminal import make_console, print_error
 
 DESCRIPTION = """Train a network, compress it by every method, and print what each one costs and gains.
 
@@ -28,12 +29,6 @@ def parse(arguments: list[str]) -> Config:
     return tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=DESCRIPTION, prog="python -m train")
 
 
-def make_console() -> Console:
-    """The terminal; where there is none, wide enough for the table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def main(arguments: list[str]) -> int:
     """Runs the main job; 0 when the table is printed, 2 when an error was, 130 when stopped from the keyboard."""
     config = parse(arguments)
@@ -41,7 +36,7 @@ def main(arguments: list[str]) -> int:
     try:
         write_report(run(config, console), config, console)
     except (RunError, DataError, TrainingError, FileError, ProgressError, OSError) as e:
-        Console(stderr=True).print(f"[bold red]error:[/] {e}", highlight=False)
+        print_error(e)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from the last checkpoint.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,11 @@ def identity_of(config: Config) -> dict[str, Any]:
         return {prefix.rstrip("."): value}
 
     return flat("", config)
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """The first setting that two identities do not share, or None."""
+    return next((k for k in {**a, **b} if a.get(k) != b.get(k)), None)
 
 
 DIGITS = Config(

@@ -15,7 +15,7 @@ from rich.console import Console
 import jaxcomp as jc
 from jaxcomp.artifact.files import write_atomically
 from jaxcomp.leaves import zeros_counted
-from train.configs import Config, ModelConfig, OptimConfig, identity_of
+from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
 from train.data import Dataset, load
 from train.evaluate import accuracy
 from train.loop import Job, TrainingError, compressed_variables, first_compression, fit
@@ -99,9 +99,8 @@ def claim_folder(config: Config) -> None:
     if found is None:
         write_atomically(note, json.dumps(wanted, indent=1).encode())
         return
-    changed = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
-    if changed:
-        k = changed[0]
+    k = difference(found, wanted)
+    if k is not None:
         raise RunError(
             f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another"
             " folder with --out, or remove that one."

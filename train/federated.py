@@ -30,6 +30,7 @@ from train.federated_report import write_report
 from train.models import build
 from train.shards import client_batches, dirichlet_shards, iid_shards
 from train.step import init_variables, make_predict
+from train.terminal import make_console, print_error
 
 
 class FederationError(RuntimeError):
@@ -276,14 +277,12 @@ def message_bytes(compressor: fed.Compressor, params: Any) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs all federations; 0 when the table is printed, 2 when an error was."""
-    errors = Console(stderr=True)
     try:
         config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m train.federated")
-        console = Console()
-        console = console if console.is_terminal else Console(width=130)
+        console = make_console(130)
         write_report(run(config, console), config, console)
     except (FederationError, DataError, FileError, ValueError, OSError) as e:
-        errors.print(f"[bold red]error:[/] {e}", highlight=False)
+        print_error(e)
         return 2
     return 0
 

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from train.__main__ import make_console
+from train.configs import difference
 from train.experiment import BASELINE, Row, RunError
+from train.terminal import make_console, print_error
 
-
-@dataclass(frozen=True)
-class Runs:
-    """Finished runs of one job.
-
-    Fields:
-      seeds: of each run, ascending.
-      rows: of each run, in the order of the seeds; the same methods in each.
-    """
-
-    seeds: tuple[int, ...]
-    rows: tuple[tuple[Row, ...], ...]
+Runs = dict[int, tuple[Row, ...]]
+"""The rows of finished runs of one job by seed, ascending; the same methods in each."""
 
 
 def read(folders: tuple[Path, ...]) -> Runs:
@@ -52,14 +41,13 @@ def read(folders: tuple[Path, ...]) -> Runs:
         found[seed] = folder, settings, rows
     first, settings, rows = next(iter(found.values()))
     for folder, others, own in found.values():
-        differ = [k for k in {**settings, **others} if settings.get(k) != others.get(k)]
-        if differ:
-            k = differ[0]
+        k = difference(settings, others)
+        if k is not None:
             raise RunError(f"{str(folder)!r} has {k} = {others.get(k)}, {str(first)!r} has {settings.get(k)}.")
         if [r.name for r in own] != [r.name for r in rows]:
             names = ", ".join(r.name for r in rows)
             raise RunError(f"{str(folder)!r} has other rows than {str(first)!r}, which has {names}.")
-    return Runs(tuple(sorted(found)), tuple(found[seed][2] for seed in sorted(found)))
+    return {seed: found[seed][2] for seed in sorted(found)}
 
 
 def make_table(runs: Runs, against: str) -> Table:
@@ -68,22 +56,23 @@ def make_table(runs: Runs, against: str) -> Table:
     Raises:
       RunError: no row has that name.
     """
-    names = [row.name for row in runs.rows[0]]
+    first = next(iter(runs.values()))
+    names = [row.name for row in first]
     if against not in names:
         raise RunError(f"no row is called {against!r}; there are {', '.join(names)}.")
-    base = [rows[names.index(against)].test_accuracy for rows in runs.rows]
+    base = [rows[names.index(against)].test_accuracy for rows in runs.values()]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
-    seeds = [f"seed {seed}" for seed in runs.seeds]
+    seeds = [f"seed {seed}" for seed in runs]
     for name in (*seeds, "mean", f"against {against}, pp", "file bytes", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    float_bytes = runs.rows[0][0].file_bytes
+    float_bytes = first[0].file_bytes
     for i, name in enumerate(names):
-        reached = [rows[i].test_accuracy for rows in runs.rows]
+        reached = [rows[i].test_accuracy for rows in runs.values()]
         change = [100 * (x - y) for x, y in zip(reached, base, strict=True)]
-        size = mean(rows[i].file_bytes for rows in runs.rows)
+        size = mean(rows[i].file_bytes for rows in runs.values())
         table.add_row(
-            runs.rows[0][i].method,
+            first[i].method,
             *(f"{x:.2%}" for x in reached),
             f"{mean(reached):.2%}",
             "" if name == against else f"{mean(change):+.2f} [{min(change):+.2f}, {max(change):+.2f}]",
@@ -105,10 +94,10 @@ def main(
     """
     try:
         runs = read(folders)
-        names = [row.name for row in runs.rows[0]]
+        names = {row.name for rows in runs.values() for row in rows}
         table = make_table(runs, against or ("float" if "float" in names else BASELINE))
     except RunError as e:
-        Console(stderr=True).print(f"[bold red]error:[/] {e}", highlight=False)
+        print_error(e)
         return 2
     make_console().print(table)
     return 0

@@ -39,6 +39,7 @@ from train.experiment import devices_line
 from train.loop import TrainingError
 from train.models import build
 from train.step import forward, init_variables, make_optimizer, make_predict
+from train.terminal import print_error
 
 Name = Literal["dense", "static", "set", "rigl", "gradual"]
 
@@ -194,7 +195,7 @@ def main(arguments: list[str]) -> int:
         report = {"settings": asdict(config), "device": devices_line(), "rows": [asdict(r) for r in results]}
         write_atomically(config.out / "sparse.json", json.dumps(report, indent=1, default=str).encode())
     except (DataError, TrainingError, ValueError, OSError) as e:
-        Console(stderr=True).print(f"[bold red]error:[/] {e}", highlight=False)
+        print_error(e)
         return 2
     console.print(make_table(results, config))
     console.print(f"sparse.json is in {config.out}.")

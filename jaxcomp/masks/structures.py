@@ -44,7 +44,7 @@ def unit_scores(scores: Float[Array, "*shape"], structure: Units, *, signed: boo
 
 def alive_units(mask: Bool[Array, "*shape"], structure: Units, shape: tuple[int, ...]) -> Bool[Array, "*units"]:
     """Which units have anything left under an earlier mask, which broadcasts to ``shape``."""
-    full = full_mask(mask, shape)
+    full = jnp.broadcast_to(mask, shape)
     match structure:
         case Element():
             return full
@@ -116,11 +116,6 @@ def checked_axis(axis: int, ndim: int) -> int:
     if not -ndim <= axis < ndim:
         raise ValueError(f"has {ndim} dimensions and no axis {axis}; name axes in {-ndim}..{ndim - 1}")
     return axis % ndim
-
-
-def full_mask(mask: Bool[Array, "*units"], shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
-    """A mask that broadcasts at the array's own shape."""
-    return jax.lax.broadcast_in_dim(mask, shape, tuple(range(len(shape))))
 
 
 def _nuclear(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*units"]:
