@@ -1,4 +1,7 @@
-"""The gradient of a product on rounded codes: its two products are found by transposing it, then run on integers."""
+"""Gradients of products that a compiler could not find: of a product on codes, and on codes themselves.
+
+The two products of a gradient are found by transposing the product.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ _NOISE_BITS = 16
 
 
 class Gradients(NamedTuple):
-    """How gradients are rounded in one call: the spec, and the key where it is stochastic."""
+    """How gradients are rounded in one call: the spec, if they are, and the key where it is stochastic."""
 
-    spec: Backward
-    key: jax.Array | None
+    spec: Backward | None = None
+    key: jax.Array | None = None
 
     def key_of(self, index: int, op: Op) -> jax.Array | None:
         """The key of the site with this index; one for each step of the layer scans around it."""
@@ -54,6 +57,40 @@ def checked_key(owner: str, spec: Backward, args: tuple[Any, ...]) -> jax.Array 
     return key
 
 
+def integer_product_with_gradient(
+    op: Op, spec: Backward | None, rounded: Callable[..., tuple[jax.Array, jax.Array]]
+) -> Callable[..., jax.Array]:
+    """``product(operands, ranges, key, factors)``: on codes, with the gradient of ``op`` on the values they stand for.
+
+    Only reverse-mode differentiation goes through it. What waits for the backward pass are the codes, a byte each.
+
+    Args:
+      op: the equation.
+      spec: how the gradient is rounded, if at all.
+      rounded: gives the two values from ``(operands, ranges)``, and with them the gradient in both.
+    """
+    avals: list[Any] = [var.aval for var in op.eqn.invars]
+    dtypes = [aval.dtype for aval in avals]
+
+    @jax.custom_vjp
+    def product(operands: Any, ranges: Any, key: Any, factors: tuple[Factor, Factor]) -> jax.Array:
+        return integer_product(op, *factors)
+
+    def forward(operands: Any, ranges: Any, key: Any, factors: tuple[Factor, Factor]) -> tuple[jax.Array, Any]:
+        _, pull = jax.vjp(rounded, operands, ranges)
+        return integer_product(op, *factors), (pull, key, factors)
+
+    def backward(kept: Any, g: jax.Array) -> tuple[Any, Any, None, None]:
+        pull, key, factors = kept
+        # Or XLA makes the values while it goes forward, and all of them wait.
+        factors, g = jax.lax.optimization_barrier((factors, g))
+        a, b = (f.value().astype(dtype) for f, dtype in zip(factors, dtypes, strict=True))
+        return *pull(_both(op, spec, key, a, b, g)), None, None
+
+    product.defvjp(forward, backward)
+    return product
+
+
 def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """``product(key, a, b)``: the equation's result, whose gradients in ``a`` and ``b`` are products of rounded codes.
 
@@ -69,11 +106,18 @@ def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Any, jax.Array, j
 
     def backward(kept: Any, g: jax.Array) -> tuple[None, jax.Array, jax.Array]:
         key, a, b = kept
-        keys = [None, None] if key is None else list(_stepped(key, op, g))
-        return None, _pulled(op, 0, a, b, g, spec, keys[0]), _pulled(op, 1, b, a, g, spec, keys[1])
+        return None, *_both(op, spec, key, a, b, g)
 
     product.defvjp(forward, backward)
     return product
+
+
+def _both(
+    op: Op, spec: Backward | None, key: jax.Array | None, a: jax.Array, b: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both operands."""
+    keys = [None, None] if key is None else list(_stepped(key, op, g))
+    return _pulled(op, 0, a, b, g, spec, keys[0]), _pulled(op, 1, b, a, g, spec, keys[1])
 
 
 def _stepped(key: jax.Array, op: Op, g: jax.Array) -> jax.Array:
@@ -89,9 +133,9 @@ def _stepped(key: jax.Array, op: Op, g: jax.Array) -> jax.Array:
 
 
 def _pulled(
-    op: Op, index: int, like: jax.Array, other: jax.Array, g: jax.Array, spec: Backward, key: jax.Array | None
+    op: Op, index: int, like: jax.Array, other: jax.Array, g: jax.Array, spec: Backward | None, key: jax.Array | None
 ) -> jax.Array:
-    """The gradient of operand ``index``: the transposed product of ``g`` and the other operand, on codes."""
+    """The gradient of operand ``index``: the transposed product of ``g`` and the other operand, on codes if asked."""
 
     def transposed(factors: tuple[jax.Array, jax.Array]) -> jax.Array:
         fixed, cotangent = factors
@@ -100,6 +144,9 @@ def _pulled(
             return op.bind(*((v, fixed) if index == 0 else (fixed, v)))[0]
 
         return jax.linear_transpose(linear, jax.ShapeDtypeStruct(like.shape, like.dtype))(cotangent)[0]
+
+    if spec is None:
+        return transposed((other, g))
 
     def rounding(inner: Op) -> Claim | None:
         return None if product_of(inner.eqn) is None else Claim(partial(_product, inner, spec, key))

@@ -21,10 +21,10 @@ from jaxcomp.trace.tags import Origin
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["dtype", "reach"])
 @dataclass(frozen=True)
 class Codes:
-    """``dense == (codes - zero) * scale``, with int8 codes, or float8 ones and no zero.
+    """``dense == (codes - zero) * scale``, with codes in the range of int8, or float8 ones and no zero.
 
     Attributes:
-      codes: int8 or float8, of the dense shape.
+      codes: of the dense shape: int8 or float8, or a float type while training, so that gradients pass.
       scale: of the dense rank; each dimension divides the dense one.
       zero: integers in the scale's type and shape, or None for 0.
       dtype: the dense array's type, static.
@@ -56,10 +56,10 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
         return f"{type(inner.grid).__name__} codes are not proportional to the weight"
     shift = 128 if inner.grid.code_range[1] > 127 else 0
     codes: Any = inner.numbers()
-    codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8)
+    codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8) if inner.packed else codes - shift
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
-        nothing = jnp.zeros((), jnp.int8) if zero is None else spread(zero, codes.shape).astype(jnp.int8)
+        nothing = jnp.zeros((), codes.dtype) if zero is None else spread(zero, codes.shape).astype(codes.dtype)
         codes = jnp.where(unpacked(mask), codes, nothing)
     low, high = inner.grid.code_range
     box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
@@ -111,7 +111,7 @@ def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
 def joined(op: Op, *values: Any) -> list[Any]:
     """The result of a concatenation, in codes where all of its operands are; each keeps its own scales."""
     boxes = [v for v in values if isinstance(v, Codes)]
-    alike = len({(box.zero is None, box.dtype) for box in boxes}) == 1
+    alike = len({(box.zero is None, box.dtype, box.codes.dtype) for box in boxes}) == 1
     if len(boxes) < len(values) or not alike:
         return op.bind(*(v.dense() if isinstance(v, Codes) else v for v in values))
     axis = op.eqn.params["dimension"]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.backward import Gradients, with_rounded_gradient
+from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, rows
 from jaxcomp.activations.planning import BARRED, Planned
-from jaxcomp.activations.products import Factor, integer_product, refusal
+from jaxcomp.activations.products import Factor, refusal
 from jaxcomp.activations.quantizers import encode, fake_quantize, float8_codes
 from jaxcomp.activations.specs import Float8, Rule
 from jaxcomp.numerics.quantizers import spread
@@ -27,7 +27,7 @@ class Mode(NamedTuple):
     """How a quantized function is run: on integers or not, and how its gradients are rounded, if at all."""
 
     integer: bool
-    gradients: Gradients | None = None
+    gradients: Gradients = Gradients()
 
 
 class Side(NamedTuple):
@@ -50,7 +50,7 @@ def claim_of(
     if planned.act is None:
         return None
     product = _Product(planned, planned.act, mode, reasons.get(site.leaf or "", ""), record)
-    key = None if mode.gradients is None else mode.gradients.key_of(index, planned.op)
+    key = mode.gradients.key_of(index, planned.op)
     return Claim(product, side=Side({i: ranges[name] for i, name in planned.ranges.items()}, key))
 
 
@@ -75,7 +75,7 @@ class _Product:
     record: Record
 
     def __call__(self, side: Side, *values: Any) -> list[Any]:
-        path, op = self.planned.site.path, self.planned.op
+        path, op, spec = self.planned.site.path, self.planned.op, self.mode.gradients.spec
         why = ""
         if self.mode.integer:
             factors = [self.factor(i, value, side.ranges.get(i)) for i, value in enumerate(values)]
@@ -84,18 +84,18 @@ class _Product:
             why = missing[0] if isinstance(a, str) or isinstance(b, str) else refusal(op, a, b)
             if not why and not isinstance(a, str) and not isinstance(b, str):
                 self.record(path, *_done(a))
-                return [integer_product(op, a, b)]
+                product = integer_product_with_gradient(op, spec, self.rounded)
+                return [product(values, side.ranges, side.key, jax.lax.stop_gradient((a, b)))]
         self.record(path, "fake", why)
-        x, y = (self.rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values))
-        if self.mode.gradients is None:
-            return op.bind(x, y)
-        return [with_rounded_gradient(op, self.mode.gradients.spec)(side.key, x, y)]
+        x, y = self.rounded(values, side.ranges)
+        return op.bind(x, y) if spec is None else [with_rounded_gradient(op, spec)(side.key, x, y)]
 
     def factor(self, index: int, value: Any, given: Range | None) -> Factor | str:
         """An operand in codes, or why it has none."""
         if isinstance(value, Codes):
             zero = None if value.zero is None else value.zero.astype(jnp.int32)
-            return Factor(value.codes, value.scale, zero, value.reach)
+            floating = jnp.issubdtype(value.codes.dtype, jnp.floating) and value.reach
+            return Factor(value.codes.astype(jnp.int8) if floating else value.codes, value.scale, zero, value.reach)
         site = self.planned.site
         if index not in site.activations:
             exact = site.operands[index].exact
@@ -110,8 +110,12 @@ class _Product:
             return Factor(codes, scale, None, max(-low, high))
         return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)
 
-    def rounded(self, index: int, value: Any, given: Range | None) -> jax.Array:
-        """An operand as the float product takes it."""
+    def rounded(self, values: tuple[Any, ...], ranges: Mapping[int, Range]) -> tuple[jax.Array, jax.Array]:
+        """The operands as the float product takes them."""
+        x, y = (self._rounded(i, value, ranges.get(i)) for i, value in enumerate(values))
+        return x, y
+
+    def _rounded(self, index: int, value: Any, given: Range | None) -> jax.Array:
         if isinstance(value, Codes):
             return value.dense()
         site = self.planned.site

@@ -38,9 +38,10 @@ def quantize_function(
     """``q(params, ranges, *args)``: ``fn`` with the activations that enter its products quantized.
 
     The tree says what the weights are: compressed leaves are run as they are. The rules say what the activations are.
-    In fake mode both are rounded in float, with straight-through gradients, for training. With ``integer=True`` a
-    product of a ``Quantized`` leaf, or of two activations, runs on int8 codes with sums in int32, zero points exact,
-    and one rescale; it equals the fake mode within rounding. What cannot is run as in fake mode; ``coverage`` says so.
+    In fake mode both are rounded in float, with straight-through gradients. With ``integer=True`` a product of a
+    ``Quantized`` leaf, or of two activations, runs on int8 codes with sums in int32, zero points exact, and one
+    rescale; it equals the fake mode within rounding, and its gradient is the fake mode's, in reverse mode alone, so
+    that a tree which is not packed trains on integers. What cannot is run as in fake mode; ``coverage`` says so.
     Leaves of factors (``LowRank``, …) run as thin products in float, in both modes.
 
     Args:
@@ -48,13 +49,10 @@ def quantize_function(
       rules: ``{where: Act(...), Float8(...) or None}`` over the paths of ``sites(fn)``, the first match wins; None, or
         no match, leaves a site's activations alone (weight-only). Products of two activations (``"attn/dot_0"``)
         quantize both.
-      integer: run on integers, for inference.
-      backward: in fake mode, run the products of the gradient on rounded codes too, at the sites whose activations a
-        rule quantizes. The quantized function is then ``q(params, ranges, key, *args)``, and differentiable in reverse
-        mode alone; ``key`` is None where nothing is stochastic.
-
-    Raises:
-      ValueError: both integer and backward.
+      integer: run on integers.
+      backward: run the products of the gradient on rounded codes too, at the sites whose activations a rule quantizes.
+        The quantized function is then ``q(params, ranges, key, *args)``, and differentiable in reverse mode alone;
+        ``key`` is None where nothing is stochastic.
 
     Raises (the quantized function):
       TypeError: a rule, a range or a key of another kind.
@@ -70,12 +68,9 @@ def quantize_function(
     Source: Jacob et al. 2018, arXiv:1712.05877, sections 2.2 and 3.
     """
 
-    if integer and backward is not None:
-        raise ValueError(f"{OWNER}: integer=True is for inference and has no gradient; backward needs the fake mode.")
-
     @wraps(fn)
     def quantized(params: Any, ranges: Mapping[str, Range] | None, *args: Any, **kwargs: Any) -> Any:
-        gradients = None
+        gradients = Gradients()
         if backward is not None:
             gradients, args = Gradients(backward, checked_key(OWNER, backward, args)), args[1:]
         program = trace(fn, shapes_of(params), *args, **kwargs)
@@ -103,7 +98,7 @@ def run(
     record: Record,
 ) -> Any:
     """The quantized function's result; ``record`` learns what was done at each site."""
-    kept, thick = kept_factors(program, params, mode.gradients is not None)
+    kept, thick = kept_factors(program, params, mode.gradients.spec is not None)
     planned = thinned(planned, kept, thick, mode.integer, record)
     tree, reasons = _placed(program, params, kept, mode.integer)
     found = ((p, claim_of(p, i, ranges, mode, reasons, record)) for i, p in enumerate(planned))

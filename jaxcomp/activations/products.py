@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.numerics.quantizers import spread
+from jaxcomp.numerics.quantizers import dequantize, spread
 from jaxcomp.trace.flow import Op
 
 SMALLEST_BLOCK = 8
@@ -22,6 +23,7 @@ NARROW, WIDE = 17, 32
 """Convolutions with fewer channels than this, in and out, get features of zeros up to that many."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["reach"])
 @dataclass(frozen=True)
 class Factor:
     """One operand: ``value == (codes - zero) * scale``.
@@ -37,6 +39,10 @@ class Factor:
     scale: jax.Array
     zero: jax.Array | None
     reach: int
+
+    def value(self) -> jax.Array:
+        """The array that the codes stand for, in the scale's type."""
+        return dequantize(self.codes, self.scale, None if self.zero is None else self.zero.astype(self.scale.dtype))
 
 
 def refusal(op: Op, a: Factor, b: Factor) -> str:
@@ -207,8 +213,7 @@ def _rescaled(
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum over some axes, kept as 1; as a product with eight rows of ones, by far the fastest way on CPU."""
-    ones = jnp.ones([8, *(codes.shape[i] for i in axes)], jnp.int8)
-    numbers = (tuple(range(1, ones.ndim)), axes), ((), ())
-    total = lax.dot_general(ones, codes, numbers, preferred_element_type=jnp.int32)[0]
-    return jnp.expand_dims(total, axes)
+    """The sum over some axes, kept as 1; in float32 where that is exact, for on CPU only sums of floats are fast."""
+    n = math.prod(codes.shape[i] for i in axes)
+    exact = n * 128 <= 2**24
+    return jnp.sum(codes.astype(jnp.float32 if exact else jnp.int32), axes, keepdims=True).astype(jnp.int32)

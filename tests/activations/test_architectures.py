@@ -1,4 +1,7 @@
-"""Every kind of network: gradients through both quantizers, integers equal to fake, coverage complete or explained."""
+"""Every kind of network: gradients through both quantizers, integers equal to fake, coverage complete or explained.
+
+Integers are equal to fake in what they give and in their gradients.
+"""
 
 from __future__ import annotations
 
@@ -87,21 +90,28 @@ def test_trains_and_runs_on_integers(name, bits):
     def out(tree, integer):
         return floats(quantize_function(case.fn, RULES, integer=integer)(tree, ranges, *case.args))
 
-    def loss(params):
-        y = out(compress.apply(state, params), False)
+    def loss(params, integer):
+        y = out(compress.apply(state, params), integer)
         return jnp.sum(jnp.sin(3 * y) + y), y
 
     @functools.partial(jax.jit, compiler_options=FAST)
-    def both(params, packed):
-        (_, fake), grads = jax.value_and_grad(loss, has_aux=True, allow_int=True)(params)
-        return grads, fake, out(packed, True)
+    def all_of(params, packed):
+        gradient = jax.value_and_grad(loss, has_aux=True, allow_int=True)
+        (_, fake), grads = gradient(params, False)
+        (_, trained), real_grads = gradient(params, True)
+        return grads, real_grads, fake, trained, out(packed, True)
 
     tree = compress.apply(state, case.params)
-    grads, fake, real = both(case.params, jc.pack(tree))
+    grads, real_grads, fake, trained, real = all_of(case.params, jc.pack(tree))
     assert np.isfinite(fake).all()
     np.testing.assert_allclose(real, fake, rtol=0, atol=1e-5 * float(jnp.abs(fake).max()))
+    np.testing.assert_allclose(trained, fake, rtol=0, atol=1e-5 * float(jnp.abs(fake).max()))
 
     named = dict(leaves_with_paths(grads)[0])
+    for path, gradient in leaves_with_paths(real_grads)[0]:
+        if np.issubdtype(gradient.dtype, np.floating):
+            scale = float(np.abs(named[path]).max()) + 1e-6
+            np.testing.assert_allclose(gradient, named[path], rtol=0, atol=1e-3 * scale, err_msg=path)
     quantized = [p for p, leaf in leaves_with_paths(tree, is_leaf=is_quantized)[0] if is_quantized(leaf)]
     assert quantized
     assert all(np.isfinite(named[path]).all() for path in quantized)

@@ -209,7 +209,6 @@ def test_a_network_trains_on_digits():
     ("call", "error", "says"),
     [
         (lambda: Backward(1), ValueError, "Backward: bits must be an integer in 2..8, got 1."),
-        (lambda: quantize_function(dot, {}, integer=True, backward=Backward()), ValueError, "backward needs the fake"),
         (lambda: q_of(Backward())({"w": 1}, None), TypeError, "the key must be jax.random.key(...), got nothing."),
         (lambda: q_of(Backward())({"w": 1}, None, jnp.ones((2, 16))), TypeError, "call q(params, ranges, key, *args)"),
         (lambda: q_of(Backward(8, False))({"w": 1}, None, KEY), TypeError, "must be None, for nothing is stochastic"),

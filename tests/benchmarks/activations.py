@@ -29,12 +29,16 @@ FLOAT, CONTROL = "float", "float again (control)"
 
 
 class Case(NamedTuple):
-    """A training step: ``run(variables, ranges, key, images)``, what its weights become, which ranges it takes."""
+    """A training step: ``run(variables, ranges, key, images)``, what its weights become, which ranges it takes.
+
+    ``integer``: its weights stay leaves of codes, for products on integers.
+    """
 
     run: Callable[..., Any]
     transform: jc.Transform = jc.identity()
     calibrated: bool = False
     learned: bool = False
+    integer: bool = False
     target: str = ""
 
 
@@ -42,11 +46,11 @@ def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
     """All cases by name, and which peers are missing."""
     apply = training(model)
 
-    def ours(bits: int, act: Act, target: str = "", backward: Backward | None = None) -> Case:
-        q = quantize_activations(apply, {r".*": act}, backward=backward)
+    def ours(bits: int, act: Act, *, target: str = "", integer: bool = False, backward: Backward | None = None) -> Case:
+        q = quantize_activations(apply, {r".*": act}, integer=integer, backward=backward)
         call = q if backward else lambda variables, ranges, key, images: q(variables, ranges, images)
         learned = isinstance(act.range, LSQ | PACT)
-        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, learned, target)
+        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, learned, integer, target)
 
     def other(peer: Callable[..., Any]) -> Case:
         return Case(lambda variables, ranges, key, images: peer(variables, images))
@@ -55,7 +59,9 @@ def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
     return {
         FLOAT: other(apply),
         CONTROL: other(apply),
-        "W8A8, static ranges": ours(8, Act(8), TIME),
+        "W8A8, static ranges": ours(8, Act(8), target=TIME),
+        "W8A8, static ranges, forward on integers": ours(8, Act(8), target=TIME, integer=True),
+        "W8A8, symmetric ranges, forward on integers": ours(8, Act(8, symmetric=True), integer=True),
         "W8A8, dynamic ranges": ours(8, Act(8, symmetric=True, range=Dynamic())),
         "W4A8, learned ranges (LSQ)": ours(4, Act(8, range=LSQ())),
         "W4A8, learned ranges (PACT)": ours(4, Act(8, range=PACT())),
@@ -80,7 +86,8 @@ def make_step(case: Case) -> Callable[..., Any]:
     def loss_fn(trained: Any, state: State, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         params, learned = trained
         ranges = learned if case.learned else state.ranges
-        params = jc.materialize(case.transform.apply(case.transform.init(params), params))
+        params = case.transform.apply(case.transform.init(params), params)
+        params = params if case.integer else jc.materialize(params)
         key = jax.random.key(labels[0])
         logits, updated = case.run({"params": params, "batch_stats": state.batch_stats}, ranges, key, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated

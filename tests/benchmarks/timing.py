@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 FOREIGN_LIMIT = 0.10  # of the machine's cores, over a round
 MIN_QUIET = 5
@@ -56,7 +57,8 @@ class Report:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(title=self.title, caption="\n".join(self.notes), caption_justify="left", title_justify="left")
+        notes = Text("\n".join(self.notes))
+        table = Table(title=self.title, caption=notes, caption_justify="left", title_justify="left")
         table.add_column("case")
         table.add_column(f"ratio to {self.baseline}", justify="right")
         table.add_column("p10-p90", justify="right")

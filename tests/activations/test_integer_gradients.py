@@ -1,0 +1,236 @@
+"""Training on integers: the gradient is the fake mode's, and what waits for it are codes of a byte."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from sklearn.datasets import load_digits
+
+import jaxcomp as jc
+from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, PerGroup, quantize_function, ranges_of
+from jaxcomp.trace.calibrate import calibrate
+from jaxcomp.trace.program import trace
+from tests.marks import quick
+from tests.trace.models import normal
+
+KEY = jax.random.key(0)
+
+
+def dot(p, x):
+    return x @ p["w"]
+
+
+def conv(p, x):
+    return lax.conv_general_dilated(x, p["w"], (2, 1), [(1, 1), (2, 0)], (1, 2), (1, 1), ("NHWC", "HWIO", "NHWC"), 1)
+
+
+def grouped(p, x):
+    return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", (1, 1), (2, 2), ("NHWC", "HWIO", "NHWC"), 4)
+
+
+def attention(p, x):
+    q, k = jnp.split(x @ p["w"], 2, axis=-1)
+    return jnp.einsum("bqd,bkd->bqk", q, k)
+
+
+def tied(p, x):
+    """The table looks words up and scores them."""
+    rows = p["w"][jnp.clip(jnp.abs(x[:, 0] * 4), 0, 7).astype(jnp.int32)]
+    return (x + jnp.tanh(rows)) @ p["w"].T
+
+
+def layers(p, x):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
+CASES = {
+    "dot": (dot, normal(1, 16, 6), normal(2, 5, 16)),
+    "conv": (conv, normal(1, 3, 3, 4, 6), normal(2, 2, 6, 5, 4)),
+    "grouped conv": (grouped, normal(1, 3, 3, 2, 8), normal(2, 2, 6, 5, 8)),
+    "attention": (attention, normal(1, 8, 16), normal(2, 2, 5, 8)),
+    "tied table": (tied, normal(1, 8, 16), normal(2, 5, 16)),
+    "scanned layers": (layers, 0.3 * normal(1, 3, 16, 16), normal(2, 5, 16)),
+}
+ACTS = {
+    "static": Act(8),
+    "symmetric": Act(4, symmetric=True),
+    "groups": Act(8, symmetric=True, range=Dynamic(), per=PerGroup(8)),
+    "LSQ": Act(4, range=LSQ()),
+    "PACT": Act(4, range=PACT()),
+}
+
+
+def weights_of(bits, p, symmetric=True, prune=False):
+    quantize = jc.quantize(jc.Int(bits, symmetric=symmetric), channel_axes=(-1,), where=jc.everything)
+    t = jc.chain(jc.prune(0.5, where=jc.everything), quantize) if prune else quantize
+    state = t.init(p)
+    return lambda p: t.apply(state, p)
+
+
+def gradients(fn, act, weights, integer, x, ranges, backward=None):
+    """The result, and the gradients of a loss of it in parameters, ranges and input."""
+    q = quantize_function(fn, {".*": act}, integer=integer, backward=backward)
+    key = () if backward is None else (None,)
+
+    def loss(p, ranges, x):
+        y = q(weights(p), ranges if act.needs_range else None, *key, x)
+        return jnp.sum(jnp.sin(1.0 + jnp.arange(float(y.size)).reshape(y.shape)) * y), y
+
+    def run(p):
+        (_, y), found = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(p, ranges, x)
+        return y, found
+
+    return run
+
+
+def close(found, wanted, rtol=1e-4):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * (float(jnp.abs(b).max()) + 1e-6))
+
+
+def narrowed(fn, p, x):
+    """Ranges that clip some values."""
+    found = ranges_of(calibrate(fn)(p, x))
+    return jax.tree.map(lambda end: 0.6 * end, found)
+
+
+PAIRS = [(name, act) for name in CASES for act in ACTS if act != "groups" or name in ("dot", "attention")]
+
+
+@pytest.mark.parametrize("case", quick(PAIRS, ("conv", "static"), ("attention", "static"), ("dot", "LSQ")))
+def test_gradients_equal_those_of_the_fake_mode(case):
+    name, kind = case
+    fn, w, x = CASES[name]
+    p, act = {"w": w}, ACTS[kind]
+    ranges, weights = narrowed(fn, p, x), weights_of(4, p)
+    real, fake = (jax.jit(gradients(fn, act, weights, integer, x, ranges))(p) for integer in (True, False))
+    close(real, fake)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(real[1][0]))
+    learns = kind in ("LSQ", "PACT")
+    assert any(np.any(g != 0) for g in jax.tree.leaves([r.high for r in real[1][1].values()])) == learns
+
+
+@pytest.mark.parametrize(("symmetric", "prune"), [(False, False), (True, True)])
+def test_asymmetric_and_masked_weights_learn_too(symmetric, prune):
+    fn, w, x = CASES["dot"]
+    p = {"w": w}
+    ranges, weights = narrowed(fn, p, x), weights_of(8, p, symmetric, prune)
+    real, fake = (gradients(fn, ACTS["static"], weights, integer, x, ranges)(p) for integer in (True, False))
+    close(real, fake)
+    still = np.asarray(real[1][0]["w"] == 0)
+    assert still.sum() == (w.size // 2 if prune else 0)
+
+
+def test_scales_of_packed_codes_learn():
+    fn, w, x = CASES["dot"]
+    packed = jc.pack(weights_of(4, {"w": w})({"w": w}))
+    ranges = narrowed(fn, {"w": w}, x)
+
+    def loss(tree, integer):
+        return jnp.sum(jnp.sin(quantize_function(fn, {".*": Act(8)}, integer=integer)(tree, ranges, x)))
+
+    real, fake = (jax.grad(loss, allow_int=True)(packed, integer)["w"].scale for integer in (True, False))
+    assert np.any(fake != 0)
+    close(real, fake)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA on CPU drops the barrier")
+def test_what_waits_for_the_gradient_are_codes():
+    p, x = {f"w{i}": 0.1 * normal(i, 64, 64) for i in range(8)}, normal(9, 2048, 64)
+
+    def fn(p, x):
+        for i in range(8):
+            x = jnp.tanh(x @ p[f"w{i}"]) + 0.5
+        return x
+
+    ranges, weights = narrowed(fn, p, x), weights_of(8, p)
+    runs = (jax.jit(gradients(fn, Act(8), weights, integer, x, ranges)) for integer in (True, False))
+    codes, values = (run.lower(p).compile().memory_analysis().temp_size_in_bytes for run in runs)
+    assert codes < values - 7 * (4 - 1) * x.size + x.size * 4
+
+
+def test_both_directions_run_on_integers():
+    fn, w, x = CASES["dot"]
+    p = {"w": w}
+    ranges, weights = narrowed(fn, p, x), weights_of(8, p)
+    run = gradients(fn, Act(8), weights, True, x, ranges, Backward(8, stochastic=False))
+    ops = trace(run, p).flow.ops
+    dots = [op.eqn for op in ops if op.name == "dot_general"]
+    kinds = {(str(eqn.invars[0].aval.dtype), str(eqn.outvars[0].aval.dtype)) for eqn in dots}
+    assert kinds == {("int8", "int32")}
+    y, found = run(p)
+    fake_y, exact = gradients(fn, Act(8), weights, False, x, ranges)(p)
+    close(y, fake_y)
+    for a, b in zip(jax.tree.leaves((found[0], found[2])), jax.tree.leaves((exact[0], exact[2])), strict=True):
+        error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+        assert 1e-3 < error < 0.03
+
+
+def test_forward_mode_is_refused():
+    fn, w, x = CASES["dot"]
+    tree = jc.pack(weights_of(8, {"w": w})({"w": w}))
+    q = quantize_function(fn, {".*": Act(8, symmetric=True, range=Dynamic())}, integer=True)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: q(tree, None, x), (x,), (x,))
+
+
+def test_composes_with_vmap_and_remat():
+    fn, w, x = CASES["dot"]
+    p = {"w": w}
+    ranges, weights = narrowed(fn, p, x), weights_of(8, p)
+    q = quantize_function(jax.checkpoint(fn), {".*": Act(8)}, integer=True)
+
+    def loss(p, row):
+        return jnp.sum(jnp.sin(q(weights(p), ranges, row[None])))
+
+    each = jax.vmap(jax.grad(loss), (None, 0))(p, x)
+    one = [jax.grad(loss)(p, row) for row in x]
+    close(each, jax.tree.map(lambda *g: jnp.stack(g), *one))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), strides=2)(x))
+        return nn.Dense(10)(nn.relu(nn.Dense(32)(x.reshape(len(x), -1))))
+
+
+def test_a_network_learns_on_integers():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        digits = load_digits()
+        images = jnp.asarray(digits.images[..., None] / 16, jnp.float32)
+        labels = jnp.asarray(digits.target)
+        model, optimizer = Net(), optax.adam(1e-2)
+        params = model.init(KEY, images[:1])
+        compress = jc.quantize(jc.Int(4))
+        state = compress.init(params)
+        observe = jax.jit(calibrate(model.apply))
+        q = quantize_function(model.apply, {".*": Act(8)}, integer=True)
+
+        @jax.jit
+        def epoch(params, opt_state, ranges, key):
+            def loss(params, batch):
+                logits = q(compress.apply(state, params), ranges, images[batch])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+
+            def step(carry, batch):
+                params, opt_state = carry
+                updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state)
+                return (optax.apply_updates(params, updates), opt_state), None
+
+            order = jax.random.permutation(key, 1400)[:1376].reshape(-1, 32)
+            return lax.scan(step, (params, opt_state), order)[0]
+
+        opt_state = optimizer.init(params)
+        for i in range(5):
+            ranges = ranges_of(observe(params, images[:64]))
+            params, opt_state = epoch(params, opt_state, ranges, jax.random.key(i))
+        packed = jc.pack(compress.apply(state, params))
+        right = jnp.argmax(jax.jit(q)(packed, ranges, images[1400:]), -1) == labels[1400:]
+    assert right.mean() > 0.85
