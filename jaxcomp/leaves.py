@@ -54,13 +54,17 @@ class Packed:
 
     def unpack(self) -> jax.Array:
         """The integers as int8 or uint8, or the booleans."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        stream = unpack_bits(self.data, self.bits, count).reshape(self.shape)
         if self.bits == 1:
-            return stream.astype(bool)
-        if self.low >= 0:
-            return stream + jnp.uint8(self.low)
-        return (stream.astype(jnp.int16) + self.low).astype(jnp.int8)
+            return self._stream(jnp.uint8).astype(bool)
+        return self.wide().astype(jnp.int8 if self.low < 0 else jnp.uint8)
+
+    def wide(self) -> jax.Array:
+        """The integers as int32, for arithmetic: each narrower type on the way to a float is one more conversion."""
+        return self._stream(jnp.int32) + self.low
+
+    def _stream(self, dtype: Any) -> jax.Array:
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
 
 
 def unpacked(x: Any) -> Any:
@@ -184,7 +188,7 @@ class Quantized(CompressedLeaf):
 
     def numbers(self) -> jax.Array:
         """The numbers, in whatever type holds them: ``dense == expand((numbers - zero_point) * scale)``."""
-        codes = unpacked(self.codes)
+        codes = self.codes.wide() if isinstance(self.codes, Packed) else self.codes
         return loaded_codes(codes, self.grid, dense(self.scale).dtype) if self.packed else codes
 
     def materialize(self) -> jax.Array:

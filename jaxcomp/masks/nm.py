@@ -41,7 +41,8 @@ def n_m_mask(
         keys = jnp.pad(keys, [(0, -size % m if i == axis else 0) for i in range(keys.ndim)])
     shape = keys.shape
     groups = keys.reshape(*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
-    by = _by_ranks if m > _PAIRS else _by_entries if axis == keys.ndim - 1 else _by_groups
+    last = _by_shifts if jax.default_backend() == "cpu" and keys.size > 2 * m else _by_entries
+    by = _by_ranks if m > _PAIRS else last if axis == keys.ndim - 1 else _by_groups
     kept = by(groups, axis + 1, n).reshape(shape)
     if size % m:
         kept = jax.lax.slice_in_dim(kept, 0, size, axis=axis)
@@ -84,11 +85,36 @@ def _by_groups(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
         for j in range(i + 1, m):
             later = (entry[j] >= entry[i]).astype(jnp.uint8)
             beaten[i], beaten[j] = beaten[i] + later, beaten[j] + (1 - later)
-    dtype = jnp.uint8 if m <= 8 else jnp.uint16
-    parts = [(b < n).astype(dtype) << np.asarray(i, dtype) for i, b in enumerate(beaten)]
-    verdicts = jnp.stack([reduce(jnp.bitwise_or, parts), jnp.zeros(entry[0].shape, dtype)])
-    verdicts = jax.lax.reduce(verdicts, np.zeros((), dtype), jax.lax.bitwise_or, (0,))
-    return (jnp.expand_dims(verdicts, axis) >> _along(m, groups.ndim, axis).astype(dtype)) & 1 != 0
+    verdicts = _bits([b < n for b in beaten])
+    return (jnp.expand_dims(verdicts, axis) >> _along(m, groups.ndim, axis).astype(verdicts.dtype)) & 1 != 0
+
+
+def _bits(each: list[Array]) -> Array:
+    """Arrays of bool as the bits of one number, from the lowest on, which XLA does not compute anew for each reader."""
+    dtype = jnp.uint8 if len(each) <= 8 else jnp.uint16
+    number = reduce(jnp.bitwise_or, (bit.astype(dtype) << np.asarray(i, dtype) for i, bit in enumerate(each)))
+    both = jnp.stack([number, jnp.zeros_like(number)])
+    return jax.lax.reduce(both, np.zeros((), dtype), jax.lax.bitwise_or, (0,))
+
+
+def _by_shifts(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
+    """The same along the last axis, on CPU: the array against itself, shifted by 1, 2, ... entries.
+
+    What is read in a row fills a vector, and of two entries it is asked once which is higher: the answers are the bits
+    of a number, which both entries read. The first and the last group, where a shift leaves the array, are apart.
+    """
+    flat, m = groups.reshape(-1), groups.shape[axis]
+    end = flat.size - m
+    shifts = range(1, m)
+    lost = _bits([flat[d : d + end] >= flat[:end] for d in shifts])  # to the neighbour d entries on, at bit d - 1
+    place = jax.lax.iota(jnp.uint32, end - m) % m
+    beaten = jnp.zeros(end - m, jnp.uint8)
+    for d in shifts:
+        later, before = (lost[first : first + end - m] >> (d - 1) & 1 for first in (m, m - d))
+        beaten = beaten + jnp.where(place < m - d, later, 0).astype(jnp.uint8)
+        beaten = beaten + jnp.where(place >= d, 1 - before, 0).astype(jnp.uint8)
+    first, last = (_by_entries(part[None], 1, n)[0] for part in (flat[:m], flat[end:]))
+    return jnp.concatenate([first, beaten < n, last]).reshape(groups.shape)
 
 
 def _by_entries(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Integer, UInt8
 
 _PERIOD = 8  # codes after which the stream is at a byte boundary whatever their width
@@ -38,8 +41,10 @@ def pack_bits(codes: Integer[Array, "*shape"], bits: int) -> UInt8[Array, " byte
     return out.reshape(-1)[: packed_size(count, bits)]
 
 
-def unpack_bits(data: UInt8[Array, " bytes"], bits: int, count: int) -> UInt8[Array, " count"]:
-    """The inverse of :func:`pack_bits`: the first ``count`` codes of the stream.
+def unpack_bits(
+    data: UInt8[Array, " bytes"], bits: int, count: int, dtype: Any = jnp.uint8
+) -> Integer[Array, " count"]:
+    """The inverse of :func:`pack_bits`: the first ``count`` codes of the stream, in the given type.
 
     >>> unpack_bits(pack_bits(jnp.array([1, 2, 5, 7]), 3), 3, 4)
     Array([1, 2, 5, 7], dtype=uint8)
@@ -49,12 +54,12 @@ def unpack_bits(data: UInt8[Array, " bytes"], bits: int, count: int) -> UInt8[Ar
     """
     if data.size != packed_size(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, got {data.size}.")
+    data = data.astype(dtype)
     if bits == 8:
         return data
-    low_bits = jnp.uint8(2**bits - 1)
     if 8 % bits == 0:
-        shifts = jnp.arange(8 // bits, dtype=jnp.uint8) * jnp.uint8(bits)
-        return ((data[:, None] >> shifts[None, :]) & low_bits).reshape(-1)[:count]
+        shifts = jnp.arange(8 // bits, dtype=dtype) * np.asarray(bits, dtype)
+        return ((data[:, None] >> shifts[None, :]) & np.asarray(2**bits - 1, dtype)).reshape(-1)[:count]
     rows = _pad_to(data, bits).reshape(-1, bits)
     codes = jnp.stack([_code_of(rows, j, bits) for j in range(_PERIOD)], axis=1)
     return codes.reshape(-1)[:count]
@@ -96,4 +101,4 @@ def _code_of(rows: jax.Array, j: int, bits: int) -> jax.Array:
     out = rows[:, first] >> shift
     if shift + bits > 8:
         out = out | (rows[:, first + 1] << (8 - shift))
-    return out & jnp.uint8(2**bits - 1)
+    return out & np.asarray(2**bits - 1, out.dtype)
