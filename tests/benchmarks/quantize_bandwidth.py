@@ -69,7 +69,7 @@ def compare(name: str, grid: jc.Int, weights: jax.Array, rounds: int) -> Report:
         timings.row(f"{COPY}, again (control)", COPY),
         speed("quantize and pack", COPY, 2 * wide, TARGET),
         speed("quantize and pack", "XLA, quantize's traffic", moved),
-        speed("unpack and dequantize", COPY, 2 * wide, TARGET),
+        speed("unpack and dequantize", COPY, 2 * wide),
         speed("unpack and dequantize", "XLA, dequantize's traffic", moved, TARGET),
         *_facts(grid, weights, packed),
     ]
@@ -94,5 +94,5 @@ def _facts(grid: jc.Int, weights: jax.Array, packed: Any) -> list[Row]:
 def run() -> Iterator[Report]:
     """The reports."""
     weights = jax.random.normal(jax.random.key(0), (ROWS, COLUMNS))
-    yield compare("int8, a scale a channel", jc.Int(8), weights, rounds=15)
-    yield compare("int4, groups of 128, packed", jc.Int(4, group=128), weights, rounds=15)
+    yield compare("int8, a scale a channel", jc.Int(8), weights, rounds=31)
+    yield compare("int4, groups of 128, packed", jc.Int(4, group=128), weights, rounds=31)
