@@ -201,6 +201,7 @@ class Net(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(32)(x.reshape(len(x), -1))))
 
 
+@pytest.mark.slow
 def test_a_network_learns_on_integers():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         digits = load_digits()

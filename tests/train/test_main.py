@@ -134,8 +134,10 @@ def test_the_file_of_eight_bits_runs_on_integers(finished) -> None:
     predict = make_predict(network, data)
     assert accuracy(predict, saved["params"], saved["batch_stats"], data.test) == row.test_accuracy
     shapes = jax.ShapeDtypeStruct((4, *data.test.images.shape[1:]), np.uint8)
-    program = str(jax.make_jaxpr(predict)(saved["params"], saved["batch_stats"], shapes))
-    assert program.count("preferred_element_type=int32") == 3
+    program = jax.jit(predict).lower(saved["params"], saved["batch_stats"], shapes).as_text()
+    dots = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(dots) == 3
+    assert all(re.search(r"tensor<\S+xi8>, tensor<\S+xi8>\) -> tensor<\S+xi32>", line) for line in dots)
     assert "judged on int8 products with int32 sums" in row.note
     fake = float(row.note.split()[-1].rstrip("%")) / 100
     assert abs(fake - row.test_accuracy) <= 2 / len(data.test)
