@@ -1,4 +1,4 @@
-"""Gradients of products that a compiler could not find: of a product on codes, and on codes themselves.
+"""Gradients of products on codes, and gradients that are themselves products on rounded codes.
 
 The two products of a gradient are found by transposing the product.
 """

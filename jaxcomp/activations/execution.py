@@ -94,8 +94,8 @@ class _Product:
         """An operand in codes, or why it has none."""
         if isinstance(value, Codes):
             zero = None if value.zero is None else value.zero.astype(jnp.int32)
-            floating = jnp.issubdtype(value.codes.dtype, jnp.floating) and value.reach
-            return Factor(value.codes.astype(jnp.int8) if floating else value.codes, value.scale, zero, value.reach)
+            codes = value.codes.astype(jnp.int8) if value.reach else value.codes
+            return Factor(codes, value.scale, zero, value.reach)
         site = self.planned.site
         if index not in site.activations:
             exact = site.operands[index].exact

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import lax
-from sklearn.datasets import load_digits
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, Backward, Dynamic, quantize_function
 from jaxcomp.trace.program import trace
+from tests.activations.digits import Net, learned
 from tests.marks import quick
 from tests.trace.models import normal
 
@@ -166,42 +164,13 @@ def test_bfloat16_keeps_its_type():
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("bfloat16")}
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(8, (3, 3), strides=2)(x)).reshape(x.shape[0], -1)
-        return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
-
-
 @pytest.mark.slow
 def test_a_network_trains_on_digits():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        images, labels = load_digits(return_X_y=True)
-        images, labels = jnp.asarray(images.reshape(-1, 8, 8, 1) / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
-        params = Net().init(jax.random.key(1), images[:1])
         compress = jc.quantize(jc.Int(8))
         q = quantize_function(Net().apply, {".*": ACT}, backward=Backward())
-        optimizer = optax.adam(3e-3)
-
-        def loss(params, key, x, y):
-            logits = q(compress.apply((), params), None, key, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        @jax.jit
-        def epoch(params, opt_state, key):
-            def step(state, at):
-                params, opt_state = state
-                grads = jax.grad(loss)(params, jax.random.fold_in(key, at[0]), images[at], labels[at])
-                updates, opt_state = optimizer.update(grads, opt_state)
-                return (optax.apply_updates(params, updates), opt_state), None
-
-            order = jax.random.permutation(key, 1400)[:1376].reshape(-1, 32)
-            return lax.scan(step, (params, opt_state), order)[0]
-
-        opt_state = optimizer.init(params)
-        for i in range(5):
-            params, opt_state = epoch(params, opt_state, jax.random.key(i))
-        right = jnp.argmax(q(params, None, KEY, images[1400:]), -1) == labels[1400:]
+        params, _, images, labels = learned(lambda p, _, key, x: q(compress.apply((), p), None, key, x))
+        right = jnp.argmax(q(params, None, KEY, images), -1) == labels
     assert right.mean() > 0.85
 
 

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import lax
-from sklearn.datasets import load_digits
 
 import jaxcomp as jc
 from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, PerGroup, quantize_function, ranges_of
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
+from tests.activations.digits import Net, learned
+from tests.activations.test_backward import CASES as PRODUCTS
 from tests.marks import quick
 from tests.trace.models import normal
-
-KEY = jax.random.key(0)
-
-
-def dot(p, x):
-    return x @ p["w"]
-
-
-def conv(p, x):
-    return lax.conv_general_dilated(x, p["w"], (2, 1), [(1, 1), (2, 0)], (1, 2), (1, 1), ("NHWC", "HWIO", "NHWC"), 1)
-
-
-def grouped(p, x):
-    return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", (1, 1), (2, 2), ("NHWC", "HWIO", "NHWC"), 4)
 
 
 def attention(p, x):
@@ -49,9 +34,7 @@ def layers(p, x):
 
 
 CASES = {
-    "dot": (dot, normal(1, 16, 6), normal(2, 5, 16)),
-    "conv": (conv, normal(1, 3, 3, 4, 6), normal(2, 2, 6, 5, 4)),
-    "grouped conv": (grouped, normal(1, 3, 3, 2, 8), normal(2, 2, 6, 5, 8)),
+    **{name: PRODUCTS[name] for name in ("dot", "conv", "grouped conv")},
     "attention": (attention, normal(1, 8, 16), normal(2, 2, 5, 8)),
     "tied table": (tied, normal(1, 8, 16), normal(2, 5, 16)),
     "scanned layers": (layers, 0.3 * normal(1, 3, 16, 16), normal(2, 5, 16)),
@@ -194,44 +177,15 @@ def test_composes_with_vmap_and_remat():
     close(each, jax.tree.map(lambda *g: jnp.stack(g), *one))
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(16, (3, 3), strides=2)(x))
-        return nn.Dense(10)(nn.relu(nn.Dense(32)(x.reshape(len(x), -1))))
-
-
 @pytest.mark.slow
 def test_a_network_learns_on_integers():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        digits = load_digits()
-        images = jnp.asarray(digits.images[..., None] / 16, jnp.float32)
-        labels = jnp.asarray(digits.target)
-        model, optimizer = Net(), optax.adam(1e-2)
-        params = model.init(KEY, images[:1])
-        compress = jc.quantize(jc.Int(4))
-        state = compress.init(params)
-        observe = jax.jit(calibrate(model.apply))
-        q = quantize_function(model.apply, {".*": Act(8)}, integer=True)
-
-        @jax.jit
-        def epoch(params, opt_state, ranges, key):
-            def loss(params, batch):
-                logits = q(compress.apply(state, params), ranges, images[batch])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
-
-            def step(carry, batch):
-                params, opt_state = carry
-                updates, opt_state = optimizer.update(jax.grad(loss)(params, batch), opt_state)
-                return (optax.apply_updates(params, updates), opt_state), None
-
-            order = jax.random.permutation(key, 1400)[:1376].reshape(-1, 32)
-            return lax.scan(step, (params, opt_state), order)[0]
-
-        opt_state = optimizer.init(params)
-        for i in range(5):
-            ranges = ranges_of(observe(params, images[:64]))
-            params, opt_state = epoch(params, opt_state, ranges, jax.random.key(i))
-        packed = jc.pack(compress.apply(state, params))
-        right = jnp.argmax(jax.jit(q)(packed, ranges, images[1400:]), -1) == labels[1400:]
+        compress, observe = jc.quantize(jc.Int(4)), jax.jit(calibrate(Net().apply))
+        q = quantize_function(Net().apply, {".*": Act(8)}, integer=True)
+        params, ranges, images, labels = learned(
+            lambda p, ranges, _, x: q(compress.apply((), p), ranges, x),
+            lambda p, images: ranges_of(observe(p, images)),
+        )
+        packed = jc.pack(compress.apply((), params))
+        right = jnp.argmax(jax.jit(q)(packed, ranges, images), -1) == labels
     assert right.mean() > 0.85

@@ -69,7 +69,7 @@ def compare(name: str, grid: jc.Int, weights: jax.Array, rounds: int) -> Report:
         timings.row(f"{COPY}, again (control)", COPY),
         speed("quantize and pack", COPY, 2 * wide, TARGET),
         speed("quantize and pack", "XLA, quantize's traffic", moved),
-        speed("unpack and dequantize", COPY, 2 * wide),
+        speed("unpack and dequantize", COPY, 2 * wide, TARGET),
         speed("unpack and dequantize", "XLA, dequantize's traffic", moved, TARGET),
         *_facts(grid, weights, packed),
     ]
