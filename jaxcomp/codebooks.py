@@ -115,7 +115,7 @@ def _look_up_jvp(how: How, primals: tuple[Any, ...], tangents: tuple[Any, ...]) 
     return _look_up(how, table, codes, weights), tangent
 
 
-@compressed_leaf(meta=("axis",))
+@compressed_leaf(meta=("axis", "gradient"))
 class VectorCodebook(CompressedLeaf):
     """``dense == table[codes]``, each entry d neighbours along ``axis``.
 
@@ -124,12 +124,14 @@ class VectorCodebook(CompressedLeaf):
       codes: unsigned integers; the dense shape with ``axis`` d times shorter.
       weights: what the gradient passes to, straight through, while the weights are trained; else None.
       axis: not negative; static.
+      gradient: static. "sum", "mean": an entry gets the sum or the mean of its members' gradients.
     """
 
     table: Any
     codes: jax.Array | Packed
     weights: Any
     axis: int
+    gradient: str = "sum"
 
     open: ClassVar[tuple[str, ...]] = ("table",)
     made_by: ClassVar[str] = "share_vectors"
@@ -146,7 +148,11 @@ class VectorCodebook(CompressedLeaf):
 
     def materialize(self) -> jax.Array:
         """Looks the codes up and lays the entries along the axis."""
-        x = jnp.moveaxis(dense(self.table)[unpacked(self.codes).astype(jnp.int32)], -1, self.axis + 1)
+        table, codes = dense(self.table), unpacked(self.codes).astype(jnp.int32)
+        if self.gradient == "mean":
+            members = jnp.zeros(table.shape[0], table.dtype).at[codes.reshape(-1)].add(1)
+            table = _shared(table, 1 / jnp.maximum(members, 1)[:, None])
+        x = jnp.moveaxis(table[codes], -1, self.axis + 1)
         x = x.reshape(self.shape)
         if self.weights is None:
             return x
@@ -166,6 +172,15 @@ def _straight(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 _straight.defjvps(lambda t, out, *_: t, lambda t, out, *_: t.astype(out.dtype))
+
+
+@jax.custom_jvp
+def _shared(table: jax.Array, share: jax.Array) -> jax.Array:
+    """The table, whose gradient is multiplied by the share."""
+    return table
+
+
+_shared.defjvps(lambda t, out, table, share: t * share, None)
 
 
 def trained_tables(tree: Any, gradient: str = "mean") -> tuple[Any, Any]:
@@ -206,7 +221,7 @@ def _freed(x: Any, gradient: str) -> Any:
     if isinstance(x, Codebook):
         return replace(x, weights=None, gradient=gradient)
     if isinstance(x, VectorCodebook):
-        return replace(x, weights=None)
+        return replace(x, weights=None, gradient=gradient)
     if is_compressed(x):
         inner = {name: _freed(getattr(x, name), gradient) for name in x.open}
         return replace(x, **inner) if inner else x

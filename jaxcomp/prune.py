@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,11 @@ def prune(
       where: which leaves.
 
     Raises:
-      ValueError: an amount that is none of these, or a structure or scope that does not go with it; at ``init``, what
-        :func:`~jaxcomp.slots.slots` raises, a count above the number of units, an axis that a leaf lacks; at
-        ``update``, a statistic that is missing or has no entry for a selected leaf.
+      ValueError: an amount that is none of these, or a structure or scope that does not go with it; a norm of order
+        other than 1 of signed scores; at ``init``, what :func:`~jaxcomp.slots.slots` raises, a count above the number
+        of units, an axis that a leaf lacks; at ``update``, a statistic that is missing or has no entry for a selected
+        leaf; outside jit, a score that is NaN.
+      TypeError: a score, structure, scope or gradient that is none.
 
     >>> t = prune(0.5)
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
@@ -85,8 +87,8 @@ def prune(
     Source: Han et al. 2015, arXiv:1506.02626; Zhu and Gupta 2017, arXiv:1710.01878 (gradual); filters after Li et al.
     2016, arXiv:1608.08710; the sources of scores, structures and scopes are with them.
     """
-    amount = _checked(sparsity, structure, scope)
     criterion = as_score(score)
+    amount = _checked(sparsity, criterion, structure, scope, gradient)
 
     def found(params: Params) -> dict[str, Slot]:
         return slots(params, where, "prune")
@@ -181,8 +183,21 @@ def is_pruned(tree: Any) -> bool:
     return any(isinstance(x, Masked) for x in jax.tree.leaves(tree, is_leaf=is_compressed))
 
 
-def _checked(sparsity: Any, structure: Structure, scope: Scope) -> Amount | None:
+def _checked(sparsity: Any, criterion: Score, structure: Any, scope: Any, gradient: Any) -> Amount | None:
     """The amount; which structures and scopes say it themselves, and what does not go together."""
+    for name, value, kinds in (
+        ("structure", structure, Structure),
+        ("scope", scope, Scope),
+        ("gradient", gradient, Gradient),
+    ):
+        if not isinstance(value, kinds):
+            wanted = ", ".join(k.__name__ for k in get_args(kinds))
+            raise TypeError(f"prune: {name} must be one of {wanted}, as in {name}={_example(kinds)}, got {value!r}.")
+    if criterion.signed and getattr(structure, "order", 1) != 1:
+        raise ValueError(
+            f"prune: score {criterion.name!r} may be below zero, which a norm of order {structure.order!r} would hide;"
+            " take order=1, the sum."
+        )
     says = [x for x in (structure, scope) if isinstance(x, NM | Given)]
     if isinstance(structure, NM) and not isinstance(scope, Local):
         raise ValueError(f"prune: {structure} holds for each group of weights, so it has no scope, got {scope}.")
@@ -200,6 +215,10 @@ def _checked(sparsity: Any, structure: Structure, scope: Scope) -> Amount | None
     return amount
 
 
+def _example(kinds: Any) -> str:
+    return f"{get_args(kinds)[0].__name__}()"
+
+
 def _scores(criterion: Score, structure: Structure, slot: Slot, step: Any, stats: Stats) -> jax.Array:
     """Scores of one leaf's units, not yet normalized."""
     try:
@@ -207,15 +226,26 @@ def _scores(criterion: Score, structure: Structure, slot: Slot, step: Any, stats
         known = {"path": slot.path, "step": step, "structure": within}
         given = {name: by_path[slot.path] for name, by_path in stats.items()}
         scores = criterion.fn(slot.array, **given, **{name: known[name] for name in criterion.takes})
+        _check_numbers(criterion, scores)
         if criterion.of_units:
             return scores
         scores = jnp.broadcast_to(scores, slot.array.shape)
         if isinstance(within, NM):
             checked_axis(within.axis, scores.ndim)
             return scores
-        return unit_scores(scores, within, signed=criterion.signed)
+        return unit_scores(scores, within)
     except ValueError as e:
         raise ValueError(f"prune: {slot.path!r} {e}.") from e
+
+
+def _check_numbers(criterion: Score, scores: jax.Array) -> None:
+    """Raises ValueError where concrete scores are NaN: they would be kept longest."""
+    if isinstance(scores, jax.core.Tracer) or not (bad := int(jnp.sum(jnp.isnan(scores)))):
+        return
+    given = f" from the statistic {criterion.needs[0]!r}" if criterion.needs else ""
+    raise ValueError(
+        f"has {bad} scores of {criterion.name!r} that are NaN{given}, of {scores.size}; mend what made them"
+    )
 
 
 def _within(structure: Structure, path: str) -> Element | NM | Block | Filters:

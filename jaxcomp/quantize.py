@@ -147,7 +147,15 @@ def checked_sharing(
     names = [name for name, value in given.items() if value is not None]
     if (tile is not None or bucket is not None) and len(names) > 1:
         raise ValueError(f"{owner}: a scale is shared in one way, got {' and '.join(names)}; take one of them.")
+    if channel_axes is not None and not (isinstance(channel_axes, tuple | list) and all(map(_is_int, channel_axes))):
+        raise ValueError(f"{owner}: channel_axes must be a tuple of integers, such as (-1,), got {channel_axes!r}.")
+    if not _is_int(group_axis):
+        raise ValueError(f"{owner}: group_axis must be an integer, got {group_axis!r}.")
     return Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, bucket)
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def _group(grid: Grid | Blocked) -> int | None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import numbers
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomp.leaves import Masked, materialize
+from jaxcomp.leaves import Masked, is_compressed, materialize, unpacked
 from jaxcomp.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.masks.scores import Score, magnitude, sensitivity
 from jaxcomp.masks.thresholds import MAX_COUNT, fraction_of, order_keys
-from jaxcomp.paths import Where, describe, matches, matrices, some_paths
+from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.resets import MaskState, reset_regrown
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.specs import check_key
 from jaxcomp.statistics import for_score
 from jaxcomp.transform import Due, Params, State, Transform, cond, every
 
-__all__ = ["dense_value_and_grad", "regrow", "reset_regrown", "rigl", "sparse_evolution"]
+__all__ = ["dense_value_and_grad", "from_zero", "regrow", "reset_regrown", "rigl", "sparse_evolution"]
 
 Fraction = float | Callable[[Any], Any]
 Sparsity = float | Mapping[Where, float]
@@ -189,6 +190,61 @@ def sparse_evolution(
     return regrow(sparsity, key=key, fraction=fraction, due=every(period, start=period, stop=stop), where=where)
 
 
+class FromZero(NamedTuple):
+    """What is unmasked, and the state behind it."""
+
+    masks: MaskState
+    inner: State
+
+
+def from_zero(transform: Transform) -> Transform:
+    """What an update of ``transform`` unmasks starts at zero, without moments, instead of from where it was masked.
+
+    It keeps the masks that ``transform`` puts on whole parameters; :func:`~jaxcomp.resets.reset_regrown` after each
+    ``update``, or ``wrap_optax``, does the rest.
+
+    Args:
+      transform: one that masks and may unmask, such as a pruning plan or a chain with one.
+
+    Raises:
+      ValueError: at ``init``, it masks no parameter.
+
+    AC/DC, whose dense phases go on from the sparse weights:
+
+    >>> from jaxcomp.prune import prune
+    >>> from jaxcomp.schedules import alternating
+    >>> from jaxcomp.transform import wrap_optax
+    >>> plan = alternating(0.5, dense=1, sparse=1)
+    >>> tx = wrap_optax(optax.sgd(0.1), from_zero(plan.gate(prune(plan))))
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> state, seen = tx.init(params), []
+    >>> for step in range(4):
+    ...     updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     seen += params["kernel"].tolist()
+    >>> seen
+    [[1.0, 2.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]
+
+    Source: Peste et al. 2021 (AC/DC), arXiv:2106.12379, section 3.
+    """
+
+    def seen(inner: State, params: Params) -> FromZero:
+        named, _ = leaves_with_paths(transform.apply(inner, params), is_leaf=is_compressed)
+        masks = {p: jnp.broadcast_to(unpacked(x.mask), x.shape) for p, x in named if isinstance(x, Masked)}
+        return FromZero(MaskState(masks), inner)
+
+    def init(params: Params) -> State:
+        state = seen(transform.init(params), params)
+        if not state.masks.masks:
+            raise ValueError("from_zero: the transform masks no parameter; give it a prune, or a chain with one.")
+        return state
+
+    def update(state: FromZero, params: Params, *, step: Any, **stats: Any) -> State:
+        return seen(transform.update(state.inner, params, step=step, **stats), params)
+
+    return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
 def dense_value_and_grad(
     transform: Transform, loss: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any, Any]]:
@@ -242,8 +298,7 @@ def _check_fraction(fraction: Any) -> None:
 def _check_key(key: Any) -> None:
     if key is None:
         raise ValueError("regrow: first masks and growth are drawn, which wants a key: key=jax.random.key(0).")
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise ValueError(f"regrow: key must be one key such as jax.random.key(0), got {key!r}.")
+    check_key("regrow", key)
 
 
 def _drawn(key: Any, path: str, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:

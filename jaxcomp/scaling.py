@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.paths import leaves_with_paths
 from jaxcomp.specs import Spec
 
 
@@ -77,7 +78,7 @@ class Fixed(Spec):
       end: a positive number, or a tree with an array for each selected leaf that broadcasts to the scale's shape.
 
     Raises:
-      ValueError: a number that is not positive and finite.
+      ValueError: a number that is not positive and finite, in a tree too.
     """
 
     end: Any
@@ -85,6 +86,10 @@ class Fixed(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.end, numbers.Real) and not 0 < float(self.end) < math.inf:
             raise ValueError(f"Fixed: the range's end must be positive and finite, got {self.end!r}.")
+        for path, x in leaves_with_paths(self.end)[0]:
+            known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+            if known and not bool(jnp.all((jnp.asarray(x) > 0) & jnp.isfinite(jnp.asarray(x)))):
+                raise ValueError(f"Fixed: the range's end at {path!r} must be positive and finite, got {x!r}.")
 
 
 ScaleRule = AbsMax | MeanAbs | Percentile | MSE | Fixed
@@ -102,7 +107,7 @@ class Stochastic(Spec):
     Each ``update`` folds its step into the key, and each leaf its path, so a step and a leaf have their own numbers.
 
     Args:
-      key: a typed key, such as ``jax.random.key(0)``.
+      key: one typed key, such as ``jax.random.key(0)``.
 
     Raises:
       TypeError: anything else.
@@ -113,8 +118,9 @@ class Stochastic(Spec):
     key: jax.Array
 
     def __post_init__(self) -> None:
-        if not hasattr(self.key, "dtype") or not jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"Stochastic: wants a key such as jax.random.key(0), got {self.key!r}.")
+        typed = hasattr(self.key, "dtype") and jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key)
+        if not typed or self.key.shape != ():
+            raise TypeError(f"Stochastic: wants one typed key such as jax.random.key(0), got {self.key!r}.")
 
 
 Rounding = Nearest | Stochastic

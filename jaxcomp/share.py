@@ -18,7 +18,7 @@ from jaxcomp.paths import Where, matrices
 from jaxcomp.prune import prune
 from jaxcomp.schedules import Schedule
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.specs import Buckets, Channels, Tables
+from jaxcomp.specs import Buckets, Channels, Tables, check_key
 from jaxcomp.structures import Global, Local
 from jaxcomp.transform import Params, State, Transform, chain
 
@@ -175,6 +175,8 @@ def _check(clusters: Any, init: Any, per: Any, gradient: Any, key: Any, iteratio
         raise ValueError(f"share: gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
     if init.random and key is None:
         raise ValueError(f"share: init {init.name!r} draws, and wants a key: share(..., key=jax.random.key(0)).")
+    if key is not None:
+        check_key("share", key)
     if not isinstance(iterations, numbers.Integral) or int(iterations) < 0:
         raise ValueError(f"share: iterations must be an integer that is not negative, got {iterations!r}.")
 

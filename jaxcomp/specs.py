@@ -30,6 +30,15 @@ def check_group(owner: str, group: object) -> None:
         raise ValueError(f"{owner}: group must be a positive integer or None, got {group!r}.")
 
 
+def check_key(owner: str, key: object) -> None:
+    """Raises ValueError where ``key`` is not one random key, typed or raw."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    raw = isinstance(key, jax.Array) and dtype == jnp.uint32 and len(key.shape) == 1
+    if not typed and not raw:
+        raise ValueError(f"{owner}: key must be one key such as jax.random.key(0), got {key!r}.")
+
+
 @dataclass(frozen=True)
 class Int(Spec):
     """A uniform integer grid: ``dense == (codes - zero_point) * scale`` with codes of ``bits`` bits.

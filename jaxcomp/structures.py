@@ -124,22 +124,26 @@ class Filters:
     Args:
       axis: an axis, or axes; every index combination of them is one unit, all other axes go with it.
       order: the p of the unit's ℓp norm: any number, ``±inf`` (largest or smallest entry), 0 (how many are not zero),
-        "fro" (2), or "nuc", the sum of the singular values, of units that are matrices.
+        "fro" (2), or "nuc", the sum of the singular values, of units that are matrices. With 1 scores are summed as
+        they are, so those below zero lower the unit's.
 
     Raises:
-      ValueError: an order that is none of these.
+      ValueError: an axis that is no integer, or an order that is none of these.
     """
 
     axis: int | tuple[int, ...] = -1
     order: Order = 1.0
 
     def __post_init__(self) -> None:
+        named = self.axis if isinstance(self.axis, tuple | list) else (self.axis,)
+        if not named or not all(_is_int(a) for a in named):
+            raise ValueError(f"Filters: axis must be an integer, or several, got {self.axis!r}.")
         _check_order("Filters", self.order)
 
     @property
     def axes(self) -> tuple[int, ...]:
         """The axes as a tuple."""
-        return (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
+        return tuple(self.axis) if isinstance(self.axis, tuple | list) else (int(self.axis),)
 
 
 @dataclass(frozen=True)

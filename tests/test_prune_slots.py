@@ -146,8 +146,58 @@ def test_random_masks_differ_by_key_and_leaf() -> None:
     assert (one["a"]["kernel"] != one["b"]["kernel"]).any()
     assert (one["a"]["kernel"] != two["a"]["kernel"]).any()
     for bad in (0, None, jnp.ones(2), jax.random.split(jax.random.key(0))):
-        with pytest.raises(ValueError, match=r"random_score: wants one key, such as jax.random.key\(0\)"):
+        with pytest.raises(ValueError, match=r"random_score: key must be one key such as jax.random.key\(0\)"):
             jc.random_score(bad)
+
+
+def test_filters_go_by_a_functions_own_sign() -> None:
+    w = {"kernel": jnp.array([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0]])}
+    kept = masks(jc.prune(1, score=lambda w: -jnp.abs(w), structure=jc.Filters()), w)["kernel"]
+    assert kept.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("structure", [jc.Element(), jc.Filters(), jc.NM(2, 4)])
+def test_a_score_of_ones_own_with_a_statistic(structure) -> None:
+    age = jc.Score("age", lambda w, age: jnp.abs(w) / (1 + age), needs=("age",), maker="the training loop")
+    params = {"kernel": normal(8, 6)}
+    ages = jnp.asarray(np.random.default_rng(3).integers(0, 5, (8, 6)), jnp.float32)
+    t = jc.prune(None if isinstance(structure, jc.NM) else 0.5, score=age, structure=structure)
+    given = jc.prune(None if isinstance(structure, jc.NM) else 0.5, score=importance, structure=structure)
+    got = t.apply(t.update(t.init(params), params, step=0, age={"kernel": ages}), params)
+    stats = {"kernel": jnp.abs(params["kernel"]) / (1 + ages)}
+    want = given.apply(given.update(given.init(params), params, step=0, importance=stats), params)
+    assert (jc.materialize(got)["kernel"] == jc.materialize(want)["kernel"]).all()
+    with pytest.raises(ValueError, match=r"score 'age' needs the statistic 'age'.*made by the training loop"):
+        t.update(t.init(params), params, step=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jc.prune(0.5, gradient="ste"), TypeError, "gradient must be one of Cut, StraightThrough.*got 'ste'"),
+        (lambda: jc.prune(0.5, scope=jc.Global), TypeError, "scope must be one of Local, Global.*got <class"),
+        (lambda: jc.prune(0.5, structure="filters"), TypeError, "structure must be one of Element, NM.*got 'filters'"),
+        (lambda: jc.prune(0.5, score="l1"), TypeError, "score must be a Score such as magnitude.*got 'l1'"),
+        (
+            lambda: jc.prune(0.5, score=jc.movement, structure=jc.Filters(order=2)),
+            ValueError,
+            "score 'movement' may be below zero, which a norm of order 2 would hide; take order=1",
+        ),
+    ],
+)
+def test_slots_are_checked_where_written(make, error, message) -> None:
+    with pytest.raises(error, match="prune: " + message):
+        make()
+
+
+def test_refuses_scores_that_are_nan() -> None:
+    params = {"kernel": normal(4, 4)}
+    t = jc.prune(0.5, score=jc.taylor)
+    grads = {"kernel": params["kernel"].at[1, 2].set(jnp.nan)}
+    with pytest.raises(ValueError, match=r"'kernel' has 1 scores of 'taylor' that are NaN from the statistic 'grads'"):
+        t.update(t.init(params), params, step=0, grads=grads)
+    with pytest.raises(ValueError, match=r"prune: 'kernel' has 16 scores of '<lambda>' that are NaN, of 16"):
+        jc.prune(0.5, score=lambda w: w * jnp.nan).init(params)
 
 
 def test_scores_of_statistics_are_their_formulas() -> None:

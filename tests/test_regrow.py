@@ -13,8 +13,9 @@ import optax
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.regrow import dense_value_and_grad, reset_regrown
+from jaxcomp.regrow import dense_value_and_grad, from_zero, reset_regrown
 from jaxcomp.resets import MaskState
+from jaxcomp.schedules import alternating
 from tests.marks import quick
 
 KEY = jax.random.key(0)
@@ -414,6 +415,38 @@ def test_a_key_is_not_used_up() -> None:
 def test_refuses_what_it_is_told(make, message) -> None:
     with pytest.raises(ValueError, match="regrow: " + message):
         make()
+
+
+def test_ac_dc_is_that_of_numpy() -> None:
+    """Dense phases go on from the sparse weights, without their momentum."""
+    rng, lr, beta = np.random.default_rng(0), 0.05, 0.9
+    x, y = rng.normal(size=(32, 8)), rng.normal(size=(32, 3))
+    plan = alternating(0.75, dense=3, sparse=4)
+    tx = jc.wrap_optax(optax.sgd(lr, momentum=beta), from_zero(plan.gate(jc.prune(plan))))
+    params = {"kernel": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)}
+    loss = lambda p: jnp.mean((jnp.asarray(x, jnp.float32) @ p["kernel"] - jnp.asarray(y, jnp.float32)) ** 2)  # noqa: E731
+
+    @jax.jit
+    def train_step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    w, state = np.asarray(params["kernel"], np.float64), tx.init(params)
+    mask, momentum = np.ones(w.shape, bool), np.zeros(w.shape)
+    for step in range(20):
+        params, state = train_step(params, state)
+        momentum = beta * momentum + mask * (2 / y.size * x.T @ (x @ (w * mask) - y))
+        w = w - lr * momentum
+        if step % 7 == 0:
+            w, momentum, mask = w * mask, momentum * mask, np.ones(w.shape, bool)
+        elif step % 7 == 3:
+            mask = np.abs(w) >= np.sort(np.abs(w), axis=None)[18]
+        np.testing.assert_allclose(params["kernel"], w * mask, rtol=1e-4, atol=1e-5)
+
+
+def test_from_zero_wants_a_mask() -> None:
+    with pytest.raises(ValueError, match="from_zero: the transform masks no parameter; give it a prune"):
+        from_zero(jc.quantize(jc.Int(8))).init(make_params())
 
 
 def test_refuses_leaves_that_do_not_fit() -> None:

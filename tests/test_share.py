@@ -152,6 +152,18 @@ def test_the_gradient_of_a_table(gradient) -> None:
     assert_same_bits(jc.materialize(again)["kernel"], leaf.materialize())
 
 
+@pytest.mark.parametrize("gradient", ["sum", "mean"])
+def test_an_entry_of_vectors_gets_its_members_gradients(gradient) -> None:
+    w, g = normal(12, 5), np.asarray(normal(12, 5, seed=1))
+    leaf = applied(share_vectors(4, size=3, key=jax.random.key(0)), w)
+    trained, fixed = trained_tables({"kernel": leaf}, gradient)
+    table = jax.grad(lambda t: jnp.sum(jc.materialize(with_tables(t, fixed))["kernel"] * g))(trained)["kernel"].table
+    codes, vectors = np.asarray(leaf.codes), g.reshape(4, 3, 5).transpose(0, 2, 1)
+    gathered = np.sum if gradient == "sum" else np.mean
+    for entry in range(4):
+        np.testing.assert_allclose(table[entry], gathered(vectors[codes == entry], axis=0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_trained_tables_learn_with_adam_and_keep_zeros() -> None:
     x, target = normal(64, 6), normal(64, 3, seed=5)
@@ -368,6 +380,10 @@ BAD_SPECS = {
     "Buckets: size must be a positive integer, got 0": lambda: Buckets(0),
     "share_vectors: size must be a positive integer": lambda: share_vectors(4, size=0, key=jax.random.key(0)),
     "share_vectors: the first table is drawn": lambda: share_vectors(4, size=2, key=None),
+    "share_vectors: key must be one key such as": lambda: share_vectors(4, size=2, key=3),
+    "share: key must be one key such as": lambda: jc.share(
+        4, init=inits.random, key=jax.random.split(jax.random.key(0))
+    ),
 }
 
 

@@ -82,6 +82,8 @@ def error_feedback(compressor: Compressor) -> Compressor:
 
     Source: Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847, algorithm 2.
     """
+    if not isinstance(compressor, Compressor):
+        raise TypeError(f"error_feedback: wants a compressor such as topk(0.01), got {compressor!r}.")
     if not compressor.contracts:
         raise ValueError(
             "error_feedback: this compressor's error can be larger than the update, and would grow from round to round;"

@@ -36,6 +36,7 @@ from jaxcomp.federated.messages import Drawn, Factors, Sparse
 from jaxcomp.leaves import Packed
 from jaxcomp.numerics.quantizers import compute_dtype
 from jaxcomp.paths import Where, matches, matrices
+from jaxcomp.specs import check_key
 
 
 def dense() -> Compressor:
@@ -203,12 +204,13 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
         factors of its own, which are combined side by side.
 
     Raises:
-      ValueError: a rank below 1, or (at ``init``) a selected array of fewer than two axes or of a smaller rank.
+      ValueError: a rank below 1, no key, or (at ``init``) a selected array of fewer than two axes or of a smaller rank.
 
     Source: Vogels et al. 2019, arXiv:1905.13727, algorithm 1. Deviation: QR in place of Gram-Schmidt.
     """
     if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"powersgd: rank must be a positive integer, got {rank!r}.")
+    check_key("powersgd", key)
 
     def check(path: str, x: Any) -> None:
         if matches(where, path, x):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.masks.structures import pooled_axes
+from jaxcomp.specs import check_key
 from jaxcomp.structures import Filters
 
 Known = Literal["path", "step", "structure"]
@@ -30,7 +31,8 @@ class Score:
         shape, or 1 along some axes.
       maker: who makes them, for messages.
       takes: what the pruning itself passes on by name: "path" (of the leaf), "step" (0 at init) or "structure".
-      signed: scores below zero are worse than zero, so a unit's score is the sum of its elements', not a norm.
+      signed: scores below zero are worse than zero, so a unit's score is the sum of its elements' (order 1), and no
+        other norm.
       of_units: ``fn`` gives a score a unit, not an element; it takes the structure.
       normalize: changes the scores of one leaf's units, to compare them with other leaves'.
     """
@@ -45,9 +47,17 @@ class Score:
     normalize: Callable[[jax.Array], jax.Array] | None = None
 
 
-def as_score(score: Score | Callable[[jax.Array], jax.Array]) -> Score:
-    """A score, or a function of the weights alone as one."""
-    return score if isinstance(score, Score) else Score(getattr(score, "__name__", "score"), score)
+def as_score(score: Any) -> Score:
+    """A score, or a function of the weights alone as one.
+
+    Raises:
+      TypeError: neither.
+    """
+    if isinstance(score, Score):
+        return score
+    if not callable(score):
+        raise TypeError(f"prune: score must be a Score such as magnitude, or a function of the weights, got {score!r}.")
+    return Score(getattr(score, "__name__", "score"), score)
 
 
 def _f32(*arrays: jax.Array) -> list[jax.Array]:
@@ -158,10 +168,7 @@ def random_score(key: Any) -> Score:
     Raises:
       ValueError: not a key.
     """
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.ndim == 1
-    if not (typed and key.ndim == 0) and not raw:
-        raise ValueError(f"random_score: wants one key, such as jax.random.key(0), got {key!r}.")
+    check_key("random_score", key)
 
     def fn(w: Float[Array, "*shape"], path: str) -> Float[Array, "*shape"]:
         return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), w.shape, jnp.float32)

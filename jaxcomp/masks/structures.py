@@ -15,13 +15,13 @@ Units = Element | Block | Filters
 """The structures whose units lie in one array and are chosen by a threshold."""
 
 
-def unit_scores(scores: Float[Array, "*shape"], structure: Units, *, signed: bool = False) -> Float[Array, "*units"]:
-    """One score a unit: the element's own, the ℓp norm of the slice's scores, or their mean or maximum in a block.
+def unit_scores(scores: Float[Array, "*shape"], structure: Units) -> Float[Array, "*units"]:
+    """One score a unit: the element's own, the sum or ℓp norm of a slice's scores, or the mean or maximum of a block's.
 
     Args:
       scores: elementwise.
-      structure: what a unit is.
-      signed: whether scores below zero are worse than zero; a slice's score is then their sum, not a norm.
+      structure: what a unit is. Order 1 is the sum, so scores below zero count as worse than zero; every other order
+        is the norm of magnitudes.
 
     >>> unit_scores(jnp.array([[1.0, 2.0], [3.0, 4.0]]), Filters(axis=-1)).tolist()
     [[4.0, 6.0]]
@@ -39,7 +39,7 @@ def unit_scores(scores: Float[Array, "*shape"], structure: Units, *, signed: boo
         case Filters():
             pooled = pooled_axes(scores.ndim, structure)
             x = scores.astype(jnp.float32)
-            return jnp.sum(x, axis=pooled, keepdims=True) if signed else norms(x, pooled, structure.order)
+            return jnp.sum(x, axis=pooled, keepdims=True) if structure.order == 1 else norms(x, pooled, structure.order)
 
 
 def alive_units(mask: Bool[Array, "*shape"], structure: Units, shape: tuple[int, ...]) -> Bool[Array, "*units"]:

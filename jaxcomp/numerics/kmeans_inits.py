@@ -42,7 +42,9 @@ def _linear(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"
 
 
 def _quantile(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
-    return _at_fraction(points, _steps(2 * jnp.arange(clusters) + 1, 2 * clusters, points.values.dtype))
+    fraction = _steps(jnp.arange(1, clusters + 1), clusters + 1, points.values.dtype)
+    last = jnp.maximum(points.total, 1) - 1
+    return at_rank(points, jnp.round(fraction * last.astype(fraction.dtype)).astype(jnp.uint32))
 
 
 def _density(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
@@ -140,7 +142,10 @@ Toolkit's DENSITY_BASED, which takes the next of 30 even values where this takes
 """
 
 quantile = Init("quantile", _quantile)
-"""The middles of equally many weights each. Source: Wu et al. 2018, PocketFlow, non-uniform quantization."""
+"""The quantiles ``i / (clusters + 1)``, i = 1..clusters, each the weight nearest to it in rank.
+
+Source: Wu et al. 2018, PocketFlow, non-uniform quantization, initialization "quantile".
+"""
 
 random = Init("random", _random, random=True)
 """Uniformly drawn between the least and the greatest weight."""

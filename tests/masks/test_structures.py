@@ -23,9 +23,10 @@ def test_norms_are_numpys(order) -> None:
         assert float(got[0, j, 0]) == pytest.approx(want, rel=1e-5)
 
 
-def test_a_signed_score_is_summed() -> None:
+def test_scores_below_zero_lower_a_units_sum() -> None:
     x = jnp.array([[1.0, -3.0], [1.0, 1.0]])
-    assert unit_scores(x, Filters(-1), signed=True).tolist() == [[2.0, -2.0]]
+    assert unit_scores(x, Filters(-1)).tolist() == [[2.0, -2.0]]
+    assert unit_scores(x, Filters(-1, order=np.inf)).tolist() == [[1.0, 3.0]]
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
@@ -54,6 +55,9 @@ def test_blocks_of_any_axes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Filters(axis="x"), r"Filters: axis must be an integer, or several, got 'x'"),
+        (lambda: Filters(axis=(0, 1.5)), r"Filters: axis must be an integer"),
+        (lambda: Filters(axis=()), r"Filters: axis must be an integer"),
         (lambda: Block(()), r"Block: the shape must be positive integers"),
         (lambda: Block((0, 2)), r"Block: the shape must be positive integers, got \(0, 2\)"),
         (lambda: Block((2, 2), axes=(1, 1)), r"Block: wants one distinct axis for each extent"),

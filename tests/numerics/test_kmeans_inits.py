@@ -53,15 +53,16 @@ def test_draws_follow_their_distribution(init) -> None:
         assert abs(share - p) <= 4 * np.sqrt(p * (1 - p) / 400)
 
 
-def test_bucketed_quantiles_are_pocketflows() -> None:
-    """PocketFlow cuts a tensor into buckets, and starts each bucket's table at the middles of equally many weights."""
-    k, size = 4, 48
+@pytest.mark.parametrize("k", [4, 16])
+def test_bucketed_quantiles_are_pocketflows(k) -> None:
+    """PocketFlow cuts a tensor into buckets, whose tables start at the percentiles 100 i / (k + 1), the nearest weight."""
+    size = 48
     w = X[:240].reshape(12, 20)
     t = jc.share(k, init=inits.quantile, per=Buckets(size), iterations=0)
     params = {"kernel": jnp.asarray(w)}
     got = np.asarray(jc.materialize(t.apply(t.init(params), params))["kernel"])
     want = []
     for bucket in w.reshape(-1, size):
-        table = np.sort(bucket)[size * (2 * np.arange(k) + 1) // (2 * k)]
+        table = np.percentile(bucket, 100 * np.arange(1, k + 1) / (k + 1), method="nearest")
         want.append(table[np.abs(bucket[:, None] - table).argmin(1)])
     np.testing.assert_array_equal(got, np.reshape(want, w.shape))
