@@ -55,7 +55,7 @@ def test_draws_follow_their_distribution(init) -> None:
 
 @pytest.mark.parametrize("k", [4, 16])
 def test_bucketed_quantiles_are_pocketflows(k) -> None:
-    """PocketFlow cuts a tensor into buckets, whose tables start at the percentiles 100 i / (k + 1), the nearest weight."""
+    """PocketFlow cuts a tensor into buckets; a table starts at its bucket's percentiles 100 i / (k + 1), by rank."""
     size = 48
     w = X[:240].reshape(12, 20)
     t = jc.share(k, init=inits.quantile, per=Buckets(size), iterations=0)
