@@ -8,8 +8,12 @@ packed, they are the levels' codes, ``bits`` each. Every grid here but a :class:
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
+
+import numpy as np
 
 from jaxcomp.specs import MAX_BITS, Companded, Int, Spec, check_bits, check_group
 
@@ -45,6 +49,10 @@ class Float(Spec):
     group: int | None = None
 
     def __post_init__(self) -> None:
+        given = {"exponent": self.exponent, "mantissa": self.mantissa, "reserved": self.reserved}
+        for name, value in (given if self.bias is None else {**given, "bias": self.bias}).items():
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise ValueError(f"Float: {name} must be an integer, got {value!r}.")
         if min(self.exponent, self.mantissa) < 1 or self.bits > MAX_BITS:
             raise ValueError(
                 f"Float: exponent and mantissa take at least a bit each and {MAX_BITS - 1} together, got"
@@ -110,7 +118,7 @@ class Levels(Spec):
       group: how many neighbours along the group axis share a scale; None means all of them.
 
     Raises:
-      ValueError: too few or too many values, or values that do not ascend.
+      ValueError: too few or too many values, or values that do not ascend or that float32 does not tell apart.
 
     >>> Levels((-1.0, -0.25, 0.0, 0.25, 1.0)).bits
     3
@@ -123,8 +131,12 @@ class Levels(Spec):
         object.__setattr__(self, "values", tuple(float(v) for v in self.values))
         if not 2 <= len(self.values) <= 2**MAX_BITS or not all(map(math.isfinite, self.values)):
             raise ValueError(f"Levels: wants 2 to {2**MAX_BITS} finite values, got {self.values!r}.")
-        if any(a >= b for a, b in zip(self.values, self.values[1:], strict=False)):
-            raise ValueError(f"Levels: values must ascend, got {self.values!r}.")
+        tiny, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+        if any(v and not tiny <= abs(v) <= most for v in self.values):
+            raise ValueError(f"Levels: values must be 0 or normal float32 numbers, got {self.values!r}.")
+        narrow = [np.float32(v) for v in self.values]
+        if any(a >= b for a, b in pairwise(narrow)):
+            raise ValueError(f"Levels: values must ascend, as float32 too, got {self.values!r}.")
         check_group("Levels", self.group)
 
     @property
@@ -339,7 +351,9 @@ class Blocked(Spec):
                 f" {self.scales!r}."
             )
         if self.group is None or self.grid.group is not None:
-            raise ValueError("Blocked: the group belongs to Blocked, not to its grid.")
+            raise ValueError(
+                f"Blocked: wants its own group, and none in its grid, got {self.group!r} and {self.grid.group!r}."
+            )
         if isinstance(self.grid, Int) and (self.grid.is_sign or not self.grid.symmetric):
             raise ValueError(f"Blocked: an Int grid must be symmetric, of two bits or more, got {self.grid!r}.")
         check_group("Blocked", self.group)

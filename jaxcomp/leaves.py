@@ -15,6 +15,7 @@ from jaxcomp.numerics.coding import decode, loaded_codes, stored_codes
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.numerics.packing import pack_bits, unpack_bits
 from jaxcomp.numerics.quantizers import spread
+from jaxcomp.paths import path_str
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -199,10 +200,20 @@ class Quantized(CompressedLeaf):
         """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
         if self.packed:
             return self
+        self._check_numbers()
         stored, low = stored_codes(unpacked(self.codes), self.grid)
         narrow: Any = jnp.int8 if low < 0 else jnp.uint8
         codes = stored.astype(narrow) if self.grid.bits == 8 else Packed.of(stored, self.grid.bits, low)
         return replace(self, codes=codes, scale=pack(self.scale))
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError where concrete values are NaN, which integers cannot say."""
+        arrays = [
+            x for x in (self.codes, dense(self.scale)) if not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+        ]
+        bad = sum(int(jnp.sum(jnp.isnan(x))) for x in arrays)
+        if bad:
+            raise ValueError("was quantized from values that are NaN; mend the training that made them")
 
 
 @compressed_leaf(meta=("dense_shape",))
@@ -325,12 +336,24 @@ def materialize(tree: Any) -> Any:
 def pack(tree: Any) -> Any:
     """The tree with every compressed leaf in its smallest storage, ``materialize(pack(t)) == materialize(t)`` bitwise.
 
+    Raises:
+      ValueError: outside jit, a leaf whose quantized values are NaN; the message names the path.
+
     >>> from jaxcomp.specs import Int
     >>> q = Quantized(jnp.array([-8.0, 7.0, 1.0]), jnp.array([0.5]), None, Int(4), jnp.dtype("float32"))
     >>> pack(q).codes.data.size, materialize(pack(q))
     (2, Array([-4. ,  3.5,  0.5], dtype=float32))
     """
-    return jax.tree.map(lambda x: x.pack() if is_compressed(x) else x, tree, is_leaf=is_compressed)
+    return jax.tree_util.tree_map_with_path(lambda path, x: _packed(path_str(path), x), tree, is_leaf=is_compressed)
+
+
+def _packed(path: str, leaf: Any) -> Any:
+    if not is_compressed(leaf):
+        return leaf
+    try:
+        return leaf.pack()
+    except ValueError as e:
+        raise ValueError(f"pack: {path!r} {e}." if path else str(e)) from e
 
 
 def nbytes(tree: Any) -> int:

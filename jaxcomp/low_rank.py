@@ -15,6 +15,7 @@ Layer by layer, each followed by fine-tuning of the whole network::
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices,
 from jaxcomp.rank_specs import CP, SVD, Budget, Energy, Method, RankOne, Tucker2
 from jaxcomp.ranks import OWNER, Ranks, chosen_ranks
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.specs import check_group
 from jaxcomp.transform import Due, Params, State, Transform
 
 Wanted = Rank | Energy | Budget | Mapping[str, Rank]
@@ -163,6 +165,7 @@ def choose_ranks(
     """
     if not isinstance(target, Energy | Budget):
         raise TypeError(f"choose_ranks: wants Energy(fraction) or Budget(…), got {target!r}.")
+    check_group(OWNER, max_rank, "max_rank")
     found = _found(params, target, where)
     check_finite(found, OWNER)
     given = dict(moments or {})
@@ -171,7 +174,7 @@ def choose_ranks(
 
 
 def _check_wanted(rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int | float | tuple | Energy | Budget | Mapping):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Real | tuple | Energy | Budget | Mapping):
         raise TypeError(f"{OWNER}: rank must be a number, a pair, Energy, Budget, or ranks by path, got {rank!r}.")
     if isinstance(rank, Mapping) and not rank:
         raise ValueError(f"{OWNER}: the ranks by path are empty; nothing would be factored.")
@@ -206,6 +209,16 @@ def _found(params: Params, rank: Any, where: Where | None) -> dict[str, Slot]:
 
 
 def _check_moments(moments: Mapping[str, Any], found: Mapping[str, Slot]) -> None:
+    for path, m in moments.items():
+        if isinstance(m, jax.core.Tracer | jax.ShapeDtypeStruct):
+            continue
+        m = jnp.asarray(m)
+        ends = m if m.ndim < 2 else jnp.diagonal(m, axis1=-2, axis2=-1)
+        if not bool(jnp.all(jnp.isfinite(m)) & jnp.all(ends >= 0)):
+            raise ValueError(
+                f"{OWNER}: the moment of {path!r} must be finite, and not negative on its diagonal; it is the sum of"
+                " xᵀ x over the inputs, as jaxcomp.trace.input_moments gives it."
+            )
     if moments and not set(moments) & set(found):
         raise ValueError(
             f"{OWNER}: moments are given for {some_paths(moments)}, and none of the selected leaves is among them:"
@@ -221,6 +234,7 @@ def _ranks(
     reuse: Mapping[str, float] | None,
     max_rank: int | None,
 ) -> Ranks:
+    check_group(OWNER, max_rank, "max_rank")
     if isinstance(rank, Energy | Budget):
         return chosen_ranks(found, rank, method, moments, reuse, max_rank)
     ranks: Ranks = {}

@@ -15,7 +15,7 @@ from jaxcomp.masks.select import groups_of, select, spread, tied
 from jaxcomp.masks.structures import alive_units, checked_axis, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
-from jaxcomp.slots import Slot, broadcasts, check_finite, rewrite, slots
+from jaxcomp.slots import Slot, broadcasts, check_finite, rewrite, slots, state_of
 from jaxcomp.statistics import for_score
 from jaxcomp.structures import (
     ERK,
@@ -125,7 +125,18 @@ def prune(
 
     def apply(state: State, params: Params) -> Params:
         through = isinstance(gradient, StraightThrough)
-        return rewrite(params, {p: _masked(slot, state[p], structure, through) for p, slot in found(params).items()})
+        new = {}
+        for path, slot in found(params).items():
+            units = state_of(state, path, "prune")
+            try:
+                new[path] = _masked(slot, units, structure, through)
+            except (ValueError, TypeError) as e:
+                shape = tuple(slot.array.shape)
+                raise ValueError(
+                    f"prune: the mask of {path!r} has shape {tuple(units.shape)}, which does not fit {shape}; the"
+                    " state was made for another tree: call init with this one."
+                ) from e
+        return rewrite(params, new)
 
     return Transform(init, update, apply)
 
@@ -163,7 +174,7 @@ def masked_by(masks: Any) -> Transform:
                     f"masked_by: the mask of {path!r} is {mask.dtype} of shape {mask.shape}, wanted booleans that"
                     f" broadcast to {shape}."
                 )
-        return {path: jnp.asarray(mask) for path, mask in named.items()}
+        return {path: jnp.array(mask) for path, mask in named.items()}  # copies: a step may donate its state
 
     def apply(state: State, params: Params) -> Params:
         new = {p: _masked(slot, state[p], Element(), False) for p, slot in found(params).items()}

@@ -139,7 +139,9 @@ def checked_sharing(
         raise TypeError(f"{owner}: wants a grid such as Int(8) or Log(4), got {grid!r}.")
     if scale is not None and not isinstance(scale, ScaleRule):
         raise TypeError(f"{owner}: scale must be a rule such as AbsMax() or MSE(), got {scale!r}.")
-    if tile is not None and (not tile or not all(isinstance(n, int) and n > 0 for n in tile)):
+    if tile is not None and (
+        not isinstance(tile, tuple | list) or not tile or not all(isinstance(n, int) and n > 0 for n in tile)
+    ):
         raise ValueError(f"{owner}: tile must be a tuple of positive integers, got {tile!r}.")
     if bucket is not None and (not isinstance(bucket, int) or bucket < 1):
         raise ValueError(f"{owner}: bucket must be a positive integer, got {bucket!r}.")

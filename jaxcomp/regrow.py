@@ -17,7 +17,7 @@ from jaxcomp.masks.scores import Score, magnitude, sensitivity
 from jaxcomp.masks.thresholds import MAX_COUNT, fraction_of, order_keys
 from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.resets import MaskState, reset_regrown
-from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.specs import check_key
 from jaxcomp.statistics import for_score
 from jaxcomp.transform import Due, Params, State, Transform, cond, every
@@ -142,7 +142,7 @@ def regrow(
     def apply(state: MaskState, params: Params) -> Params:
         new = {}
         for path, slot in selected(params)[0].items():
-            x, mask = slot.array, state.masks[path]
+            x, mask = slot.array, state_of(state.masks, path, "regrow")
             new[path] = Masked(jnp.where(mask, x, jnp.zeros((), x.dtype)), mask)
         return rewrite(params, new)
 
@@ -162,6 +162,8 @@ def rigl(
     Source: Evci et al. 2019, arXiv:1911.11134.
     """
     _check_fraction(fraction)
+    if not isinstance(stop, numbers.Integral) or isinstance(stop, bool) or stop < 1:
+        raise ValueError(f"rigl: stop must be a positive integer, the step at which it ends, got {stop!r}.")
     cosine = optax.cosine_decay_schedule(fraction, stop)
     due = every(period, start=period, stop=stop)
 

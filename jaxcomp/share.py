@@ -17,7 +17,7 @@ from jaxcomp.numerics.tables import from_rows, table_count, to_rows
 from jaxcomp.paths import Where, matrices
 from jaxcomp.prune import prune
 from jaxcomp.schedules import Schedule
-from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.specs import Buckets, Channels, Tables, check_key
 from jaxcomp.structures import Global, Local
 from jaxcomp.transform import Params, State, Transform, chain
@@ -118,7 +118,7 @@ def share(
 
     def codes_of(path: str, slot: Slot, tables: dict[str, jax.Array]) -> jax.Array:
         rows = rows_of(path, slot)
-        table = tables[_name(path, per)].astype(slot.array.dtype).astype(rows.values.dtype)
+        table = state_of(tables, _name(path, per), "share").astype(slot.array.dtype).astype(rows.values.dtype)
         codes = jax.vmap(nearest)(rows.values, table[int(preserve_zeros) :].T).astype(code_dtype(clusters))
         codes = codes + jnp.asarray(preserve_zeros, codes.dtype)
         if rows.counted is not None:
@@ -143,7 +143,7 @@ def share(
         new = {}
         for path, slot in found(params).items():
             codes = codes_of(path, slot, state.tables) if recluster else state.codes[path]
-            table = state.tables[_name(path, per)].astype(slot.array.dtype)
+            table = state_of(state.tables, _name(path, per), "share").astype(slot.array.dtype)
             axes, bucket = _layout(path, slot, per, clusters)
             leaf = Codebook(table, codes, slot.array, axes, bucket, gradient, preserve_zeros)
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)

@@ -15,7 +15,7 @@ from jaxcomp.numerics.kmeans_vectors import fit_vectors, nearest_vectors, refit_
 from jaxcomp.numerics.quantizers import compute_dtype
 from jaxcomp.paths import Where, matrices
 from jaxcomp.share import MAX_CLUSTERS
-from jaxcomp.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.specs import check_key
 from jaxcomp.transform import Params, State, Transform
 
@@ -77,7 +77,7 @@ def share_vectors(
         new = {}
         for path, slot in slots(params, where, "share_vectors").items():
             rows, own = vectors(path, slot)
-            table = state[path].astype(slot.array.dtype)
+            table = state_of(state, path, "share_vectors").astype(slot.array.dtype)
             shape = list(slot.array.shape)
             shape[own] //= size
             codes = nearest_vectors(rows, table.astype(rows.dtype)).reshape(shape)

@@ -69,6 +69,20 @@ def rewrite(tree: Any, new: Mapping[str, Any]) -> Any:
     return treedef.unflatten([_rewrite(path, leaf, new) for path, leaf in named])
 
 
+def state_of(state: Mapping[str, Any], path: str, owner: str) -> Any:
+    """What a transform's state holds for a path.
+
+    Raises:
+      ValueError: nothing; the state is of another tree.
+    """
+    if path not in state:
+        raise ValueError(
+            f"{owner}: the state has nothing for {path!r}, only for {some_paths(state) or 'no path'}; it was made for"
+            " another tree: call init with this one."
+        )
+    return state[path]
+
+
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether an array is of the rank of another, and 1 along an axis where it is not as long."""
     return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))

@@ -24,10 +24,10 @@ def check_bits(owner: str, bits: object, least: int = 2) -> None:
         raise ValueError(f"{owner}: bits must be an integer in {least}..{MAX_BITS}, got {bits!r}.")
 
 
-def check_group(owner: str, group: object) -> None:
+def check_group(owner: str, group: object, name: str = "group") -> None:
     """Raises ValueError where ``group`` is neither None nor a positive integer."""
     if group is not None and (not isinstance(group, numbers.Integral) or isinstance(group, bool) or group < 1):
-        raise ValueError(f"{owner}: group must be a positive integer or None, got {group!r}.")
+        raise ValueError(f"{owner}: {name} must be a positive integer or None, got {group!r}.")
 
 
 def check_key(owner: str, key: object) -> None:
@@ -191,9 +191,17 @@ class Channels(Spec):
 
     Args:
       axes: an axis or several; the default is the output features of a Flax kernel.
+
+    Raises:
+      ValueError: an axis that is no integer.
     """
 
     axes: int | tuple[int, ...] = -1
+
+    def __post_init__(self) -> None:
+        named = self.axes if isinstance(self.axes, tuple | list) else (self.axes,)
+        if not all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in named):
+            raise ValueError(f"Channels: axes must be an integer, or several, got {self.axes!r}.")
 
 
 @dataclass(frozen=True)

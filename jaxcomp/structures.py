@@ -104,6 +104,11 @@ class Block:
     pool: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shape, tuple | list) or not isinstance(self.axes, tuple | list):
+            raise ValueError(
+                f"Block: shape and axes must be tuples, such as (4, 4) and (-2, -1), got {self.shape!r} and"
+                f" {self.axes!r}."
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "axes", tuple(self.axes) or tuple(range(-len(self.shape), 0)))
         if not self.shape or not all(_is_int(s) and s >= 1 for s in self.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -152,8 +153,8 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     >>> bool(due(jnp.int32(100))), bool(due(jnp.int32(300))), bool(due(jnp.int32(301)))
     (False, True, False)
     """
-    if period < 1:
-        raise ValueError(f"every: the period must be at least 1, got {period}.")
+    if not isinstance(period, numbers.Integral) or isinstance(period, bool) or period < 1:
+        raise ValueError(f"every: the period must be an integer of at least 1, got {period!r}.")
 
     def due(step: jax.Array) -> jax.Array:
         on = (step >= start) & ((step - start) % period == 0)
@@ -274,7 +275,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
     """
 
     def init(params: Params) -> WrapState:
-        latent = jax.tree.map(lambda x: x, params)
+        latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
         return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
 
     def update(grads: Any, state: WrapState, params: Params | None = None) -> tuple[Any, WrapState]:

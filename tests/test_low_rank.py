@@ -69,6 +69,18 @@ def test_a_matrix_is_its_truncated_svd(method, shape) -> None:
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
 
 
+@pytest.mark.parametrize("method", [SVD(), RankOne(refits=0)])
+def test_double_precision_is_kept_in_the_basis(method) -> None:
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(9, 4)) @ np.diag(0.5 ** np.arange(4)) @ rng.normal(size=(4, 7))
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(w)}
+        for tree in ({"w": leaf(params["w"], 3, method)}, jc.factorize(params, 3, method=method)):
+            got = jc.materialize(tree)["w"]
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, truncated(w, 3), atol=1e-12)
+
+
 def test_rows_and_columns_may_be_several_axes() -> None:
     w = normal(3, 3, 4, 10)
     got = leaf(w, 4)
@@ -402,6 +414,9 @@ def test_specs_say_what_they_want(make, message) -> None:
         ({"w": jnp.eye(4)}, {"rank": Energy(1.0)}, "no selected leaf gets smaller"),
         ({"w": jnp.ones((3, 4))}, {"rank": 1, "moments": {"w": jnp.ones(4)}}, r"n in \[3\], got \(4,\)"),
         ({"w": jnp.ones((3, 4))}, {"rank": 1, "moments": {"x": jnp.ones(3)}}, "none of the selected leaves"),
+        ({"w": jnp.ones((3, 4))}, {"rank": 1, "moments": {"w": -jnp.ones(3)}}, "moment of 'w' must be finite"),
+        ({"w": jnp.ones((3, 4))}, {"rank": 1, "moments": {"w": jnp.full((3, 3), jnp.nan)}}, "moment of 'w' must"),
+        ({"w": jnp.ones((3, 4))}, {"rank": 1, "max_rank": 0}, "max_rank must be a positive integer or None, got 0"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_path_and_the_mend(params, options, message) -> None:

@@ -270,6 +270,40 @@ def test_integer_products_take_microscaled_integers_and_name_the_rest() -> None:
     assert "Float codes are not proportional to the weight" in str(report)
 
 
+NAN = {"kernel": jnp.array([[1.0, 2.0], [jnp.nan, 3.0], [0.5, -1.0]])}
+GRIDS = {
+    "int": jc.Int(4),
+    "asymmetric": jc.Int(4, symmetric=False),
+    "sign": jc.Int(1),
+    "log": jc.Log(4),
+    "float": jc.Float(2, 1),
+    "nf4": jc.NF4(None),
+    "pot": jc.PoT(4),
+    "apot": jc.APoT(4),
+    "mx": jc.MX(block=3),
+    "nvfp": jc.NVFP4,
+}
+
+
+@pytest.mark.parametrize("rule", [None, Percentile(60), Fixed(1.0)], ids=["default", "percentile", "fixed"])
+@pytest.mark.parametrize("grid", quick(GRIDS, "int", "nf4", "mx"))
+def test_nan_is_not_hidden(grid, rule) -> None:
+    """Of a network that has diverged the quantized one has too, and it is not packed or saved as if it had not."""
+    t = jc.quantize(GRIDS[grid], scale=rule)
+    assert jnp.isnan(jc.materialize(t.apply((), NAN))["kernel"][1, 0])
+    with pytest.raises(ValueError, match=r"pack: 'kernel' was quantized from values that are NaN; mend the training"):
+        jc.pack(t.apply((), NAN))
+    if not isinstance(rule, Fixed):
+        packed = jax.jit(lambda p: jc.pack(t.apply((), p)))(NAN)
+        assert jnp.isnan(jc.materialize(packed)["kernel"][1, 0])
+
+
+def test_nan_is_not_saved(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"save: 'kernel' was quantized from values that are NaN"):
+        jc.save(tmp_path / "net.safetensors", jc.quantize().apply((), NAN))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -286,6 +320,7 @@ def test_integer_products_take_microscaled_integers_and_name_the_rest() -> None:
         (lambda: Fixed({"kernel": jnp.array([1.0, -1.0])}), ValueError, "end at 'kernel' must be positive and finite"),
         (lambda: jc.quantize(channel_axes=-1), ValueError, r"channel_axes must be a tuple of integers.*got -1"),
         (lambda: jc.quantize(jc.Int(4, group=2), group_axis="x"), ValueError, "group_axis must be an integer, got 'x'"),
+        (lambda: jc.quantize(tile=4), ValueError, "tile must be a tuple of positive integers, got 4"),
         (lambda: jc.quantize(tile=(4, 0)), ValueError, "tile must be a tuple of positive integers"),
         (lambda: jc.quantize(bucket=0), ValueError, "bucket must be a positive integer, got 0"),
         (lambda: jc.quantize(bucket=4, tile=(2, 2)), ValueError, "one way, got tile and bucket; take one of them"),

@@ -10,6 +10,8 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.leaves import is_compressed
+from jaxcomp.prune import masked_by
+from jaxcomp.share_vectors import share_vectors
 from tests.laws import assert_same_bits
 
 PARAMS = {
@@ -21,6 +23,52 @@ PARAMS = {
 def kinds(tree) -> dict[str, str]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_compressed)
     return {"/".join(k.key for k in p): type(x).__name__ for p, x in flat}
+
+
+def test_wrap_optax_runs_with_donated_buffers() -> None:
+    tx = jc.wrap_optax(optax.sgd(0.1), jc.prune(0.5))
+    params = jax.tree.map(jnp.copy, PARAMS)
+
+    def train_step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    want, _ = train_step(PARAMS, tx.init(PARAMS))
+    got, _ = jax.jit(train_step, donate_argnums=(0, 1))(params, tx.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+
+
+def test_given_masks_outlive_a_donated_state() -> None:
+    t = masked_by({"head/kernel": PARAMS["head"]["kernel"] > 0})
+    for _ in range(2):
+        seen = jax.jit(t.apply, donate_argnums=0)(t.init(PARAMS), PARAMS)
+        assert (jc.materialize(seen)["head"]["kernel"] >= 0).all()
+
+
+OTHER = {"tail": {"kernel": jnp.ones((8, 8))}}
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        jc.prune(0.5),
+        jc.share(4),
+        jc.regrow(0.5, key=jax.random.key(0)),
+        share_vectors(4, size=2, key=jax.random.key(0)),
+    ],
+    ids=["prune", "share", "regrow", "share_vectors"],
+)
+def test_a_state_of_another_tree_is_named(t) -> None:
+    message = r"the state has nothing for 'tail/kernel', only for '.*'; it was made for another tree: call init"
+    with pytest.raises(ValueError, match=message):
+        t.apply(t.init(PARAMS), OTHER)
+
+
+def test_a_mask_of_another_shape_is_named() -> None:
+    t = jc.prune(0.5)
+    smaller = {**PARAMS, "head": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match=r"mask of 'head/kernel' has shape \(8, 4\), which does not fit \(4, 4\)"):
+        t.apply(t.init(PARAMS), smaller)
 
 
 def test_a_chain_is_a_fold() -> None:
@@ -101,7 +149,7 @@ def test_what_is_gated_can_be_packed_before_and_after() -> None:
 def test_a_gate_wants_a_boolean() -> None:
     with pytest.raises(ValueError, match=r"gate: due\(step\) must be a scalar boolean, got"):
         jc.gate(jc.identity(), lambda step: step + 1).init(PARAMS)
-    with pytest.raises(ValueError, match="the period must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every: the period must be an integer of at least 1, got 0"):
         jc.every(0)
 
 

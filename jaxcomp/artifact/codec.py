@@ -39,7 +39,7 @@ def decode_tree(node: Json, tensors: Mapping[str, np.ndarray], companders: Itera
 
 def _encode_node(x: Any, path: str, out: Tensors) -> Json:
     if is_compressed(x):
-        return _encode_leaf(pack(x), path, out)
+        return _encode_leaf(_packed(x, path), path, out)
     if isinstance(x, Mapping) and not _is_custom(x):
         bad = [k for k in x if not isinstance(k, str | int) or isinstance(k, bool)]
         if bad:
@@ -52,6 +52,13 @@ def _encode_node(x: Any, path: str, out: Tensors) -> Json:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return _encode_array(x, path, out)
     return _encode_custom(x, path, out)
+
+
+def _packed(x: Any, path: str) -> Any:
+    try:
+        return pack(x)
+    except ValueError as e:
+        raise ValueError(f"save: {path!r} {e}.") from e
 
 
 def _is_custom(x: Mapping[Any, Any]) -> bool:

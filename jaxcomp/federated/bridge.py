@@ -45,7 +45,8 @@ def compress_updates(
     """
 
     def init(params: Any) -> CompressState:
-        return CompressState(jnp.zeros((), jnp.int32), key, compressor.init(params))
+        own = jax.random.clone(key)  # a step may donate its state
+        return CompressState(jnp.zeros((), jnp.int32), own, compressor.init(params))
 
     def update(updates: Any, state: CompressState, params: Any = None) -> tuple[Any, CompressState]:
         shared = jax.random.fold_in(state.key, state.step)

@@ -104,8 +104,10 @@ def sign(*, vote: bool = False, unbiased: bool = False) -> Compressor:
         total = jnp.sum(jnp.abs(wide))
         scale = total * (1 / x.size)
         if unbiased:
-            square = jnp.sum(wide * wide)
-            scale = jnp.where(total > 0, square / jnp.where(total > 0, total, jnp.ones_like(total)), total)
+            top = jnp.max(jnp.abs(wide))
+            some = top > 0
+            parts = jnp.abs(wide) / jnp.where(some, top, jnp.ones_like(top))  # whose squares are in range
+            scale = top * jnp.sum(parts * parts) / jnp.where(some, jnp.sum(parts), jnp.ones_like(top))
         return Signs(Packed.of(x >= 0, 1, 0), scale, vote, tuple(x.shape), jnp.dtype(x.dtype)), None
 
     return leafwise("sign", encode_leaf, contracts=not unbiased)
@@ -132,7 +134,9 @@ def uniform(bits: int, *, limit: float | None = None, axis_name: str | None = No
     """
     if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not 1 <= bits <= 8:
         raise ValueError(f"uniform: bits must be an integer in 1..8, got {bits!r}.")
-    if limit is not None and not 0 < limit < math.inf:
+    if limit is not None and not (
+        isinstance(limit, numbers.Real) and not isinstance(limit, bool) and 0 < limit < math.inf
+    ):
         raise ValueError(f"uniform: limit must be positive, got {limit!r}.")
     if limit is not None and axis_name is not None:
         raise ValueError("uniform: the range is common by limit= or by axis_name=; give one of them.")
@@ -167,7 +171,9 @@ def rotate(compressor: Compressor, *, block: int | None = None) -> Compressor:
 
     Source: Suresh et al. 2017, arXiv:1611.00429, section 3; Vargaftik et al. 2021, arXiv:2105.08339.
     """
-    if block is not None and (not isinstance(block, int) or block < 1 or block & (block - 1)):
+    if block is not None and (
+        isinstance(block, bool) or not isinstance(block, int) or block < 1 or block & (block - 1)
+    ):
         raise ValueError(f"rotate: block must be a power of two, got {block!r}.")
 
     def init(update: Update) -> State:

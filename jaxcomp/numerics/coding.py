@@ -49,7 +49,9 @@ def find_range(
         case MeanAbs():
             return mean_range(x, blocks, mask)
         case Percentile():
-            return percentile_range(x, blocks, mask, percent=float(rule.percent), symmetric=symmetric)
+            top, bottom = percentile_range(x, blocks, mask, percent=float(rule.percent), symmetric=symmetric)
+            lost = jnp.isnan(absmax_range(x, blocks, True)[0])  # a percentile may pass NaN by
+            return jnp.where(lost, jnp.nan, top), bottom
         case MSE():
             ratios = np.linspace(1.0, float(rule.smallest), int(rule.steps))
             return mse_range(x, blocks, absmax_range(x, blocks, symmetric), ratios, partial(_on_grid, x, grid))
@@ -89,7 +91,8 @@ def block_scales(top: Float[Array, "*blocks"], grid: Blocked) -> tuple[Float[Arr
     one = (1,) * top.ndim
     if isinstance(grid.scales, grids.E8M0):
         e = jnp.clip(exponent_of(top) - grid.top_exponent, -100, 127)
-        return power_of_two(e, top.dtype), jnp.full(one, 2.0**grid.shift, top.dtype)
+        lost = jnp.any(jnp.isnan(top))  # which a power of two cannot say
+        return power_of_two(e, top.dtype), jnp.full(one, jnp.where(lost, jnp.nan, 2.0**grid.shift), top.dtype)
     end = grid.grid.code_range[1] if isinstance(grid.grid, Int) else grid.grid.top
     wanted = top * (1.0 / end)
     outer = positive(jnp.max(wanted, keepdims=True) * (1.0 / grid.scales.top), least=2.0**20)

@@ -48,7 +48,7 @@ def to_levels(
     noise: Float[Array, "*shape"] | None = None,
     clipped: bool = True,
 ) -> Float[Array, "*shape"]:
-    """The nearest level, or with ``noise`` in [0, 1) a neighbour such that the expectation is ``clip(x)``.
+    """The nearest level, or with ``noise`` in [0, 1) a neighbour such that the expectation is ``clip(x)``; NaN stays.
 
     The gradient is straight through, and where ``clipped`` cut outside the levels' cells: half the end cell beyond it.
 
@@ -60,6 +60,7 @@ def to_levels(
     low, high = ((end + (end - near) / 2) * _SLACK for end, near in zip(ends, inner, strict=True))
     frozen = jax.lax.stop_gradient(x)
     value = _float(frozen, grid, noise) if isinstance(grid, grids.Float) else _table(frozen, grid.levels, noise)
+    value = jnp.where(jnp.isnan(frozen), frozen, value)
     return straight_through(x, value, (x >= low) & (x <= high) if clipped else None)
 
 

@@ -115,9 +115,12 @@ def scale_shape(
 
 
 def positive(scale: Float[Array, "*blocks"], least: float = 1.0) -> Float[Array, "*blocks"]:
-    """At least ``least`` times the smallest normal number; a block of zeros gets 1: its codes are 0, its values too."""
+    """At least ``least`` times the smallest normal number; a block of zeros gets 1: its codes are 0, its values too.
+
+    NaN stays NaN, so that a block with NaN is NaN on every grid, packed or not.
+    """
     floor = float(jnp.finfo(scale.dtype).tiny) * least
-    return jnp.where(scale > 0, jnp.maximum(scale, floor), jnp.ones_like(scale))
+    return jnp.where(scale <= 0, jnp.ones_like(scale), jnp.maximum(scale, floor))
 
 
 def int_scale(

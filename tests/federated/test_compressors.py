@@ -388,3 +388,28 @@ def test_a_compressed_update_is_refused() -> None:
     message = encode(fed.sign(), update_of(0))
     with pytest.raises(ValueError, match=r"topk: 'layer/bias' is a Signs; encode materialize\(update\)"):
         fed.topk(0.1).encode((), message)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e19, 1e30])
+def test_the_scale_of_drive_is_in_range_where_squares_are_not(size) -> None:
+    t, update = fed.sign(unbiased=True), update_of(3)
+    want = decode(encode(t, update))
+    got = decode(encode(t, jax.tree.map(lambda x: x * size, update)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / size, b, rtol=1e-5), got, want)
+
+
+def test_specs_are_checked_where_written() -> None:
+    with pytest.raises(ValueError, match="powersgd: key must be one key such as"):
+        fed.powersgd(2, key=3)
+    with pytest.raises(TypeError, match=r"error_feedback: wants a compressor such as topk\(0.01\), got 3"):
+        fed.error_feedback(3)
+    for bad in ("a", True, 0.0):
+        with pytest.raises(ValueError, match="uniform: limit must be positive"):
+            fed.uniform(4, limit=bad)
+
+
+def test_a_key_outlives_a_donated_state() -> None:
+    key, update = jax.random.key(5), update_of(0)
+    tx = fed.compress_updates(fed.topk(0.5), key=key)
+    for _ in range(2):
+        jax.jit(tx.update, donate_argnums=1)(update, tx.init(update))
