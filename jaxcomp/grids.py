@@ -8,7 +8,6 @@ packed, they are the levels' codes, ``bits`` each. Every grid here but a :class:
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -16,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from jaxcomp.specs import MAX_BITS, Companded, Int, Spec, check_bits, check_group
+from jaxcomp.structures import is_integer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Float(Spec):
     def __post_init__(self) -> None:
         given = {"exponent": self.exponent, "mantissa": self.mantissa, "reserved": self.reserved}
         for name, value in (given if self.bias is None else {**given, "bias": self.bias}).items():
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            if not is_integer(value):
                 raise ValueError(f"Float: {name} must be an integer, got {value!r}.")
         if min(self.exponent, self.mantissa) < 1 or self.bits > MAX_BITS:
             raise ValueError(

@@ -208,11 +208,9 @@ class Quantized(CompressedLeaf):
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
-        arrays = [
-            x for x in (self.codes, dense(self.scale)) if not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
-        ]
-        bad = sum(int(jnp.sum(jnp.isnan(x))) for x in arrays)
-        if bad:
+        arrays: tuple[Any, ...] = (self.codes, dense(self.scale))
+        known = (x for x in arrays if not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct))
+        if any(bool(jnp.any(jnp.isnan(x))) for x in known):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
 
 

@@ -17,6 +17,7 @@ from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.scaling import AbsMax, Fixed, MeanAbs, Nearest, Rounding, ScaleRule, Stochastic
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.specs import Int
+from jaxcomp.structures import is_integer
 from jaxcomp.transform import Params, State, Transform, stateless
 
 
@@ -149,15 +150,12 @@ def checked_sharing(
     names = [name for name, value in given.items() if value is not None]
     if (tile is not None or bucket is not None) and len(names) > 1:
         raise ValueError(f"{owner}: a scale is shared in one way, got {' and '.join(names)}; take one of them.")
-    if channel_axes is not None and not (isinstance(channel_axes, tuple | list) and all(map(_is_int, channel_axes))):
+    if channel_axes is not None and not (isinstance(channel_axes, tuple | list) and all(map(is_integer, channel_axes))):
         raise ValueError(f"{owner}: channel_axes must be a tuple of integers, such as (-1,), got {channel_axes!r}.")
-    if not _is_int(group_axis):
+    if not is_integer(group_axis):
         raise ValueError(f"{owner}: group_axis must be an integer, got {group_axis!r}.")
-    return Sharing(None if channel_axes is None else tuple(channel_axes), group_axis, tile, bucket)
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    axes, sizes = (None if x is None else tuple(x) for x in (channel_axes, tile))
+    return Sharing(axes, group_axis, sizes, bucket)
 
 
 def _group(grid: Grid | Blocked) -> int | None:

@@ -20,6 +20,7 @@ from jaxcomp.resets import MaskState, reset_regrown
 from jaxcomp.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.specs import check_key
 from jaxcomp.statistics import for_score
+from jaxcomp.structures import is_integer
 from jaxcomp.transform import Due, Params, State, Transform, cond, every
 
 __all__ = ["dense_value_and_grad", "from_zero", "regrow", "reset_regrown", "rigl", "sparse_evolution"]
@@ -162,7 +163,7 @@ def rigl(
     Source: Evci et al. 2019, arXiv:1911.11134.
     """
     _check_fraction(fraction)
-    if not isinstance(stop, numbers.Integral) or isinstance(stop, bool) or stop < 1:
+    if not is_integer(stop) or stop < 1:
         raise ValueError(f"rigl: stop must be a positive integer, the step at which it ends, got {stop!r}.")
     cosine = optax.cosine_decay_schedule(fraction, stop)
     due = every(period, start=period, stop=stop)

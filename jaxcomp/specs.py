@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.structures import Global, Local
+from jaxcomp.structures import Global, Local, is_integer
 
 MAX_BITS = 8
 
@@ -18,15 +18,15 @@ class Spec:
     """What every frozen spec is: a value that says what to do; files name it by its class and its fields."""
 
 
-def check_bits(owner: str, bits: object, least: int = 2) -> None:
+def check_bits(owner: str, bits: Any, least: int = 2) -> None:
     """Raises ValueError where ``bits`` is not an integer in ``least..8``."""
-    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not least <= int(bits) <= MAX_BITS:
+    if not is_integer(bits) or not least <= bits <= MAX_BITS:
         raise ValueError(f"{owner}: bits must be an integer in {least}..{MAX_BITS}, got {bits!r}.")
 
 
-def check_group(owner: str, group: object, name: str = "group") -> None:
+def check_group(owner: str, group: Any, name: str = "group") -> None:
     """Raises ValueError where ``group`` is neither None nor a positive integer."""
-    if group is not None and (not isinstance(group, numbers.Integral) or isinstance(group, bool) or group < 1):
+    if group is not None and (not is_integer(group) or group < 1):
         raise ValueError(f"{owner}: {name} must be a positive integer or None, got {group!r}.")
 
 
@@ -200,7 +200,7 @@ class Channels(Spec):
 
     def __post_init__(self) -> None:
         named = self.axes if isinstance(self.axes, tuple | list) else (self.axes,)
-        if not all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in named):
+        if not all(map(is_integer, named)):
             raise ValueError(f"Channels: axes must be an integer, or several, got {self.axes!r}.")
 
 
@@ -217,7 +217,7 @@ class Buckets(Spec):
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, numbers.Integral) or isinstance(self.size, bool) or self.size < 1:
+        if not is_integer(self.size) or self.size < 1:
             raise ValueError(f"Buckets: size must be a positive integer, got {self.size!r}.")
 
 

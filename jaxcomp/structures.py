@@ -77,9 +77,9 @@ class NM:
     axis: int = -2
 
     def __post_init__(self) -> None:
-        if not (_is_int(self.n) and _is_int(self.m) and 0 < self.n < self.m):
+        if not (is_integer(self.n) and is_integer(self.m) and 0 < self.n < self.m):
             raise ValueError(f"NM: keeps n of every m, wants integers 0 < n < m, got n={self.n!r}, m={self.m!r}.")
-        if not _is_int(self.axis):
+        if not is_integer(self.axis):
             raise ValueError(f"NM: axis must be one integer, got {self.axis!r}.")
 
 
@@ -111,7 +111,7 @@ class Block:
             )
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "axes", tuple(self.axes) or tuple(range(-len(self.shape), 0)))
-        if not self.shape or not all(_is_int(s) and s >= 1 for s in self.shape):
+        if not self.shape or not all(is_integer(s) and s >= 1 for s in self.shape):
             raise ValueError(f"Block: the shape must be positive integers, got {self.shape!r}.")
         if len(set(self.axes)) != len(self.shape) or len(self.axes) != len(self.shape):
             raise ValueError(f"Block: wants one distinct axis for each extent of {self.shape}, got axes {self.axes!r}.")
@@ -141,7 +141,7 @@ class Filters:
 
     def __post_init__(self) -> None:
         named = self.axis if isinstance(self.axis, tuple | list) else (self.axis,)
-        if not named or not all(_is_int(a) for a in named):
+        if not named or not all(is_integer(a) for a in named):
             raise ValueError(f"Filters: axis must be an integer, or several, got {self.axis!r}.")
         _check_order("Filters", self.order)
 
@@ -172,7 +172,7 @@ class Tied:
     order: Order = 1.0
 
     def __post_init__(self) -> None:
-        if not self.axes or not all(isinstance(r, str) and _is_int(a) for r, a in self.axes.items()):
+        if not self.axes or not all(isinstance(r, str) and is_integer(a) for r, a in self.axes.items()):
             raise ValueError(f"Tied: wants a table of regular expression to axis, got {self.axes!r}.")
         for rule in self.axes:
             try:
@@ -285,7 +285,8 @@ class StraightThrough:
 Gradient = Cut | StraightThrough
 
 
-def _is_int(x: object) -> bool:
+def is_integer(x: object) -> bool:
+    """Whether it is an integer, and no boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 

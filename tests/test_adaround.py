@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,20 @@ def test_it_begins_at_the_weights_and_hardens_to_the_nearest(grid) -> None:
     assert tie.mean() < 0.2
     np.testing.assert_array_equal(harden(params)["kernel"].codes[~tie], plain.codes[~tie])
     assert_same_bits(jc.materialize(jc.pack(harden(params))), jc.materialize(harden(params)))
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0**-140, -0.3, 1e38])
+@pytest.mark.parametrize(
+    "grid", [jc.Int(4), jc.Int(4, symmetric=False), jc.Int(2, group=4)], ids=["symmetric", "asymmetric", "group"]
+)
+def test_a_constant_leaf_is_finite_and_within_half_a_step(grid, value) -> None:
+    w = jnp.full((4, 3), value)
+    params = adaround({"kernel": w}, grid)
+    grads = jax.grad(lambda p: jnp.sum(jc.materialize(p)["kernel"]))(params)
+    chex.assert_tree_all_finite((params, grads))
+    half = 0.50001 * params["kernel"].scale.max()
+    for dense in (jc.materialize(params)["kernel"], jc.materialize(harden(params))["kernel"]):
+        assert (jnp.abs(dense - w) <= half).all()
 
 
 def test_only_the_rounding_learns() -> None:

@@ -9,19 +9,22 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxcomp as jc
 from jaxcomp.masks.densities import erk
-from jaxcomp.masks.growth import drop_and_grow
 from jaxcomp.masks.scores import magnitude, taylor
-from jaxcomp.masks.thresholds import fraction_of, order_keys
+from jaxcomp.resets import MaskState
 from jaxcomp.schedules import Plan
 from jaxcomp.structures import ERK, Given, StraightThrough
 from jaxcomp.transform import every
 from tests.figures import TIES, W, digits, mask, masks, normal
+from tests.marks import quick
 
 G = normal(8, 12, seed=2)
 V = normal(6, 4, seed=1)
@@ -234,12 +237,50 @@ def test_a_gradual_loop() -> None:
             assert digits(seen["kernel"].mask) == GRADUAL[step]
 
 
-@pytest.mark.parametrize(("fraction", "want"), [(0.3, "da4923"), (0.5, "da4227")])
-def test_drop_and_grow(fraction, want) -> None:
-    """RigL._update_masks(|V| > 1/2, |V|, |V2|, fraction)."""
-    old, grow = np.abs(V) > 0.5, np.abs(normal(6, 4, seed=3))
-    assert digits(old) == "5b1923"
-    count = old.sum() - round(old.sum() * (1 - fraction))  # theirs rounds what is kept
-    got = drop_and_grow(jnp.asarray(old), order_keys(jnp.abs(V)), ~order_keys(jnp.asarray(grow)), jnp.uint32(count))
-    assert digits(got) == want
-    assert abs(int(fraction_of(jnp.uint32(old.sum()), fraction)) - count) <= 1
+# RigL._update_masks(|V| > 1/2, |V|, |V2|, fraction); theirs rounds what is kept, so half of eleven drops five.
+DROP_AND_GROW = {0.3: "da4923", 5 / 11: "da4227"}
+
+
+@pytest.mark.parametrize("fraction", DROP_AND_GROW)
+def test_drop_and_grow(fraction) -> None:
+    params, grads = {"kernel": jnp.asarray(V)}, {"kernel": jnp.asarray(normal(6, 4, seed=3))}
+    active = int((np.abs(V) > 0.5).sum())
+    by_size = jc.regrow(1 - active / V.size, initial=magnitude)
+    state = by_size.init(params)
+    assert digits(state.masks["kernel"]) == "5b1923"
+    # Half way to its stop, RigL's share is half of what it began with.
+    t = jc.rigl(0.5, key=jax.random.key(0), period=10, stop=100, fraction=2 * fraction)
+    state = t.update(state, params, step=jnp.int32(50), grads=grads)
+    assert digits(by_size.apply(state, params)["kernel"].mask) == DROP_AND_GROW[fraction]
+
+
+def cosine(fraction: float, step: int, stop: int) -> float:
+    """f_decay of RigL, equation 1, by which SET is run there too."""
+    return fraction / 2 * (1 + np.cos(np.pi * step / stop))
+
+
+@pytest.mark.parametrize("falls", quick([True, False], True))
+def test_set_drops_the_published_share_of_the_active_weights(falls) -> None:
+    """So many of the smallest go, and none above them; SET itself keeps the share, the RigL paper lets it fall."""
+    w = jnp.asarray(normal(40, 50))
+    params = dict.fromkeys("uvwx", w)  # each draws for itself, and few of what it drops come back at once
+    fraction = optax.cosine_decay_schedule(0.3, 100) if falls else 0.3
+    t = jc.sparse_evolution(0.9, key=jax.random.key(0), period=10, stop=100, fraction=fraction)
+    update = jax.jit(lambda state, step: t.update(state, params, step=step))
+    draw = np.random.default_rng(1)
+    state = MaskState({name: jnp.asarray(draw.permutation(2000).reshape(40, 50) < 200) for name in params})
+    for step in (10, 50, 80):
+        with jax.numpy_dtype_promotion("standard"):  # optax's own code mixes types
+            new = update(state, step)
+        count = round((cosine(0.3, step, 100) if falls else 0.3) * 200)
+        ranks = []
+        for name, old in state.masks.items():
+            now = np.asarray(new.masks[name])
+            ascending = np.argsort(np.where(old, np.abs(w), np.inf), axis=None)[:200]
+            ranks += np.flatnonzero(~now.reshape(-1)[ascending]).tolist()
+            assert now.sum() == old.sum() == 200
+        assert max(ranks) == count - 1
+        state = new
+    for step in (85, 100, 110):
+        with jax.numpy_dtype_promotion("standard"):
+            chex.assert_trees_all_equal(update(state, step), state)

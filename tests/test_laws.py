@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import cache
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.adaround import adaround
 from jaxcomp.grids import E2M1, E4M3, Blocked
 from jaxcomp.masks.scores import lamp
 from jaxcomp.numerics.kmeans_inits import linear, quantile
 from jaxcomp.rank_specs import CP, RankOne, Tucker2
 from jaxcomp.scaling import MSE, Stochastic
+from jaxcomp.share_vectors import share_vectors
 from jaxcomp.specs import Buckets, Channels
 from jaxcomp.statistics import accumulate, movement
 from jaxcomp.structures import StraightThrough
@@ -183,6 +186,57 @@ def test_law_of_leaves_in_params(name: str, check) -> None:
 def test_laws_hold_in_half_precision(name: str, dtype: jnp.dtype) -> None:
     for check in (laws.check_ships_what_it_trains, laws.check_keeps_structure, laws.check_learns):
         check(TRANSFORMS[name], make_params(dtype))
+
+
+RESCALED = {
+    "prune": jc.prune(0.5),
+    "regrow": jc.regrow(0.5, key=jax.random.key(0), due=jc.every(1)),
+    "low_rank": jc.low_rank(2),
+    "factorize": lambda p: jc.factorize(p, 2),
+    "learned": lambda p: jc.learned(p, jc.Int(4)),
+    "share_vectors": share_vectors(3, size=2, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", RESCALED)
+def test_a_rescaled_leaf_is_compressed_alike_in_all_bits_of_its_type(name: str, dtype: str) -> None:
+    """In float64 by a factor that float32 takes for 1."""
+    t, factor = RESCALED[name], 1 + 2.0**-30 if dtype == "float64" else 2.0
+    with jax.enable_x64(dtype == "float64"):
+
+        def seen(w: np.ndarray) -> np.ndarray:
+            params = {"kernel": jnp.asarray(w, dtype)}
+            if isinstance(t, jc.Transform):
+                state = t.update(t.init(params), params, step=jnp.int32(1))
+                params = t.apply(state, params)
+            dense = jc.materialize(params if isinstance(t, jc.Transform) else t(params))["kernel"]
+            assert dense.dtype == dtype
+            return np.asarray(dense, np.float64)
+
+        w = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), dtype), np.float64)
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(seen(factor * w), factor * seen(w), rtol=8 * eps, atol=8 * eps)
+
+
+EMPTY = {
+    "quantize": jc.quantize(jc.Int(4)).init,
+    "regrow": jc.regrow(0.5, key=jax.random.key(0)).init,
+    "learned": jc.learned,
+    "adaround": adaround,
+    "share": jc.share(4).init,
+    "share_vectors": share_vectors(3, size=2, key=jax.random.key(0)).init,
+    "low_rank": jc.low_rank(2).init,
+}
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_leaf_is_refused_by_its_path(name: str, shape: tuple[int, int]) -> None:
+    params = {"full": {"kernel": jnp.ones((8, 6))}, "none": {"kernel": jnp.zeros(shape)}}
+    message = re.escape(f"{name}: 'none/kernel' is empty (shape {shape}); leave it out by a rule.")
+    with pytest.raises(ValueError, match=message):
+        EMPTY[name](params)
 
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from(

@@ -45,6 +45,18 @@ def test_importance_scores() -> None:
     assert (got == m.weight_mask.numpy().astype(bool)).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, float("inf")])
+@pytest.mark.parametrize(("w", "dims"), [(W, (0, 1)), (CONV, (0, 3))], ids=["matrix", "conv"])
+def test_importance_scores_of_structures(w, dims, n) -> None:
+    scores = np.random.default_rng(2).normal(size=w.shape).astype(np.float32) ** 3  # whose orders differ
+    for dim in dims:
+        for amount in (1, 2):
+            given = torch.from_numpy(scores)
+            m = tp.ln_structured(module(w), "weight", amount=amount, n=n, dim=dim, importance_scores=given)
+            t = jc.prune(amount, score=importance, structure=jc.Filters(dim, order=n))
+            assert (ours(t, w, importance=np.abs(scores)) == m.weight_mask.numpy().astype(bool)).all()
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, float("inf"), float("-inf"), "fro"])
 @pytest.mark.parametrize(("w", "dims"), [(W, (0, 1, -1)), (CONV, (0, 1, 2, -1))], ids=["matrix", "conv"])
 def test_ln_structured(w, dims, n) -> None:
@@ -87,6 +99,56 @@ def test_global_unstructured(amount) -> None:
     seen = t.apply(t.init(params), params)
     for name, m in (("one", a), ("two", b)):
         assert (np.asarray(seen[name].mask) == m.weight_mask.numpy().astype(bool)).all()
+
+
+def assert_equal_masks(t: jc.Transform, a, b, **stats) -> None:
+    """Of two leaves by a transform, and of two modules by torch."""
+    params = {"one": jnp.asarray(W), "two": jnp.asarray(CONV)}
+    state = t.init(params)
+    if stats:
+        state = t.update(state, params, step=0, **stats)
+    seen = t.apply(state, params)
+    for name, m in (("one", a), ("two", b)):
+        got = np.broadcast_to(np.asarray(seen[name].mask), params[name].shape)
+        assert (got == m.weight_mask.numpy().astype(bool)).all()
+
+
+@pytest.mark.parametrize("amount", [60, 0.3])
+def test_global_importance_scores(amount) -> None:
+    a, b = module(W), module(CONV)
+    scores = [np.random.default_rng(i).normal(size=w.shape).astype(np.float32) for i, w in ((4, W), (5, CONV))]
+    tp.global_unstructured(
+        [(a, "weight"), (b, "weight")],
+        pruning_method=tp.L1Unstructured,
+        amount=amount,
+        importance_scores={(m, "weight"): torch.from_numpy(x) for m, x in ((a, scores[0]), (b, scores[1]))},
+    )
+    sizes = {name: jnp.abs(jnp.asarray(x)) for name, x in zip(("one", "two"), scores, strict=True)}
+    assert_equal_masks(jc.prune(amount, score=importance, scope=jc.Global()), a, b, importance=sizes)
+
+
+@pytest.mark.parametrize("amount", [20, 0.4])
+def test_global_prunes_among_what_earlier_ones_left(amount) -> None:
+    a, b = module(W), module(CONV)
+    tp.l1_unstructured(a, "weight", amount=0.5)
+    tp.ln_structured(b, "weight", amount=2, n=2, dim=0)
+    tp.global_unstructured([(a, "weight"), (b, "weight")], pruning_method=tp.L1Unstructured, amount=amount)
+    t = jc.chain(
+        jc.prune(0.5, where="one"),
+        jc.prune(2, structure=jc.Filters(0, order=2), where="two"),
+        jc.prune(amount, scope=jc.Global()),
+    )
+    assert_equal_masks(t, a, b)
+
+
+@pytest.mark.parametrize("amount", [5, 0.5])
+def test_l1_acts_on_what_a_given_mask_left(amount) -> None:
+    given = np.random.default_rng(3).random(W.shape) < 0.5
+    m = tp.custom_from_mask(module(W), "weight", torch.from_numpy(given))
+    tp.l1_unstructured(m, "weight", amount=amount)
+    t = jc.chain(masked_by({"weight": given}), jc.prune(amount))
+    assert (ours(t, W) == m.weight_mask.numpy().astype(bool)).all()
+    assert ours(t, W).sum() == given.sum() - (amount if amount > 1 else round(given.sum() * amount))
 
 
 def test_stacks_act_on_what_is_left() -> None:

@@ -55,15 +55,46 @@ def test_rank_one_steps_are_the_truncated_svd(shape, refits) -> None:
             assert abs(float(errors[k]) - lost(w, k + 1)) < 1e-5
 
 
+def residual(t: np.ndarray, factors, terms: int) -> float:
+    """What part of the squared norm the first terms leave, in float64."""
+    top = np.abs(t).max()
+    if top < np.finfo(np.float32).tiny:
+        return 0.0
+    axes = "abcd"[: t.ndim]
+    columns = [np.asarray(f, np.float64)[:, :terms] for f in factors]
+    got = np.einsum(f"{','.join(a + 'r' for a in axes)}->{axes}", *columns)
+    whole = np.asarray(t, np.float64) / top
+    return float(((whole - got) ** 2).sum() / (whole**2).sum())
+
+
 @given(w=matrices)
-def test_the_residual_never_rises_and_stays_finite(w) -> None:
-    factors, errors = deflate(jnp.asarray(w), rank=3, steps=20, refits=1)
+def test_the_last_error_is_the_residual_and_stays_finite(w) -> None:
+    factors, errors = deflate(jnp.asarray(w), rank=2, steps=20, refits=1)
     e = np.asarray(errors)
     assert np.isfinite(e).all()
     assert all(np.isfinite(np.asarray(f)).all() for f in factors)
-    assert (np.diff(e) <= 0).all()
-    assert (e >= 0).all()
-    assert (e <= 1 + 1e-6).all()
+    assert (np.diff(e, prepend=1 + 1e-6) <= 0).all()
+    assert abs(e[-1] - residual(w, factors, 2)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (5, 6, 7)])
+def test_each_term_takes_its_error_off_the_residual(shape) -> None:
+    t = normal(*shape)
+    factors, errors = deflate(jnp.asarray(t), rank=6, steps=200, refits=0)
+    left = [residual(t, factors, k) for k in range(7)]
+    sizes = np.square(np.asarray(factors[-1], np.float64) * np.abs(t).max()).sum(0) / np.square(t).sum()
+    np.testing.assert_allclose(errors, left[1:], rtol=1e-4)
+    np.testing.assert_allclose(-np.diff(left), sizes, rtol=1e-3)
+    assert (sizes > 0.01).all()
+
+
+@pytest.mark.parametrize("shape", quick([(12, 9), (5, 6, 7)], (12, 9)))
+def test_each_refit_of_more_terms_leaves_less(shape) -> None:
+    t = normal(*shape)
+    one, three = (deflate(jnp.asarray(t), rank=r, steps=50, refits=2) for r in (1, 3))
+    left = [residual(t, one[0], 1), residual(t, three[0], 3)]
+    np.testing.assert_allclose(three[1][::2], left, rtol=1e-4)
+    assert (np.diff([1.0, *left]) < -0.01).all()
 
 
 @given(w=matrices)

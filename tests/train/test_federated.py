@@ -114,6 +114,43 @@ def test_one_client_that_sends_all_is_plain_sgd() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, want)
 
 
+def descended(w: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A step of softmax regression at rate 0.1."""
+    scores = x @ w + b
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    p = (p / p.sum(1, keepdims=True) - np.eye(10)[y]) / len(y)
+    return w - 0.1 * x.T @ p, b - 0.1 * p.sum(0)
+
+
+@pytest.mark.parametrize(
+    ("dirichlet", "cuts"), [(0.3, [20, 100, 300]), (None, [175, 350, 525])], ids=["unequal", "equal"]
+)
+def test_a_round_is_fedavg_in_numpy(dirichlet, cuts) -> None:
+    """McMahan et al. 2017, algorithm 1: the mean of the clients' networks, weighted by their examples."""
+    config = dataclasses.replace(SMALL, widths=(), clients=4, per_round=3, local_steps=3, dirichlet=dirichlet)
+    data, model = load("digits"), build("mlp", widths=())
+    shards = np.split(np.arange(700), cuts)
+    chosen, sizes, indices = next(schedule(config, shards))
+    held = np.array([len(shards[c]) for c in chosen])
+    start = np.random.default_rng(0).normal(size=(64, 10)) / 8, np.zeros(10)
+    x = ((data.train.images / 255 - np.array(data.mean)) / np.array(data.std)).reshape(-1, 64)
+    ends = []
+    for batches in indices:
+        now = start
+        for batch in batches:
+            now = descended(*now, x[batch], data.train.labels[batch])
+        ends.append(now)
+    want = [np.tensordot(held / held.sum(), np.stack(own), 1) for own in zip(*ends, strict=True)]
+    params = {"head": {"kernel": jnp.asarray(start[0], jnp.float32), "bias": jnp.zeros(10)}}
+    optimizer = server_optimizer(config)
+    step = make_round(model, data, fed.dense(), optimizer, config)
+    images, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.labels)
+    server = Server(params, optimizer.init(params), ())
+    got = step(server, images, labels, chosen, sizes, indices, jax.random.key(0))[0].params["head"]
+    np.testing.assert_allclose(got["kernel"], want[0], atol=2e-6)
+    np.testing.assert_allclose(got["bias"], want[1], atol=2e-6)
+
+
 @pytest.mark.parametrize("name", quick(COMPRESSORS, "dense", "topk"))
 def test_what_is_counted_is_what_would_be_sent(name) -> None:
     update = {"dense_0": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
