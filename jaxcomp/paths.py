@@ -74,6 +74,9 @@ def is_float_array(leaf: Any) -> bool:
 def matrices(path: str, leaf: Any) -> bool:
     """The default rule: floating arrays with two or more dimensions that are not named as a bias or a norm's scale.
 
+    Those names are bias, b, scale, offset, mean, var, gamma and beta, also after an underscore: such an array has one
+    dimension more where layers are stacked.
+
     >>> matrices("Dense_0/kernel", jnp.zeros((3, 4))), matrices("layers/bias", jnp.zeros((12, 4)))
     (True, False)
     """
