@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-@pytest.mark.parametrize("i", quick(range(len(BLOCKS)), 0, 1, 2, 3, 5, 7, 9))
+@pytest.mark.parametrize("i", quick(range(len(BLOCKS)), 0, 1, 2, 3, 5, 7))
 def test_readme_code_runs(i, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -198,7 +198,7 @@ RESCALED = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", quick(["float64", "float16", "bfloat16"], "float64"))
 @pytest.mark.parametrize("name", RESCALED)
 def test_a_rescaled_leaf_is_compressed_alike_in_all_bits_of_its_type(name: str, dtype: str) -> None:
     """In float64 by a factor that float32 takes for 1."""
@@ -248,7 +248,7 @@ shapes = st.sampled_from([(1, 1), (5, 3), (2, 3, 2, 2)])  # each new shape is a 
 VALUES = ("prune", "int2", "int3", "int8", "int5_asymmetric", "log8", "joint", "prune_global", "prune_filters")
 
 
-@pytest.mark.parametrize("name", quick(VALUES, "log8", "joint"))
+@pytest.mark.parametrize("name", quick(VALUES, "log8", "int3"))
 @given(data=st.data())
 def test_laws_hold_for_any_values(name: str, data) -> None:
     w = data.draw(hnp.arrays(np.float32, shapes, elements=finite))

@@ -18,6 +18,7 @@ from jaxcomp.masks.nm import is_n_m
 from jaxcomp.masks.scores import importance, lamp, norm, redundancy
 from jaxcomp.prune import masked_by
 from jaxcomp.structures import Given, Heuristic, StraightThrough, Tied
+from tests.marks import quick
 from tests.test_prune import masks
 
 
@@ -156,7 +157,7 @@ def test_filters_go_by_a_functions_own_sign() -> None:
     assert kept.tolist() == [[True, False, True]]
 
 
-@pytest.mark.parametrize("structure", [jc.Element(), jc.Filters(), jc.NM(2, 4)])
+@pytest.mark.parametrize("structure", quick([jc.Element(), jc.Filters(), jc.NM(2, 4)], jc.Filters()))
 def test_a_score_of_ones_own_with_a_statistic(structure) -> None:
     age = jc.Score("age", lambda w, age: jnp.abs(w) / (1 + age), needs=("age",), maker="the training loop")
     params = {"kernel": normal(8, 6)}
