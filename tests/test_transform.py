@@ -64,10 +64,13 @@ def test_a_state_of_another_tree_is_named(t) -> None:
         t.apply(t.init(PARAMS), OTHER)
 
 
-def test_a_mask_of_another_shape_is_named() -> None:
-    t = jc.prune(0.5)
+@pytest.mark.parametrize(
+    ("structure", "shape"), [(jc.Element(), r"\(8, 4\)"), (jc.Block((2, 2)), r"\(4, 2\)")], ids=["element", "block"]
+)
+def test_a_mask_of_another_shape_is_named(structure, shape) -> None:
+    t = jc.prune(0.5, structure=structure)
     smaller = {**PARAMS, "head": {"kernel": jnp.ones((4, 4))}}
-    with pytest.raises(ValueError, match=r"mask of 'head/kernel' has shape \(8, 4\), which does not fit \(4, 4\)"):
+    with pytest.raises(ValueError, match=rf"mask of 'head/kernel' has shape {shape}, which does not fit \(4, 4\)"):
         t.apply(t.init(PARAMS), smaller)
 
 

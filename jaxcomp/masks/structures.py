@@ -59,10 +59,15 @@ def over_units(mask: Bool[Array, "*units"], structure: Units, shape: tuple[int, 
 
     >>> over_units(jnp.array([[True, False]]), Block((2, 2)), (2, 3)).tolist()
     [[True, True, False], [True, True, False]]
+
+    Raises:
+      ValueError: a mask of blocks of another shape.
     """
     if not isinstance(structure, Block):
         return mask
     for axis, (size, extent) in enumerate(zip(shape, block_extents(structure, shape), strict=True)):
+        if mask.shape[axis] != -(-size // extent):
+            raise ValueError(f"has {mask.shape[axis]} units along axis {axis}, where {shape} has {-(-size // extent)}")
         if extent > 1:
             mask = jax.lax.slice_in_dim(jnp.repeat(mask, extent, axis=axis), 0, size, axis=axis)
     return mask
