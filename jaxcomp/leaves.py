@@ -15,7 +15,7 @@ from jaxcomp.numerics.coding import decode, loaded_codes, stored_codes
 from jaxcomp.numerics.masking import masked, masked_through
 from jaxcomp.numerics.packing import pack_bits, unpack_bits
 from jaxcomp.numerics.quantizers import spread
-from jaxcomp.paths import path_str
+from jaxcomp.paths import count_known, path_str
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -208,9 +208,7 @@ class Quantized(CompressedLeaf):
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
-        arrays: tuple[Any, ...] = (self.codes, dense(self.scale))
-        known = (x for x in arrays if not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct))
-        if any(bool(jnp.any(jnp.isnan(x))) for x in known):
+        if count_known(jnp.isnan, self.codes) or count_known(jnp.isnan, dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
 
 

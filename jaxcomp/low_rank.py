@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxcomp.factoring import Basis, Rank, basis_of, checked_rank, leaf_of, rank_in
 from jaxcomp.factors import balanced
 from jaxcomp.leaves import is_compressed
-from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.paths import Where, count_known, describe, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.rank_specs import CP, SVD, Budget, Energy, Method, RankOne, Tucker2
 from jaxcomp.ranks import OWNER, Ranks, chosen_ranks
 from jaxcomp.slots import Slot, check_finite, rewrite, slots
@@ -208,13 +208,13 @@ def _found(params: Params, rank: Any, where: Where | None) -> dict[str, Slot]:
     return found
 
 
+def _diagonal(moment: jax.Array) -> jax.Array:
+    return moment if moment.ndim < 2 else jnp.diagonal(moment, axis1=-2, axis2=-1)
+
+
 def _check_moments(moments: Mapping[str, Any], found: Mapping[str, Slot]) -> None:
     for path, m in moments.items():
-        if isinstance(m, jax.core.Tracer | jax.ShapeDtypeStruct):
-            continue
-        m = jnp.asarray(m)
-        ends = m if m.ndim < 2 else jnp.diagonal(m, axis1=-2, axis2=-1)
-        if not bool(jnp.all(jnp.isfinite(m)) & jnp.all(ends >= 0)):
+        if count_known(lambda m: ~jnp.isfinite(m), m) or count_known(lambda m: _diagonal(m) < 0, m):
             raise ValueError(
                 f"{OWNER}: the moment of {path!r} must be finite, and not negative on its diagonal; it is the sum of"
                 " xᵀ x over the inputs, as jaxcomp.trace.input_moments gives it."

@@ -14,7 +14,7 @@ from jaxcomp.masks.scores import Score, as_score, magnitude
 from jaxcomp.masks.select import groups_of, select, spread, tied
 from jaxcomp.masks.structures import alive_units, checked_axis, over_units, unit_scores
 from jaxcomp.numerics.masking import masked, masked_through
-from jaxcomp.paths import Where, leaves_with_paths, matrices, some_paths
+from jaxcomp.paths import Where, count_known, leaves_with_paths, matrices, some_paths
 from jaxcomp.slots import Slot, broadcasts, check_finite, rewrite, slots, state_of
 from jaxcomp.statistics import for_score
 from jaxcomp.structures import (
@@ -251,7 +251,8 @@ def _scores(criterion: Score, structure: Structure, slot: Slot, step: Any, stats
 
 def _check_numbers(criterion: Score, scores: jax.Array) -> None:
     """Raises ValueError where concrete scores are NaN: they would be kept longest."""
-    if isinstance(scores, jax.core.Tracer) or not (bad := int(jnp.sum(jnp.isnan(scores)))):
+    bad = count_known(jnp.isnan, scores)
+    if not bad:
         return
     given = f" from the statistic {criterion.needs[0]!r}" if criterion.needs else ""
     raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.paths import count_known, leaves_with_paths
 from jaxcomp.specs import Spec
 
 
@@ -87,8 +87,7 @@ class Fixed(Spec):
         if isinstance(self.end, numbers.Real) and not 0 < float(self.end) < math.inf:
             raise ValueError(f"Fixed: the range's end must be positive and finite, got {self.end!r}.")
         for path, x in leaves_with_paths(self.end)[0]:
-            known = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
-            if known and not bool(jnp.all((jnp.asarray(x) > 0) & jnp.isfinite(jnp.asarray(x)))):
+            if count_known(lambda x: ~((x > 0) & jnp.isfinite(x)), x):
                 raise ValueError(f"Fixed: the range's end at {path!r} must be positive and finite, got {x!r}.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxcomp.paths import Where, matrices
 from jaxcomp.share import MAX_CLUSTERS
 from jaxcomp.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.specs import check_key
+from jaxcomp.structures import is_integer
 from jaxcomp.transform import Params, State, Transform
 
 
@@ -47,9 +47,9 @@ def share_vectors(
 
     Source: Gong et al. 2014, arXiv:1412.6115, section 3.3 (product quantization, here one table for all sub-spaces).
     """
-    if not isinstance(clusters, numbers.Integral) or isinstance(clusters, bool) or not 2 <= clusters <= MAX_CLUSTERS:
+    if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
         raise ValueError(f"share_vectors: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
-    if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1:
+    if not is_integer(size) or size < 1:
         raise ValueError(f"share_vectors: size must be a positive integer, got {size!r}.")
     if key is None:
         raise ValueError("share_vectors: the first table is drawn: share_vectors(..., key=jax.random.key(0)).")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.leaves import CompressedLeaf, Masked, is_compressed, unpacked
-from jaxcomp.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.paths import Where, count_known, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,7 @@ def check_finite(found: Mapping[str, Slot], owner: str) -> None:
     """
     for slot in found.values():
         x = slot.array
-        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not is_float_array(x):
-            continue
-        with jax.ensure_compile_time_eval():  # a constant inside jit has values too
-            bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(x))))
+        bad = count_known(lambda x: ~jnp.isfinite(x), x) if is_float_array(x) else 0
         if bad:
             raise ValueError(
                 f"{owner}: {slot.path!r} has {bad} values that are not finite, of {x.size}; mend the training that made"

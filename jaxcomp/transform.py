@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +13,7 @@ import optax
 from jaxcomp.leaves import Masked, Switch, is_compressed, materialize, unpacked
 from jaxcomp.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.resets import reset_regrown
+from jaxcomp.structures import is_integer
 
 Params = Any
 State = Any
@@ -153,7 +153,7 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     >>> bool(due(jnp.int32(100))), bool(due(jnp.int32(300))), bool(due(jnp.int32(301)))
     (False, True, False)
     """
-    if not isinstance(period, numbers.Integral) or isinstance(period, bool) or period < 1:
+    if not is_integer(period) or period < 1:
         raise ValueError(f"every: the period must be an integer of at least 1, got {period!r}.")
 
     def due(step: jax.Array) -> jax.Array:

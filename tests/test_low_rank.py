@@ -424,6 +424,15 @@ def test_bad_input_names_the_path_and_the_mend(params, options, message) -> None
         jc.low_rank(**options).init(params)
 
 
+def test_known_moments_are_checked_inside_jit_too() -> None:
+    w = normal(6, 4)
+    t = jc.low_rank(2, moments={"w": jnp.arange(1.0, 7)})
+    want, got = t.init({"w": w}), jax.jit(t.init)({"w": w})
+    np.testing.assert_allclose(got["w"]["v"], want["w"]["v"], atol=1e-5)
+    with pytest.raises(ValueError, match="moment of 'w' must be finite"):
+        jax.jit(jc.low_rank(2, moments={"w": -jnp.ones(6)}).init)({"w": w})
+
+
 def test_kinds_that_are_no_rank_or_method() -> None:
     with pytest.raises(TypeError, match="method must be SVD"):
         jc.low_rank(1, method="svd")

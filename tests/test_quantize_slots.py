@@ -299,6 +299,14 @@ def test_nan_is_not_hidden(grid, rule) -> None:
         assert jnp.isnan(jc.materialize(packed)["kernel"][1, 0])
 
 
+def test_values_that_jit_closes_over_are_known() -> None:
+    leaf, end = jc.quantize(jc.Int(4)).apply((), {"kernel": jnp.eye(4)}), {"kernel": jnp.ones((1, 4))}
+    seen = jax.jit(lambda x: jc.quantize(jc.Int(4), scale=Fixed(end)).apply((), x))({"kernel": jnp.eye(4)})
+    assert seen["kernel"].scale.shape == (1, 4)
+    packed = jax.jit(lambda: jc.pack(leaf))()
+    assert (jc.materialize(packed)["kernel"] == jc.materialize(leaf)["kernel"]).all()
+
+
 def test_nan_is_not_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"save: 'kernel' was quantized from values that are NaN"):
         jc.save(tmp_path / "net.safetensors", jc.quantize().apply((), NAN))
