@@ -5,7 +5,20 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Before anything imports them: the array mathematics, where every signature gives shapes.
-install_import_hook(["jaxcomp.numerics", "jaxcomp.masks", "jaxcomp.federated.arrays"], "beartype.beartype")
+install_import_hook(
+    [
+        "jaxcomp.core.bits",
+        "jaxcomp.core.gradients",
+        "jaxcomp.factorization.decompositions",
+        "jaxcomp.factorization.rank_one",
+        "jaxcomp.federated.arrays",
+        "jaxcomp.pruning.masks",
+        "jaxcomp.pruning.scores",
+        "jaxcomp.quantization.numerics",
+        "jaxcomp.sharing.kmeans",
+    ],
+    "beartype.beartype",
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
-from jaxcomp.leaves import is_compressed
+from jaxcomp.core.leaves import is_compressed
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

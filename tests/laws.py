@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
-from jaxcomp.leaves import is_compressed
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.paths import leaves_with_paths
 
-CUBE = jc.Compander("cube-root", jnp.cbrt, lambda v: v * v * v)
+CUBE = jc.quantization.Compander("cube-root", jnp.cbrt, lambda v: v * v * v)
 
 
 def like_grads(params: Any) -> Any:
@@ -73,9 +73,9 @@ def check_ships_what_it_trains(t: jc.Transform, params: Any) -> None:
 def check_codes_are_narrow(t: jc.Transform, params: Any) -> None:
     """Law 6: a packed leaf's codes take ``bits`` bits a weight, rounded up to whole bytes once a leaf."""
     packed = jc.pack(t.apply(state_of(t, params), params))
-    for leaf in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, jc.Quantized)):
-        if isinstance(leaf, jc.Quantized):
-            stored = leaf.codes.data if isinstance(leaf.codes, jc.Packed) else leaf.codes
+    for leaf in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, jc.quantization.Quantized)):
+        if isinstance(leaf, jc.quantization.Quantized):
+            stored = leaf.codes.data if isinstance(leaf.codes, jc.core.Packed) else leaf.codes
             assert stored.nbytes == math.ceil(leaf.grid.bits * math.prod(leaf.shape) / 8)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import jaxcomp as jc
 
-VERSIONS = {"float": jc.identity(), "int8": jc.quantize(jc.Int(8)), "int2": jc.quantize(jc.Int(2))}
+VERSIONS = {"float": jc.core.identity(), "int8": jc.quantize(jc.Int(8)), "int2": jc.quantize(jc.Int(2))}
 STACKED = {
     "float": VERSIONS["float"],
     "int8": jc.quantize(jc.Int(8), channel_axes=(0, -1)),

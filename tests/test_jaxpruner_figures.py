@@ -17,12 +17,12 @@ import optax
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.masks.densities import erk
-from jaxcomp.masks.scores import magnitude, taylor
-from jaxcomp.resets import MaskState
-from jaxcomp.schedules import Plan
-from jaxcomp.structures import ERK, Given, StraightThrough
-from jaxcomp.transform import every
+from jaxcomp.core.gates import every
+from jaxcomp.core.optimizers import MaskState
+from jaxcomp.pruning.masks.densities import erk
+from jaxcomp.pruning.schedules import Plan
+from jaxcomp.pruning.scores import magnitude, taylor
+from jaxcomp.pruning.specs import ERK, Given, StraightThrough
 from tests.figures import TIES, W, digits, mask, masks, normal
 from tests.marks import quick
 
@@ -105,7 +105,7 @@ SCHEDULES = {
 
 def gradual(period: int, start: int, end: int, power: float, target: float) -> Plan:
     """jaxpruner counts the step as done, so its numbers are one step ahead of the paper's; it is due at multiples."""
-    shifted = jc.schedules.polynomial(target, begin=start - 1, end=end - 1, power=power)
+    shifted = jc.pruning.polynomial(target, begin=start - 1, end=end - 1, power=power)
     return Plan(shifted, every(period, start=ceil(start / period) * period, stop=end + 1))
 
 
@@ -179,7 +179,7 @@ BLOCKS = {
 def test_blocks(args) -> None:
     rows, *shape = args
     for pool, want in zip(("mean", "max"), BLOCKS[args], strict=True):
-        assert digits(mask(jc.prune(0.5, structure=jc.Block(shape, pool=pool)), W[:rows])) == want
+        assert digits(mask(jc.prune(0.5, structure=jc.pruning.Block(shape, pool=pool)), W[:rows])) == want
 
 
 def test_channels() -> None:
@@ -245,11 +245,11 @@ DROP_AND_GROW = {0.3: "da4923", 5 / 11: "da4227"}
 def test_drop_and_grow(fraction) -> None:
     params, grads = {"kernel": jnp.asarray(V)}, {"kernel": jnp.asarray(normal(6, 4, seed=3))}
     active = int((np.abs(V) > 0.5).sum())
-    by_size = jc.regrow(1 - active / V.size, initial=magnitude)
+    by_size = jc.pruning.regrow(1 - active / V.size, initial=magnitude)
     state = by_size.init(params)
     assert digits(state.masks["kernel"]) == "5b1923"
     # Half way to its stop, RigL's share is half of what it began with.
-    t = jc.rigl(0.5, key=jax.random.key(0), period=10, stop=100, fraction=2 * fraction)
+    t = jc.pruning.rigl(0.5, key=jax.random.key(0), period=10, stop=100, fraction=2 * fraction)
     state = t.update(state, params, step=jnp.int32(50), grads=grads)
     assert digits(by_size.apply(state, params)["kernel"].mask) == DROP_AND_GROW[fraction]
 
@@ -265,7 +265,7 @@ def test_set_drops_the_published_share_of_the_active_weights(falls) -> None:
     w = jnp.asarray(normal(40, 50))
     params = dict.fromkeys("uvwx", w)  # each draws for itself, and few of what it drops come back at once
     fraction = optax.cosine_decay_schedule(0.3, 100) if falls else 0.3
-    t = jc.sparse_evolution(0.9, key=jax.random.key(0), period=10, stop=100, fraction=fraction)
+    t = jc.pruning.sparse_evolution(0.9, key=jax.random.key(0), period=10, stop=100, fraction=fraction)
     update = jax.jit(lambda state, step: t.update(state, params, step=step))
     draw = np.random.default_rng(1)
     state = MaskState({name: jnp.asarray(draw.permutation(2000).reshape(40, 50) < 200) for name in params})

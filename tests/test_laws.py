@@ -17,27 +17,28 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
-from jaxcomp.adaround import adaround
-from jaxcomp.grids import E2M1, E4M3, Blocked
-from jaxcomp.masks.scores import lamp
-from jaxcomp.numerics.kmeans_inits import linear, quantile
-from jaxcomp.rank_specs import CP, RankOne, Tucker2
-from jaxcomp.scaling import MSE, Stochastic
-from jaxcomp.share_vectors import share_vectors
-from jaxcomp.specs import Buckets, Channels
-from jaxcomp.statistics import accumulate, movement
-from jaxcomp.structures import StraightThrough
+from jaxcomp.core.layouts import Buckets, Channels
+from jaxcomp.factorization.specs import CP, RankOne, Tucker2
+from jaxcomp.pruning.scores import lamp
+from jaxcomp.pruning.specs import StraightThrough
+from jaxcomp.pruning.statistics import accumulate, movement
+from jaxcomp.quantization.adaround import adaround
+from jaxcomp.quantization.level_grids import E2M1, E4M3
+from jaxcomp.quantization.microscaling import Blocked
+from jaxcomp.quantization.scales import MSE, Stochastic
+from jaxcomp.sharing.kmeans.inits import linear, quantile
+from jaxcomp.sharing.vectors import share_vectors
 from tests import laws
 from tests.marks import quick
 
 TRANSFORMS: dict[str, jc.Transform] = {
-    "identity": jc.identity(),
+    "identity": jc.core.identity(),
     "prune": jc.prune(0.5),
     "prune_schedule": jc.prune(jc.cubic(0.8, end=4)),
     "prune_constant_schedule": jc.prune(optax.constant_schedule(0.0)),
     "prune_global": jc.prune(0.6, scope=jc.Global()),
-    "prune_sensitivity": jc.prune(0.4, score=jc.sensitivity),
-    "prune_taylor_global": jc.prune(0.4, score=jc.taylor, scope=jc.Global()),
+    "prune_sensitivity": jc.prune(0.4, score=jc.pruning.sensitivity),
+    "prune_taylor_global": jc.prune(0.4, score=jc.pruning.taylor, scope=jc.Global()),
     "prune_filters": jc.prune(0.4, structure=jc.Filters()),
     "prune_filters_l2_global": jc.prune(0.4, structure=jc.Filters(order=2), scope=jc.Global()),
     "prune_twice": jc.chain(jc.prune(0.5), jc.prune(0.5)),
@@ -50,7 +51,7 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "int8_tensor": jc.quantize(jc.Int(8), channel_axes=()),
     "log8": jc.quantize(jc.Log(8)),
     "log3_tensor": jc.quantize(jc.Log(3), channel_axes=()),
-    "companded": jc.quantize(jc.Companded(5, laws.CUBE)),
+    "companded": jc.quantize(jc.quantization.Companded(5, laws.CUBE)),
     "joint": jc.chain(jc.prune(jc.cubic(0.8, end=4)), jc.quantize(jc.Int(4))),
     "joint_asymmetric": jc.chain(jc.prune(0.7), jc.quantize(jc.Int(3, symmetric=False))),
     "joint_filters_log": jc.chain(jc.prune(0.3, structure=jc.Filters()), jc.quantize(jc.Log(4))),
@@ -59,11 +60,11 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_open": jc.gate(jc.quantize(jc.Int(4)), jc.every(2, start=1)),
     "gate_then_quantize": jc.chain(jc.gate(jc.prune(0.5), jc.every(2, start=1)), jc.quantize(jc.Int(4))),
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
-    "once": jc.once(jc.prune(0.5, score=jc.sensitivity)),
+    "once": jc.once(jc.prune(0.5, score=jc.pruning.sensitivity)),
     # Dynamic sparse training: grown at random, and by gradient with a falling share; static, then quantized.
-    "regrow_random": jc.regrow(0.6, key=jax.random.key(0), due=jc.every(1)),
-    "rigl": jc.rigl(0.6, key=jax.random.key(0), period=1, stop=9),
-    "regrow_int4": jc.chain(jc.regrow(0.8, initial=jc.magnitude), jc.quantize(jc.Int(4))),
+    "regrow_random": jc.pruning.regrow(0.6, key=jax.random.key(0), due=jc.every(1)),
+    "rigl": jc.pruning.rigl(0.6, key=jax.random.key(0), period=1, stop=9),
+    "regrow_int4": jc.chain(jc.pruning.regrow(0.8, initial=jc.pruning.magnitude), jc.quantize(jc.Int(4))),
     "low_rank": jc.low_rank(2),
     "low_rank_pruned_quantized": jc.chain(jc.low_rank(3), jc.prune(0.5), jc.quantize(jc.Int(8))),
     "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
@@ -74,17 +75,19 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "share_global_pruned": jc.chain(jc.prune(0.5), jc.share(5, per=jc.Global(), preserve_zeros=True)),
     "share_buckets_quantized": jc.chain(jc.share(4, per=Buckets(10), init=quantile), jc.quantize(jc.Int(4))),
     "prune_n_m": jc.prune(structure=jc.NM(2, 4)),
-    "prune_blocks_erk": jc.prune(0.5, structure=jc.Block((2, 3), pool="max"), scope=jc.ERK()),
-    "prune_straight_random": jc.prune(0.5, score=jc.random_score(jax.random.key(0)), gradient=StraightThrough()),
+    "prune_blocks_erk": jc.prune(0.5, structure=jc.pruning.Block((2, 3), pool="max"), scope=jc.pruning.ERK()),
+    "prune_straight_random": jc.prune(
+        0.5, score=jc.pruning.random_score(jax.random.key(0)), gradient=StraightThrough()
+    ),
     "prune_movement": accumulate(
-        jc.prune(jc.polynomial(0.6, begin=0, end=4), score=jc.movement, regrow=False), movement
+        jc.prune(jc.pruning.polynomial(0.6, begin=0, end=4), score=jc.pruning.movement, regrow=False), movement
     ),
     "prune_lamp_global_int4": jc.chain(jc.prune(0.5, score=lamp(), scope=jc.Global()), jc.quantize(jc.Int(4))),
     # Grids of levels, scales on a grid, rounding at random, buckets.
     "pruned_signs": jc.chain(jc.prune(0.4), jc.quantize(jc.Int(1))),
-    "nf4_mse": jc.quantize(jc.NF4(group=4), scale=MSE(steps=9)),
-    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.APoT(4), bucket=50)),
-    "mx": jc.quantize(jc.MX(E4M3, 4)),
+    "nf4_mse": jc.quantize(jc.quantization.NF4(group=4), scale=MSE(steps=9)),
+    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.quantization.APoT(4), bucket=50)),
+    "mx": jc.quantize(jc.quantization.MX(E4M3, 4)),
     "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
     "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
 }
@@ -159,13 +162,16 @@ def test_law(name: str, check) -> None:
 
 # Leaves of trained parameters, and a transform that sees inside them.
 IN_PARAMS = {
-    "learned_int4_pruned": (lambda p: jc.learned(p, jc.Int(4)), jc.prune(0.5)),
+    "learned_int4_pruned": (lambda p: jc.quantization.learned(p, jc.Int(4)), jc.prune(0.5)),
     "learned_offset_gated": (
-        lambda p: jc.learned(p, jc.Int(3, symmetric=False), offset=True),
+        lambda p: jc.quantization.learned(p, jc.Int(3, symmetric=False), offset=True),
         jc.gate(jc.prune(0.5), jc.every(2, start=1)),
     ),
-    "learned_apot_filters": (lambda p: jc.learned(p, jc.APoT(4)), jc.prune(0.3, structure=jc.Filters())),
-    "learned_signs": (lambda p: jc.learned(p, jc.Int(1)), jc.prune(0.4)),
+    "learned_apot_filters": (
+        lambda p: jc.quantization.learned(p, jc.quantization.APoT(4)),
+        jc.prune(0.3, structure=jc.Filters()),
+    ),
+    "learned_signs": (lambda p: jc.quantization.learned(p, jc.Int(1)), jc.prune(0.4)),
 }
 
 
@@ -175,7 +181,7 @@ def test_law_of_leaves_in_params(name: str, check) -> None:
     make, t = IN_PARAMS[name]
     params = make(make_params())
     if check is laws.check_ships_what_it_trains:
-        check(jc.identity(), params)
+        check(jc.core.identity(), params)
     check(t, params)
 
 
@@ -190,10 +196,10 @@ def test_laws_hold_in_half_precision(name: str, dtype: jnp.dtype) -> None:
 
 RESCALED = {
     "prune": jc.prune(0.5),
-    "regrow": jc.regrow(0.5, key=jax.random.key(0), due=jc.every(1)),
+    "regrow": jc.pruning.regrow(0.5, key=jax.random.key(0), due=jc.every(1)),
     "low_rank": jc.low_rank(2),
     "factorize": lambda p: jc.factorize(p, 2),
-    "learned": lambda p: jc.learned(p, jc.Int(4)),
+    "learned": lambda p: jc.quantization.learned(p, jc.Int(4)),
     "share_vectors": share_vectors(3, size=2, key=jax.random.key(0)),
 }
 
@@ -221,8 +227,8 @@ def test_a_rescaled_leaf_is_compressed_alike_in_all_bits_of_its_type(name: str, 
 
 EMPTY = {
     "quantize": jc.quantize(jc.Int(4)).init,
-    "regrow": jc.regrow(0.5, key=jax.random.key(0)).init,
-    "learned": jc.learned,
+    "regrow": jc.pruning.regrow(0.5, key=jax.random.key(0)).init,
+    "learned": jc.quantization.learned,
     "adaround": adaround,
     "share": jc.share(4).init,
     "share_vectors": share_vectors(3, size=2, key=jax.random.key(0)).init,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.leaves import CompressedLeaf, compressed_leaf
-from jaxcomp.transform import stateless
+from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf
+from jaxcomp.core.transform import stateless
 from tests import laws
 from tests.test_laws import make_params
 
@@ -41,7 +41,7 @@ class Lossy(CompressedLeaf):
 class Wide(CompressedLeaf):
     """Codes of four bits that take a byte each."""
 
-    inner: jc.Quantized
+    inner: jc.quantization.Quantized
 
     @property
     def shape(self):
@@ -56,7 +56,7 @@ class Wide(CompressedLeaf):
 
     def pack(self):
         q = self.inner
-        return jc.Quantized(q.codes.astype(jnp.int8), q.scale, q.zero_point, q.grid, q.dense_dtype)
+        return jc.quantization.Quantized(q.codes.astype(jnp.int8), q.scale, q.zero_point, q.grid, q.dense_dtype)
 
 
 def each(fn) -> jc.Transform:
@@ -68,7 +68,7 @@ def stateful(init, update) -> jc.Transform:
 
 
 def int4(w: jax.Array):
-    return jc.quantize(jc.Int(4), where=jc.everything).apply((), {"w": w})["w"]
+    return jc.quantize(jc.Int(4), where=jc.core.everything).apply((), {"w": w})["w"]
 
 
 counter = itertools.count()

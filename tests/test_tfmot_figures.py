@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.codebooks import trained_tables, with_tables
-from jaxcomp.numerics import kmeans_inits as inits
-from jaxcomp.numerics.points import points_of
-from jaxcomp.schedules import constant, polynomial
-from jaxcomp.specs import Channels
+from jaxcomp.core.layouts import Channels
+from jaxcomp.pruning.schedules import constant, polynomial
+from jaxcomp.sharing.kmeans import inits
+from jaxcomp.sharing.kmeans.points import points_of
+from jaxcomp.sharing.leaves import trained_tables, with_tables
 from tests.figures import TIES, W, digits, mask, normal
 from tests.marks import quick
 
@@ -119,7 +119,7 @@ def test_theirs_rounds_what_is_kept_and_keeps_one_at_least_and_all_ties() -> Non
 def test_blocks(shape) -> None:
     for pool, want in zip(("mean", "max"), BLOCKS[shape], strict=True):
         amount = 5 if shape == (3, 4) else 0.5
-        assert digits(mask(jc.prune(amount, structure=jc.Block(shape, pool=pool)), W)) == want
+        assert digits(mask(jc.prune(amount, structure=jc.pruning.Block(shape, pool=pool)), W)) == want
 
 
 @pytest.mark.parametrize("m_by_n", M_BY_N)
@@ -192,7 +192,7 @@ CONV_GRADIENTS = {
     "mean": ((-0.182839, -0.148841, -0.153055), (0.498374, -0.149536, -0.20859), (-1.303223, 0.071234, 0.062621)),
 }
 CLUSTERED = {
-    "one table": (W, normal(8, 12, seed=2), 4, jc.Local(), W_CODES, W_GRADIENTS),
+    "one table": (W, normal(8, 12, seed=2), 4, jc.core.Local(), W_CODES, W_GRADIENTS),
     "by channel": (CONV, normal(2, 2, 8, 3, seed=3), 3, Channels(), CONV_CODES, CONV_GRADIENTS),
 }
 

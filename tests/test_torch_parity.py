@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.masks.scores import importance
-from jaxcomp.prune import is_pruned, masked_by
+from jaxcomp.pruning.scores import importance
+from jaxcomp.pruning.transform import is_pruned, masked_by
 
 torch = pytest.importorskip("torch")
 tp = pytest.importorskip("torch.nn.utils.prune")
@@ -80,7 +80,7 @@ def test_ln_structured_by_the_nuclear_norm() -> None:
 def test_random_counts_are_equal() -> None:
     import jax
 
-    score = jc.random_score(jax.random.key(0))
+    score = jc.pruning.random_score(jax.random.key(0))
     for amount in (5, 0.3):
         m = tp.random_unstructured(module(W), "weight", amount=amount)
         assert ours(jc.prune(amount, score=score), W).sum() == m.weight_mask.sum().item()

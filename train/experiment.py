@@ -14,7 +14,7 @@ from rich.console import Console
 
 import jaxcomp as jc
 from jaxcomp.artifact.files import write_atomically
-from jaxcomp.leaves import zeros_counted
+from jaxcomp.core.leaves import zeros_counted
 from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
 from train.data import Dataset, load
 from train.evaluate import accuracy
@@ -150,7 +150,7 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     model: Any = job.model
     if name == BASELINE:
         params, batch_stats = init_variables(model, job.data, job.config.seed)
-        return Recipe(jc.identity(), model, {"params": params, "batch_stats": batch_stats}), job.config.baseline
+        return Recipe(jc.core.identity(), model, {"params": params, "batch_stats": batch_stats}), job.config.baseline
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)

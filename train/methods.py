@@ -12,8 +12,8 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations import Rules
-from jaxcomp.grids import APoT
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.quantization.level_grids import APoT
 from jaxcomp.structure import Plan, plan
 from train.data import Dataset
 from train.models import narrowed
@@ -87,7 +87,7 @@ def weights(make: Callable[[int], jc.Transform]) -> Callable[[Start], Recipe]:
 
 def not_the_head(path: str, leaf: Any) -> bool:
     """Matrices but the last layer's, whose filters are the classes."""
-    return jc.matrices(path, leaf) and not path.startswith("head/")
+    return jc.core.matrices(path, leaf) and not path.startswith("head/")
 
 
 def _joint(steps: int) -> jc.Transform:
@@ -114,7 +114,7 @@ def _learned(bits: int) -> Callable[[Start], Recipe]:
 
     def make(start: Start) -> Recipe:
         fake, variables = learned_grids(start.model, start.variables, start.data, bits)
-        return Recipe(jc.identity(), fake, variables, opened=lambda _: replace(fake, integer=True), integer=True)
+        return Recipe(jc.core.identity(), fake, variables, opened=lambda _: replace(fake, integer=True), integer=True)
 
     return make
 
@@ -136,7 +136,7 @@ def _fewer_channels(start: Start) -> Recipe:
         return same or Shrunken(start.model, Plan(groups, tuple(np.asarray(k) for k in file["kept"])))
 
     beside = {} if narrowed(start.model, half.widths) else {"kept": list(half.kept)}
-    return Recipe(jc.identity(), opened({**small, **beside}), small, beside, opened, rewound=True)
+    return Recipe(jc.core.identity(), opened({**small, **beside}), small, beside, opened, rewound=True)
 
 
 def _sparse(steps: int) -> jc.Transform:
@@ -144,7 +144,7 @@ def _sparse(steps: int) -> jc.Transform:
     return jc.gate(jc.prune(jc.cubic(0.9, end=max(1, steps // 2)), scope=jc.Global()), _in_the_first_half(steps))
 
 
-def _in_the_first_half(steps: int) -> jc.transform.Due:
+def _in_the_first_half(steps: int) -> jc.core.Due:
     """Every hundredth of the steps, to the first one in their second half."""
     period = _hundredth(steps)
     return jc.every(period, stop=steps // 2 + period)
@@ -162,7 +162,7 @@ def _shared(clusters: int) -> Callable[[int], jc.Transform]:
 METHODS: dict[str, Method] = {
     "l1": Method("l1 pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2)))),
     "sensitivity": Method(
-        "sensitivity pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2, score=jc.sensitivity)))
+        "sensitivity pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2, score=jc.pruning.sensitivity)))
     ),
     "filters": Method(
         "filter l1 pruning 20%",
@@ -176,7 +176,7 @@ METHODS: dict[str, Method] = {
     "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
     "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
     # By name only.
-    "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.identity())),
+    "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.core.identity())),
     "log4": Method("logarithmic 4-bit", 4, weights(lambda _: jc.quantize(jc.Log(4)))),
     "log3": Method("logarithmic 3-bit", 3, weights(lambda _: jc.quantize(jc.Log(3)))),
     "apot4": Method("additive powers of two, 4-bit", 4, weights(lambda _: jc.quantize(APoT(4)))),

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations import LSQ, Rules
-from jaxcomp.scaling import MSE, AbsMax
+from jaxcomp.quantization.scales import MSE, AbsMax
 from jaxcomp.structure import Plan
 from jaxcomp.trace.calibrate import Stats, merge_all
 from jaxcomp.trace.ranges import Range, min_max, mse
@@ -104,7 +104,7 @@ def observed(network: Network, variables: Any, data: Dataset, *, examples: int =
 
 def calibrated(network: Network, variables: Any, data: Dataset) -> dict[str, Range]:
     """From the smallest to the largest value of each activation over the first examples of the training split."""
-    return jc.ranges_of(observed(network, variables, data))
+    return jc.activations.ranges_of(observed(network, variables, data))
 
 
 def learned_grids(network: Network, variables: Any, data: Dataset, bits: int) -> tuple[LearnedGrids, Any]:
@@ -127,10 +127,10 @@ def learned_grids(network: Network, variables: Any, data: Dataset, bits: int) ->
         found = min_max(stats) if width == 8 else mse(width if signed else width + 1)(stats)
         ranges[name] = found._asdict() if signed else {"high": found.high}
     inner = {path.removeprefix("params/") for path in ends}
-    weights = jc.learned(
-        variables["params"], jc.Int(bits), scale=MSE(), where=lambda p, x: jc.matrices(p, x) and p not in inner
+    weights = jc.quantization.learned(
+        variables["params"], jc.Int(bits), scale=MSE(), where=lambda p, x: jc.core.matrices(p, x) and p not in inner
     )
-    weights = jc.learned(weights, jc.Int(8), scale=AbsMax(), where=lambda p, _: p in inner)
+    weights = jc.quantization.learned(weights, jc.Int(8), scale=AbsMax(), where=lambda p, _: p in inner)
     return LearnedGrids(network, rules), {**variables, "params": {"weights": weights, "ranges": ranges}}
 
 

@@ -30,8 +30,8 @@ from rich.table import Table
 
 import jaxcomp as jc
 from jaxcomp.artifact.files import write_atomically
-from jaxcomp.leaves import zeros_counted
-from jaxcomp.regrow import dense_value_and_grad, reset_regrown
+from jaxcomp.core.leaves import zeros_counted
+from jaxcomp.core.optimizers import dense_value_and_grad, reset_regrown
 from train.configs import OptimConfig
 from train.data import DataError, Dataset, epoch_batches, load, normalize
 from train.evaluate import accuracy
@@ -92,15 +92,17 @@ def transform_of(name: Name, config: Sparse, key: jax.Array, steps: int) -> jc.T
     stop, period = max(1, steps * 3 // 4), config.period
     match name:
         case "static":
-            return jc.regrow(config.sparsity, key=key)
+            return jc.pruning.regrow(config.sparsity, key=key)
         case "set":
-            return jc.sparse_evolution(config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction)
+            return jc.pruning.sparse_evolution(
+                config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction
+            )
         case "rigl":
-            return jc.rigl(config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction)
+            return jc.pruning.rigl(config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction)
         case "gradual":
             due = jc.every(period, start=period, stop=stop + period + 1)
             return jc.gate(jc.prune(jc.cubic(config.sparsity, end=stop)), due)
-    return jc.identity()
+    return jc.core.identity()
 
 
 def compare(config: Sparse, console: Console) -> list[Result]:

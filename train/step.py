@@ -55,8 +55,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     warmup = max(1, round(config.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
     if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=jc.weight_mask)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=jc.weight_mask)
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=jc.core.weight_mask)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=jc.core.weight_mask)
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 

@@ -3,18 +3,7 @@
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
 from jaxcomp.activations.function import factored, quantize_function
 from jaxcomp.activations.planning import Rules, ranges_of
-from jaxcomp.activations.specs import (
-    LSQ,
-    PACT,
-    Act,
-    Backward,
-    Dynamic,
-    Float8,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Static,
-)
+from jaxcomp.activations.specs import LSQ, PACT, Act, Backward, Dynamic, Float8, PerGroup, PerTensor, PerToken, Static
 
 __all__ = [
     "LSQ",

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.products import Factor, integer_product, refusal
-from jaxcomp.activations.quantizers import scale_blocks
+from jaxcomp.activations.fake import scale_blocks
+from jaxcomp.activations.integer_products import Factor, integer_product, refusal
 from jaxcomp.activations.specs import Act, Backward, Dynamic, PerToken
-from jaxcomp.numerics.quantizers import block_absmax, compute_dtype, dequantize, spread
-from jaxcomp.trace.evaluator import Claim, rewrite
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
+from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.products import product_of
 
 _PER_INDEX = Act(range=Dynamic(), per=PerToken())

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.leaves import Masked, Quantized, dense, unpacked
-from jaxcomp.numerics.quantizers import dequantize, spread
-from jaxcomp.specs import Int
+from jaxcomp.core.leaves import Masked, dense, unpacked
+from jaxcomp.quantization.grids import Int
+from jaxcomp.quantization.leaves import Quantized
+from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.tags import Origin
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxcomp.activations.execution import Mode
 from jaxcomp.activations.function import run, shapes_of
 from jaxcomp.activations.planning import Planned, Rules, plan
-from jaxcomp.factors import FactorLeaf
-from jaxcomp.leaves import Masked, Quantized, is_compressed
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.leaves import Masked, is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.factorization.leaves import FactorLeaf
+from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.program import Program, is_array_like, trace
 from jaxcomp.trace.ranges import Range
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, rows
+from jaxcomp.activations.fake import encode, fake_quantize, float8_codes
+from jaxcomp.activations.integer_products import Factor, refusal
 from jaxcomp.activations.planning import BARRED, Planned
-from jaxcomp.activations.products import Factor, refusal
-from jaxcomp.activations.quantizers import encode, fake_quantize, float8_codes
 from jaxcomp.activations.specs import Float8, Rule
-from jaxcomp.numerics.quantizers import spread
-from jaxcomp.trace.evaluator import Claim
+from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.ranges import Range
 
 Record = Callable[[str, str, str], None]

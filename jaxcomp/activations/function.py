@@ -11,10 +11,9 @@ import jax
 from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.execution import Mode, Record, claim_of
-from jaxcomp.activations.factors import Factors
 from jaxcomp.activations.planning import BARRED, OWNER, Planned, Rules, checked_ranges, plan
 from jaxcomp.activations.specs import Backward
-from jaxcomp.activations.thinning import (
+from jaxcomp.activations.thin_claims import (
     IN_FLOAT,
     joins,
     kept_factors,
@@ -23,10 +22,12 @@ from jaxcomp.activations.thinning import (
     thin_products,
     thinned,
 )
-from jaxcomp.leaves import dense, is_compressed
-from jaxcomp.paths import leaves_with_paths
-from jaxcomp.trace.evaluator import Claim, evaluate
+from jaxcomp.activations.thin_products import Factors
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Location
+from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag

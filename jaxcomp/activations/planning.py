@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.activations.quantizers import scale_blocks
+from jaxcomp.activations.fake import scale_blocks
 from jaxcomp.activations.specs import PerGroup, Rule
-from jaxcomp.paths import Where, describe, matches, some_paths
+from jaxcomp.core.paths import Where, describe, matches, some_paths
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.nested import CUSTOM_RULE

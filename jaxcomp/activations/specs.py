@@ -8,7 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcomp.specs import Int, check_bits
+from jaxcomp.core.specs import check_bits
+from jaxcomp.quantization.grids import Int
 
 
 @dataclass(frozen=True)

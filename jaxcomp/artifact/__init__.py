@@ -1,1 +1,9 @@
-"""The compressed file: packed leaves in safetensors, checksummed, atomic, no pickle."""
+"""The compressed file."""
+
+from jaxcomp.artifact.files import FileError, load, save
+
+__all__ = [
+    "FileError",
+    "load",
+    "save",
+]

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
-from jaxcomp.numerics.packing import packed_size
-from jaxcomp.paths import leaves_with_paths
-from jaxcomp.specs import LOG, Compander, Spec
+from jaxcomp.core.bits import packed_size
+from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.specs import Spec
+from jaxcomp.quantization.grids import LOG, Compander
 
 Json = Any
 Tensors = dict[str, np.ndarray]

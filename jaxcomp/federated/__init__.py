@@ -16,10 +16,10 @@ them where the algebra allows, ``bits`` counts. Compressors compose: ``error_fee
 True
 """
 
+from jaxcomp.federated.base import Compressor, bits, combine, combine_stacked, decode
 from jaxcomp.federated.bridge import CompressState, compress_updates
 from jaxcomp.federated.coded_messages import Rotated, Signs, Uniform, Votes
 from jaxcomp.federated.composition import FeedbackState, by_path, error_feedback
-from jaxcomp.federated.compressor import Compressor, bits, combine, combine_stacked, decode
 from jaxcomp.federated.compressors import dense, powersgd, randomk, rotate, sign, topk, uniform
 from jaxcomp.federated.messages import Drawn, Factors, Sparse
 from jaxcomp.federated.wire import HEADER_BYTES, WireError, from_bytes, to_bytes

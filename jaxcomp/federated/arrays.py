@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Integer, Num, PRNGKeyArray, UInt8, UInt32
 
-from jaxcomp.numerics.packing import pack_bits, packed_size, unpack_bits
-from jaxcomp.numerics.quantizers import compute_dtype
+from jaxcomp.core.bits import compute_dtype, pack_bits, packed_size, unpack_bits
 
 _LOG_FACTOR = 7  # a Walsh-Hadamard transform runs as products with matrices of at most 2**7
 

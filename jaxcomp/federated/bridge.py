@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomp.federated.compressor import Compressor, combine_stacked
+from jaxcomp.federated.base import Compressor, combine_stacked
 
 
 class CompressState(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.leaves import Packed, compressed_leaf, dense
 from jaxcomp.federated.arrays import pack_wide, unpack_wide, unrotated, weighted_mean, width_of
 from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf
-from jaxcomp.leaves import Packed, compressed_leaf, dense
 
 
 @compressed_leaf(meta=("vote", "dense_shape", "dense_dtype"))

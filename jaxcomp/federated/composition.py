@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.federated.compressor import Compressor, Message, State, Update, checked
-from jaxcomp.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.federated.base import Compressor, Message, State, Update, checked
 
 
 def by_path(table: Mapping[Where, Compressor]) -> Compressor:

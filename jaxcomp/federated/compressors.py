@@ -10,6 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.leaves import Packed
+from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
+from jaxcomp.core.specs import check_key
 from jaxcomp.federated.arrays import (
     drawn,
     half_step_of,
@@ -21,22 +25,9 @@ from jaxcomp.federated.arrays import (
     seed_of,
     stochastic_codes,
 )
+from jaxcomp.federated.base import Compressor, Message, State, Update, check_keys, checked, leafwise
 from jaxcomp.federated.coded_messages import Rotated, Signs, Uniform
-from jaxcomp.federated.compressor import (
-    Compressor,
-    Message,
-    State,
-    Update,
-    check_keys,
-    checked,
-    key_of_leaf,
-    leafwise,
-)
 from jaxcomp.federated.messages import Drawn, Factors, Sparse
-from jaxcomp.leaves import Packed
-from jaxcomp.numerics.quantizers import compute_dtype
-from jaxcomp.paths import Where, matches, matrices
-from jaxcomp.specs import check_key
 
 
 def dense() -> Compressor:

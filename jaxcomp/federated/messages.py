@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.bits import compute_dtype, packed_size
+from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense
 from jaxcomp.federated.arrays import drawn, pack_wide, unpack_wide, weighted_mean, width_of
-from jaxcomp.leaves import CompressedLeaf, Packed, compressed_leaf, dense
-from jaxcomp.numerics.packing import packed_size
-from jaxcomp.numerics.quantizers import compute_dtype
 
 
 class MessageLeaf(CompressedLeaf):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.federated.compressor import Message, bits
-from jaxcomp.leaves import is_compressed
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.federated.base import Message, bits
 
 _HEADER = struct.Struct("<4sHHII")  # magic, version, unused, checksum of the layout, checksum of the rest
 _MAGIC = b"JCUP"

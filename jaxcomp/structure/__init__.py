@@ -15,9 +15,9 @@
 """
 
 from jaxcomp.structure.branches import Branch, drop_branches, residual_branches, without_branches
+from jaxcomp.structure.choosing import plan
 from jaxcomp.structure.groups import Group, Groups, Slice, channel_groups
 from jaxcomp.structure.iterative import Pruned, composed, fraction_per_round, prune_in_rounds
-from jaxcomp.structure.planning import plan
 from jaxcomp.structure.plans import Plan, mask
 from jaxcomp.structure.regularize import group_lasso, group_penalty, growing_strengths, unit_norms
 from jaxcomp.structure.scores import batch_norm_scale, fisher, fpgm, gradient, l1, l2, taylor

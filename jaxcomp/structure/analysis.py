@@ -12,10 +12,13 @@ import numpy as np
 from jax.extend import core
 from numpy.typing import NDArray
 
-from jaxcomp.paths import Where, matches, path_str
-from jaxcomp.structure import rules_control, rules_index, rules_layout, rules_math
+from jaxcomp.core.paths import Where, matches, path_str
 from jaxcomp.structure.atoms import FROZEN, Atoms, Dim, Label
-from jaxcomp.structure.walk import RULES, Product, Unknown, Walk, Walked, aval_of
+from jaxcomp.structure.labelling import RULES, Product, Unknown, Walk, Walked, aval_of
+from jaxcomp.structure.rules import control as rules_control
+from jaxcomp.structure.rules import index as rules_index
+from jaxcomp.structure.rules import layout as rules_layout
+from jaxcomp.structure.rules import math as rules_math
 from jaxcomp.trace.program import Program, trace
 
 RULE_MODULES = (rules_math, rules_layout, rules_index, rules_control)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxcomp.paths import leaves_with_paths, path_str
+from jaxcomp.core.paths import leaves_with_paths, path_str
 from jaxcomp.structure.analysis import Options, Output, analyze
-from jaxcomp.structure.walk import aval_of, source_of
+from jaxcomp.structure.labelling import aval_of, source_of
 from jaxcomp.trace.nested import REMAT, Closed, bind, call_body
 
 Location = tuple[int, ...]

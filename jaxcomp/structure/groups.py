@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxcomp.paths import Where
+from jaxcomp.core.paths import Where
 from jaxcomp.structure.analysis import Analysis, Options, analyze, layer_count
-from jaxcomp.structure.walk import Unknown
+from jaxcomp.structure.labelling import Unknown
 
 
 @dataclass(frozen=True, eq=False)

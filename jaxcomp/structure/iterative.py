@@ -59,7 +59,7 @@ def prune_in_rounds(
       ValueError: no round; what ``plan`` and ``Plan.take_like`` raise.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxcomp.structure.planning import plan
+    >>> from jaxcomp.structure.choosing import plan
     >>> f = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     >>> params, x = {"up": jnp.ones((2, 16)), "down": jnp.ones((16, 1))}, jnp.ones((1, 2))
     >>> halves = [lambda groups, p, fn: plan(groups, p, sparsity=0.5)] * 3

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxcomp.paths import leaves_with_paths, path_str, some_paths
+from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
 from jaxcomp.structure.groups import Groups
 
 Array = NDArray[np.int64]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcomp.paths import Where, leaves_with_paths, matches, matrices
+from jaxcomp.core.paths import Where, leaves_with_paths, matches, matrices
 from jaxcomp.structure.groups import Group, Groups, Slice
 
 

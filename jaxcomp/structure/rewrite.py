@@ -13,8 +13,8 @@ from jax.extend import core
 from numpy.typing import NDArray
 
 from jaxcomp.structure.atoms import Dim, Label
-from jaxcomp.structure.rules_index import clamp_start, constant_take
-from jaxcomp.structure.walk import Step, aval_of
+from jaxcomp.structure.labelling import Step, aval_of
+from jaxcomp.structure.rules.index import clamp_start, constant_take
 from jaxcomp.trace.nested import bind
 
 

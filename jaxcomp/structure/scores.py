@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxcomp.paths import Where, describe, leaves_with_paths, matches, matrices
+from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices
 from jaxcomp.structure.groups import Group, Groups, Slice
 
 UnitScores = tuple[NDArray[np.float64], ...]

@@ -17,9 +17,9 @@ from jax.extend import core
 from jaxcomp.structure import rewrite
 from jaxcomp.structure.analysis import Analysis, analyze
 from jaxcomp.structure.atoms import Atoms, Dim, Label
+from jaxcomp.structure.labelling import Step, Walk, Walked, aval_of
 from jaxcomp.structure.plans import Plan, mask
 from jaxcomp.structure.rewrite import Keep
-from jaxcomp.structure.walk import Step, Walk, Walked, aval_of
 from jaxcomp.trace.nested import REMAT, Closed, branches, call_body, scan_parts, while_parts
 
 Values = Sequence[Any]

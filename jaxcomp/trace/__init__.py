@@ -9,8 +9,9 @@
 
 from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, merge, merge_all
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
-from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, rewrite
+from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.fold import Folded, fold_batch_norm
+from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.moments import input_moments
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomp.paths import Where, describe, matches, some_paths
-from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, evaluate
+from jaxcomp.core.paths import Where, describe, matches, some_paths
+from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Site, sites_of
 

@@ -12,7 +12,7 @@ from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Location
 
 if TYPE_CHECKING:
-    from jaxcomp.trace.evaluator import Evaluator, Outcome, Sides
+    from jaxcomp.trace.interpreter import Evaluator, Outcome, Sides
 
 
 def reopen(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Any], sides: Sides) -> Outcome:

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.trace.sites import Operand, Site, sites
 
@@ -163,3 +164,26 @@ def _own_bits(operand: Operand) -> int:
 
 def _elements(operand: Operand) -> int:
     return operand.bytes * 8 // _own_bits(operand)
+
+
+def reuse_of(fn: Callable[..., Any]) -> Callable[..., dict[str, float]]:
+    """How often each parameter of a leaf is multiplied in one run of ``fn(params, *args)``, by path.
+
+    The weight of a parameter in ``Budget(macs=…)``. A convolution's count is that of its output positions, so the first
+    1x1 convolution of a strided kernel's factors, which runs on the input's, costs more than is counted here; ``cost``
+    of the factored function counts all of it.
+
+    >>> reuse_of(lambda p, x: x @ p["w"])({"w": jnp.ones((3, 4))}, jnp.ones((5, 3)))
+    {'w': 5.0}
+    """
+
+    @wraps(fn)
+    def counted(params: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for site in sites(fn)(params, *args, **kwargs):
+            if site.leaf is not None and site.weight is not None:
+                size = float(np.prod(site.operands[site.weight].leaf_shape))
+                found[site.leaf] = found.get(site.leaf, 0.0) + site.macs / size
+        return found
+
+    return counted

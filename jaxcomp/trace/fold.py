@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxcomp.trace import nested
 from jaxcomp.trace.chains import Chain, Step, find_chains
-from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, evaluate
+from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Location
+from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.program import Program, trace
 
 

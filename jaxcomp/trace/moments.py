@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.paths import Where, describe, matches, some_paths
-from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, evaluate
+from jaxcomp.core.paths import Where, describe, matches, some_paths
+from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.nested import CUSTOM_RULE
 from jaxcomp.trace.products import BATCH, CONTRACTED, SPATIAL, STACKED
 from jaxcomp.trace.program import trace

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxcomp.paths import leaves_with_paths, some_paths
+from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.trace.flow import Flow, flow
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, coverage, quantize_function
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.ranges import Range, min_max
 from jaxcomp.trace.sites import Site, sites
@@ -66,14 +66,14 @@ def weights(every: tuple[Site, ...], bits: int) -> jc.Transform:
         for path in [operand.leaf] if operand.leaf else operand.params:
             roles = operand.leaf_roles if operand.leaf else ("contracted", "output")
             kept = tuple(i for i, role in enumerate(roles) if role in ("output", "batch", "stacked"))
-            grid = jc.quantize(jc.Int(bits), channel_axes=kept, where=jc.everything)
+            grid = jc.quantize(jc.Int(bits), channel_axes=kept, where=jc.core.everything)
             table.setdefault(functools.partial(_is, path), grid)
     unique = {where.args[0]: (where, t) for where, t in reversed(table.items())}
     return jc.by_path(dict(unique.values()))
 
 
 def _is(path: str, found: str, leaf: Any) -> bool:
-    return found == path and jc.everything(found, leaf)
+    return found == path and jc.core.everything(found, leaf)
 
 
 def floats(tree: Any) -> jax.Array:
@@ -139,4 +139,4 @@ def exact_gradients(case: Case) -> Any:
 
 
 def is_quantized(x: Any) -> bool:
-    return isinstance(x, jc.Quantized)
+    return isinstance(x, jc.quantization.Quantized)

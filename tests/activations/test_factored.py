@@ -10,8 +10,8 @@ from jax import lax
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, coverage, factored, quantize_function
-from jaxcomp.factors import Depthwise, Separable, Tucker
-from jaxcomp.rank_specs import CP, SVD, Tucker2
+from jaxcomp.factorization.leaves import Depthwise, Separable, Tucker
+from jaxcomp.factorization.specs import CP, SVD, Tucker2
 from jaxcomp.trace import cost, sites
 from tests.marks import quick
 
@@ -106,7 +106,7 @@ CONVS = {
     "transposed": {"lhs_dilation": (2, 1), "padding": ((2, 2), (1, 1))},
 }
 METHODS = {
-    "svd": (SVD(), 3, jc.LowRank),
+    "svd": (SVD(), 3, jc.factorization.LowRank),
     "tucker": (Tucker2(), (3, 4), Tucker),
     "cp": (CP(steps=5, sweeps=2), 4, Depthwise),
     "separable": (CP(separable=True, steps=5, sweeps=2), 4, Separable),

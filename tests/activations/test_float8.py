@@ -10,16 +10,7 @@ import pytest
 from jax import lax
 
 import jaxcomp as jc
-from jaxcomp.activations import (
-    Dynamic,
-    Float8,
-    PerGroup,
-    PerToken,
-    Static,
-    coverage,
-    quantize_function,
-    ranges_of,
-)
+from jaxcomp.activations import Dynamic, Float8, PerGroup, PerToken, Static, coverage, quantize_function, ranges_of
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
 from tests.activations.test_quantize_function import dot, quantized

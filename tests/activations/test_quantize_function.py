@@ -23,7 +23,7 @@ def normal(*shape):
 
 
 def quantized(w, grid, channel_axes=(-1,), group_axis=-2):
-    t = jc.quantize(grid, channel_axes=channel_axes, group_axis=group_axis, where=jc.everything)
+    t = jc.quantize(grid, channel_axes=channel_axes, group_axis=group_axis, where=jc.core.everything)
     return jc.pack(t.apply(t.init({"w": w}), {"w": w}))
 
 

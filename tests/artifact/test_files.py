@@ -21,8 +21,8 @@ from flax import nnx
 
 import jaxcomp as jc
 from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
-from jaxcomp.leaves import CompressedLeaf, compressed_leaf, dense
-from jaxcomp.specs import Spec
+from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense
+from jaxcomp.core.specs import Spec
 from tests.laws import assert_same_bits
 from tests.marks import quick
 
@@ -59,7 +59,7 @@ def test_a_mask_that_does_not_pay_is_left_out(tmp_path) -> None:
     seen = t.apply(t.init(params), params)
     jc.save(tmp_path / "f", seen)
     loaded = jc.load(tmp_path / "f")
-    assert isinstance(loaded["kernel"], jc.Quantized)
+    assert isinstance(loaded["kernel"], jc.quantization.Quantized)
     assert_same_bits(jc.materialize(loaded), jc.materialize(seen))
 
 
@@ -90,7 +90,7 @@ def test_containers_keep_their_kind_or_take_that_of_like(tmp_path) -> None:
     jc.save(tmp_path / "g", jc.quantize().apply((), state))
     again = jc.load(tmp_path / "g", like=state)
     assert type(again) is type(state)
-    assert isinstance(jc.load(tmp_path / "g")["kernel"], jc.Quantized)
+    assert isinstance(jc.load(tmp_path / "g")["kernel"], jc.quantization.Quantized)
 
     arrays = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
     jc.save(tmp_path / "h", arrays)
@@ -98,8 +98,10 @@ def test_containers_keep_their_kind_or_take_that_of_like(tmp_path) -> None:
 
 
 def test_custom_companders_are_named_by_the_reader(tmp_path) -> None:
-    root = jc.Compander("root", lambda w: jnp.sign(w) * jnp.sqrt(jnp.abs(w)), lambda v: jnp.sign(v) * v * v)
-    seen = jc.quantize(jc.Companded(4, root)).apply((), {"kernel": jnp.linspace(-1, 1, 12).reshape(4, 3)})
+    root = jc.quantization.Compander(
+        "root", lambda w: jnp.sign(w) * jnp.sqrt(jnp.abs(w)), lambda v: jnp.sign(v) * v * v
+    )
+    seen = jc.quantize(jc.quantization.Companded(4, root)).apply((), {"kernel": jnp.linspace(-1, 1, 12).reshape(4, 3)})
     jc.save(tmp_path / "f", seen)
     assert_same_bits(jc.materialize(jc.load(tmp_path / "f", companders=[root])), jc.materialize(seen))
     with pytest.raises(FileError, match=r"'kernel' is companded by 'root', which is not known here"):
@@ -275,13 +277,13 @@ def test_any_leaf_class_is_stored_by_its_fields(times, tmp_path) -> None:
 
 
 def test_a_mask_over_values_that_are_not_zero_is_kept(tmp_path) -> None:
-    seen = {"k": jc.Masked(jnp.ones((8, 4)), jnp.arange(32).reshape(8, 4) != 3)}
+    seen = {"k": jc.core.Masked(jnp.ones((8, 4)), jnp.arange(32).reshape(8, 4) != 3)}
     jc.save(tmp_path / "f", seen)
     assert_same_bits(jc.materialize(jc.load(tmp_path / "f")), jc.materialize(seen))
 
 
 def test_a_leaf_of_an_unknown_class_is_one_error(saved, tmp_path) -> None:
-    class Foreign(jc.Quantized):
+    class Foreign(jc.quantization.Quantized):
         """Gone when the file is read."""
 
     _, seen = saved

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """
 
     run: Callable[..., Any]
-    transform: jc.Transform = jc.identity()
+    transform: jc.Transform = jc.core.identity()
     calibrated: bool = False
     learned: bool = False
     integer: bool = False

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from sklearn.cluster import KMeans
 
-from jaxcomp.numerics.kmeans import fit
-from jaxcomp.numerics.kmeans_inits import optimal, plus_plus
+from jaxcomp.sharing.kmeans.fit import fit
+from jaxcomp.sharing.kmeans.inits import optimal, plus_plus
 from tests.benchmarks.timing import Report, Row, measure
 
 SIZE = 1_000_000

@@ -16,9 +16,9 @@ from scipy.sparse.linalg import svds
 
 import jaxcomp as jc
 from jaxcomp.activations import factored
-from jaxcomp.numerics.decompositions import right_rows
-from jaxcomp.numerics.rank_one import deflate
-from jaxcomp.rank_specs import Method, RankOne, Tucker2
+from jaxcomp.factorization.decompositions import right_rows
+from jaxcomp.factorization.rank_one import deflate
+from jaxcomp.factorization.specs import Method, RankOne, Tucker2
 from jaxcomp.trace import cost
 from tests.benchmarks.timing import Report, Row, Timings, measure
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.masks.nm import is_n_m, n_m_mask
-from jaxcomp.structures import NM
+from jaxcomp.pruning.masks.nm import is_n_m, n_m_mask
+from jaxcomp.pruning.specs import NM
 from tests.benchmarks.timing import Report, Row, measure
 
 ROWS, COLUMNS = 4000, 2500

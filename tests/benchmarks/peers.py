@@ -14,8 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxcomp.trace.evaluator import Claim, rewrite
+from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim
 
 INSTALL = 'pip install -e ".[benchmarks]"'
 Apply = Callable[..., Any]

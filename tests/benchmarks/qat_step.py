@@ -35,7 +35,7 @@ class State(NamedTuple):
 def transforms() -> dict[str, tuple[jc.Transform, str]]:
     """The cases and their targets for the time."""
     return {
-        FLOAT: (jc.identity(), ""),
+        FLOAT: (jc.core.identity(), ""),
         "Int(8)": (jc.quantize(jc.Int(8)), TIME),
         "Int(4)": (jc.quantize(jc.Int(4)), TIME),
         "prune, masks renewed every 100 steps, Int(8)": (

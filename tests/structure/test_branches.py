@@ -8,15 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.paths import path_str
-from jaxcomp.structure import (
-    channel_groups,
-    check_shrink,
-    drop_branches,
-    plan,
-    residual_branches,
-    without_branches,
-)
+from jaxcomp.core.paths import path_str
+from jaxcomp.structure import channel_groups, check_shrink, drop_branches, plan, residual_branches, without_branches
 from tests.marks import quick
 from tests.structure.models import IMAGE, ResNet, ViT, filled, normal
 

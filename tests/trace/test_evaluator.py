@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcomp.trace.evaluator import Claim, Emitted, Monoid, claims_of, evaluate, rewrite
+from jaxcomp.trace.evaluator import claims_of, evaluate, rewrite
+from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.program import trace
 from tests.marks import quick
 from tests.trace.models import CASES, NOT_REVERSIBLE, normal

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import jaxcomp as jc
 from jaxcomp.activations import LSQ
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.paths import leaves_with_paths
 from train.__main__ import main, parse
 from train.configs import DIGITS, Config, ModelConfig, OptimConfig
 from train.data import load
@@ -104,7 +104,7 @@ def test_the_table_says_what_the_files_hold(finished) -> None:
         leaves = [np.asarray(x) for x in jax.tree.leaves(params)]
         assert row.zeros == sum((x == 0).sum() for x in leaves) / sum(x.size for x in leaves)
     joint = jc.load(out / "joint.safetensors")["params"]["dense_0"]["kernel"]
-    assert isinstance(joint.values, jc.Quantized)
+    assert isinstance(joint.values, jc.quantization.Quantized)
     assert joint.values.grid.bits == 4
     assert rows[2].zeros > 0.78
     assert rows[0].file_bytes > 12 * rows[2].file_bytes

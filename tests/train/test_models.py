@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxcomp.paths import leaves_with_paths
+from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.structure import channel_groups, plan, shrink
 from tests.marks import quick
 from train import data, models, models_nnx

@@ -1,0 +1,288 @@
+"""Factors of a weight on their way through a program, and products that never multiply them out.
+
+A dot becomes two thin dots, a convolution a chain of convolutions, a lookup a lookup in the thin table and a dot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcomp.factorization.leaves import Depthwise, FactorLeaf, LowRank, Separable, Tucker
+from jaxcomp.trace import nested
+from jaxcomp.trace.flow import Op
+
+Labels = list[int]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["order", "dtype"])
+@dataclass(frozen=True)
+class Factors:
+    """A leaf of factors, moved and cast: the value is the dense leaf in another order of axes.
+
+    Attributes:
+      leaf: its factors are arrays.
+      order: for each axis after the stacked ones, which of the leaf's it is; None for the leaf's own order.
+      dtype: the value's type, static.
+    """
+
+    leaf: Any
+    order: tuple[int, ...] | None
+    dtype: Any
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The order, written out."""
+        return tuple(range(self.leaf.ndim - self.leaf.stacked)) if self.order is None else self.order
+
+    def dense(self) -> jax.Array:
+        """The array that the factors stand for."""
+        s = self.leaf.stacked
+        full = self.leaf.materialize().astype(self.dtype)
+        return full if self.order is None else jnp.transpose(full, [*range(s), *(s + i for i in self.order)])
+
+    def cast(self, x: jax.Array) -> jax.Array:
+        """A factor in the value's type."""
+        return x.astype(self.dtype)
+
+
+def factors_of(leaf: Any) -> Factors | None:
+    """A compressed leaf as factors, or None if it has none."""
+    return Factors(leaf.arrays(), None, leaf.dtype) if isinstance(leaf, FactorLeaf) else None
+
+
+def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
+    """The results of a layout operation on a value that may be factors; what they cannot follow multiplies them out."""
+    if not isinstance(value, Factors):
+        return op.bind(value, *rest)
+    p = op.eqn.params
+    found = None
+    match op.name:
+        case "convert_element_type":
+            found = replace(value, dtype=p["new_dtype"]) if jnp.issubdtype(p["new_dtype"], jnp.floating) else None
+        case "copy" | "copy_p" | "name" | "stop_gradient":
+            found = replace(value, leaf=value.leaf.mapped(lambda x: op.bind(x)[0]))
+        case "transpose":
+            found = _transposed(value, p["permutation"])
+        case "squeeze" | "reshape":
+            found = _reshaped(value, tuple(op.eqn.outvars[0].aval.shape))  # type: ignore[attr-defined]
+        case "slice" | "dynamic_slice":
+            found = _sliced(op, value, rest)
+    return op.bind(value.dense(), *rest) if found is None else [found]
+
+
+def _transposed(value: Factors, permutation: Sequence[int]) -> Factors | None:
+    """Stacked axes stay in front, where a scan finds them."""
+    s = value.leaf.stacked
+    if list(permutation[:s]) != list(range(s)):
+        return None
+    return replace(value, order=tuple(value.own[i - s] for i in permutation[s:]))
+
+
+def _reshaped(value: Factors, shape: tuple[int, ...]) -> Factors | None:
+    """Rows stay rows and columns columns; stacked axes of one element may go."""
+    leaf, s = value.leaf, value.leaf.stacked
+    front, gone = leaf.shape[:s], 0
+    if s and shape[:s] != front and all(n == 1 for n in front):
+        gone = s
+    own, kept = shape[s - gone :], front[gone:]
+    if gone and own == tuple(leaf.shape[s + i] for i in value.own):
+        squeezed = leaf.mapped(lambda x: x.reshape(x.shape[s:]))
+        return replace(value, leaf=squeezed)
+    if gone or shape[: len(kept)] != kept or not isinstance(leaf, LowRank) or value.order is not None:
+        return None
+    rows = math.prod(leaf.u.shape[s:-1])
+    for k in range(1, len(own)):
+        if math.prod(own[:k]) == rows:
+            u = leaf.u.reshape(*front, *own[:k], leaf.u.shape[-1])
+            v = leaf.v.reshape(*front, leaf.v.shape[s], *own[k:])
+            return replace(value, leaf=LowRank(u, v, k))
+    return None
+
+
+def _sliced(op: Op, value: Factors, rest: tuple[Any, ...]) -> Factors | None:
+    """A choice among stacked layers is made in every factor."""
+    s, p = value.leaf.stacked, op.eqn.params
+    before, after = op.shapes[0], tuple(op.eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
+    if before[s:] != after[s:]:
+        return None
+
+    def cut(x: jax.Array) -> jax.Array:
+        own = x.shape[s:]
+        if op.name == "dynamic_slice":
+            starts = [*rest[:s], *(jnp.zeros_like(rest[0]) for _ in own)]
+            return lax.dynamic_slice(x, starts, (*p["slice_sizes"][:s], *own))
+        strides = None if p["strides"] is None else (*p["strides"][:s], *(1 for _ in own))
+        begin, end = (*p["start_indices"][:s], *(0 for _ in own)), (*p["limit_indices"][:s], *own)
+        return lax.slice(x, begin, end, strides)
+
+    return replace(value, leaf=value.leaf.mapped(cut))
+
+
+@dataclass(frozen=True, eq=False)
+class ThinOp(Op):
+    """An equation that runs on factors as they are, where it can.
+
+    Attributes:
+      note: called with why it could not, or with nothing.
+      why: why the factors do not come here; for the note.
+    """
+
+    note: Callable[[str], None] = field(default=lambda why: None)
+    why: str = ""
+
+    @staticmethod
+    def of(op: Op, note: Callable[[str], None], why: str) -> ThinOp:
+        """The same equation in the same place."""
+        return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, note, why)
+
+    def bind(self, *values: Any, **params: Any) -> list[Any]:
+        """Runs the equation, on thin factors if one operand is some."""
+        thick = [i for i, v in enumerate(values) if isinstance(v, Factors)]
+        if len(thick) != 1:
+            self.note(self.why or "it was multiplied out on the way, by an operation that factors cannot follow")
+            return nested.bind(self.eqn, [v.dense() if isinstance(v, Factors) else v for v in values], params)
+        found = thin_product(self, thick[0], values)
+        if isinstance(found, str):
+            self.note(found)
+            return nested.bind(self.eqn, [v.dense() if isinstance(v, Factors) else v for v in values], params)
+        self.note("")
+        return [found]
+
+
+def thin_product(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+    """The result of a product whose operand ``index`` is factors, or why they must be multiplied out."""
+    rule = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _lookup}[op.name]
+    out: Any = op.eqn.outvars[0].aval
+    found = rule(op, index, values)
+    return found if isinstance(found, str) else found.astype(out.dtype)
+
+
+def _einsum(op: Op, a: jax.Array, a_axes: Labels, b: jax.Array, b_axes: Labels, out: Labels) -> jax.Array:
+    p = op.eqn.params
+    kind = p["preferred_element_type"]
+    return jnp.einsum(a, a_axes, b, b_axes, out, precision=p["precision"], preferred_element_type=kind)
+
+
+def _dot(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+    w: Factors = values[index]
+    x = values[1 - index]
+    if not isinstance(w.leaf, LowRank):
+        return f"a dot needs a matrix of low rank, not the factors of a {type(w.leaf).__name__} kernel"
+    s, rows = w.leaf.stacked, w.leaf.row_axes
+    n = w.leaf.ndim
+    rank = n + x.ndim
+    left, right = [*range(s + rows), rank], [*range(s), rank, *range(s + rows, n)]
+    view = [*range(s), *(s + i for i in w.own)]
+    summed, batch = op.eqn.params["dimension_numbers"]
+    pairs = {x_axis: view[w_axis] for x_axis, w_axis in zip(summed[1 - index], summed[index], strict=True)}
+    shared = {x_axis: view[w_axis] for x_axis, w_axis in zip(batch[1 - index], batch[index], strict=True)}
+    gone = set(pairs.values())
+    if gone <= set(range(s, s + rows)):
+        (first, first_axes), (second, second_axes) = (w.leaf.u, left), (w.leaf.v, right)
+    elif gone <= set(range(s + rows, n)):
+        (first, first_axes), (second, second_axes) = (w.leaf.v, right), (w.leaf.u, left)
+    else:
+        return "it sums over rows and columns of the factors at once; decompose with other cols"
+    x_axes = [pairs[i] if i in pairs else shared[i] if i in shared else n + i for i in range(x.ndim)]
+    x_free = [n + i for i in range(x.ndim) if i not in pairs and i not in shared]
+    w_free = [a for a in view if a not in gone and a not in shared.values()]
+    lead = [view[a] for a in batch[index]]
+    out = [*lead, *(w_free if index == 0 else x_free), *(x_free if index == 0 else w_free)]
+    middle = [a for a in dict.fromkeys([*x_axes, *first_axes]) if a not in gone]
+    inner = _einsum(op, x, x_axes, w.cast(first), first_axes, middle).astype(x.dtype)
+    return _einsum(op, inner, middle, w.cast(second), second_axes, out)
+
+
+def _conv(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+    p, numbers = op.eqn.params, op.eqn.params["dimension_numbers"]
+    if index != 1:
+        return "the factors are the image of a convolution, not its kernel"
+    if p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
+        return "the convolution is grouped"
+    x, w = values
+    if w.leaf.stacked:
+        return "the kernel is a stack of layers"
+    if isinstance(w.leaf, LowRank):
+        return _conv_of_matrix(op, x, w)
+    features, out = numbers.lhs_spec[1], numbers.out_spec[1]
+    narrow = _on_features(op, x, features, w.cast(w.leaf.u))
+    match w.leaf:
+        case Tucker():
+            inner = _bind(op, narrow, _laid(w, w.leaf.core))
+        case Depthwise():
+            inner = _bind(op, narrow, _laid(w, w.leaf.taps[..., None, :]), feature_group_count=w.leaf.rank)
+        case Separable():
+            inner = _separable(op, narrow, w)
+        case _:
+            return f"no chain of convolutions is known for {type(w.leaf).__name__}"
+    return _on_features(op, inner, out, w.cast(w.leaf.v))
+
+
+def _conv_of_matrix(op: Op, x: jax.Array, w: Factors) -> jax.Array | str:
+    """A convolution into the rank, then a 1x1 one, where one factor has the output features alone."""
+    numbers = op.eqn.params["dimension_numbers"]
+    features = w.own[numbers.rhs_spec[0]]
+    rows = list(range(w.leaf.row_axes))
+    cols = list(range(w.leaf.row_axes, w.leaf.ndim))
+    if cols == [features]:
+        down, axes, up = w.leaf.u, [*rows, features], w.leaf.v
+    elif rows == [features]:
+        down, axes, up = w.leaf.v, [features, *cols], w.leaf.u.T
+    else:
+        return "neither factor has the output features alone; decompose with other cols"
+    kernel = jnp.transpose(w.cast(down), [axes.index(a) for a in w.own])
+    return _on_features(op, _bind(op, x, kernel), numbers.out_spec[1], w.cast(up))
+
+
+def _laid(w: Factors, kernel: jax.Array) -> jax.Array:
+    """A small kernel in the order of the value's axes."""
+    return w.cast(kernel if w.order is None else jnp.transpose(kernel, w.order))
+
+
+def _bind(op: Op, x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
+    return nested.bind(op.eqn, (x, kernel), params)[0].astype(x.dtype)
+
+
+def _on_features(op: Op, x: jax.Array, axis: int, m: jax.Array) -> jax.Array:
+    """A 1x1 convolution: ``m`` on the feature axis."""
+    axes = list(range(x.ndim))
+    out = [x.ndim if a == axis else a for a in axes]
+    return _einsum(op, x, axes, m, [axis, x.ndim], out).astype(x.dtype)
+
+
+def _separable(op: Op, x: jax.Array, w: Factors) -> jax.Array:
+    """Two depthwise convolutions, each with the stride, padding and holes of its own axis."""
+    spatial = [w.own[a] for a in op.eqn.params["dimension_numbers"].rhs_spec[2:]]
+    taps = w.leaf.rows[:, None, None, :], w.leaf.cols[None, :, None, :]
+    for leaf_axis, kernel in enumerate(taps):
+        at = spatial.index(leaf_axis)
+        own = {
+            name: tuple(v if i == at else none for i, v in enumerate(op.eqn.params[name]))
+            for name, none in (("window_strides", 1), ("padding", (0, 0)), ("lhs_dilation", 1), ("rhs_dilation", 1))
+        }
+        x = _bind(op, x, _laid(w, kernel), feature_group_count=w.leaf.rank, **own)
+    return x
+
+
+def _lookup(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+    """Rows of the thin table, then a dot."""
+    table, *rest = values
+    numbers, leaf = op.eqn.params["dimension_numbers"], table.leaf
+    out: Any = op.eqn.outvars[0].aval
+    cols = leaf.ndim - 1
+    plain = isinstance(leaf, LowRank) and leaf.stacked == 0 and leaf.row_axes == 1 and table.order is None
+    last = tuple(range(len(out.shape) - cols, len(out.shape)))
+    if not plain or numbers.collapsed_slice_dims != (0,) or tuple(numbers.offset_dims) != last:
+        return "the lookup is not of whole rows of the factors"
+    thin = numbers._replace(offset_dims=last[:1])
+    sizes = (1, leaf.u.shape[-1])
+    (found,) = nested.bind(op.eqn, (table.cast(leaf.u), *rest), {"dimension_numbers": thin, "slice_sizes": sizes})
+    return jnp.tensordot(found, table.cast(leaf.v), 1)

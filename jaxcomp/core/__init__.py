@@ -1,0 +1,67 @@
+"""The abstraction: transforms of parameters, how they compose, what they make of a leaf, and rules of paths."""
+
+from jaxcomp.core.gates import Due, every, gate, once
+from jaxcomp.core.layouts import Buckets, Channels, Tables
+from jaxcomp.core.leaves import (
+    CompressedLeaf,
+    Masked,
+    Packed,
+    Switch,
+    compressed_leaf,
+    dense,
+    is_compressed,
+    materialize,
+    nbytes,
+    pack,
+    zeros_counted,
+)
+from jaxcomp.core.optimizers import MaskState, WrapState, dense_value_and_grad, reset_regrown, wrap_optax
+from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
+from jaxcomp.core.slots import Slot, rewrite, slots, weight_mask
+from jaxcomp.core.specs import Global, Local, Spec
+from jaxcomp.core.transform import Params, State, Transform, by_path, chain, identity, stateless
+
+__all__ = [
+    "Buckets",
+    "Channels",
+    "CompressedLeaf",
+    "Due",
+    "Global",
+    "Local",
+    "MaskState",
+    "Masked",
+    "Packed",
+    "Params",
+    "Slot",
+    "Spec",
+    "State",
+    "Switch",
+    "Tables",
+    "Transform",
+    "Where",
+    "WrapState",
+    "by_path",
+    "chain",
+    "compressed_leaf",
+    "dense",
+    "dense_value_and_grad",
+    "every",
+    "everything",
+    "gate",
+    "identity",
+    "is_compressed",
+    "leaves_with_paths",
+    "materialize",
+    "matrices",
+    "nbytes",
+    "once",
+    "pack",
+    "path_str",
+    "reset_regrown",
+    "rewrite",
+    "slots",
+    "stateless",
+    "weight_mask",
+    "wrap_optax",
+    "zeros_counted",
+]

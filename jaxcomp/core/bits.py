@@ -1,0 +1,135 @@
+"""Codes of 1 to 8 bits in a byte stream with no byte wasted: eight codes of b bits take b bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer, UInt8, UInt32
+
+_PERIOD = 8  # codes after which the stream is at a byte boundary whatever their width
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take.
+
+    >>> packed_size(10, 4), packed_size(10, 3), packed_size(0, 2)
+    (5, 4, 0)
+    """
+    return -(-count * bits // 8)
+
+
+def pack_bits(codes: Integer[Array, "*shape"], bits: int) -> UInt8[Array, " bytes"]:
+    """Flattens codes in ``[0, 2**bits)`` in C order into a little-endian bit stream.
+
+    Code i holds bits ``i*bits`` to ``(i+1)*bits - 1`` of the stream, the low one first; the last byte is padded with
+    zeros.
+
+    >>> pack_bits(jnp.array([1, 2, 15]), 4)
+    Array([33, 15], dtype=uint8)
+    """
+    flat = codes.reshape(-1).astype(jnp.uint8)
+    count = flat.size
+    if bits == 8:
+        return flat
+    if 8 % bits == 0:
+        return _pack_within_bytes(codes.astype(jnp.uint8), bits)
+    rows = _pad_to(flat, _PERIOD).reshape(-1, _PERIOD)
+    out = jnp.stack([_byte_of(rows, b, bits) for b in range(bits)], axis=1)
+    return out.reshape(-1)[: packed_size(count, bits)]
+
+
+def unpack_bits(
+    data: UInt8[Array, " bytes"], bits: int, count: int, dtype: Any = jnp.uint8
+) -> Integer[Array, " count"]:
+    """The inverse of :func:`pack_bits`: the first ``count`` codes of the stream, in the given type.
+
+    >>> unpack_bits(pack_bits(jnp.array([1, 2, 5, 7]), 3), 3, 4)
+    Array([1, 2, 5, 7], dtype=uint8)
+
+    Raises:
+      ValueError: the stream is not as long as ``count`` codes are.
+    """
+    if data.size != packed_size(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, got {data.size}.")
+    if bits == 8:
+        return data.astype(dtype)
+    if 32 % bits == 0 or 24 % bits == 0:
+        size = 4 if 32 % bits == 0 else 3
+        shifts = jnp.arange(8 * size // bits, dtype=jnp.uint32) * jnp.uint32(bits)
+        codes = (_words(data, size)[:, None] >> shifts[None, :]) & jnp.uint32(2**bits - 1)
+        return codes.astype(dtype).reshape(-1)[:count]
+    rows = _pad_to(data, bits).reshape(-1, bits).astype(dtype)
+    codes = jnp.stack([_code_of(rows, j, bits) for j in range(_PERIOD)], axis=1)
+    return codes.reshape(-1)[:count]
+
+
+def _words(data: jax.Array, size: int) -> jax.Array:
+    """The stream by ``size`` bytes (3 or 4) as uint32, the first byte the low one.
+
+    A word gives its codes to a whole vector at once on CPU: 1.5 times as fast as byte by byte at 4 bits, 5 times at 3.
+    The barrier keeps XLA from putting the word together anew for each of them.
+    """
+    rows = _pad_to(data, size).reshape(-1, size)
+    if size == 4:
+        return jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    low, middle, high = (rows[:, i].astype(jnp.uint32) << (8 * i) for i in range(3))
+    return jax.lax.optimization_barrier(low | middle | high)
+
+
+def _pack_within_bytes(codes: jax.Array, bits: int) -> jax.Array:
+    """Packs where no code lies across two bytes: each byte is a sum of shifted codes, whose bits do not overlap.
+
+    The axes stay as they are up to the barrier, so that XLA fuses the packing with what computed the codes in that
+    one's own loop, without an index to take apart for each element: four times as fast on CPU.
+    """
+    per_byte = 8 // bits
+    if codes.ndim and codes.shape[-1] % per_byte == 0:
+        rows = codes.reshape(*codes.shape[:-1], -1, per_byte) if codes.size else codes.reshape(0, per_byte)
+    else:
+        rows = _pad_to(codes.reshape(-1), per_byte).reshape(-1, per_byte)
+    shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(bits)
+    shifted = jnp.left_shift(rows, jax.lax.broadcast_in_dim(shifts, rows.shape, (rows.ndim - 1,)))
+    return jax.lax.optimization_barrier(jnp.sum(shifted, axis=-1, dtype=jnp.uint8)).reshape(-1)
+
+
+def _pad_to(flat: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(flat, (0, -flat.size % multiple))
+
+
+def _byte_of(rows: jax.Array, byte: int, bits: int) -> jax.Array:
+    """Byte ``byte`` of every period, from the codes that overlap it."""
+    out = jnp.zeros(rows.shape[:1], jnp.uint8)
+    for j in range(_PERIOD):
+        shift = j * bits - byte * 8
+        if -bits < shift < 8:
+            out = out | (rows[:, j] << shift if shift >= 0 else rows[:, j] >> -shift)
+    return out
+
+
+def _code_of(rows: jax.Array, j: int, bits: int) -> jax.Array:
+    """Code ``j`` of every period, from the one or two bytes that hold it."""
+    first, shift = divmod(j * bits, 8)
+    out = rows[:, first] >> shift
+    if shift + bits > 8:
+        out = out | (rows[:, first + 1] << (8 - shift))
+    return out & np.asarray(2**bits - 1, out.dtype)
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Codes and scales are computed in float32, or in float64 where the array is that wide."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def order_keys(scores: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """Unsigned integers that order as the scores do; -0 and 0 are equal, NaN is above infinity.
+
+    Scores wider than float32 are rounded to it.
+    """
+    x = scores.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), jnp.uint32)
+    negative = (bits >> 31) == 1
+    keys = jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+    return jnp.where(jnp.isnan(x), jnp.uint32(0xFFFFFFFF), keys)

@@ -1,0 +1,109 @@
+"""When: transforms that are updated at due steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
+from jaxcomp.core.specs import is_integer
+from jaxcomp.core.transform import Params, State, Transform
+
+Due = Callable[[jax.Array], jax.Array]
+"""Says whether a step is due: a scalar integer step to a scalar boolean, jit-safe."""
+
+
+def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
+    """Due at ``start``, ``start + period``, … up to, not including, ``stop``.
+
+    >>> due = every(100, start=200)
+    >>> bool(due(jnp.int32(100))), bool(due(jnp.int32(300))), bool(due(jnp.int32(301)))
+    (False, True, False)
+    """
+    if not is_integer(period) or period < 1:
+        raise ValueError(f"every: the period must be an integer of at least 1, got {period!r}.")
+
+    def due(step: jax.Array) -> jax.Array:
+        on = (step >= start) & ((step - start) % period == 0)
+        return on if stop is None else on & (step < stop)
+
+    return due
+
+
+class GateState(NamedTuple):
+    """Whether the gate has ever opened, and the state behind it."""
+
+    opened: jax.Array
+    inner: State
+
+
+def gate(transform: Transform, due: Due) -> Transform:
+    """Says when: the transform sleeps until the first due step, and is updated at due steps only.
+
+    While it sleeps, ``apply`` gives the parameters as they are. Between due steps nothing of ``update`` is computed.
+
+    Args:
+      transform: what.
+      due: when, such as :func:`every`.
+
+    Raises:
+      ValueError: at ``init``, where ``due`` does not give a scalar boolean.
+    """
+
+    def init(params: Params) -> State:
+        out = jax.eval_shape(due, jax.ShapeDtypeStruct((), jnp.int32))
+        if getattr(out, "shape", None) != () or getattr(out, "dtype", None) != jnp.bool_:
+            raise ValueError(f"gate: due(step) must be a scalar boolean, got {out}; see every().")
+        return GateState(jnp.zeros((), bool), transform.init(params))
+
+    def update(state: GateState, params: Params, *, step: Any, **stats: Any) -> State:
+        def now() -> GateState:
+            return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
+
+        return cond(due(jnp.asarray(step)), now, lambda: state)
+
+    def apply(state: GateState, params: Params) -> Params:
+        return _switch(state.opened, transform.apply(state.inner, params), params)
+
+    return Transform(init, update, apply)
+
+
+def once(transform: Transform) -> Transform:
+    """Updates at the first ``update`` only: what it finds in the statistics of that step is kept."""
+
+    def init(params: Params) -> State:
+        return GateState(jnp.zeros((), bool), transform.init(params))
+
+    def update(state: GateState, params: Params, *, step: Any, **stats: Any) -> State:
+        def now() -> GateState:
+            return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
+
+        return cond(state.opened, lambda: state, now)
+
+    return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
+def cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
+    """``lax.cond`` over states; outside jit the choice is known, and only that branch is run."""
+    if isinstance(chosen, jax.core.Tracer):
+        return jax.lax.cond(chosen, then, otherwise)
+    return then() if chosen else otherwise()
+
+
+def _switch(active: jax.Array, on: Params, off: Params) -> Params:
+    """``on`` where active, else ``off``; a mask stays open to later transforms, any other change is closed."""
+
+    def leaf(new: Any, old: Any) -> Any:
+        if new is old:
+            return new
+        if isinstance(new, Masked) and not is_compressed(new.values):
+            old_mask = unpacked(old.mask) if isinstance(old, Masked) else jnp.ones((), bool)
+            values = jnp.where(active, new.values, old.values if isinstance(old, Masked) else old)
+            return replace(new, values=values, mask=jnp.where(active, unpacked(new.mask), old_mask))
+        return Switch(active, new, old)
+
+    return jax.tree.map(leaf, on, off, is_leaf=is_compressed)

@@ -1,0 +1,263 @@
+"""Compressed leaves: frozen pytree dataclasses that stand where an array stood and know how to become it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.core.bits import pack_bits, unpack_bits
+from jaxcomp.core.gradients import masked, masked_through
+from jaxcomp.core.paths import path_str
+
+Cls = TypeVar("Cls", bound=type)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def compressed_leaf(*, meta: tuple[str, ...] = ()) -> Callable[[Cls], Cls]:
+    """Class decorator: a frozen dataclass registered as a pytree, with the ``meta`` fields static."""
+
+    def decorate(cls: Any) -> Any:
+        cls = dataclass(frozen=True, eq=False)(cls)
+        data = [f.name for f in fields(cls) if f.name not in meta]
+        cls.data_fields, cls.meta_fields = tuple(data), meta
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
+
+    return decorate
+
+
+@compressed_leaf(meta=("bits", "low", "shape"))
+class Packed:
+    """Integers of ``bits`` bits in a byte stream: ``value == stream code + low``; one bit and low 0 is a boolean.
+
+    Fields:
+      data: uint8 of ``ceil(size * bits / 8)`` bytes, the low bits first, C order.
+      bits, low, shape: static.
+    """
+
+    data: jax.Array
+    bits: int
+    low: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(values: jax.Array, bits: int, low: int) -> Packed:
+        """Packs integers in ``[low, low + 2**bits)``, held in any type."""
+        shifted = (values.astype(jnp.int32) - low).astype(jnp.uint8)
+        return Packed(pack_bits(shifted, bits), bits, low, tuple(values.shape))
+
+    def unpack(self) -> jax.Array:
+        """The integers as int8 or uint8, or the booleans."""
+        if self.bits == 1:
+            return self._stream(jnp.uint8).astype(bool)
+        return self.wide().astype(jnp.int8 if self.low < 0 else jnp.uint8)
+
+    def wide(self) -> jax.Array:
+        """The integers as int32, for arithmetic: each narrower type on the way to a float is one more conversion."""
+        return self._stream(jnp.int32) + self.low
+
+    def _stream(self, dtype: Any) -> jax.Array:
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
+
+
+def unpacked(x: Any) -> Any:
+    """``x``, unpacked if it is :class:`Packed`."""
+    return x.unpack() if isinstance(x, Packed) else x
+
+
+class CompressedLeaf:
+    """What every compressed leaf offers.
+
+    A subclass is made with :func:`compressed_leaf` and states its invariant in its docstring.
+
+    Class attributes:
+      open: the fields that later transforms in a chain may rewrite; none means that the leaf is closed.
+      made_by: the transform that makes it, for error messages.
+      coded: the field that holds one integer code for each element of the dense array, if there is one: a file then
+        stores only the codes that a mask keeps.
+      data_fields, meta_fields: names of the fields that are children and of the static ones.
+    """
+
+    open: ClassVar[tuple[str, ...]] = ()
+    made_by: ClassVar[str] = ""
+    coded: ClassVar[str] = ""
+    data_fields: ClassVar[tuple[str, ...]] = ()
+    meta_fields: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code, where there is a ``coded`` field."""
+        raise TypeError(f"{type(self).__name__} does not define code_bits.")
+
+    def code_of_zero(self, shape: tuple[int, ...]) -> Any:
+        """The packed code of the value 0: a number, or an array of codes of the dense ``shape``."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define shape.")
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define dtype.")
+
+    @property
+    def ndim(self) -> int:
+        """The rank of the array that this leaf stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many entries the array has that this leaf stands for."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def materialize(self) -> jax.Array:
+        """The array that this leaf stands for."""
+        raise TypeError(f"{type(self).__name__} does not define materialize.")
+
+    def pack(self) -> CompressedLeaf:
+        """The same leaf in its smallest storage; ``materialize`` gives the same bits."""
+        raise TypeError(f"{type(self).__name__} does not define pack.")
+
+
+def is_compressed(x: Any) -> bool:
+    """Whether ``x`` is a compressed leaf; the ``is_leaf`` of a tree that holds some."""
+    return isinstance(x, CompressedLeaf)
+
+
+def dense(x: Any) -> Any:
+    """One leaf as an array."""
+    return x.materialize() if isinstance(x, CompressedLeaf) else x
+
+
+@compressed_leaf(meta=("straight",))
+class Masked(CompressedLeaf):
+    """``dense == where(mask, values, 0)``, and ``values`` holds zeros (or their code) where the mask is False.
+
+    Fields:
+      values: an array, or a leaf that a later transform made of it.
+      mask: booleans of the values' rank that broadcast against them (a filter's mask is stored once a filter).
+      straight: the gradient passes the mask on its way to the values; static, and False once packed.
+    """
+
+    values: Any
+    mask: Any
+    straight: bool = False
+
+    open: ClassVar[tuple[str, ...]] = ("values",)
+    made_by: ClassVar[str] = "prune"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.values.dtype
+
+    def materialize(self) -> jax.Array:
+        """The values where the mask is True, zeros elsewhere."""
+        values, mask = dense(self.values), unpacked(self.mask)
+        return masked_through(values, mask) if self.straight else masked(values, mask)
+
+    def pack(self) -> Masked:
+        """A bit a mask entry, the values packed."""
+        mask = self.mask if isinstance(self.mask, Packed) else Packed.of(self.mask, 1, 0)
+        return Masked(pack(self.values), mask)
+
+
+@compressed_leaf()
+class Switch(CompressedLeaf):
+    """``dense == on if active else off``: what a gated transform makes before one knows whether its time has come.
+
+    Fields:
+      active: a boolean scalar.
+      on: the leaf as the transform makes it.
+      off: the leaf as it was.
+    """
+
+    active: jax.Array
+    on: Any
+    off: Any
+
+    made_by: ClassVar[str] = "gate"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.on.shape)
+
+    @property
+    def dtype(self) -> Any:  # noqa: D102
+        return self.off.dtype
+
+    def materialize(self) -> jax.Array:
+        """Selects between the two."""
+        return jnp.where(self.active, dense(self.on), dense(self.off))
+
+    def pack(self) -> Any:
+        """Packs the one that is active.
+
+        Raises:
+          TypeError: inside jit, where it is not known which one that is.
+        """
+        if isinstance(self.active, jax.core.Tracer):
+            raise TypeError(
+                "pack: a gated leaf cannot be packed inside jit, where its gate is not known; pack outside."
+            )
+        return pack(self.on if bool(self.active) else self.off)
+
+
+def materialize(tree: Any) -> Any:
+    """The tree with every compressed leaf turned back into an array; other leaves are the same objects.
+
+    >>> materialize({"w": Masked(jnp.array([1.0, 2.0]), jnp.array([True, False]))})
+    {'w': Array([1., 0.], dtype=float32)}
+    """
+    return jax.tree.map(dense, tree, is_leaf=is_compressed)
+
+
+def pack(tree: Any) -> Any:
+    """The tree with every compressed leaf in its smallest storage, ``materialize(pack(t)) == materialize(t)`` bitwise.
+
+    Raises:
+      ValueError: outside jit, a leaf whose quantized values are NaN; the message names the path.
+
+    >>> from jaxcomp.quantization import Int, Quantized
+    >>> q = Quantized(jnp.array([-8.0, 7.0, 1.0]), jnp.array([0.5]), None, Int(4), jnp.dtype("float32"))
+    >>> pack(q).codes.data.size, materialize(pack(q))
+    (2, Array([-4. ,  3.5,  0.5], dtype=float32))
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _packed(path_str(path), x), tree, is_leaf=is_compressed)
+
+
+def _packed(path: str, leaf: Any) -> Any:
+    if not is_compressed(leaf):
+        return leaf
+    try:
+        return leaf.pack()
+    except ValueError as e:
+        raise ValueError(f"pack: {path!r} {e}." if path else str(e)) from e
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree, compressed leaves as they are stored now (see :func:`pack`).
+
+    >>> nbytes({"w": jnp.zeros((3, 4))})
+    48
+    """
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
+
+
+def zeros_counted(tree: Any) -> tuple[int, int]:
+    """How many entries of the materialized float arrays are zero, and how many there are."""
+    arrays = [
+        x for x in jax.tree.leaves(materialize(tree)) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return sum(int((np.asarray(x) == 0).sum()) for x in arrays), sum(x.size for x in arrays)

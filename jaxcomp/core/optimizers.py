@@ -1,0 +1,189 @@
+"""What a weight that comes back starts from: zero, with an optimizer that has forgotten it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcomp.core.leaves import materialize
+from jaxcomp.core.paths import path_str, some_paths
+from jaxcomp.core.transform import Params, State, Transform
+
+
+class MaskState(NamedTuple):
+    """State of a transform whose newly active weights start afresh.
+
+    Fields:
+      masks: booleans by the path of the parameter, of its shape; True is active.
+    """
+
+    masks: dict[str, jax.Array]
+
+
+def reset_regrown(old_state: Any, new_state: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """Zeroes the weights that ``update`` has just made active, and all that an optimizer remembers of them.
+
+    Call it after every ``update`` of a transform that holds :func:`~jaxcomp.pruning.sparse_training.regrow`; where no
+    weight is grown it changes nothing. In the functional design a masked weight keeps the value it had, so this is what
+    makes a regrown one start at zero.
+
+    The arrays of the optimizer's state that belong to a parameter are found by their place and shape: their path ends
+    with the parameter's, and their shape is the parameter's. So momentum and both moments are found in sgd, adam, lion,
+    muon and all others, inside ``chain``, ``masked``, ``partition`` and ``inject_hyperparams`` too. What is not of the
+    parameter's shape is left: counters, hyperparameters, the row and column statistics of a factored adafactor (they
+    mix a weight with its neighbours). Step counters are one for all weights, so adam's bias correction does not start
+    again.
+
+    Args:
+      old_state, new_state: the transform's states before and after ``update``; chains, gates and rules of any depth.
+      params: the latent parameters, after the optimizer's step.
+      opt_state: any optax state over them.
+
+    Returns:
+      ``(params, opt_state)``; what no regrown weight belongs to is the same object.
+
+    Raises:
+      ValueError: the states are of different transforms, or a mask belongs to no leaf of the parameters.
+
+    >>> import optax
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> opt_state = optax.sgd(0.1, momentum=0.9).init(params)
+    >>> old = MaskState({"w": jnp.array([True, False])})
+    >>> new = MaskState({"w": jnp.array([False, True])})
+    >>> reset_regrown(old, new, params, opt_state)[0]
+    {'w': Array([1., 0.], dtype=float32)}
+    """
+    grown = _grown(_masks(old_state), _masks(new_state))
+    if not grown:
+        return params, opt_state
+    places = {key_path: path_str(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    lost = sorted(set(grown) - set(places.values()))
+    if lost:
+        raise ValueError(
+            f"reset_regrown: {lost[0]!r} is masked but is no leaf of the parameters, which are"
+            f" {some_paths(places.values())}; an earlier transform made it. Put regrow first in the chain."
+        )
+    by_place = {key_path: grown.get(path) for key_path, path in places.items()}
+    return _zeroed(params, by_place), _zeroed(opt_state, by_place)
+
+
+def _masks(state: Any) -> dict[str, jax.Array]:
+    """The masks of every :class:`MaskState` inside a state, by path."""
+    inside = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, MaskState))
+    return {path: m for s in inside if isinstance(s, MaskState) for path, m in s.masks.items()}
+
+
+def _grown(old: Mapping[str, jax.Array], new: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    if old.keys() != new.keys():
+        odd = sorted(old.keys() ^ new.keys())
+        raise ValueError(
+            f"reset_regrown: only one of the two states masks {odd[0]!r}; pass the states of one transform, before and"
+            " after its update."
+        )
+    return {path: new[path] & ~old[path] for path in new}
+
+
+def _zeroed(tree: Any, grown: Mapping[tuple[Any, ...], jax.Array | None]) -> Any:
+    """The tree with zeros at the regrown entries of each leaf that belongs to a parameter."""
+
+    def leaf(key_path: tuple[Any, ...], x: Any) -> Any:
+        # From the whole path on, so that of two parameters that fit, the one with the longer path wins.
+        ends = (key_path[i:] for i in range(len(key_path) + 1))
+        mask = next((grown[end] for end in ends if end in grown), None)
+        if mask is None or getattr(x, "shape", None) != mask.shape:
+            return x
+        return jnp.where(mask, jnp.zeros((), x.dtype), x)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def dense_value_and_grad(
+    transform: Transform, loss: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """A function ``(state, params, *args) -> (value, grads, dense)`` of one backward pass.
+
+    With ``w(p) = materialize(transform.apply(state, p))``: ``value = loss(w(params), *args)``; ``dense = ∂loss/∂w``,
+    the gradient of every weight that the loss sees, masked ones included; ``grads = (∂w/∂params)ᵀ dense``, what the
+    optimizer wants, zero where masked, straight through where rounded.
+
+    Args:
+      transform: any transform.
+      loss: of materialized parameters and further arguments.
+      has_aux: whether ``loss`` gives ``(value, auxiliary)``; then so is ``value``.
+
+    >>> from jaxcomp.pruning import magnitude, regrow
+    >>> t = regrow(0.5, initial=magnitude)
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> value, grads, dense = dense_value_and_grad(t, lambda w: 3 * w["kernel"].sum())(t.init(params), params)
+    >>> grads["kernel"].tolist(), dense["kernel"].tolist()
+    ([[0.0, 3.0]], [[3.0, 3.0]])
+    """
+
+    def value_and_grads(state: State, params: Params, *args: Any) -> tuple[Any, Any, Any]:
+        seen, pull_back = jax.vjp(lambda p: materialize(transform.apply(state, p)), params)
+        value, dense = jax.value_and_grad(loss, has_aux=has_aux)(seen, *args)
+        (grads,) = pull_back(dense)
+        return value, grads, dense
+
+    return value_and_grads
+
+
+class WrapState(NamedTuple):
+    """What :func:`wrap_optax` keeps: the step, the uncompressed parameters, both inner states."""
+
+    step: jax.Array
+    latent: Params
+    transform: State
+    optimizer: Any
+
+
+def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) -> optax.GradientTransformation:
+    """Compression-aware training for a loop that must not change: after each update the params are compressed.
+
+    The uncompressed (latent) parameters live in the optimizer's state. Each update takes the gradient at the compressed
+    point straight through ``apply`` (so masks and clipped ranges cut it), steps the latent parameters, and moves the
+    loop's parameters to the compressed latent ones. The statistics it offers to ``update`` are ``grads``, those of the
+    compressed point, masked weights included. What ``regrow`` grows starts at zero, without moments. For saving,
+    ``transform.apply(state.transform, state.latent)`` holds the compressed leaves.
+
+    Args:
+      optimizer: any optax transformation.
+      transform: any transform.
+
+    Raises:
+      ValueError: ``update`` without params.
+
+    >>> import jax, optax
+    >>> from jaxcomp import prune
+    >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> tx = wrap_optax(optax.sgd(0.1), prune(0.5))
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    >>> optax.apply_updates(params, updates)["kernel"]
+    Array([[0. , 0. ],
+           [2.9, 3.9]], dtype=float32)
+    """
+
+    def init(params: Params) -> WrapState:
+        latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
+        return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
+
+    def update(grads: Any, state: WrapState, params: Params | None = None) -> tuple[Any, WrapState]:
+        if params is None:
+            raise ValueError("wrap_optax: update wants the parameters: tx.update(grads, state, params).")
+        compressed = state.transform
+        _, pull_back = jax.vjp(lambda p: materialize(transform.apply(compressed, p)), state.latent)
+        (latent_grads,) = pull_back(grads)
+        updates, inner = optimizer.update(latent_grads, state.optimizer, state.latent)
+        latent = optax.apply_updates(state.latent, updates)
+        before, compressed = compressed, transform.update(compressed, latent, step=state.step, grads=grads)
+        latent, inner = reset_regrown(before, compressed, latent, inner)
+        target = materialize(transform.apply(compressed, latent))
+        moves = jax.tree.map(lambda new, old: new - old, target, params)
+        return moves, WrapState(state.step + 1, latent, compressed, inner)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,140 @@
+"""Transforms of parameters: the abstraction, and how transforms compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
+
+Params = Any
+State = Any
+
+
+class UpdateFn(Protocol):
+    """``update(state, params, *, step, **stats)``: the next state."""
+
+    def __call__(self, state: State, params: Params, *, step: Any, **stats: Any) -> State:  # noqa: D102
+        ...
+
+
+class Transform(NamedTuple):
+    """A compression of parameters, as three pure functions.
+
+    Fields:
+      init: ``init(params) -> state``. The state is already valid: ``apply`` works at step 0.
+      update: ``update(state, params, *, step, **stats) -> state``. Safe inside jit; the step is an argument, never a
+        hidden counter; statistics (such as ``grads=``) are trees like the parameters.
+      apply: ``apply(state, params) -> params``. What the forward pass sees: differentiable, used inside the loss. It
+        may put compressed leaves where arrays were; ``materialize`` turns them back.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp import Int, chain, materialize, prune, quantize
+    >>> params = {"kernel": jnp.array([[0.1, -0.9], [0.5, 0.2]]), "bias": jnp.zeros(2)}
+    >>> compress = chain(prune(0.5), quantize(Int(4)))
+    >>> state = compress.init(params)
+    >>> materialize(compress.apply(state, params))["kernel"].round(2)
+    Array([[ 0.  , -0.84],
+           [ 0.47,  0.  ]], dtype=float32)
+    """
+
+    init: Callable[[Params], State]
+    update: UpdateFn
+    apply: Callable[[State, Params], Params]
+
+
+def stateless(apply: Callable[[Params], Params]) -> Transform:
+    """A transform without a state; ``init`` runs ``apply`` on shapes alone, so that a misfit is found at once."""
+
+    def init(params: Params) -> State:
+        jax.eval_shape(lambda: apply(params))
+        return ()
+
+    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+        return state
+
+    return Transform(init, update, lambda state, params: apply(params))
+
+
+def identity() -> Transform:
+    """Leaves everything as it is."""
+    return stateless(lambda params: params)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Applies transforms from left to right; each sees what the ones before it made.
+
+    Its state is a tuple of theirs.
+    """
+
+    def init(params: Params) -> State:
+        states = []
+        for t in transforms:
+            states.append(t.init(params))
+            params = t.apply(states[-1], params)
+        return tuple(states)
+
+    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+        states = []
+        for t, s in zip(transforms, state, strict=True):
+            states.append(t.update(s, params, step=step, **stats))
+            params = t.apply(states[-1], params)
+        return tuple(states)
+
+    def apply(state: State, params: Params) -> Params:
+        for t, s in zip(transforms, state, strict=True):
+            params = t.apply(s, params)
+        return params
+
+    return Transform(init, update, apply)
+
+
+def by_path(table: Mapping[Where, Transform]) -> Transform:
+    """Gives each leaf to the first rule of an ordered table that matches it; leaves that none matches stay as they are.
+
+    A rule's transform sees its leaves alone, as a flat dict by path: so a global scope is global over the rule. Its own
+    ``where`` holds too.
+
+    Args:
+      table: rule (regular expression over the whole path, or predicate) to transform, in order.
+
+    Raises:
+      ValueError: at ``init``, a rule that no leaf is left for.
+    """
+    rules = list(table.items())
+
+    def split(params: Params) -> tuple[list[dict[str, Any]], list[tuple[str, Any]], Any]:
+        named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
+        parts: list[dict[str, Any]] = [{} for _ in rules]
+        for path, leaf in named:
+            first = next((i for i, (where, _) in enumerate(rules) if matches(where, path, leaf)), None)
+            if first is not None:
+                parts[first][path] = leaf
+        for (where, _), part in zip(rules, parts, strict=True):
+            if not part:
+                raise ValueError(
+                    f"by_path: rule {describe(where)} matches nothing that an earlier rule did not take; the paths are"
+                    f" {some_paths(p for p, _ in named)}."
+                )
+        return parts, named, treedef
+
+    def init(params: Params) -> State:
+        parts, _, _ = split(params)
+        return tuple(t.init(part) for (_, t), part in zip(rules, parts, strict=True))
+
+    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+        parts, _, _ = split(params)
+        every = zip(rules, state, parts, strict=True)
+        return tuple(t.update(s, part, step=step, **stats) for (_, t), s, part in every)
+
+    def apply(state: State, params: Params) -> Params:
+        parts, named, treedef = split(params)
+        new: dict[str, Any] = {}
+        for (_, t), s, part in zip(rules, state, parts, strict=True):
+            new |= t.apply(s, part)
+        return treedef.unflatten([new.get(path, leaf) for path, leaf in named])
+
+    return Transform(init, update, apply)

@@ -1,0 +1,218 @@
+"""Exactly the k smallest of one or several arrays, without a sort.
+
+A float32's bits, read as an unsigned integer, order like the number. The k-th smallest is selected on those bits by
+counting: by two 16-bit histograms where scatters are cheap (CPU), else by bisection over the 32 bits, which needs
+only sums and so works on sharded arrays without gathering them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt32
+
+_BLOCK = 1024
+_CHUNK = 1 << 14
+_SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
+MAX_COUNT = 2**31 - 1
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@jax.jit
+def smallest(
+    keys: Sequence[UInt32[Array, ...]],
+    eligible: Sequence[Bool[Array, ...] | None],
+    count: UInt32[Array, ""],
+) -> list[Bool[Array, ...]]:
+    """Marks the ``count`` smallest eligible keys of all arrays together.
+
+    Exactly ``count`` are marked (all eligible ones where there are fewer). Of equal keys those of earlier arrays, and
+    of lower C-order index, are marked first.
+
+    Args:
+      keys: from :func:`order_keys`.
+      eligible: booleans of the keys' shapes, or None for all.
+      count: scalar uint32.
+
+    >>> [m.tolist() for m in smallest([jnp.array([3, 1, 1], jnp.uint32)], [None], jnp.uint32(2))]
+    [[False, True, True]]
+    """
+    of = (list(keys), list(eligible), count)
+    if sum(k.size for k in keys) < _SMALL:
+        kth, wanted = _kth_by_bisection(*of)
+    else:
+        kth, wanted = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
+    out = []
+    for k, e in zip(keys, eligible, strict=True):
+        take, end = _last_tie(k, e, kth, wanted)
+        wanted = wanted - take
+        chosen = (k < kth) | ((k == kth) & _up_to(end, k.shape))
+        out.append(_among(chosen, e) & (count > 0))
+    return out
+
+
+def fraction_of(total: UInt32[Array, ""], fraction: Float[Array, ""] | float) -> UInt32[Array, ""]:
+    """``round(total * fraction)``, half to even, exact in integers; ``fraction`` in [0, 1] to 2**-31.
+
+    Source: the product is formed bit by bit, from the lowest, as ``a ← (a + bit·total) / 2``, whose nested floors are
+    exact; the bits dropped are remembered for the tie.
+
+    >>> int(fraction_of(jnp.uint32(10_000_000), 0.9)), int(fraction_of(jnp.uint32(5), 0.5))
+    (9000000, 2)
+    """
+    if isinstance(fraction, float):
+        fixed = jnp.uint32(round(fraction * 2**31))
+    else:
+        fixed = (fraction.astype(jnp.float32) * 2.0**31).astype(jnp.uint32)
+    return _times_fixed(total.astype(jnp.uint32), fixed)
+
+
+@jax.jit
+def _times_fixed(total: UInt32[Array, ""], fixed: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """``round(total * fixed / 2**31)``, half to even."""
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        twice, dropped = carry
+        dropped = dropped | ((twice & 1) == 1)
+        return (twice >> 1) + ((fixed >> i.astype(jnp.uint32)) & 1) * total, dropped
+
+    # After bit i has been added, `twice` is floor(total · (bits up to i) / 2**i); bit 31 stands for 1.
+    start = ((fixed & 1) * total, jnp.bool_(False))
+    last, dropped = jax.lax.fori_loop(1, 31, step, start)
+    whole = fixed >> 31
+    odd, rest = (last >> 1) & 1, last & 1
+    up = rest & (odd | dropped.astype(jnp.uint32))
+    return jnp.where(whole == 1, total, (last >> 1) + up)
+
+
+def _among(x: jax.Array, eligible: jax.Array | None) -> jax.Array:
+    return x if eligible is None else x & eligible
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, dtype=jnp.uint32)
+
+
+def _kth_by_radix(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Pair:
+    """The count-th smallest key, and its rank from 1 among its equals, from a histogram of each half-word."""
+    high, left = jnp.uint32(0), jnp.maximum(count, 1)
+    for low_pass in (False, True):
+        hist = jnp.zeros(1 << 16, jnp.uint32)
+        for k, e in zip(keys, eligible, strict=True):
+            hist = _counted(hist, k.reshape(-1), None if e is None else e.reshape(-1), high if low_pass else None)
+        sums = jnp.cumsum(hist, dtype=jnp.uint32)
+        digit = jnp.minimum(_sum(sums < left), jnp.uint32(0xFFFF))
+        left = left - (sums[digit] - hist[digit])
+        if not low_pass:
+            high = digit
+    return (high << 16) | digit, left
+
+
+def _counted(hist: jax.Array, keys: jax.Array, eligible: jax.Array | None, high: jax.Array | None) -> jax.Array:
+    """The histogram with the keys' high half-words added, or the low ones of those keys whose high one is ``high``.
+
+    Chunk by chunk: a scatter writes its indices and its increments out, which for all keys at once would be two more
+    copies of them, and twice the time.
+    """
+
+    def add(hist: jax.Array, k: jax.Array, e: jax.Array | None) -> jax.Array:
+        counted = e if high is None else _among(k >> 16 == high, e)
+        ones = jnp.ones(k.shape, jnp.uint32) if counted is None else counted.astype(jnp.uint32)
+        digit = k >> 16 if high is None else k & 0xFFFF
+        return hist.at[digit].add(ones, mode="promise_in_bounds")
+
+    def add_chunk(i: jax.Array, hist: jax.Array) -> jax.Array:
+        chunk = partial(jax.lax.dynamic_slice_in_dim, start_index=i * _CHUNK, slice_size=_CHUNK)
+        return add(hist, chunk(keys), None if eligible is None else chunk(eligible))
+
+    whole = keys.size // _CHUNK
+    if whole:
+        hist = jax.lax.fori_loop(0, whole, add_chunk, hist)
+    rest = whole * _CHUNK
+    return hist if rest == keys.size else add(hist, keys[rest:], None if eligible is None else eligible[rest:])
+
+
+def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], count: jax.Array) -> Pair:
+    """The same: the largest t with fewer than count keys below it, bit by bit from the highest."""
+
+    def below(t: jax.Array) -> jax.Array:
+        return sum((_sum(_among(k < t, e)) for k, e in zip(keys, eligible, strict=True)), jnp.uint32(0))
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        trial = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(below(trial) < jnp.maximum(count, 1), trial, found)
+
+    kth = jax.lax.fori_loop(0, 32, step, jnp.uint32(0))
+    return kth, jnp.maximum(count, 1) - below(kth)
+
+
+def _last_tie(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """How many keys equal to the kth are marked, all or those wanted, and the C-order index after the last of them."""
+    of = (keys, eligible, kth, wanted)
+    if keys.size < _SMALL:
+        return _last_tie_by_scan(*of)
+    return jax.lax.platform_dependent(*of, cpu=_last_tie_by_chunk, default=_last_tie_by_scan)
+
+
+def _last_tie_by_scan(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """Where not all ties are marked, and only there, they are laid in a row, which gathers those of sharded arrays."""
+    ties = _among(keys == kth, eligible)
+    here = _sum(ties)
+    take = jnp.minimum(here, wanted)
+
+    def scan() -> jax.Array:
+        flat = ties.reshape(-1)
+        return _end_of(partial(jax.lax.dynamic_slice_in_dim, flat), _block_sums(flat), keys.size, take)
+
+    return take, jax.lax.cond(take == here, lambda: jnp.uint32(keys.size), scan)
+
+
+def _last_tie_by_chunk(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """Without an array of all ties, which XLA would write out to sum it."""
+    flat, among = keys.reshape(-1), None if eligible is None else eligible.reshape(-1)
+
+    def ties(start: jax.Array, size: int) -> jax.Array:
+        here = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        return _among(here(flat) == kth, None if among is None else here(among))
+
+    chunks = keys.size // _CHUNK
+    rest = keys.size - chunks * _CHUNK
+    sums = jax.lax.map(lambda i: _block_sums(ties(i * _CHUNK, _CHUNK)), jnp.arange(chunks)).reshape(-1)
+    if rest:
+        sums = jnp.append(sums, _block_sums(ties(jnp.int32(chunks * _CHUNK), rest)))
+    here = _sum(sums)
+    take = jnp.minimum(here, wanted)
+    return take, jnp.where(take == here, jnp.uint32(keys.size), _end_of(ties, sums, keys.size, take))
+
+
+def _block_sums(marks: jax.Array) -> jax.Array:
+    """How many marks each ``_BLOCK`` of a vector has; the last block may be shorter."""
+    whole = marks.size // _BLOCK * _BLOCK
+    sums = jnp.sum(marks[:whole].reshape(-1, _BLOCK), axis=1, dtype=jnp.uint32)
+    return sums if whole == marks.size else jnp.append(sums, _sum(marks[whole:]))
+
+
+def _end_of(marks: Callable[..., jax.Array], sums: jax.Array, size: int, take: jax.Array) -> jax.Array:
+    """The index after the ``take``-th mark: by the sums of blocks, then inside the one that holds it.
+
+    ``marks(start, length)`` gives a part of them.
+    """
+    length = min(_BLOCK, size)
+    ends = jnp.cumsum(jnp.pad(sums, (1, 0)), dtype=jnp.uint32)
+    block = jnp.maximum(_sum(ends < take).astype(jnp.int32) - 1, 0)
+    start = jnp.minimum(block * _BLOCK, size - length)
+    index = start + jnp.arange(length, dtype=jnp.int32)
+    row = marks(start, length) & (index >= block * _BLOCK)
+    inside = _sum(jnp.cumsum(row, dtype=jnp.uint32) < take - ends[block])
+    return jnp.where(take == 0, jnp.uint32(0), start.astype(jnp.uint32) + inside + 1)
+
+
+def _up_to(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Marks the entries whose C-order index is below ``end``."""
+    size = int(np.prod(shape, dtype=np.int64))
+    return (jnp.arange(size, dtype=jnp.uint32) < end).reshape(shape)

@@ -1,0 +1,161 @@
+"""Statistics over many steps, for scores that need them: running sums and means beside a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
+from jaxcomp.core.slots import Slot, broadcasts, slots
+from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.pruning.scores import Score
+
+
+@dataclass(frozen=True)
+class Running:
+    """A statistic that is gathered step by step from the weights and their gradients.
+
+    Args:
+      name: under which scores ask for it.
+      of: ``of(w, grads)`` to one step's share, elementwise, in float32.
+      decay: None for the sum of all steps; else the weight of the past in a moving average, in [0, 1), corrected for
+        its start from zero.
+
+    Raises:
+      ValueError: a decay outside [0, 1).
+    """
+
+    name: str
+    of: Callable[[jax.Array, jax.Array], jax.Array]
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"Running: decay must be in [0, 1) or None, got {self.decay!r}.")
+
+
+movement = Running("movement", lambda w, grads: -w * grads)
+"""The sum of ``-w ∂L/∂w``, for the score ``movement``."""
+
+fisher = Running("fisher", lambda w, grads: grads * grads, decay=0.99)
+"""A moving average of squared gradients, for the score ``fisher``: the diagonal Fisher information up to the square of
+batch means (exact for batches of one)."""
+
+
+class RunningState(NamedTuple):
+    """How many steps were gathered, what they gave by path, and the state behind it."""
+
+    gathered: jax.Array
+    values: dict[str, jax.Array]
+    inner: State
+
+
+def accumulate(transform: Transform, *statistics: Running, where: Where = matrices) -> Transform:
+    """Hands ``transform`` statistics that it gathers from ``grads=`` at every update; all others pass through.
+
+    Around a gate it gathers at every step, also while the gate sleeps:
+    ``accumulate(gate(prune(0.5, score=movement), every(100)), statistics.movement)``.
+
+    Args:
+      transform: what needs them.
+      statistics: what to gather, such as ``movement`` and ``fisher`` of this module.
+      where: for which leaves.
+
+    Raises:
+      ValueError: at ``init``, what :func:`~jaxcomp.core.slots.slots` raises; at ``update``, no ``grads=``, or none for
+        a leaf.
+
+    >>> from jaxcomp.pruning.transform import prune
+    >>> from jaxcomp.pruning import scores
+    >>> t = accumulate(prune(0.5, score=scores.movement), movement)
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> state = t.update(t.init(params), params, step=0, grads={"kernel": jnp.array([[1.0, -1.0]])})
+    >>> t.apply(state, params)["kernel"].materialize().tolist()
+    [[0.0, 2.0]]
+    """
+
+    def weights(params: Params) -> dict[str, jax.Array]:
+        return {path: slot.array for path, slot in slots(params, where, "accumulate").items()}
+
+    def init(params: Params) -> RunningState:
+        found = weights(params)
+        zeros = {f"{s.name}:{p}": jnp.zeros(w.shape, jnp.float32) for s in statistics for p, w in found.items()}
+        return RunningState(jnp.zeros((), jnp.int32), zeros, transform.init(params))
+
+    def update(state: RunningState, params: Params, *, step: Any, **stats: Any) -> RunningState:
+        if stats.get("grads") is None:
+            raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
+        grads = dict(leaves_with_paths(stats["grads"])[0])
+        count, values = state.gathered + 1, dict(state.values)
+        made: dict[str, dict[str, Any]] = {}
+        for s in statistics:
+            made[s.name] = {}
+            for path, w in weights(params).items():
+                if path not in grads:
+                    raise ValueError(f"accumulate: grads has no entry for {path!r}, only {some_paths(grads)}.")
+                new = s.of(w.astype(jnp.float32), grads[path].astype(jnp.float32))
+                key = f"{s.name}:{path}"
+                values[key] = _next(values[key], new, s.decay)
+                made[s.name][path] = values[key] if s.decay is None else values[key] / _weight(s.decay, count)
+        inner = transform.update(state.inner, params, step=step, **{**stats, **made})
+        return RunningState(count, values, inner)
+
+    return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+
+
+def for_score(
+    name: str, score: Score, stats: Mapping[str, Any], selected: Mapping[str, Slot], owner: str, hint: str = ""
+) -> dict[str, Any]:
+    """The statistic that a score needs, by slot path: of the slot's shape, or 1 along some axes.
+
+    Args:
+      name: of the statistic.
+      score: who needs it.
+      stats: what ``update`` was given.
+      selected: the slots, by path.
+      owner: the transform's name, for messages.
+      hint: where such a statistic comes from, for messages; by default the score's maker.
+
+    Raises:
+      ValueError: it is missing, lacks a path, or does not fit there.
+    """
+    maker = hint or (f" It is made by {score.maker}." if score.maker else "")
+    if stats.get(name) is None:
+        raise ValueError(
+            f"{owner}: score {score.name!r} needs the statistic {name!r}; call update(..., {name}=tree).{maker}"
+        )
+    leaves = dict(leaves_with_paths(stats[name])[0])
+    for path, slot in selected.items():
+        wanted = tuple(slot.array.shape)
+        if path not in leaves:
+            raise ValueError(
+                f"{owner}: the statistic {name!r} has no entry for {path!r}, only {some_paths(leaves)}; it wants a tree"
+                f" like the parameters, and {owner} before what factors them.{maker}"
+            )
+        if not broadcasts(tuple(leaves[path].shape), wanted):
+            raise ValueError(
+                f"{owner}: the statistic {name!r} has shape {leaves[path].shape} at {path!r}, wanted {wanted}"
+                " or 1 along some axes."
+            )
+    return {path: leaves[path] for path in selected}
+
+
+def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:
+    if decay is None:
+        return old + _rounded(new)
+    return _rounded(old * decay) + _rounded(new * (1 - decay))
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """A clip that changes no finite value keeps a product and a sum two roundings, in jit as in eager."""
+    most = float(jnp.finfo(jnp.float32).max)
+    return jnp.clip(product, -most, most)
+
+
+def _weight(decay: float, count: jax.Array) -> jax.Array:
+    """The weights of all steps so far together."""
+    return 1 - jnp.float32(decay) ** count.astype(jnp.float32)

@@ -1,0 +1,161 @@
+"""Rounding to a table of levels, minifloats by arithmetic and other tables by their midpoints; their codes and back.
+
+Values here are in units of the scale. A level is a number in a float type, a code its index or bit pattern in uint8.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt8
+
+from jaxcomp.core.gradients import straight_through
+from jaxcomp.quantization import level_grids as grids
+from jaxcomp.quantization.level_grids import LevelGrid
+from jaxcomp.quantization.microscaling import E8M0
+
+_FEW = 16  # up to so many levels a chain of comparisons, which fuses, else a search in the table
+_SLACK = 1 + 2.0**-10  # absorbs the rounding error of w / scale
+
+
+def exponent_of(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """``floor(log2|x|)``, from the bits; of 0 and of subnormal numbers, one less than that of the smallest normal one.
+
+    >>> exponent_of(jnp.array([1.0, -7.9, 0.25, 0.0]))
+    Array([   0,    2,   -2, -127], dtype=int32)
+    """
+    info = jnp.finfo(x.dtype)
+    word = jnp.int64 if info.bits == 64 else jnp.int32
+    field = jax.lax.bitcast_convert_type(jnp.abs(x), word) >> info.nmant
+    return field.astype(jnp.int32) + (int(info.minexp) - 1)
+
+
+def power_of_two(e: Int32[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """``2**e`` exactly, for exponents of normal numbers.
+
+    >>> power_of_two(jnp.array([0, 3, -2]), jnp.dtype("float32"))
+    Array([1.  , 8.  , 0.25], dtype=float32)
+    """
+    info = jnp.finfo(dtype)
+    word = jnp.int64 if info.bits == 64 else jnp.int32
+    return jax.lax.bitcast_convert_type((e.astype(word) - (int(info.minexp) - 1)) << info.nmant, dtype)
+
+
+def to_levels(
+    x: Float[Array, "*shape"],
+    grid: LevelGrid,
+    *,
+    noise: Float[Array, "*shape"] | None = None,
+    clipped: bool = True,
+) -> Float[Array, "*shape"]:
+    """The nearest level, or with ``noise`` in [0, 1) a neighbour such that the expectation is ``clip(x)``; NaN stays.
+
+    The gradient is straight through, and where ``clipped`` cut outside the levels' cells: half the end cell beyond it.
+
+    >>> to_levels(jnp.array([0.7, -2.4, 9.0]), grids.E2M1)
+    Array([ 0.5, -2. ,  6. ], dtype=float32)
+    """
+    ends = grid.levels[0], grid.levels[-1]
+    inner = grid.levels[1], grid.levels[-2]
+    low, high = ((end + (end - near) / 2) * _SLACK for end, near in zip(ends, inner, strict=True))
+    frozen = jax.lax.stop_gradient(x)
+    value = _float(frozen, grid, noise) if isinstance(grid, grids.Float) else _table(frozen, grid.levels, noise)
+    value = jnp.where(jnp.isnan(frozen), frozen, value)
+    return straight_through(x, value, (x >= low) & (x <= high) if clipped else None)
+
+
+def level_codes(levels: Float[Array, "*shape"], grid: LevelGrid | E8M0) -> UInt8[Array, "*shape"]:
+    """The code of each level: a minifloat's bit pattern, else the index in the ascending table."""
+    if isinstance(grid, E8M0):
+        return (exponent_of(levels) + 127).astype(jnp.uint8)
+    if isinstance(grid, grids.Float):
+        sign = (levels < 0).astype(jnp.int32) << (grid.bits - 1)
+        return (_magnitude_code(jnp.abs(levels), grid) + sign).astype(jnp.uint8)
+    return _index(levels, np.asarray(grid.levels[:-1]))
+
+
+def level_values(codes: UInt8[Array, "*shape"], grid: LevelGrid | E8M0, dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The inverse of :func:`level_codes`, bit for bit."""
+    if isinstance(grid, E8M0):
+        return power_of_two(codes.astype(jnp.int32) - 127, dtype)
+    if not isinstance(grid, grids.Float):
+        return _lookup(codes, grid.levels, dtype)
+    m, word = grid.mantissa, codes.astype(jnp.int32)
+    magnitude = word & (2 ** (grid.bits - 1) - 1)
+    field = magnitude >> m
+    whole = (magnitude & (2**m - 1)) + jnp.where(field > 0, 2**m, 0)
+    value = whole.astype(dtype) * power_of_two(jnp.maximum(field, 1) - (grid.offset + m), dtype)
+    return jnp.where(word > magnitude, -value, value)
+
+
+def _float(x: jax.Array, grid: grids.Float, noise: jax.Array | None) -> jax.Array:
+    """In units of the binade's spacing a minifloat's mantissa is an integer, and its parity that of the code."""
+    magnitude = jnp.minimum(jnp.abs(x), jnp.asarray(grid.top, x.dtype))
+    unit = _unit(magnitude, grid)
+    steps = magnitude * power_of_two(-unit, x.dtype)
+    if noise is None:
+        steps = jnp.round(steps)
+    else:
+        whole = jnp.floor(steps)
+        steps = whole + (noise < steps - whole).astype(x.dtype)
+    value = jnp.minimum(steps * power_of_two(unit, x.dtype), jnp.asarray(grid.top, x.dtype))
+    return jnp.where((x < 0) & (value > 0), -value, value)
+
+
+def _unit(magnitude: jax.Array, grid: grids.Float) -> jax.Array:
+    """The exponent of the spacing of the levels about a magnitude."""
+    return jnp.maximum(exponent_of(magnitude), 1 - grid.offset) - grid.mantissa
+
+
+def _magnitude_code(magnitude: jax.Array, grid: grids.Float) -> jax.Array:
+    unit = _unit(magnitude, grid)
+    steps = (magnitude * power_of_two(-unit, magnitude.dtype)).astype(jnp.int32)
+    return steps + ((unit + grid.mantissa - (1 - grid.offset)) << grid.mantissa)
+
+
+def _table(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> jax.Array:
+    if noise is None:
+        return _chosen(x, _edges(levels, x.dtype), levels)
+    x = jnp.clip(x, levels[0], levels[-1])  # apart from the product that made it, in jit as in eager
+    below = _below(np.asarray(levels[1:-1], x.dtype))
+    low, high = _chosen(x, below, levels[:-1]), _chosen(x, below, levels[1:])
+    return jnp.where(noise * (high - low) < x - low, high, low)
+
+
+def _edges(levels: tuple[float, ...], dtype: jnp.dtype) -> np.ndarray:
+    """Between two levels, the largest number that belongs to the lower: ties go towards zero, at zero upward."""
+    values = np.asarray(levels, np.float64)
+    middle = ((values[:-1] + values[1:]) / 2).astype(dtype)
+    return np.where(middle <= 0, _below(middle), middle)
+
+
+def _below(x: np.ndarray) -> np.ndarray:
+    """The next smaller number; of 0 and its neighbours the negative normal one, for subnormals may be read as 0."""
+    tiny = np.finfo(x.dtype).tiny
+    return np.where(np.abs(x) <= tiny, -tiny, np.nextafter(x, -np.inf, dtype=x.dtype))
+
+
+def _chosen(x: jax.Array, edges: np.ndarray, levels: tuple[float, ...]) -> jax.Array:
+    """``levels[i]`` for the i edges below x."""
+    if len(levels) > _FEW:
+        return _lookup(_index(x, edges), levels, x.dtype)
+    value = jnp.full_like(x, levels[0])
+    for edge, level in zip(edges, levels[1:], strict=True):
+        value = jnp.where(x > edge, jnp.asarray(level, x.dtype), value)
+    return value
+
+
+def _index(x: jax.Array, edges: np.ndarray) -> jax.Array:
+    """How many edges are below x."""
+    if len(edges) < _FEW:
+        return sum(
+            ((x > jnp.asarray(edge, x.dtype)).astype(jnp.uint8) for edge in edges), jnp.zeros(x.shape, jnp.uint8)
+        )
+    table = jnp.asarray(edges, x.dtype)
+    return jnp.searchsorted(table, x, method="scan_unrolled").astype(jnp.uint8)
+
+
+def _lookup(codes: jax.Array, levels: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    table = jnp.asarray(np.asarray(levels, np.float64), dtype)
+    return table.at[codes.astype(jnp.int32)].get(mode="clip")

@@ -1,0 +1,126 @@
+"""How a range is found and how values are rounded on the way to a grid: frozen choices, the slots of quantize."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.core.errors import count_known
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.specs import Spec
+
+
+@dataclass(frozen=True)
+class AbsMax(Spec):
+    """A block's range ends at its largest magnitude, or at its two extremes for an asymmetric grid."""
+
+
+@dataclass(frozen=True)
+class MeanAbs(Spec):
+    """A block's range ends at its mean magnitude: the scale of a sign, least squares for it.
+
+    Source: Rastegari et al. 2016, arXiv:1603.05279, equation 6.
+    """
+
+
+@dataclass(frozen=True)
+class Percentile(Spec):
+    """A block's range ends at a percentile of its magnitudes, or of its values at both sides for an asymmetric grid.
+
+    It is the smallest magnitude that at least ``percent`` of the block's do not exceed; what lies beyond saturates.
+    What a mask hides is not counted.
+
+    Args:
+      percent: above 50, at most 100.
+
+    Raises:
+      ValueError: another number.
+    """
+
+    percent: float = 99.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.percent, numbers.Real) or not 50 < float(self.percent) <= 100:
+            raise ValueError(f"Percentile: percent must be a number in (50, 100], got {self.percent!r}.")
+
+
+@dataclass(frozen=True)
+class MSE(Spec):
+    """Of ``steps`` ranges from ``smallest`` times a block's largest magnitude up to it, the one of least squared error.
+
+    Args:
+      smallest: the fraction to begin at, in (0, 1).
+      steps: how many ranges are tried, at least 2.
+
+    Raises:
+      ValueError: another fraction or fewer steps.
+    """
+
+    smallest: float = 0.3
+    steps: int = 57
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.smallest, numbers.Real) or not 0 < float(self.smallest) < 1:
+            raise ValueError(f"MSE: smallest must be a fraction in (0, 1), got {self.smallest!r}.")
+        if not isinstance(self.steps, numbers.Integral) or self.steps < 2:
+            raise ValueError(f"MSE: steps must be an integer of at least 2, got {self.steps!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed(Spec):
+    """A given range: ``[-end, end]``, where ``end`` is a number, or a tree of arrays by the parameters' paths.
+
+    Args:
+      end: a positive number, or a tree with an array for each selected leaf that broadcasts to the scale's shape.
+
+    Raises:
+      ValueError: a number that is not positive and finite, in a tree too.
+    """
+
+    end: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.end, numbers.Real) and not 0 < float(self.end) < math.inf:
+            raise ValueError(f"Fixed: the range's end must be positive and finite, got {self.end!r}.")
+        for path, x in leaves_with_paths(self.end)[0]:
+            if count_known(lambda x: ~((x > 0) & jnp.isfinite(x)), x):
+                raise ValueError(f"Fixed: the range's end at {path!r} must be positive and finite, got {x!r}.")
+
+
+ScaleRule = AbsMax | MeanAbs | Percentile | MSE | Fixed
+
+
+@dataclass(frozen=True)
+class Nearest(Spec):
+    """Rounds to the nearest level; ties as the grid says."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stochastic(Spec):
+    """Rounds up or down at random, such that the expectation is the value itself, clipped to the range.
+
+    Each ``update`` folds its step into the key, and each leaf its path, so a step and a leaf have their own numbers.
+
+    Args:
+      key: one typed key, such as ``jax.random.key(0)``.
+
+    Raises:
+      TypeError: anything else.
+
+    Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
+    """
+
+    key: jax.Array
+
+    def __post_init__(self) -> None:
+        typed = hasattr(self.key, "dtype") and jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key)
+        if not typed or self.key.shape != ():
+            raise TypeError(f"Stochastic: wants one typed key such as jax.random.key(0), got {self.key!r}.")
+
+
+Rounding = Nearest | Stochastic

@@ -1,0 +1,181 @@
+"""Sorted weighted points: what one-dimensional k-means needs to know of an array, whatever its size.
+
+An array is sorted, or, where that is too slow, counted in an adaptive histogram of its bit patterns. Sums over a run of
+points come from a tree of pairwise sums: unlike a difference of prefix sums, they lose nothing where an outlier or a
+million others come first, and they are the same bits in jit and out of it, on one device and on eight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
+
+from jaxcomp.core.bits import order_keys
+
+_SORTED = 1 << 16  # up to here sorting costs no more than the histogram's fixed part
+_CELLS = 1 << 18
+_TOP = 1 << 16
+
+
+class Points(NamedTuple):
+    """Ascending points, how many weights lie at each, and their sums.
+
+    Fields:
+      values: ascending, of a power-of-two length M; those without weights repeat a neighbour.
+      before: of length M + 1: how many weights lie at the points before this one.
+      sums: of length 2 M: node i is the sum of nodes 2 i and 2 i + 1; the sum at point j is node M + j.
+      exact: whether no point stands for two different values.
+    """
+
+    values: Float[Array, " points"]
+    before: Integer[Array, " ends"]
+    sums: Float[Array, " nodes"]
+    exact: Bool[Array, ""]
+
+    @property
+    def total(self) -> Integer[Array, ""]:
+        """How many weights there are."""
+        return self.before[-1]
+
+    @property
+    def counts(self) -> Integer[Array, " points"]:
+        """How many weights lie at each point."""
+        return self.before[1:] - self.before[:-1]
+
+
+def points_of(x: Float[Array, " n"], counted: Bool[Array, " n"] | None = None) -> Points:
+    """The points of a vector of finite values, of which those not ``counted`` are left out.
+
+    Exact up to 65,536 values, and on any backend but CPU. Above, on CPU, where a sort is slow, values are counted in
+    2**18 cells: 2**16 of equal high half-words of the bit pattern, each cut into more the more of the values it holds;
+    a point is then the middle of the extremes of a cell.
+
+    >>> p = points_of(jnp.array([3.0, 1.0, 3.0]))
+    >>> p.values, p.before
+    (Array([1., 3., 3., 3.], dtype=float32), Array([0, 1, 2, 3, 3], dtype=uint32))
+    """
+    if x.size <= _SORTED or x.dtype == jnp.float64:
+        return _sorted(x, counted)
+    shape = jax.eval_shape(_counted, x, counted)
+    default = lambda x, c: _thinned(_sorted(x, c), shape.values.size)  # noqa: E731
+    return jax.lax.platform_dependent(x, counted, cpu=_counted, default=default)
+
+
+def run_sums(points: Points, start: Int[Array, " runs"], stop: Int[Array, " runs"]) -> Float[Array, " runs"]:
+    """The sum over points ``start`` to ``stop - 1`` of each run: at most two nodes a level of the tree.
+
+    >>> p = points_of(jnp.array([3.0, 1.0, 5.0]))
+    >>> run_sums(p, jnp.array([0, 1]), jnp.array([1, 3]))
+    Array([1., 8.], dtype=float32)
+    """
+    size = points.values.size
+    level = jnp.arange(size.bit_length(), dtype=jnp.int32)[:, None]
+    left = (start[None] + (jnp.int32(size) + (1 << level) - 1)) >> level
+    right = (stop[None] + jnp.int32(size)) >> level
+    zero = jnp.zeros((), points.sums.dtype)
+    from_left = jnp.where((left < right) & (left & 1 == 1), points.sums[left], zero)
+    from_right = jnp.where((left < right) & (right & 1 == 1), points.sums[right - 1], zero)
+    parts = jnp.concatenate([from_left, from_right])
+    while parts.shape[0] > 1:  # in a fixed order
+        half = -(-parts.shape[0] // 2)
+        parts = parts[:half] + jnp.pad(parts[half:], ((0, 2 * half - parts.shape[0]), (0, 0)))
+    return parts[0]
+
+
+def at_rank(points: Points, rank: Integer[Array, "*ranks"]) -> Float[Array, "*ranks"]:
+    """The value of the weight of this rank, from 0.
+
+    >>> at_rank(points_of(jnp.array([3.0, 1.0, 5.0])), jnp.array([0, 2]))
+    Array([1., 5.], dtype=float32)
+    """
+    place = jnp.searchsorted(points.before, rank.astype(points.before.dtype), side="right") - 1
+    return points.values[jnp.clip(place, 0, points.values.size - 1)]
+
+
+def distinct(points: Points, most: int) -> tuple[Float[Array, " most"], Integer[Array, ""]]:
+    """The lowest ``most`` distinct values, padded with the last of them, and how many there are in all."""
+    there = points.counts > 0
+    held = jnp.where(there, points.values, -jnp.inf)
+    last = jnp.concatenate([jnp.full((1,), -jnp.inf, held.dtype), jax.lax.cummax(held)[:-1]])
+    new = there & (points.values > last)
+    rank = jnp.cumsum(new, dtype=jnp.int32) - 1
+    top = jnp.maximum(jnp.max(held), points.values[0])
+    table = jnp.full((most,), top, points.values.dtype)
+    return table.at[jnp.where(new, rank, most)].set(points.values, mode="drop"), rank[-1] + 1
+
+
+def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:
+    size = 1 << max(x.size - 1, 0).bit_length()
+    alive = jnp.uint32(x.size) if counted is None else jnp.sum(counted, dtype=jnp.uint32)
+    if x.dtype == jnp.float64:
+        values = jnp.sort(x if counted is None else jnp.where(counted, x, jnp.inf))
+    else:  # integers sort four times as fast as floats
+        keys = order_keys(x)
+        keys = keys if counted is None else jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF))
+        values = _value_of(jax.lax.sort(keys, is_stable=False))
+    index = jnp.arange(size, dtype=jnp.uint32)
+    top = values[jnp.maximum(alive, 1) - 1]
+    values = jnp.where(index < alive, jnp.pad(values, (0, size - x.size)), jnp.where(alive > 0, top, 0))
+    there = index < alive
+    before = jnp.minimum(jnp.arange(size + 1, dtype=jnp.uint32), alive)
+    return Points(values, before, _tree(jnp.where(there, values, jnp.zeros((), values.dtype))), jnp.bool_(True))
+
+
+def _thinned(points: Points, size: int) -> Points:
+    """Every so many points of a sorted array as one, so that both backends' points have one shape."""
+    step = points.values.size // size
+    if step <= 1:
+        pad = size - points.values.size
+        values = jnp.pad(points.values, (0, pad), mode="edge")
+        before = jnp.pad(points.before, (0, pad), mode="edge")
+        sums = jnp.zeros(size, values.dtype).at[: points.values.size].set(points.sums[points.values.size :])
+        return Points(values, before, _tree(sums), points.exact)
+    level = points.sums[size : 2 * size]
+    counts = points.before[::step][1:] - points.before[::step][:-1]
+    low, high = points.values[::step], points.values[step - 1 :: step]
+    mean = jnp.clip(level / jnp.maximum(counts, 1).astype(level.dtype), low, high)
+    return Points(mean, points.before[::step], points.sums[: 2 * size], jnp.all(low == high))
+
+
+def _value_of(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The inverse of ``order_keys``."""
+    positive = (keys >> 31) == 1
+    bits = jnp.where(positive, keys & jnp.uint32(0x7FFFFFFF), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _counted(x: jax.Array, counted: jax.Array | None) -> Points:
+    keys = order_keys(x)
+    ones = jnp.ones(keys.shape, jnp.uint32) if counted is None else counted.astype(jnp.uint32)
+    top = (keys >> 16).astype(jnp.int32)
+    coarse = jnp.zeros(_TOP, jnp.uint32).at[top].add(ones, mode="promise_in_bounds")
+    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / x.size)
+    cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
+    first = jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
+    cell = (first[top] + (((keys & 0xFFFF) * cuts[top]) >> 16)).astype(jnp.int32)
+    counts = jnp.zeros(_CELLS, jnp.uint32).at[cell].add(ones, mode="promise_in_bounds")
+    lowest, highest = keys, keys
+    if counted is not None:
+        lowest, highest = jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF)), jnp.where(counted, keys, jnp.uint32(0))
+    low = jnp.full(_CELLS, 0xFFFFFFFF, jnp.uint32).at[cell].min(lowest, mode="promise_in_bounds")
+    high = jnp.zeros(_CELLS, jnp.uint32).at[cell].max(highest, mode="promise_in_bounds")
+    there = counts > 0
+    middle = _value_of(low) * 0.5 + _value_of(high) * 0.5
+    held = jnp.where(there, middle, -jnp.inf)
+    floor = jnp.min(jnp.where(there, middle, jnp.inf))
+    values = jnp.maximum(jax.lax.cummax(held), floor)
+    values = jnp.where(jnp.any(there), values, jnp.zeros((), values.dtype))
+    # The barrier keeps the product and the tree's first sum two roundings.
+    weight = jax.lax.optimization_barrier(jnp.where(there, middle * counts.astype(jnp.float32), 0.0))
+    before = jnp.concatenate([jnp.zeros(1, jnp.uint32), jnp.cumsum(counts, dtype=jnp.uint32)])
+    return Points(values, before, _tree(weight), jnp.all(~there | (low == high)))
+
+
+def _tree(sums: Float[Array, " points"]) -> Float[Array, " nodes"]:
+    levels = [sums]
+    while levels[-1].size > 1:
+        levels.append(levels[-1][0::2] + levels[-1][1::2])
+    return jnp.concatenate([jnp.zeros(1, sums.dtype), *reversed(levels)])
