@@ -28,6 +28,8 @@ from jaxcomp.artifact import load, save
 from jaxcomp.core import (
     Channels,
     Global,
+    Groups,
+    Tensor,
     Transform,
     by_path,
     chain,
@@ -44,7 +46,7 @@ from jaxcomp.pruning import NM, Filters, cubic, prune
 from jaxcomp.quantization import Float, Int, Log, quantize
 from jaxcomp.sharing import share
 from jaxcomp.structure import channel_groups, plan, shrink
-from jaxcomp.trace import calibrate, cost, fold_batch_norm, sites
+from jaxcomp.trace import calibrate, cost, fold_batch_norm, roles, sites
 
 __all__ = [
     "NM",
@@ -53,8 +55,10 @@ __all__ = [
     "Filters",
     "Float",
     "Global",
+    "Groups",
     "Int",
     "Log",
+    "Tensor",
     "Transform",
     "by_path",
     "calibrate",
@@ -77,6 +81,7 @@ __all__ = [
     "prune",
     "quantize",
     "quantize_function",
+    "roles",
     "save",
     "share",
     "shrink",

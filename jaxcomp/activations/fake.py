@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import scale_gradient
+from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, int_scale, spread
 from jaxcomp.quantization.numerics.rounding import HALF_CELL, round_between, round_ste
-from jaxcomp.trace.products import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.trace.ranges import Range
 
 

@@ -1,7 +1,7 @@
 """The abstraction: transforms of parameters, how they compose, what they make of a leaf, and rules of paths."""
 
 from jaxcomp.core.gates import Due, every, gate, once
-from jaxcomp.core.layouts import Buckets, Channels, Tables
+from jaxcomp.core.layouts import Buckets, Channels, Groups, Layout, Tensor, Tiles, Tokens
 from jaxcomp.core.leaves import (
     CompressedLeaf,
     Masked,
@@ -17,26 +17,33 @@ from jaxcomp.core.leaves import (
 )
 from jaxcomp.core.optimizers import MaskState, WrapState, dense_value_and_grad, reset_regrown, wrap_optax
 from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
+from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot, rewrite, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
 from jaxcomp.core.transform import Params, State, Transform, by_path, chain, identity, stateless
 
 __all__ = [
+    "AxisRoles",
     "Buckets",
     "Channels",
     "CompressedLeaf",
     "Due",
     "Global",
+    "Groups",
+    "Layout",
     "Local",
     "MaskState",
     "Masked",
     "Packed",
     "Params",
+    "Roles",
     "Slot",
     "Spec",
     "State",
     "Switch",
-    "Tables",
+    "Tensor",
+    "Tiles",
+    "Tokens",
     "Transform",
     "Where",
     "WrapState",

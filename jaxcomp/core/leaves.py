@@ -13,6 +13,7 @@ import numpy as np
 from jaxcomp.core.bits import pack_bits, unpack_bits
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
+from jaxcomp.core.roles import AxisRoles
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -97,6 +98,10 @@ class CompressedLeaf:
     def code_of_zero(self, shape: tuple[int, ...]) -> Any:
         """The packed code of the value 0: a number, or an array of codes of the dense ``shape``."""
         return 0
+
+    def field_roles(self, name: str) -> AxisRoles | None:
+        """What the axes of an open field do; None where the field stands for the whole array, axis by axis."""
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,9 +9,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.errors import count_known
+from jaxcomp.core.errors import count_known, naming
+from jaxcomp.core.layouts import Blocks, Layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, is_compressed, unpacked
 from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.core.roles import AxisRoles, Roles, roles_of
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,32 @@ class Slot:
       leaf_path: the parameter's path.
       array: the values.
       mask: of an earlier prune, or None.
+      known: the roles of the array's axes, where the compressed leaf that holds it settles them.
     """
 
     path: str
     leaf_path: str
     array: Any
     mask: Any
+    known: AxisRoles | None = None
 
     @property
     def full_mask(self) -> Any:
         """The mask at the array's own shape, or None."""
         return None if self.mask is None else jnp.broadcast_to(self.mask, self.array.shape)
+
+    def axes(self, roles: Roles | None) -> AxisRoles:
+        """What the array's axes do: see :func:`~jaxcomp.core.roles.roles_of`, whose ValueError it raises."""
+        return roles_of(self.leaf_path, len(self.array.shape), roles, self.known)
+
+    def blocks(self, per: Layout, roles: Roles | None, owner: str) -> Blocks:
+        """How ``per`` cuts the array.
+
+        Raises:
+          ValueError: it does not fit, or needs roles that are not known; the message names the path.
+        """
+        with naming(owner, self.path):
+            return per.layout(tuple(self.array.shape), lambda: self.axes(roles))
 
 
 def slots(tree: Any, where: Where, owner: str) -> dict[str, Slot]:
@@ -142,13 +159,13 @@ def check_finite(found: Mapping[str, Slot], owner: str) -> None:
             )
 
 
-def _open_slots(path: str, leaf_path: str, leaf: Any, mask: Any) -> list[Slot]:
+def _open_slots(path: str, leaf_path: str, leaf: Any, mask: Any, known: AxisRoles | None = None) -> list[Slot]:
     if isinstance(leaf, Masked) and not _closed(leaf.values):
-        return _open_slots(path, leaf_path, leaf.values, unpacked(leaf.mask))
+        return _open_slots(path, leaf_path, leaf.values, unpacked(leaf.mask), known)
     if isinstance(leaf, CompressedLeaf) and leaf.open and not isinstance(leaf, Masked):
-        inner = ((f"{path}/{name}", getattr(leaf, name)) for name in leaf.open)
-        return [s for p, x in inner for s in _open_slots(p, leaf_path, x, None)]
-    return [Slot(path, leaf_path, leaf, mask)]
+        inner = ((f"{path}/{name}", getattr(leaf, name), leaf.field_roles(name)) for name in leaf.open)
+        return [s for p, x, own in inner for s in _open_slots(p, leaf_path, x, None, own or known)]
+    return [Slot(path, leaf_path, leaf, mask, known)]
 
 
 def _closed(leaf: Any) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense, pack
+from jaxcomp.core.roles import CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
 from jaxcomp.factorization.decompositions import HIGHEST, matmul
 
 
@@ -28,6 +29,18 @@ class FactorLeaf(CompressedLeaf):
     def factors(self) -> tuple[Any, ...]:
         """The factors as they are stored."""
         return tuple(getattr(self, name) for name in self.data_fields)
+
+    def field_roles(self, name: str) -> AxisRoles:
+        """Stacked layers in front, taps, then features: those that a product sums over, then those that it keeps."""
+        front, own = (STACKED,) * self.stacked, getattr(self, name).ndim - self.stacked
+        if name in ("taps", "rows", "cols"):
+            return AxisRoles((*front, *(SPATIAL,) * (own - 1), OUTPUT))
+        return AxisRoles((*front, *(SPATIAL,) * (own - 2), CONTRACTED, OUTPUT))
+
+    @property
+    def stacked(self) -> int:
+        """How many axes in front hold stacked layers."""
+        return int(self.factors[0].ndim - 2)
 
     @property
     def rank(self) -> int | tuple[int, int]:
@@ -99,6 +112,12 @@ class LowRank(FactorLeaf):
     def shape(self) -> tuple[int, ...]:  # noqa: D102
         return (*self.u.shape[:-1], *self.v.shape[self.stacked + 1 :])
 
+    def field_roles(self, name: str) -> AxisRoles:  # noqa: D102
+        front = (STACKED,) * self.stacked
+        if name == "u":
+            return AxisRoles((*front, *(CONTRACTED,) * self.row_axes, OUTPUT))
+        return AxisRoles((*front, CONTRACTED, *(OUTPUT,) * (self.v.ndim - self.stacked - 1)))
+
     def product(self) -> jax.Array:  # noqa: D102
         return _flat_product(self.u, self.v, self.stacked, self.v.ndim - self.stacked - 1)
 
@@ -123,11 +142,6 @@ class Tucker(FactorLeaf):
     def rank(self) -> tuple[int, int]:
         """The ranks of the input and the output features."""
         return int(self.core.shape[-2]), int(self.core.shape[-1])
-
-    @property
-    def stacked(self) -> int:
-        """How many axes in front hold stacked layers."""
-        return int(self.u.ndim - 2)
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
@@ -158,11 +172,6 @@ class Depthwise(FactorLeaf):
     open: ClassVar[tuple[str, ...]] = ("u", "taps", "v")
 
     @property
-    def stacked(self) -> int:
-        """How many axes in front hold stacked layers."""
-        return int(self.u.ndim - 2)
-
-    @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
         return (*self.taps.shape[:-1], self.u.shape[-2], self.v.shape[-1])
 
@@ -189,11 +198,6 @@ class Separable(FactorLeaf):
     open: ClassVar[tuple[str, ...]] = ("u", "rows", "cols", "v")
 
     @property
-    def stacked(self) -> int:
-        """How many axes in front hold stacked layers."""
-        return int(self.u.ndim - 2)
-
-    @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
         return (*self.rows.shape[:-1], self.cols.shape[-2], self.u.shape[-2], self.v.shape[-1])
 
@@ -216,7 +220,7 @@ def balanced(leaf: FactorLeaf) -> FactorLeaf:
     """
     if isinstance(leaf, Tucker):
         return leaf
-    stacked: int = leaf.stacked  # type: ignore[attr-defined]
+    stacked = leaf.stacked
     wide = [dense(x).astype(compute_dtype(leaf.dtype)) for x in leaf.factors]
     last = len(wide) - 1
     terms = [jnp.moveaxis(x, stacked, -1) if k == last else x for k, x in enumerate(wide)]

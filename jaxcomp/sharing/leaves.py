@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, is_compressed, pack, unpacked
+from jaxcomp.core.roles import OUTPUT, SINGLE, AxisRoles
 from jaxcomp.sharing.kmeans.fit import code_dtype
 from jaxcomp.sharing.kmeans.tables import table_index
 
@@ -42,6 +43,10 @@ class Codebook(CompressedLeaf):
     open: ClassVar[tuple[str, ...]] = ("table",)
     made_by: ClassVar[str] = "share"
     coded: ClassVar[str] = "codes"
+
+    def field_roles(self, name: str) -> AxisRoles:
+        """Each table may have a scale of its own."""
+        return AxisRoles((SINGLE, OUTPUT))
 
     @property
     def entries(self) -> int:
@@ -135,6 +140,10 @@ class VectorCodebook(CompressedLeaf):
 
     open: ClassVar[tuple[str, ...]] = ("table",)
     made_by: ClassVar[str] = "share_vectors"
+
+    def field_roles(self, name: str) -> AxisRoles:
+        """Each place of a vector may have a scale of its own."""
+        return AxisRoles((SINGLE, OUTPUT))
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.layouts import Buckets, Channels, Tables
+from jaxcomp.core.layouts import Buckets, Channels
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
@@ -21,6 +21,7 @@ from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows
 from jaxcomp.sharing.leaves import GRADIENTS, Codebook
 
 MAX_CLUSTERS = 1 << 16
+Tables = Local | Global | Channels | Buckets
 
 
 class Shared(NamedTuple):

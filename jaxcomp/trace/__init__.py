@@ -15,6 +15,7 @@ from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.moments import input_moments
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
+from jaxcomp.trace.roles import roles
 from jaxcomp.trace.sites import Operand, Site, sites
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "mse",
     "percentile",
     "rewrite",
+    "roles",
     "sites",
     "trace",
 ]

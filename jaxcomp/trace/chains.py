@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcomp.core.roles import BATCH, OUTPUT
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Location, Op
-from jaxcomp.trace.products import BATCH, OUTPUT
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.provenance import ELEMENTWISE, MOVES
 from jaxcomp.trace.sites import Site, sites_of

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.paths import Where, describe, matches, matrices, some_paths
+from jaxcomp.core.roles import CONTRACTED
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
-from jaxcomp.trace.products import CONTRACTED
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Operand, Site, sites_of
 

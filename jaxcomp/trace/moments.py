@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.paths import Where, describe, matches, some_paths
+from jaxcomp.core.roles import BATCH, CONTRACTED, SPATIAL, STACKED
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
 from jaxcomp.trace.nested import CUSTOM_RULE
-from jaxcomp.trace.products import BATCH, CONTRACTED, SPATIAL, STACKED
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Site, sites_of
 

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
+from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, OUTPUT, SINGLE, SPATIAL, STACKED
 from jaxcomp.trace.tags import Origin
-
-CONTRACTED, OUTPUT, BATCH, SPATIAL, INDEXED = "contracted", "output", "batch", "spatial", "indexed"
-STACKED, MIXED, SINGLE = "stacked", "mixed", "single"
 
 
 class Product(NamedTuple):
