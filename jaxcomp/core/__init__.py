@@ -20,7 +20,8 @@ from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, p
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot, rewrite, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
-from jaxcomp.core.transform import Params, State, Transform, by_path, chain, identity, stateless
+from jaxcomp.core.transform import Transform, by_path, chain, identity, stateless
+from jaxcomp.core.types import Params, State
 
 __all__ = [
     "AxisRoles",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
 from jaxcomp.core.specs import is_integer
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 
 Due = Callable[[jax.Array], jax.Array]
 """Says whether a step is due: a scalar integer step to a scalar boolean, jit-safe."""

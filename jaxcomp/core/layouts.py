@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.specs import Spec, is_integer
+from jaxcomp.core.types import Shape
 
-Shape = tuple[int, ...]
 RolesOf = Callable[[], AxisRoles]
 """The roles of an array's axes, asked for only where a layout needs them; raises ValueError where they are unknown."""
 

@@ -11,7 +11,8 @@ import optax
 
 from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import path_str, some_paths
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 
 
 class MaskState(NamedTuple):

@@ -9,15 +9,13 @@ import jax
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
-
-Params = Any
-State = Any
+from jaxcomp.core.types import Params, State, Step
 
 
 class UpdateFn(Protocol):
     """``update(state, params, *, step, **stats)``: the next state."""
 
-    def __call__(self, state: State, params: Params, *, step: Any, **stats: Any) -> State:  # noqa: D102
+    def __call__(self, state: State, params: Params, *, step: Step, **stats: Any) -> State:  # noqa: D102
         ...
 
 
@@ -53,7 +51,7 @@ def stateless(apply: Callable[[Params], Params]) -> Transform:
         jax.eval_shape(lambda: apply(params))
         return ()
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
         return state
 
     return Transform(init, update, lambda state, params: apply(params))
@@ -77,7 +75,7 @@ def chain(*transforms: Transform) -> Transform:
             params = t.apply(states[-1], params)
         return tuple(states)
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
         states = []
         for t, s in zip(transforms, state, strict=True):
             states.append(t.update(s, params, step=step, **stats))
@@ -125,7 +123,7 @@ def by_path(table: Mapping[Where, Transform]) -> Transform:
         parts, _, _ = split(params)
         return tuple(t.init(part) for (_, t), part in zip(rules, parts, strict=True))
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
         parts, _, _ = split(params)
         every = zip(rules, state, parts, strict=True)
         return tuple(t.update(s, part, step=step, **stats) for (_, t), s, part in every)

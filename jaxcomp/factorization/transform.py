@@ -28,7 +28,8 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.core.specs import check_group
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 from jaxcomp.factorization.bases import Basis, Rank, basis_of, checked_rank, leaf_of, rank_in
 from jaxcomp.factorization.leaves import balanced
 from jaxcomp.factorization.ranks import OWNER, Ranks, chosen_ranks

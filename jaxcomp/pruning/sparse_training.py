@@ -18,7 +18,8 @@ from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 from jaxcomp.pruning.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.pruning.masks.thresholds import MAX_COUNT, fraction_of
 from jaxcomp.pruning.scores import Score, magnitude, sensitivity

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.core.slots import Slot, broadcasts, slots
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 from jaxcomp.pruning.scores import Score
 
 

@@ -15,7 +15,8 @@ from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.core.slots import Slot, broadcasts, check_finite, rewrite, slots, state_of
 from jaxcomp.core.specs import Global, Local
-from jaxcomp.core.transform import Params, State, Transform, by_path
+from jaxcomp.core.transform import Transform, by_path
+from jaxcomp.core.types import Params, State
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.select import groups_of, select, spread, tied
 from jaxcomp.pruning.masks.units import alive_units, checked_axis, over_units, unit_scores

@@ -12,7 +12,8 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import Masked, dense
 from jaxcomp.core.paths import Where, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.core.transform import Params, State, Transform, stateless
+from jaxcomp.core.transform import Transform, stateless
+from jaxcomp.core.types import Params, State
 from jaxcomp.quantization.blocks import Sharing, checked_sharing, fold, range_of, scale_blocks
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Folded, Quantized

@@ -14,7 +14,8 @@ from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.core.specs import Global, Local, check_key
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 from jaxcomp.sharing.kmeans.fit import code_dtype, fit, member_means, nearest, refit
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal
 from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows

@@ -13,7 +13,8 @@ from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
-from jaxcomp.core.transform import Params, State, Transform
+from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Params, State
 from jaxcomp.sharing.kmeans.vectors import fit_vectors, nearest_vectors, refit_vectors
 from jaxcomp.sharing.leaves import VectorCodebook
 from jaxcomp.sharing.transform import MAX_CLUSTERS
