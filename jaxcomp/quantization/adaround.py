@@ -220,4 +220,5 @@ def annealed_beta(steps: int, *, start: float = 20.0, end: float = 2.0, held: fl
         raise ValueError(f"annealed_beta: wants 2 steps or more and held in [0, 1), got {steps!r} and {held!r}.")
     first = round(held * steps)
     falling = optax.cosine_decay_schedule(start, steps - first, alpha=end / start)
-    return optax.join_schedules([optax.constant_schedule(start), falling], [first])
+    both = optax.join_schedules([optax.constant_schedule(start), falling], [first])
+    return lambda step: both(jnp.asarray(step, jnp.float32))  # optax compares an integer step with floats
