@@ -21,8 +21,8 @@ import jaxcomp as jc
 VERSIONS = {"float": jc.core.identity(), "int8": jc.quantize(jc.Int(8)), "int2": jc.quantize(jc.Int(2))}
 STACKED = {
     "float": VERSIONS["float"],
-    "int8": jc.quantize(jc.Int(8), channel_axes=(0, -1)),
-    "int2": jc.quantize(jc.Int(2), channel_axes=(0, -1)),
+    "int8": jc.quantize(jc.Int(8), per=jc.Channels((0, -1))),
+    "int2": jc.quantize(jc.Int(2), per=jc.Channels((0, -1))),
 }
 DIM, DEPTH = 32, 2
 

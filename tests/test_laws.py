@@ -46,11 +46,11 @@ TRANSFORMS: dict[str, jc.Transform] = {
     **{f"int{b}": jc.quantize(jc.Int(b)) for b in (2, 3, 4, 8)},
     **{f"int{b}_asymmetric": jc.quantize(jc.Int(b, symmetric=False)) for b in (5, 8)},
     "int2_narrow": jc.quantize(jc.Int(2, narrow=True)),
-    "int4_group": jc.quantize(jc.Int(4, group=2)),
-    "int4_group_asymmetric": jc.quantize(jc.Int(4, group=4, symmetric=False)),
-    "int8_tensor": jc.quantize(jc.Int(8), channel_axes=()),
+    "int4_group": jc.quantize(jc.Int(4), per=jc.Groups(2)),
+    "int4_group_asymmetric": jc.quantize(jc.Int(4, symmetric=False), per=jc.Groups(4)),
+    "int8_tensor": jc.quantize(jc.Int(8), per=jc.Tensor()),
     "log8": jc.quantize(jc.Log(8)),
-    "log3_tensor": jc.quantize(jc.Log(3), channel_axes=()),
+    "log3_tensor": jc.quantize(jc.Log(3), per=jc.Tensor()),
     "companded": jc.quantize(jc.quantization.Companded(5, laws.CUBE)),
     "joint": jc.chain(jc.prune(jc.cubic(0.8, end=4)), jc.quantize(jc.Int(4))),
     "joint_asymmetric": jc.chain(jc.prune(0.7), jc.quantize(jc.Int(3, symmetric=False))),
@@ -85,10 +85,10 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "prune_lamp_global_int4": jc.chain(jc.prune(0.5, score=lamp(), scope=jc.Global()), jc.quantize(jc.Int(4))),
     # Grids of levels, scales on a grid, rounding at random, buckets.
     "pruned_signs": jc.chain(jc.prune(0.4), jc.quantize(jc.Int(1))),
-    "nf4_mse": jc.quantize(jc.quantization.NF4(group=4), scale=MSE(steps=9)),
-    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.quantization.APoT(4), bucket=50)),
-    "mx": jc.quantize(jc.quantization.MX(E4M3, 4)),
-    "nvfp4": jc.quantize(Blocked(E2M1, 2, E4M3)),
+    "nf4_mse": jc.recipes.nf4(4, scale=MSE(steps=9)),
+    "apot4_buckets": jc.chain(jc.prune(0.7), jc.quantize(jc.quantization.APoT(4), per=Buckets(50))),
+    "mx": jc.recipes.mx(E4M3, 4),
+    "nvfp4": jc.quantize(Blocked(E2M1, E4M3), per=jc.Groups(2)),
     "stochastic": jc.quantize(jc.Int(4), rounding=Stochastic(jax.random.key(0))),
 }
 # Laws of these take long to compile, and others like them are among the quick ones.
@@ -258,7 +258,7 @@ VALUES = ("prune", "int2", "int3", "int8", "int5_asymmetric", "log8", "joint", "
 @given(data=st.data())
 def test_laws_hold_for_any_values(name: str, data) -> None:
     w = data.draw(hnp.arrays(np.float32, shapes, elements=finite))
-    params = {"kernel": jnp.asarray(w)}
+    params = {"conv": jnp.asarray(w)}
     laws.check_ships_what_it_trains(TRANSFORMS[name], params)
     laws.check_keeps_structure(TRANSFORMS[name], params)
     laws.check_valid_at_step_zero(TRANSFORMS[name], params)

@@ -11,6 +11,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.quantization.level_grids import E2M1, E2M3, E3M2, E4M3, E5M2
+from jaxcomp.quantization.microscaling import E8M0, Blocked
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():  # of what torchao would like to have besides
@@ -57,15 +58,15 @@ ROWS = np.concatenate([USUAL, HUGE, TINY])
 PARTS = {"usual": slice(0, len(USUAL)), "huge": slice(len(USUAL), -len(TINY)), "tiny": slice(-len(TINY), None)}
 
 
-def ours(grid, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and the blocks' scale codes; blocks lie along axis -2."""
-    leaf = jc.pack(jc.quantize(grid).apply((), {"kernel": jnp.asarray(rows.T)}))["kernel"]
+def ours(transform, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and the blocks' scale codes; blocks lie along axis 0."""
+    leaf = jc.pack(transform.apply((), {"kernel": jnp.asarray(rows.T)}))["kernel"]
     return np.asarray(leaf.materialize()).T, np.asarray(leaf.scale.codes).reshape(-1)
 
 
 @cache
 def our_mx(name: str) -> tuple[np.ndarray, np.ndarray]:
-    return ours(jc.quantization.MX(ELEMENTS[name][0]), ROWS)
+    return ours(jc.recipes.mx(ELEMENTS[name][0]), ROWS)
 
 
 def their_mx(name: str, mode) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +92,7 @@ def test_tiny_blocks_stop_at_our_smallest_scale(name) -> None:
     (got, scales), (want, codes) = (
         [x[PARTS["tiny"]] for x in pair] for pair in (our_mx(name), their_mx(name, Mode.FLOOR))
     )
-    reached = EXPONENTS - jc.quantization.MX(element).top_exponent >= -100
+    reached = EXPONENTS - Blocked(element, E8M0()).top_exponent >= -100
     np.testing.assert_array_equal(scales[reached], codes[reached])
     np.testing.assert_array_equal(got[reached], want[reached])
     assert (scales[~reached] == 27).all()
@@ -120,7 +121,7 @@ def test_nvfp4_is_torchaos_two_levels() -> None:
         rows = rng.normal(size=(512, 16)) * np.exp2(rng.uniform(-spread, spread, (512, 1)))
         rows = rows.astype(np.float32)
         outer = nv.per_tensor_amax_to_scale(torch.from_numpy(rows).abs().max()).item()
-        got, scales = ours(jc.quantization.NVFP4, rows)
+        got, scales = ours(jc.recipes.nvfp4(), rows)
         want, codes = nvfp4(rows, outer)
         np.testing.assert_array_equal(scales, codes)
         np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -130,7 +131,7 @@ def test_nvfp4_is_torchaos_single_level_where_the_outer_scale_is_one() -> None:
     rows = np.clip(blocks_of(16), -2688, 2688)
     rows = rows[np.abs(rows).max(1) >= 6 * 2.0**-6]
     rows[0, 0] = 2688.0
-    got, scales = ours(jc.quantization.NVFP4, rows)
+    got, scales = ours(jc.recipes.nvfp4(), rows)
     for outer in (None, 1.0):
         want, codes = nvfp4(rows, outer)
         np.testing.assert_array_equal(scales, codes)
@@ -141,7 +142,7 @@ def test_small_nvfp4_blocks_are_finer_than_torchaos() -> None:
     """Its least block scale is E4M3's least normal number, 2**-6; ours is the least subnormal one, 2**-9."""
     rows = np.zeros((4, 16), np.float32)
     rows[:, 0] = [2688.0, 6 * 2.0**-6, 6 * 2.0**-8, 6 * 2.0**-12]
-    got, scales = ours(jc.quantization.NVFP4, rows)
+    got, scales = ours(jc.recipes.nvfp4(), rows)
     want, codes = nvfp4(rows, 1.0)
     assert scales.tolist() == [0x7E, 0x08, 0x02, 0x01]
     assert codes.tolist() == [0x7E, 0x08, 0x08, 0x08]

@@ -21,6 +21,7 @@ from train.networks import (
     Network,
     OnGrids,
     Shrunken,
+    axis_roles,
     calibrated,
     inference,
     learned_grids,
@@ -90,11 +91,21 @@ def not_the_head(path: str, leaf: Any) -> bool:
     return jc.core.matrices(path, leaf) and not path.startswith("head/")
 
 
-def _joint(steps: int) -> jc.Transform:
+def _quantize(start: Start, grid: Any) -> jc.Transform:
+    """The weights of the products on a grid, a scale for each index that they do not sum over."""
+    return jc.quantize(grid, roles=axis_roles(start.model, start.variables, start.data))
+
+
+def _on_grid(grid: Any) -> Callable[[Start], Recipe]:
+    """The baseline's network with its weights on a grid."""
+    return lambda start: Recipe(_quantize(start, grid), start.model, start.variables)
+
+
+def _joint(start: Start) -> Recipe:
     """Sparsity grows to 80% over the first half while all weights are at 4 bits; then the masks rest."""
-    schedule = jc.cubic(0.8, end=max(1, steps // 2))
-    masks = jc.gate(jc.prune(schedule, scope=jc.Global()), _in_the_first_half(steps))
-    return jc.chain(masks, jc.quantize(jc.Int(4)))
+    schedule = jc.cubic(0.8, end=max(1, start.steps // 2))
+    masks = jc.gate(jc.prune(schedule, scope=jc.Global()), _in_the_first_half(start.steps))
+    return Recipe(jc.chain(masks, _quantize(start, jc.Int(4))), start.model, start.variables)
 
 
 def _weights_and_activations(start: Start) -> Recipe:
@@ -106,7 +117,7 @@ def _weights_and_activations(start: Start) -> Recipe:
         return OnGrids(start.model, rules, ranges_of_dicts(file["ranges"]), integer=True)
 
     beside = {"ranges": ranges_as_dicts(fake.ranges)}
-    return Recipe(jc.quantize(jc.Int(8)), fake, start.variables, beside, opened, integer=True)
+    return Recipe(_quantize(start, jc.Int(8)), fake, start.variables, beside, opened, integer=True)
 
 
 def _learned(bits: int) -> Callable[[Start], Recipe]:
@@ -170,17 +181,17 @@ METHODS: dict[str, Method] = {
         weights(lambda _: jc.once(jc.prune(0.2, structure=jc.Filters(), where=not_the_head))),
     ),
     "structured": Method("half the channels removed", 32, _fewer_channels),
-    "int8": Method("uniform 8-bit", 8, weights(lambda _: jc.quantize(jc.Int(8)))),
-    "log8": Method("logarithmic 8-bit", 8, weights(lambda _: jc.quantize(jc.Log(8)))),
+    "int8": Method("uniform 8-bit", 8, _on_grid(jc.Int(8))),
+    "log8": Method("logarithmic 8-bit", 8, _on_grid(jc.Log(8))),
     "w8a8": Method("8-bit with activations", 8, _weights_and_activations),
-    "int4": Method("uniform 4-bit", 4, weights(lambda _: jc.quantize(jc.Int(4)))),
-    "joint": Method("prune 80% + 4-bit, one run", 4, weights(_joint)),
+    "int4": Method("uniform 4-bit", 4, _on_grid(jc.Int(4))),
+    "joint": Method("prune 80% + 4-bit, one run", 4, _joint),
     # By name only.
     "float": Method("float32, fine-tuned alike", 32, weights(lambda _: jc.core.identity())),
-    "log4": Method("logarithmic 4-bit", 4, weights(lambda _: jc.quantize(jc.Log(4)))),
-    "log3": Method("logarithmic 3-bit", 3, weights(lambda _: jc.quantize(jc.Log(3)))),
-    "apot4": Method("additive powers of two, 4-bit", 4, weights(lambda _: jc.quantize(APoT(4)))),
-    "apot3": Method("additive powers of two, 3-bit", 3, weights(lambda _: jc.quantize(APoT(3)))),
+    "log4": Method("logarithmic 4-bit", 4, _on_grid(jc.Log(4))),
+    "log3": Method("logarithmic 3-bit", 3, _on_grid(jc.Log(3))),
+    "apot4": Method("additive powers of two, 4-bit", 4, _on_grid(APoT(4))),
+    "apot3": Method("additive powers of two, 3-bit", 3, _on_grid(APoT(3))),
     "share16": Method("16 shared values a leaf", 4, weights(_shared(16))),
     "share4": Method("4 shared values a leaf", 2, weights(_shared(4))),
     "sparse90": Method("prune 90%", 32, weights(_sparse)),

@@ -91,6 +91,16 @@ def inference(network: Network) -> Any:
     return partial(network.apply, train=False)
 
 
+def axis_roles(network: Network, variables: Any, data: Dataset) -> jc.core.Roles:
+    """What the network does with each axis of its parameters, by their paths below ``params``."""
+    image = jnp.zeros((1, *data.train.images.shape[1:]), jnp.float32)
+
+    def logits(params: Any, image: Any) -> Any:
+        return inference(network)({**variables, "params": params}, image)
+
+    return jc.roles(logits)(variables["params"], image)
+
+
 def observed(network: Network, variables: Any, data: Dataset, *, examples: int = 1000) -> dict[str, Stats]:
     """The statistics of each activation over the first examples of the training split."""
     import jax
@@ -127,10 +137,11 @@ def learned_grids(network: Network, variables: Any, data: Dataset, bits: int) ->
         found = min_max(stats) if width == 8 else mse(width if signed else width + 1)(stats)
         ranges[name] = found._asdict() if signed else {"high": found.high}
     inner = {path.removeprefix("params/") for path in ends}
+    roles = axis_roles(network, variables, data)
     weights = jc.quantization.learned(
-        variables["params"], jc.Int(bits), scale=MSE(), where=lambda p, x: jc.core.matrices(p, x) and p not in inner
+        variables["params"], jc.Int(bits), roles=roles, scale=MSE(), where=lambda p, _: p in roles and p not in inner
     )
-    weights = jc.quantization.learned(weights, jc.Int(8), scale=AbsMax(), where=lambda p, _: p in inner)
+    weights = jc.quantization.learned(weights, jc.Int(8), roles=roles, scale=AbsMax(), where=lambda p, _: p in inner)
     return LearnedGrids(network, rules), {**variables, "params": {"weights": weights, "ranges": ranges}}
 
 

@@ -142,7 +142,7 @@ def _leaf(leaf: Any) -> str:
     if isinstance(leaf, Masked):
         return f"Masked {_leaf(leaf.values)}"
     if isinstance(leaf, Quantized):
-        return repr(leaf.grid).replace(", group=None", "").replace(", symmetric=True", "").replace(", narrow=False", "")
+        return repr(leaf.grid).replace(", symmetric=True", "").replace(", narrow=False", "")
     if isinstance(leaf, FactorLeaf):
         return f"{type(leaf).__name__} of rank {leaf.rank}"
     return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)

@@ -87,7 +87,7 @@ class Act:
       ValueError: bits outside 2..8, or fields that do not go together.
 
     >>> Act(8).grid, Act(4, symmetric=True, range=Dynamic(), per=PerToken()).per
-    (Int(bits=8, group=None, symmetric=False, narrow=False), PerToken())
+    (Int(bits=8, symmetric=False, narrow=False), PerToken())
     >>> Act(per=PerToken())
     Traceback (most recent call last):
     ...

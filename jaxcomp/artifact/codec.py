@@ -19,6 +19,18 @@ from jaxcomp.quantization.grids import LOG, Compander
 Json = Any
 Tensors = dict[str, np.ndarray]
 
+# Fields that specs had when files were written, by class and name: dropped on reading. A grid said how many neighbours
+# share a scale; the shape of the scale in the file says it too.
+_RETIRED = {
+    ("Int", "group"),
+    ("Float", "group"),
+    ("Levels", "group"),
+    ("PoT", "group"),
+    ("APoT", "group"),
+    ("NF4", "group"),
+    ("Blocked", "group"),
+}
+
 
 def encode_tree(tree: Any) -> tuple[Json, Tensors]:
     """A packed tree as JSON, and its tensors by path ("kernel", and "kernel.scale" for a part of a leaf).
@@ -272,7 +284,8 @@ class _Decoder:
         if "compander" in value:
             return self._compander(value["compander"], path)
         name, given = value["spec"]
-        return _known(Spec, name, path)(**{k: self._static(v, path) for k, v in given.items()})
+        kept = {k: self._static(v, path) for k, v in given.items() if (name, k) not in _RETIRED}
+        return _known(Spec, name, path)(**kept)
 
     def _compander(self, name: str, path: str) -> Compander:
         if name not in self.companders:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxcomp.core.roles import AxisRoles
+from jaxcomp.core.roles import INDEXED, OUTPUT, AxisRoles
 from jaxcomp.core.specs import Spec, is_integer
 from jaxcomp.core.types import Shape
 
@@ -91,13 +91,16 @@ class Groups(Layout):
 
     Args:
       size: of a group; it divides the axis.
-      axis: the default is the last axis that products sum over, a convolution's window apart.
+      axis: the default is the last axis that products sum over, a convolution's window apart; of a table that is only
+        looked up, the last axis of its rows.
 
     Raises:
       ValueError: a size below 1, or an axis that is no integer.
 
     >>> Groups(32).layout((64, 10), lambda: AxisRoles(("contracted", "output"))).shape
     (2, 10)
+    >>> Groups(32).layout((10, 64), lambda: AxisRoles(("indexed", "output"))).shape
+    (10, 2)
     """
 
     size: int
@@ -221,6 +224,9 @@ def _places(axes: int | tuple[int, ...], shape: Shape) -> tuple[int, ...]:
 
 
 def _last_input(shape: Shape, roles: AxisRoles) -> int:
+    rows = [i for i, name in enumerate(roles.names) if name == OUTPUT] if INDEXED in roles.names else []
+    if not roles.inputs and rows:
+        return rows[-1]
     if not roles.inputs:
         raise ValueError(
             f"has shape {shape}, and no product sums over an axis of it ({', '.join(roles.names)}); name the axis, as"

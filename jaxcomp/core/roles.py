@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcomp.core.paths import some_paths
+from jaxcomp.core.paths import Where, is_float_array, matrices, some_paths
+from jaxcomp.core.types import Leaf
 
 CONTRACTED, OUTPUT, BATCH, SPATIAL, INDEXED = "contracted", "output", "batch", "spatial", "indexed"
 STACKED, MIXED, SINGLE = "stacked", "mixed", "single"
@@ -33,8 +34,15 @@ class AxisRoles:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """The axes over which nothing is summed: each index may have a scale, a table or a mask of its own."""
-        return tuple(i for i, name in enumerate(self.names) if name in _APART)
+        """The axes over which nothing is summed: each index may have a scale, a table or a mask of its own.
+
+        Of a table that is looked up alone, nothing is summed at all: each row is a channel.
+
+        >>> AxisRoles(("indexed", "output")).channels
+        (0,)
+        """
+        apart = _APART if self.summed or INDEXED not in self.names else (INDEXED, BATCH, STACKED)
+        return tuple(i for i, name in enumerate(self.names) if name in apart)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -148,3 +156,20 @@ def checked_roles(owner: str, roles: Any) -> Roles | None:
     if roles is not None and not isinstance(roles, Roles):
         raise TypeError(f"{owner}: roles must be what jaxcomp.roles(fn)(params, *args) gives, got {roles!r}.")
     return roles
+
+
+def selecting(where: Where | None, roles: Roles | None) -> Where:
+    """The rule ``where`` itself; None means the matrices among the leaves that roles name, or without them all.
+
+    A program knows a matrix by its products, so no name keeps it out.
+    """
+    if where is not None:
+        return where
+    if roles is None:
+        return matrices
+    named = roles
+
+    def in_products(path: str, leaf: Leaf) -> bool:
+        return path in named and is_float_array(leaf) and len(leaf.shape) >= 2
+
+    return in_products

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, is_compressed
-from jaxcomp.core.paths import Where, matrices
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.quantization.blocks import Sharing, checked_sharing, range_of, scale_blocks
+from jaxcomp.core.paths import Where
+from jaxcomp.core.roles import Roles, checked_roles, selecting
+from jaxcomp.core.slots import check_finite, rewrite, slots
+from jaxcomp.core.types import DType, Leaf, Params, PyTree
+from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.quantization.numerics.coding import scale_of
-from jaxcomp.quantization.scales import MSE, ScaleRule
+from jaxcomp.quantization.scales import MSE, ScaleRule, checked_rule
 
 OWNER = "adaround"
 ZETA, GAMMA = 1.1, -0.1
@@ -42,7 +45,7 @@ class SoftRounded(CompressedLeaf):
     scale: jax.Array
     zero_point: jax.Array | None
     grid: Int
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = OWNER
 
@@ -51,7 +54,7 @@ class SoftRounded(CompressedLeaf):
         return tuple(self.floor.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.dense_dtype
 
     @property
@@ -83,15 +86,14 @@ class SoftRounded(CompressedLeaf):
 
 
 def adaround(
-    params: Any,
+    params: Params,
     grid: Int = Int(4),  # noqa: B008 - frozen
     *,
-    channel_axes: tuple[int, ...] | None = None,
-    group_axis: int = -2,
-    tile: tuple[int, ...] | None = None,
+    per: Layout = Channels(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     scale: ScaleRule = MSE(),  # noqa: B008 - frozen
-    where: Where = matrices,
-) -> Any:
+    where: Where | None = None,
+) -> Params:
     """Parameters whose selected arrays are :class:`SoftRounded` leaves, which begin at the weights themselves.
 
     ``w̃ = s clip(floor(w / s) + h(V), low, high)``, and an optimizer minimizes
@@ -105,15 +107,15 @@ def adaround(
     Args:
       params: the parameters.
       grid: ``Int(2..8)``, symmetric or not.
-      channel_axes, group_axis, tile: what shares a scale, as in :func:`~jaxcomp.quantization.transform.quantize`.
+      per: what shares a scale, as in :func:`~jaxcomp.quantization.transform.quantize`, but for ``Buckets``.
+      roles, where: of the axes, and which leaves, as there.
       scale: the rule that finds the range.
-      where: which leaves.
 
     Returns:
       The tree, its selected arrays replaced; all other leaves are the same objects.
 
     Raises:
-      TypeError: another grid.
+      TypeError: another grid, a layout or a rule that is none.
       ValueError: what :func:`~jaxcomp.quantization.transform.quantize` raises.
 
     >>> params = adaround({"kernel": jnp.array([[0.3], [-1.0], [0.6]])}, Int(3))
@@ -124,28 +126,32 @@ def adaround(
 
     Source: Nagel et al. 2020, arXiv:2004.10568, equations 21 to 25.
     """
-    sharing = checked_sharing(OWNER, grid, scale, channel_axes, group_axis, tile)
     if not isinstance(grid, Int) or grid.bits < 2:
         raise TypeError(f"{OWNER}: rounds up or down on an integer grid, Int(2..8), got {grid!r}.")
-    found = slots(params, where, OWNER)
+    checked_layout(OWNER, per, (Tensor, Channels, Groups, Tiles))
+    checked_roles(OWNER, roles)
+    checked_rule(OWNER, scale)
+    found = slots(params, selecting(where, roles), OWNER)
     check_finite(found, OWNER)
-    return rewrite(params, {path: _leaf(path, slot, grid, sharing, scale) for path, slot in found.items()})
+    new: dict[str, SoftRounded | Masked] = {}
+    for path, slot in found.items():
+        leaf = _leaf(cut(slot, per, roles=roles, owner=OWNER), grid, scale)
+        new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
+    return rewrite(params, new)
 
 
-def _leaf(path: str, slot: Slot, grid: Int, sharing: Sharing, rule: ScaleRule) -> Any:
-    w: Any = slot.array
-    blocks = scale_blocks(path, w.shape, grid, sharing, OWNER)
-    scale, zero = scale_of(*range_of(path, w, slot.full_mask, blocks, grid, rule, OWNER), grid)
+def _leaf(x: Cut, grid: Int, rule: ScaleRule) -> SoftRounded:
+    w = x.values
+    scale, zero = scale_of(*range_of(x, grid, rule), grid)
     steps = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
     floor = jnp.floor(steps)
     rounding = -jnp.log((ZETA - GAMMA) / (steps - floor - GAMMA) - 1)
     if zero is not None:
         floor = floor + spread(zero, w.shape)
-    leaf = SoftRounded(floor, rounding, scale, zero, grid, jnp.dtype(w.dtype))
-    return leaf if slot.mask is None else Masked(leaf, slot.mask)
+    return SoftRounded(floor, rounding, scale, zero, grid, jnp.dtype(w.dtype))
 
 
-def harden(tree: Any) -> Any:
+def harden(tree: PyTree) -> PyTree:
     """The tree with a ``Quantized`` leaf for each softly rounded one: up where ``h(V) >= 1/2``, else down.
 
     Raises:
@@ -157,18 +163,18 @@ def harden(tree: Any) -> Any:
     return jax.tree.map(_hardened, tree, is_leaf=is_compressed)
 
 
-def _bare(leaf: Any) -> Any:
+def _bare(leaf: Leaf) -> Leaf:
     return leaf.values if isinstance(leaf, Masked) else leaf
 
 
-def _hardened(leaf: Any) -> Any:
+def _hardened(leaf: Leaf) -> Leaf:
     inner = _bare(leaf)
     if not isinstance(inner, SoftRounded):
         return leaf
     return Masked(inner.harden(), leaf.mask) if isinstance(leaf, Masked) else inner.harden()
 
 
-def rounding_regularizer(tree: Any, beta: Any) -> jax.Array:
+def rounding_regularizer(tree: PyTree, beta: float | jax.Array) -> jax.Array:
     """``f_reg = Σ (1 - |2 h(V) - 1|^β)`` over all softly rounded weights: 0 where every one has chosen.
 
     Args:
@@ -188,13 +194,11 @@ def rounding_regularizer(tree: Any, beta: Any) -> jax.Array:
     soft = [x for x in soft if isinstance(x, SoftRounded)]
     if not soft:
         raise ValueError("rounding_regularizer: the tree has no softly rounded leaf; give it what adaround made.")
-    beta = jax.lax.stop_gradient(jnp.asarray(beta))
-    return sum((jnp.sum(1 - jnp.abs(2 * x.up - 1) ** beta.astype(x.up.dtype)) for x in soft), jnp.float32(0))
+    power = jax.lax.stop_gradient(jnp.asarray(beta))
+    return sum((jnp.sum(1 - jnp.abs(2 * x.up - 1) ** power.astype(x.up.dtype)) for x in soft), jnp.float32(0))
 
 
-def annealed_beta(
-    steps: int, *, start: float = 20.0, end: float = 2.0, held: float = 0.2
-) -> Callable[[Any], jax.Array]:
+def annealed_beta(steps: int, *, start: float = 20.0, end: float = 2.0, held: float = 0.2) -> optax.Schedule:
     """β of the regularizer, an optax schedule: ``start`` while ``held`` of the steps pass, then a cosine to ``end``.
 
     Args:
@@ -215,9 +219,6 @@ def annealed_beta(
     if steps < 2 or not 0 <= held < 1:
         raise ValueError(f"annealed_beta: wants 2 steps or more and held in [0, 1), got {steps!r} and {held!r}.")
     first = round(held * steps)
-
-    def beta(step: Any) -> jax.Array:
-        passed = jnp.clip((jnp.asarray(step, jnp.float32) - first) / (steps - first), 0, 1)
-        return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * passed))
-
-    return beta
+    falling = optax.cosine_decay_schedule(start, steps - first, alpha=end / start)
+    both = optax.join_schedules([optax.constant_schedule(start), falling], [first])
+    return lambda step: both(jnp.asarray(step, jnp.float32))  # optax compares an integer step with floats

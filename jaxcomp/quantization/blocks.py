@@ -1,93 +1,54 @@
-"""What shares a scale: the blocks of a leaf, and the range of each."""
+"""A leaf cut into the blocks that share a scale: folding, and the range of each block."""
 
 from __future__ import annotations
 
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.layouts import Layout
 from jaxcomp.core.paths import leaves_with_paths, some_paths
-from jaxcomp.core.specs import is_integer
+from jaxcomp.core.roles import Roles
+from jaxcomp.core.slots import Slot
+from jaxcomp.core.types import PyTree, Shape
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.level_grids import NF4
-from jaxcomp.quantization.microscaling import E8M0, Blocked, Grid
-from jaxcomp.quantization.numerics.affine import scale_shape
+from jaxcomp.quantization.microscaling import Blocked, Grid
 from jaxcomp.quantization.numerics.coding import find_range
 from jaxcomp.quantization.scales import AbsMax, Fixed, MeanAbs, ScaleRule
 
 
-class Sharing(NamedTuple):
-    """What shares a scale; at most one of the last two is given, and then the others are not."""
+class Cut(NamedTuple):
+    """One array as a quantizer sees it.
 
-    channel_axes: tuple[int, ...] | None
-    group_axis: int
-    tile: tuple[int, ...] | None
-    bucket: int | None
+    Fields:
+      owner, path: for messages.
+      values: the array, or its rows where the layout folds it.
+      mask: which of the values count, in their shape; None where all do.
+      blocks: how many blocks share a scale along each axis of the values: the shape of the scale.
+      folded: whether the values are rows of the flattened array.
+    """
 
-
-def checked_sharing(
-    owner: str,
-    grid: Any,
-    scale: Any,
-    channel_axes: tuple[int, ...] | None,
-    group_axis: int,
-    tile: Any,
-    bucket: Any = None,
-) -> Sharing:
-    """What shares a scale; checks all that does not need the leaves, and raises what :func:`quantize` says."""
-    if not isinstance(grid, Grid | Blocked) or isinstance(grid, E8M0):
-        raise TypeError(f"{owner}: wants a grid such as Int(8) or Log(4), got {grid!r}.")
-    if scale is not None and not isinstance(scale, ScaleRule):
-        raise TypeError(f"{owner}: scale must be a rule such as AbsMax() or MSE(), got {scale!r}.")
-    if tile is not None and (
-        not isinstance(tile, tuple | list) or not tile or not all(isinstance(n, int) and n > 0 for n in tile)
-    ):
-        raise ValueError(f"{owner}: tile must be a tuple of positive integers, got {tile!r}.")
-    if bucket is not None and (not isinstance(bucket, int) or bucket < 1):
-        raise ValueError(f"{owner}: bucket must be a positive integer, got {bucket!r}.")
-    given = {"channel_axes": channel_axes, "tile": tile, "bucket": bucket, "the grid's group": _group(grid)}
-    names = [name for name, value in given.items() if value is not None]
-    if (tile is not None or bucket is not None) and len(names) > 1:
-        raise ValueError(f"{owner}: a scale is shared in one way, got {' and '.join(names)}; take one of them.")
-    if channel_axes is not None and not (isinstance(channel_axes, tuple | list) and all(map(is_integer, channel_axes))):
-        raise ValueError(f"{owner}: channel_axes must be a tuple of integers, such as (-1,), got {channel_axes!r}.")
-    if not is_integer(group_axis):
-        raise ValueError(f"{owner}: group_axis must be an integer, got {group_axis!r}.")
-    axes, sizes = (None if x is None else tuple(x) for x in (channel_axes, tile))
-    return Sharing(axes, group_axis, sizes, bucket)
+    owner: str
+    path: str
+    values: jax.Array
+    mask: jax.Array | None
+    blocks: Shape
+    folded: bool = False
 
 
-def _group(grid: Grid | Blocked) -> int | None:
-    return getattr(grid, "group", None)
+def cut(slot: Slot, per: Layout, *, roles: Roles | None, owner: str) -> Cut:
+    """An array cut as ``per`` says.
 
-
-def scale_blocks(path: str, shape: tuple[int, ...], grid: Grid | Blocked, sharing: Sharing, owner: str) -> tuple:
-    """The shape of a leaf's scale; raises what :func:`quantize` says."""
-    group, axes = _group(grid), sharing.channel_axes
-    try:
-        if sharing.tile is not None:
-            return _tiles(shape, sharing.tile)
-        if axes is None and group and isinstance(grid, Blocked | NF4):
-            axes = tuple(i for i in range(len(shape)) if i != sharing.group_axis % len(shape))
-        axes = (-1,) if axes is None else axes
-        return scale_shape(shape, channel_axes=axes, group=group, group_axis=sharing.group_axis)
-    except ValueError as e:
-        raise ValueError(f"{owner}: {path!r} {e}.") from e
-
-
-def _tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
-    if len(tile) > len(shape):
-        raise ValueError(f"has shape {shape}, which has fewer axes than the tile {tile}")
-    before, last = shape[: len(shape) - len(tile)], shape[len(shape) - len(tile) :]
-    if any(n % t for n, t in zip(last, tile, strict=True)):
-        raise ValueError(
-            f"has shape {shape}, which tiles of {tile} do not divide; take divisors of {last}, or leave this leaf out"
-            " by a rule"
-        )
-    return (*before, *(n // t for n, t in zip(last, tile, strict=True)))
+    Raises:
+      ValueError: it does not fit, or wants roles that are not known; the message names the path.
+    """
+    blocks, row = slot.blocks(per, roles, owner)
+    if not row:
+        return Cut(owner, slot.path, slot.array, slot.full_mask, blocks)
+    return Cut(owner, slot.path, *fold(slot.array, slot.full_mask, row), blocks, folded=True)
 
 
 def fold(w: jax.Array, mask: jax.Array | None, length: int) -> tuple[jax.Array, jax.Array | None]:
@@ -100,31 +61,32 @@ def fold(w: jax.Array, mask: jax.Array | None, length: int) -> tuple[jax.Array, 
     return rows, jnp.pad(real, (0, missing)).reshape(-1, length)
 
 
-def range_of(
-    path: str,
-    w: jax.Array,
-    mask: jax.Array | None,
-    blocks: tuple[int, ...],
-    grid: Grid | Blocked,
-    rule: ScaleRule | None,
-    owner: str = "quantize",
-) -> tuple[jax.Array, jax.Array | None]:
-    """The range of each block, found by the rule or given."""
+def range_of(x: Cut, grid: Grid | Blocked, rule: ScaleRule | None) -> tuple[jax.Array, jax.Array | None]:
+    """The range of each block, found by the rule or given; the default is ``MeanAbs()`` of a sign, else ``AbsMax()``.
+
+    Raises:
+      ValueError: the tree of a :class:`Fixed` has nothing for the path, or what does not fit.
+    """
     if rule is None:
         rule = MeanAbs() if isinstance(grid, Int) and grid.is_sign else AbsMax()
-    if not isinstance(rule, Fixed):
-        return find_range(w, blocks, grid, rule, mask)
-    end = rule.end
+    if isinstance(rule, Fixed):
+        top = _given(x, rule)
+        return top, -top
+    return find_range(x.values, x.blocks, grid, rule, x.mask)
+
+
+def _given(x: Cut, rule: Fixed) -> jax.Array:
+    """The end of each block's range, as it was given."""
+    end: PyTree = rule.end
     if not isinstance(end, numbers.Real):
         known = dict(leaves_with_paths(end)[0])
-        if path not in known:
-            raise ValueError(f"{owner}: the tree of Fixed has no entry for {path!r}, only {some_paths(known)}.")
-        end = known[path]
+        if x.path not in known:
+            raise ValueError(f"{x.owner}: the tree of Fixed has no entry for {x.path!r}, only {some_paths(known)}.")
+        end = known[x.path]
     try:
-        top = jnp.broadcast_to(jnp.asarray(end, compute_dtype(w.dtype)), blocks)
+        return jnp.broadcast_to(jnp.asarray(end, compute_dtype(x.values.dtype)), x.blocks)
     except ValueError as e:
         raise ValueError(
-            f"{owner}: the tree of Fixed has shape {jnp.shape(end)} at {path!r}, which does not broadcast to the"
-            f" scale's shape {blocks}."
+            f"{x.owner}: the tree of Fixed has shape {jnp.shape(end)} at {x.path!r}, which does not broadcast to the"
+            f" scale's shape {x.blocks}."
         ) from e
-    return top, -top

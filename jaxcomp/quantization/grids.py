@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.specs import Spec, check_bits, check_group
+from jaxcomp.core.specs import Spec, check_bits
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,15 @@ class Int(Spec):
 
     Args:
       bits: width of a code, 1..8.
-      group: how many neighbours along the group axis share a scale; None means all of them.
       symmetric: whether the zero point is 0.
       narrow: leave the lowest symmetric code out, so that the grid is its own mirror image
         (``scale = absmax / (2**(bits-1) - 1)``; with two bits this is the ternary grid).
 
     Raises:
-      ValueError: bits outside 1..8, a group below 1, or narrow without symmetric or with one bit.
+      ValueError: bits outside 1..8, or narrow without symmetric or with one bit.
 
-    >>> Int(4, group=32)
-    Int(bits=4, group=32, symmetric=True, narrow=False)
+    >>> Int(4)
+    Int(bits=4, symmetric=True, narrow=False)
     >>> Int(bits=9)
     Traceback (most recent call last):
     ...
@@ -45,13 +44,11 @@ class Int(Spec):
     """
 
     bits: int = 8
-    group: int | None = None
     symmetric: bool = True
     narrow: bool = False
 
     def __post_init__(self) -> None:
         check_bits("Int", self.bits, least=1)
-        check_group("Int", self.group)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow leaves out the lowest code of a symmetric grid; got symmetric=False.")
         if self.narrow and self.bits == 1:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.gradients import masked, masked_through, scale_gradient, straight_through
+from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, is_compressed, unpacked
-from jaxcomp.core.paths import Where, leaves_with_paths, matrices
+from jaxcomp.core.paths import Where, leaves_with_paths
+from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
-from jaxcomp.quantization.blocks import Sharing, checked_sharing, range_of, scale_blocks
+from jaxcomp.core.types import DType, Leaf, Params
+from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Folded, Quantized
 from jaxcomp.quantization.level_grids import LevelGrid
-from jaxcomp.quantization.microscaling import Blocked, Grid
 from jaxcomp.quantization.numerics.affine import positive, spread
 from jaxcomp.quantization.numerics.coding import decode, encode, scale_of
-from jaxcomp.quantization.scales import MSE, MeanAbs, ScaleRule
+from jaxcomp.quantization.scales import MSE, MeanAbs, ScaleRule, checked_rule
 
 OWNER = "learned"
+TrainedGrid = Int | LevelGrid
+"""The grids whose scale can be trained: uniform ones, and tables."""
 
 
 @compressed_leaf(meta=("grid",))
@@ -40,10 +44,10 @@ class Learned(CompressedLeaf):
       grid: static.
     """
 
-    latent: Any
+    latent: Leaf
     scale: jax.Array
     offset: jax.Array | None
-    grid: Grid
+    grid: TrainedGrid
 
     open: ClassVar[tuple[str, ...]] = ("latent",)
     made_by: ClassVar[str] = OWNER
@@ -53,14 +57,16 @@ class Learned(CompressedLeaf):
         return tuple(self.latent.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return jnp.dtype(self.latent.dtype)
 
     def quantized(self) -> Quantized:
         """The leaf with its codes, without gradients and without the mask of the latent weights."""
         w, scale, offset = jax.lax.stop_gradient((dense(self.latent), self.scale, self.offset))
         scale = _magnitude(scale, self.grid)
-        zero = None if offset is None else _zero_point(offset, scale, self.grid)
+        zero = None
+        if offset is not None and isinstance(self.grid, Int):
+            zero = _zero_point(offset, scale, self.grid)
         return Quantized(encode(w, scale, zero, self.grid), scale, zero, self.grid, self.dtype)
 
     def materialize(self) -> jax.Array:
@@ -78,7 +84,7 @@ class Learned(CompressedLeaf):
             return value
         return (masked_through if self.latent.straight else masked)(value, unpacked(self.latent.mask))
 
-    def pack(self) -> Any:
+    def pack(self) -> Quantized | Masked:
         """``Quantized`` with codes of ``grid.bits`` bits; it trains no more."""
         _check_latent(self.latent)
         leaf = self.quantized()
@@ -90,8 +96,7 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
 
     Linear in the trained values, with constants that are finite everywhere, so that no gradient is NaN.
     """
-    grid: Any = leaf.grid
-    shape = leaf.shape
+    grid, shape = leaf.grid, leaf.shape
     x = dense(leaf.latent).astype(scale.dtype)
     steps = jax.lax.stop_gradient(x) * spread(1.0 / scale, shape)
     inside = jnp.ones(shape, bool)
@@ -110,7 +115,7 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
     return jnp.where(inside, x, outside) + slope * spread(trained, shape)
 
 
-def gradient_factor(grid: Grid, weights: int) -> float:
+def gradient_factor(grid: TrainedGrid, weights: int) -> float:
     """``1 / sqrt(n * q_max)`` for n weights a scale; ``q_max`` is the highest code, or level in units of the scale.
 
     >>> gradient_factor(Int(3), 12) == (12 * 3) ** -0.5
@@ -121,11 +126,11 @@ def gradient_factor(grid: Grid, weights: int) -> float:
     return float(weights * _highest(grid)) ** -0.5
 
 
-def _highest(grid: Any) -> float:
+def _highest(grid: TrainedGrid) -> float:
     return grid.top if isinstance(grid, LevelGrid) else grid.code_range[1]
 
 
-def _magnitude(scale: jax.Array, grid: Grid) -> jax.Array:
+def _magnitude(scale: jax.Array, grid: TrainedGrid) -> jax.Array:
     """``max(|scale|, floor)``; the gradient is that of ``|scale|``, at 0 and below the floor too: no scale dies."""
     least = 1 / min(abs(v) for v in grid.levels if v) if isinstance(grid, LevelGrid) else 1.0
     floor = float(jnp.finfo(scale.dtype).tiny) * max(least, 1.0)
@@ -134,13 +139,13 @@ def _magnitude(scale: jax.Array, grid: Grid) -> jax.Array:
     return straight_through(size, jnp.maximum(jax.lax.stop_gradient(size), jnp.asarray(floor, scale.dtype)))
 
 
-def _zero_point(offset: jax.Array, scale: jax.Array, grid: Any) -> jax.Array:
+def _zero_point(offset: jax.Array, scale: jax.Array, grid: Int) -> jax.Array:
     low, high = grid.code_range
     zero = jnp.clip(jnp.round(-offset / scale), low, high)
     return jnp.where(zero == 0, jnp.zeros_like(zero), zero)
 
 
-def _check_latent(latent: Any) -> None:
+def _check_latent(latent: Leaf) -> None:
     inner = latent.values if isinstance(latent, Masked) else latent
     if isinstance(inner, Quantized | Folded | Learned):
         raise ValueError(
@@ -150,16 +155,15 @@ def _check_latent(latent: Any) -> None:
 
 
 def learned(
-    params: Any,
-    grid: Grid = Int(4),  # noqa: B008 - frozen
+    params: Params,
+    grid: TrainedGrid = Int(4),  # noqa: B008 - frozen
     *,
-    channel_axes: tuple[int, ...] | None = None,
-    group_axis: int = -2,
-    tile: tuple[int, ...] | None = None,
+    per: Layout = Channels(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     scale: ScaleRule | None = None,
     offset: bool = False,
-    where: Where = matrices,
-) -> Any:
+    where: Where | None = None,
+) -> Params:
     """Parameters whose selected arrays are :class:`Learned` leaves: quantizers that are trained with the weights.
 
     With ``v = (w - offset) / s`` the gradients of ``materialize`` are
@@ -177,18 +181,18 @@ def learned(
       params: the parameters.
       grid: ``Int(1..8)``, or a table: ``PoT``, ``APoT``, ``Float``, ``NF4``, ``Levels``. The scale of a sign,
         ``Int(1)``, has the derivative itself as gradient, ``sign(w) g``.
-      channel_axes, group_axis, tile: what shares a scale, as in :func:`~jaxcomp.quantization.transform.quantize`.
+      per: what shares a scale, as in :func:`~jaxcomp.quantization.transform.quantize`, but for ``Buckets``.
+      roles, where: of the axes, and which leaves, as there.
       scale: the rule that finds the range to begin with. The default is LSQ's step, ``2 mean|w| / sqrt(q_max)``, for a
         symmetric integer grid, ``MSE()`` for an asymmetric one as in LSQ+, ``MeanAbs()`` for the sign, and
         ``AbsMax()`` for a table.
       offset: whether the offset is trained (LSQ+); asymmetric grids want it, others have none.
-      where: which leaves.
 
     Returns:
       The tree, its selected arrays replaced; all other leaves are the same objects.
 
     Raises:
-      TypeError: a grid that has no trained scale, such as ``Log(8)`` or ``MX()``.
+      TypeError: a grid that has no trained scale, such as ``Log(8)`` or ``Blocked``; a layout or a rule that is none.
       ValueError: offset does not go with the grid, a leaf is learned already, and what
         :func:`~jaxcomp.quantization.transform.quantize` raises.
 
@@ -200,24 +204,30 @@ def learned(
     tables: Li et al. 2020, arXiv:1909.13144, section 2.3. Deviation: the offset's zero point is rounded, so that zeros
     stay zero.
     """
-    sharing = checked_sharing(OWNER, grid, scale, channel_axes, group_axis, tile)
     _check_grid(grid, offset)
-    found = slots(params, where, OWNER)
+    checked_layout(OWNER, per, (Tensor, Channels, Groups, Tiles))
+    checked_roles(OWNER, roles)
+    checked_rule(OWNER, scale)
+    found = slots(params, selecting(where, roles), OWNER)
     check_finite(found, OWNER)
     nested = {f"{path}/latent" for path, x in _learned_leaves(params)}
     for path in found:
         if any(path == n or path.startswith(f"{n}/") for n in nested):
             raise ValueError(f"{OWNER}: {path!r} belongs to a learned leaf already; leave it out by a rule.")
-    return rewrite(params, {path: _leaf(path, slot, grid, sharing, scale) for path, slot in found.items()})
+    new = {}
+    for path, slot in found.items():
+        x = cut(slot, per, roles=roles, owner=OWNER)
+        new[path] = _leaf(slot, x, grid=grid, rule=scale)
+    return rewrite(params, new)
 
 
-def _learned_leaves(params: Any) -> list[tuple[str, Learned]]:
+def _learned_leaves(params: Params) -> list[tuple[str, Learned]]:
     named, _ = leaves_with_paths(params, is_leaf=is_compressed)
     return [(path, x) for path, x in named if isinstance(x, Learned)]
 
 
-def _check_grid(grid: Any, offset: bool) -> None:
-    if isinstance(grid, Blocked) or not isinstance(grid, Int | LevelGrid):
+def _check_grid(grid: object, offset: bool) -> None:
+    if not isinstance(grid, TrainedGrid):
         raise TypeError(
             f"{OWNER}: a trained scale wants a uniform grid such as Int(4) or a table such as APoT(4), got {grid!r}."
         )
@@ -230,15 +240,13 @@ def _check_grid(grid: Any, offset: bool) -> None:
         raise ValueError(f"{OWNER}: {grid!r} has a zero point; train it by offset=True, or take a symmetric grid.")
 
 
-def _leaf(path: str, slot: Slot, grid: Any, sharing: Sharing, rule: ScaleRule | None) -> Learned:
-    w: Any = slot.array
-    blocks = scale_blocks(path, w.shape, grid, sharing, OWNER)
-    latent = w if slot.mask is None else Masked(w, slot.mask)
+def _leaf(slot: Slot, x: Cut, *, grid: TrainedGrid, rule: ScaleRule | None) -> Learned:
+    latent = x.values if slot.mask is None else Masked(x.values, slot.mask)
     if rule is None and isinstance(grid, Int) and grid.symmetric and not grid.is_sign:
-        mean, _ = range_of(path, w, slot.full_mask, blocks, grid, MeanAbs(), OWNER)
+        mean, _ = range_of(x, grid, MeanAbs())
         # The maximum keeps the mean's division and the product two roundings, in jit as in eager.
         return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.code_range[1] ** -0.5)), None, grid)
     if rule is None:
         rule = MSE() if isinstance(grid, Int) and not grid.symmetric else None
-    scale, zero = scale_of(*range_of(path, w, slot.full_mask, blocks, grid, rule, OWNER), grid)
+    scale, zero = scale_of(*range_of(x, grid, rule), grid)
     return Learned(latent, scale, None if zero is None else -zero * scale, grid)

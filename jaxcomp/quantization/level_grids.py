@@ -1,7 +1,7 @@
 """Grids that are a table of at most 256 levels times a scale: minifloats, powers of two, NF4, any table; their scales.
 
-A level grid has ``bits``, ``levels`` (ascending), ``top`` (the largest magnitude: what the range's end maps to) and
-``group``. In training the codes of a :class:`~jaxcomp.quantization.leaves.Quantized` leaf are the levels themselves in
+A level grid has ``bits``, ``levels`` (ascending) and ``top`` (the largest magnitude: what the range's end maps to). In
+training the codes of a :class:`~jaxcomp.quantization.leaves.Quantized` leaf are the levels themselves in
 a float type; packed, they are the levels' codes, ``bits`` each. Every grid here but a :class:`Levels` table without one
 has a zero.
 """
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxcomp.core.specs import MAX_BITS, Spec, check_bits, check_group, is_integer
+from jaxcomp.core.specs import MAX_BITS, Spec, check_bits, is_integer
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Float(Spec):
       mantissa: bits of the mantissa, at least 1.
       reserved: how many of the highest magnitudes stand for infinities and NaN.
       bias: of the exponent; None is ``2**(exponent - 1) - 1``.
-      group: how many neighbours along the group axis share a scale; None means all of them.
 
     Raises:
       ValueError: a width outside 3..8, or fields that leave no levels or levels beyond float32's.
@@ -46,7 +45,6 @@ class Float(Spec):
     mantissa: int
     reserved: int = 0
     bias: int | None = None
-    group: int | None = None
 
     def __post_init__(self) -> None:
         given = {"exponent": self.exponent, "mantissa": self.mantissa, "reserved": self.reserved}
@@ -62,7 +60,6 @@ class Float(Spec):
             raise ValueError(f"Float: reserved must be in 0..{2 ** (self.bits - 1) - 2}, got {self.reserved!r}.")
         if abs(self.offset) > 64:
             raise ValueError(f"Float: bias must be in -64..64, got {self.bias!r}.")
-        check_group("Float", self.group)
 
     @property
     def bits(self) -> int:
@@ -115,7 +112,6 @@ class Levels(Spec):
 
     Args:
       values: 2 to 256 finite numbers, ascending.
-      group: how many neighbours along the group axis share a scale; None means all of them.
 
     Raises:
       ValueError: too few or too many values, or values that do not ascend or that float32 does not tell apart.
@@ -125,7 +121,6 @@ class Levels(Spec):
     """
 
     values: tuple[float, ...]
-    group: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(float(v) for v in self.values))
@@ -137,7 +132,6 @@ class Levels(Spec):
         narrow = [np.float32(v) for v in self.values]
         if any(a >= b for a, b in pairwise(narrow)):
             raise ValueError(f"Levels: values must ascend, as float32 too, got {self.values!r}.")
-        check_group("Levels", self.group)
 
     @property
     def bits(self) -> int:
@@ -161,7 +155,6 @@ class PoT(Spec):
 
     Args:
       bits: width of a code with its sign, 2..6: more would only add levels below ``2**-30`` of the largest.
-      group: how many neighbours along the group axis share a scale; None means all of them.
 
     Raises:
       ValueError: bits outside 2..6.
@@ -174,13 +167,11 @@ class PoT(Spec):
     """
 
     bits: int = 4
-    group: int | None = None
 
     def __post_init__(self) -> None:
         check_bits("PoT", self.bits)
         if self.bits > 6:
             raise ValueError(f"PoT: bits must be an integer in 2..6, got {self.bits!r}; APoT makes use of more.")
-        check_group("PoT", self.group)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -202,7 +193,6 @@ class APoT(Spec):
 
     Args:
       bits: width of a code with its sign, 2..8.
-      group: how many neighbours along the group axis share a scale; None means all of them.
 
     Raises:
       ValueError: bits outside 2..8.
@@ -215,11 +205,9 @@ class APoT(Spec):
     """
 
     bits: int = 4
-    group: int | None = None
 
     def __post_init__(self) -> None:
         check_bits("APoT", self.bits)
-        check_group("APoT", self.group)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -265,19 +253,11 @@ _NF4 = (
 class NF4(Spec):
     """NormalFloat: 16 levels at quantiles of the normal distribution, -1, 0 and 1 among them.
 
-    Args:
-      group: how many neighbours along the group axis share a scale; None means all of them.
-
     >>> NF4().bits, NF4().levels[7]
     (4, 0.0)
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
     """
-
-    group: int | None = 64
-
-    def __post_init__(self) -> None:
-        check_group("NF4", self.group)
 
     @property
     def bits(self) -> int:

@@ -1,4 +1,4 @@
-"""Grids whose block scales lie on a grid of their own: MX and NVFP4."""
+"""Grids whose block scales lie on a grid of their own: what MX and NVFP4 are made of."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxcomp.core.specs import Spec, check_group
+from jaxcomp.core.specs import Spec
 from jaxcomp.quantization.grids import Companded, Int
-from jaxcomp.quantization.level_grids import E2M1, E4M3, NF4, APoT, Float, LevelGrid, Levels, PoT
+from jaxcomp.quantization.level_grids import NF4, APoT, Float, LevelGrid, Levels, PoT
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,21 @@ class Blocked(Spec):
     for the whole leaf, such that the largest block scale is the top of the scales' grid.
 
     Args:
-      grid: of the elements, without a group.
-      group: how many neighbours along the group axis are a block.
+      grid: of the elements.
       scales: ``E8M0()`` or a ``Float``.
 
     Raises:
       TypeError: a grid or scales of another kind.
-      ValueError: a group that is not a positive integer, or a group in the grid too.
+      ValueError: an ``Int`` that is asymmetric or of one bit.
 
-    >>> NVFP4
-    Blocked(grid=Float(exponent=2, mantissa=1, reserved=0, bias=None, group=None), group=16,
-            scales=Float(exponent=4, mantissa=3, reserved=1, bias=None, group=None))
+    >>> Blocked(Int(4), E8M0()).bits
+    4
 
     Source: OCP microscaling formats (MX) specification 1.0, section 6.3; double quantization: Dettmers et al. 2023,
     arXiv:2305.14314, section 3.
     """
 
     grid: Int | Float | Levels | PoT | APoT | NF4
-    group: int
     scales: E8M0 | Float
 
     def __post_init__(self) -> None:
@@ -62,13 +59,8 @@ class Blocked(Spec):
                 f"Blocked: wants a grid such as E2M1 and scales E8M0() or a Float, got {self.grid!r} and"
                 f" {self.scales!r}."
             )
-        if self.group is None or self.grid.group is not None:
-            raise ValueError(
-                f"Blocked: wants its own group, and none in its grid, got {self.group!r} and {self.grid.group!r}."
-            )
         if isinstance(self.grid, Int) and (self.grid.is_sign or not self.grid.symmetric):
             raise ValueError(f"Blocked: an Int grid must be symmetric, of two bits or more, got {self.grid!r}.")
-        check_group("Blocked", self.group)
 
     @property
     def bits(self) -> int:
@@ -88,29 +80,6 @@ class Blocked(Spec):
 
 
 Grid = Int | Companded | Float | Levels | PoT | APoT | NF4 | E8M0
-
-
-def MX(element: Int | Float = E2M1, block: int = 32) -> Blocked:
-    """A microscaling format: blocks with a power of two as scale, in one byte.
-
-    ``MX(E4M3)`` and ``MX(E5M2)`` are MXFP8, ``MX(E3M2)`` and ``MX(E2M3)`` MXFP6, ``MX(E2M1)`` MXFP4, and
-    ``MX(Int(8, narrow=True))`` MXINT8.
-
-    Blocks of floats equal torchao's with ``ScaleCalculationMode.FLOOR``, the specification's rule; its RCEIL, CEIL and
-    EVEN modes take up to twice that scale and saturate less, and its scales go below ``2**-100`` (see ``E8M0``).
-
-    >>> MX().bits + 8 / MX().group
-    4.25
-    """
-    return Blocked(element, block, E8M0())
-
-
-NVFP4 = Blocked(E2M1, 16, E4M3)
-"""E2M1 elements in blocks of 16, E4M3 block scales, one float32 scale for the leaf.
-
-Blocks equal torchao's with the ``per_tensor_scale`` of the leaf's largest magnitude, but its block scales stop at
-``2**-6``, E4M3's least normal number, and ours at ``2**-9``, the least subnormal one: small blocks stay finer.
-"""
 
 
 def has_zero(grid: Grid) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.specs import Spec
+from jaxcomp.core.types import Key, PyTree
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Fixed(Spec):
       ValueError: a number that is not positive and finite, in a tree too.
     """
 
-    end: Any
+    end: float | PyTree
 
     def __post_init__(self) -> None:
         if isinstance(self.end, numbers.Real) and not 0 < float(self.end) < math.inf:
@@ -93,6 +93,12 @@ class Fixed(Spec):
 
 
 ScaleRule = AbsMax | MeanAbs | Percentile | MSE | Fixed
+
+
+def checked_rule(owner: str, rule: object) -> None:
+    """Raises TypeError where ``rule`` is neither None nor a rule that finds a range."""
+    if rule is not None and not isinstance(rule, ScaleRule):
+        raise TypeError(f"{owner}: scale must be a rule such as AbsMax() or MSE(), got {rule!r}.")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Stochastic(Spec):
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
     """
 
-    key: jax.Array
+    key: Key
 
     def __post_init__(self) -> None:
         typed = hasattr(self.key, "dtype") and jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key)
@@ -124,3 +130,9 @@ class Stochastic(Spec):
 
 
 Rounding = Nearest | Stochastic
+
+
+def checked_rounding(owner: str, rounding: object) -> None:
+    """Raises TypeError where ``rounding`` is no way of rounding."""
+    if not isinstance(rounding, Rounding):
+        raise TypeError(f"{owner}: rounding must be Nearest() or Stochastic(key), got {rounding!r}.")

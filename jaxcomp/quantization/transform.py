@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import Masked, dense
-from jaxcomp.core.paths import Where, matrices
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.roles import Roles, checked_roles, selecting
+from jaxcomp.core.slots import check_finite, rewrite, slots
 from jaxcomp.core.transform import Transform, stateless
-from jaxcomp.core.types import Params, State
-from jaxcomp.quantization.blocks import Sharing, checked_sharing, fold, range_of, scale_blocks
+from jaxcomp.core.types import Key, Params, PyTree, State, Step
+from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Folded, Quantized
-from jaxcomp.quantization.microscaling import Blocked, Grid
+from jaxcomp.quantization.microscaling import E8M0, Blocked, Grid
 from jaxcomp.quantization.numerics.coding import block_scales, encode, scale_of
-from jaxcomp.quantization.scales import AbsMax, Nearest, Rounding, ScaleRule, Stochastic
+from jaxcomp.quantization.scales import AbsMax, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
+
+OWNER = "quantize"
 
 
 def quantize(
     grid: Grid | Blocked = Int(8),  # noqa: B008 - frozen
     *,
-    channel_axes: tuple[int, ...] | None = None,
-    group_axis: int = -2,
-    tile: tuple[int, ...] | None = None,
-    bucket: int | None = None,
+    per: Layout = Channels(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     scale: ScaleRule | None = None,
     rounding: Rounding = Nearest(),  # noqa: B008 - frozen
     clip_gradient: bool = True,
-    where: Where = matrices,
+    where: Where | None = None,
 ) -> Transform:
     """Rounds the selected arrays to a grid; ``apply`` makes a ``Quantized`` leaf of each.
 
@@ -41,29 +42,25 @@ def quantize(
     scales that are trained see :func:`~jaxcomp.quantization.learned.learned`.
 
     Args:
-      grid: ``Int(bits, group=, symmetric=, narrow=)``, ``Log(bits)`` or ``Companded``, ``Float(exponent, mantissa)``,
-        ``NF4()``, ``PoT(bits)``, ``APoT(bits)``, ``Levels(values)``; with scales on a grid of their own
-        ``MX(element)``, ``NVFP4`` or ``Blocked``.
-      channel_axes: the axes that keep a scale for each index. The default is the last one, the output features of a
-        Flax kernel; ``()`` is one scale a tensor; ``(0,)`` one a row (a token of an embedding), and suits Equinox's and
-        PyTorch's weights; ``(0, -1)`` suits kernels that a scan has stacked. For NF4 and ``Blocked``, whose blocks are
-        exactly their group, the default is all but the group axis.
-      group_axis: the axis that the grid's ``group`` cuts into groups; the default is the input features of a Flax
-        kernel.
-      tile: the sides of a block along the last axes, such as ``(128, 128)``; each index of the axes before them has
-        its own blocks.
-      bucket: cut the flattened array into buckets of so many elements, the last one shorter.
+      grid: ``Int(bits, symmetric=, narrow=)``, ``Log(bits)`` or ``Companded``, ``Float(exponent, mantissa)``,
+        ``NF4()``, ``PoT(bits)``, ``APoT(bits)``, ``Levels(values)``; with scales on a grid of their own ``Blocked``,
+        which the recipes ``mx`` and ``nvfp4`` are made of.
+      per: what shares a scale: ``Tensor()``, ``Channels()`` (the default: each output feature, each head, each stacked
+        layer), ``Groups(size)`` along the axis that products sum over, ``Tiles(shape)``, ``Buckets(size)``.
+      roles: what the program does with each axis, ``jaxcomp.roles(fn)(params, *args)``. Without it a matrix's path
+        settles its axes, and so does that of a convolution's kernel; other arrays of three axes and more want roles,
+        or axes that ``per`` names.
       scale: how the range is found: ``AbsMax()``, ``MeanAbs()``, ``Percentile(percent)``, ``MSE()``, ``Fixed(end)``.
         The default is ``MeanAbs()`` for the sign, ``Int(1)``, and ``AbsMax()`` for all others.
       rounding: ``Nearest()`` or ``Stochastic(key)``, which takes new random numbers at each ``update``.
       clip_gradient: whether the gradient is cut outside the range; outside that of ``AbsMax()`` nothing is.
-      where: which leaves.
+      where: which leaves; the default is those of two axes or more that the roles name, and without roles ``matrices``.
 
     Raises:
-      TypeError: a grid, a rule or a rounding that is not one.
-      ValueError: a tile or bucket that is not positive, or more than one way to share a scale; at ``init``, what
-        :func:`~jaxcomp.core.slots.slots` raises, a group or tile that does not divide, an axis that a selected leaf
-        does not have, or a ``Fixed`` tree without the leaf. The message names the path.
+      TypeError: a grid, a layout, roles, a rule or a rounding that is not one.
+      ValueError: at ``init``, what :func:`~jaxcomp.core.slots.slots` raises, axes that a selected leaf does not have or
+        that groups or tiles do not divide, axes whose roles are not known, or a ``Fixed`` tree without the leaf. The
+        message names the path.
 
     >>> t = quantize(Int(2, narrow=True))
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [0.2, 3.0]])}
@@ -74,15 +71,22 @@ def quantize(
     Source: Krishnamoorthi 2018, arXiv:1806.08342; straight-through as in Bengio et al. 2013, arXiv:1308.3432; buckets
     as in Polino et al. 2018, arXiv:1802.05668.
     """
-    sharing = checked_sharing("quantize", grid, scale, channel_axes, group_axis, tile, bucket)
-    if not isinstance(rounding, Nearest | Stochastic):
-        raise TypeError(f"quantize: rounding must be Nearest() or Stochastic(key), got {rounding!r}.")
+    if not isinstance(grid, Grid | Blocked) or isinstance(grid, E8M0):
+        raise TypeError(f"{OWNER}: wants a grid such as Int(8) or Log(4), got {grid!r}.")
+    checked_layout(OWNER, per)
+    checked_roles(OWNER, roles)
+    checked_rule(OWNER, scale)
+    checked_rounding(OWNER, rounding)
+    selected = selecting(where, roles)
 
     def apply(state: State, params: Params) -> Params:
         new = {}
-        for path, slot in slots(params, where, "quantize").items():
+        for path, slot in slots(params, selected, OWNER).items():
+            x = cut(slot, per, roles=roles, owner=OWNER)
             key = None if isinstance(rounding, Nearest) else _leaf_key(state, rounding, path)
-            leaf = quantized_leaf(path, slot, grid, sharing, scale, key=key, clipped=clip_gradient)
+            leaf: Quantized | Folded = _quantized(x, grid, scale, key=key, clipped=clip_gradient)
+            if x.folded:
+                leaf = Folded(leaf, tuple(slot.array.shape))
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
         return rewrite(params, new)
 
@@ -92,13 +96,13 @@ def quantize(
         inner = _drawing(rounding.key, apply)
 
     def init(params: Params) -> State:
-        check_finite(slots(params, where, "quantize"), "quantize")
+        check_finite(slots(params, selected, OWNER), OWNER)
         return inner.init(params)
 
     return Transform(init, inner.update, inner.apply)
 
 
-def _drawing(key: jax.Array, apply: Any) -> Transform:
+def _drawing(key: Key, apply: Callable[[State, Params], Params]) -> Transform:
     """A transform whose state is the data of the step's key."""
 
     def init(params: Params) -> State:
@@ -106,52 +110,22 @@ def _drawing(key: jax.Array, apply: Any) -> Transform:
         jax.eval_shape(apply, state, params)
         return state
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         return jax.random.key_data(jax.random.fold_in(key, jnp.asarray(step, jnp.uint32)))
 
     return Transform(init, update, apply)
 
 
-def _leaf_key(state: State, rounding: Stochastic, path: str) -> jax.Array:
+def _leaf_key(state: State, rounding: Stochastic, path: str) -> Key:
     """The step's key for a leaf: by its path, so that another leaf more changes none."""
-    step = jax.random.wrap_key_data(state, impl=jax.random.key_impl(rounding.key))
-    return jax.random.fold_in(step, zlib.crc32(path.encode()))
+    return key_of_leaf(jax.random.wrap_key_data(state, impl=jax.random.key_impl(rounding.key)), path)
 
 
-def quantized_leaf(
-    path: str,
-    slot: Slot,
-    grid: Grid | Blocked,
-    sharing: Sharing,
-    rule: ScaleRule | None,
-    *,
-    key: jax.Array | None = None,
-    clipped: bool = True,
-) -> Quantized | Folded:
+def _quantized(x: Cut, grid: Grid | Blocked, rule: ScaleRule | None, *, key: Key | None, clipped: bool) -> Quantized:
     """One array on its grid."""
-    w: Any = slot.array
-    mask = slot.full_mask
-    if sharing.bucket is None:
-        blocks = scale_blocks(path, w.shape, grid, sharing, "quantize")
-        return _quantized(path, w, mask, blocks, grid, rule, key, clipped)
-    rows, kept = fold(w, mask, sharing.bucket)
-    blocks = (rows.shape[0], 1)
-    return Folded(_quantized(path, rows, kept, blocks, grid, rule, key, clipped), tuple(w.shape))
-
-
-def _quantized(
-    path: str,
-    w: jax.Array,
-    mask: jax.Array | None,
-    blocks: tuple[int, ...],
-    grid: Grid | Blocked,
-    rule: ScaleRule | None,
-    key: jax.Array | None,
-    clipped: bool,
-) -> Quantized:
-    ends = range_of(path, w, mask, blocks, grid, rule)
+    w, ends = x.values, range_of(x, grid, rule)
     inner = grid.grid if isinstance(grid, Blocked) else grid
-    scale: Any
+    scale: jax.Array | Quantized
     if isinstance(grid, Blocked):
         part, outer = block_scales(ends[0], grid)
         scale, zero = Quantized(part, outer, None, grid.scales, part.dtype), None

@@ -66,7 +66,7 @@ def weights(every: tuple[Site, ...], bits: int) -> jc.Transform:
         for path in [operand.leaf] if operand.leaf else operand.params:
             roles = operand.leaf_roles if operand.leaf else ("contracted", "output")
             kept = tuple(i for i, role in enumerate(roles) if role in ("output", "batch", "stacked"))
-            grid = jc.quantize(jc.Int(bits), channel_axes=kept, where=jc.core.everything)
+            grid = jc.quantize(jc.Int(bits), per=jc.Channels(kept), where=jc.core.everything)
             table.setdefault(functools.partial(_is, path), grid)
     unique = {where.args[0]: (where, t) for where, t in reversed(table.items())}
     return jc.by_path(dict(unique.values()))

@@ -49,7 +49,7 @@ ACTS = {
 
 
 def weights_of(bits, p, symmetric=True, prune=False):
-    quantize = jc.quantize(jc.Int(bits, symmetric=symmetric), channel_axes=(-1,), where=jc.core.everything)
+    quantize = jc.quantize(jc.Int(bits, symmetric=symmetric), per=jc.Channels(-1), where=jc.core.everything)
     t = jc.chain(jc.prune(0.5, where=jc.core.everything), quantize) if prune else quantize
     state = t.init(p)
     return lambda p: t.apply(state, p)

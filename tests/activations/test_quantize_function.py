@@ -22,8 +22,8 @@ def normal(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-def quantized(w, grid, channel_axes=(-1,), group_axis=-2):
-    t = jc.quantize(grid, channel_axes=channel_axes, group_axis=group_axis, where=jc.core.everything)
+def quantized(w, grid, per=jc.Channels(-1)):  # noqa: B008 - frozen
+    t = jc.quantize(grid, per=per, where=jc.core.everything)
     return jc.pack(t.apply(t.init({"w": w}), {"w": w}))
 
 
@@ -101,7 +101,7 @@ def test_conv_pads_with_the_zero_point(stride, pad, hole, spacing, groups):
 @pytest.mark.parametrize("per", [PerToken(), PerGroup(8)])
 def test_tokens_and_groups_have_scales_of_their_own(per, symmetric):
     x = normal(3, 4, 32) * jnp.asarray([0.1, 1.0, 10.0], jnp.float32)[:, None, None]
-    tree = quantized(normal(32, 6), jc.Int(4, group=16))
+    tree = quantized(normal(32, 6), jc.Int(4), jc.Groups(16))
     rules = {"w": Act(8, symmetric=symmetric, range=Dynamic(), per=per)}
     fake = compiled(dot, rules)(tree, None, x)
     real = compiled(dot, rules, integer=True)(tree, None, x)
@@ -202,7 +202,7 @@ def test_layers_of_a_scan_have_ranges_of_their_own():
     p, x = {"w": normal(3, 8, 8)}, normal(4, 8) * 5
     ranges = ranges_of(calibrate(fn)(p, x))
     assert ranges["w"].high.shape == (3,)
-    tree = quantized(p["w"], jc.Int(4), channel_axes=(-1,))  # one scale for all layers
+    tree = quantized(p["w"], jc.Int(4))  # one scale for all layers
     fake = compiled(fn, {"w": Act(8)})(tree, ranges, x)
     real = compiled(fn, {"w": Act(8)}, integer=True)(tree, ranges, x)
     np.testing.assert_allclose(real, fake, atol=1e-5)
@@ -215,7 +215,7 @@ def test_lookup_takes_rows_of_codes():
     def fn(p, tokens):
         return p["w"][tokens] @ p["w"].T
 
-    tree = quantized(normal(7, 8), jc.Int(4), channel_axes=(0,))
+    tree = quantized(normal(7, 8), jc.Int(4), jc.Channels(0))
     tokens = jnp.array([[0, 6], [3, 3]])
     rules = {".*": Act(8, range=Dynamic())}
     real = compiled(fn, rules, integer=True)(tree, None, tokens)
@@ -247,7 +247,7 @@ def test_no_rule_leaves_activations_alone_and_weights_as_the_tree_has_them():
     ("tree", "why"),
     [
         ({"w": jnp.ones((16, 6))}, "the weight is not quantized"),
-        (quantized(jnp.ones((16, 6)), jc.Int(4), channel_axes=(0,)), "the contracted axis of 16 has 16 scales"),
+        (quantized(jnp.ones((16, 6)), jc.Int(4), jc.Channels(0)), "the contracted axis of 16 has 16 scales"),
         (quantized(jnp.ones((16, 6)), jc.Log(4)), "Companded codes are not proportional"),
     ],
 )

@@ -20,6 +20,7 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxcomp as jc
+from jaxcomp.artifact.codec import decode_tree, encode_tree
 from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
 from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense
 from jaxcomp.core.specs import Spec
@@ -292,3 +293,37 @@ def test_a_leaf_of_an_unknown_class_is_one_error(saved, tmp_path) -> None:
     Foreign.__name__ = "Other"
     with pytest.raises(FileError, match="'w' is made of 'Foreign', which is not known here"):
         jc.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid"),
+    [
+        (["Int", {"bits": 4, "group": 4}], jc.Int(4)),
+        (["Float", {"exponent": 2, "mantissa": 1, "group": 4}], jc.quantization.E2M1),
+        (["Levels", {"values": [-1.0, 0.0, 0.5], "group": 4}], jc.quantization.Levels((-1.0, 0.0, 0.5))),
+        (["PoT", {"bits": 3, "group": 4}], jc.quantization.PoT(3)),
+        (["APoT", {"bits": 3, "group": 4}], jc.quantization.APoT(3)),
+        (["NF4", {"group": 4}], jc.quantization.NF4()),
+        (["NF4", {"group": None}], jc.quantization.NF4()),
+    ],
+    ids=str,
+)
+def test_grids_that_said_their_groups_load(spec, grid, tmp_path) -> None:
+    """What files said before ``per=``: the scale's shape says it too, so nothing is lost."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))}
+    seen = jc.quantize(grid, per=jc.Groups(4)).apply((), params)
+    node, tensors = encode_tree(seen)
+    meta = node["dict"][0][1]["leaf"][1]
+    assert "group" not in str(meta)
+    meta["grid"]["spec"] = spec
+    loaded = decode_tree(json.loads(json.dumps(node)), tensors, ())
+    assert loaded["kernel"].grid == grid
+    assert loaded["kernel"].scale.shape == (2, 3)
+    assert_same_bits(jc.materialize(loaded), jc.materialize(seen))
+
+
+def test_other_fields_that_a_spec_has_not_are_not_passed_over() -> None:
+    node, tensors = encode_tree(jc.quantize().apply((), {"kernel": jnp.ones((2, 2))}))
+    node["dict"][0][1]["leaf"][1]["grid"]["spec"] = ["Int", {"width": 4}]
+    with pytest.raises(TypeError, match="width"):
+        decode_tree(node, tensors, ())

@@ -61,9 +61,9 @@ def reusing(f: Callable[..., jax.Array], *args: Any) -> Callable[[], jax.Array]:
     return call
 
 
-def compare(name: str, grid: jc.Int, weights: jax.Array, rounds: int) -> Report:
+def compare(name: str, grid: jc.Int, weights: jax.Array, *, group: int, rounds: int) -> Report:
     """One grid, both ways."""
-    transform = jc.quantize(grid)
+    transform = jc.quantize(grid, per=jc.Groups(group))
     quantize = jax.jit(lambda w: jc.pack(transform.apply((), {"kernel": w})))
     dequantize = jax.jit(jc.materialize)
     packed = quantize(weights)
@@ -113,16 +113,15 @@ def compare(name: str, grid: jc.Int, weights: jax.Array, rounds: int) -> Report:
         speed("jax.numpy, int8 dequantize", COPY),
         speed("unpack and dequantize", "XLA, dequantize's traffic", TARGET),
         replace(in_place, name=f"into a donated buffer: dequantize / {COPY}, bytes moved a second"),
-        *_facts(grid, weights, packed),
+        *_facts(grid, weights, packed, group),
     ]
     rate = f"XLA ({COPY}: {weights.size / timings.median(COPY) / 1e9:.2f} G weights/s)"
     return Report(f"{name}, {weights.size / 1e6:.1f}M weights, weights a second", rate, rows, timings.notes())
 
 
-def _facts(grid: jc.Int, weights: jax.Array, packed: Any) -> list[Row]:
+def _facts(grid: jc.Int, weights: jax.Array, packed: Any, group: int) -> list[Row]:
     """Bytes a weight, and the largest error over what the grid allows: half of absmax / (2**(bits-1) - 1/2)."""
     stored = jc.nbytes(packed) / weights.size
-    group = grid.group or weights.shape[0]
     w = weights.reshape(-1, group, weights.shape[1])
     error = jnp.abs(jc.materialize(packed)["kernel"].reshape(w.shape) - w).max(1)
     steps = 2 ** (grid.bits - 1) - 0.5
@@ -136,5 +135,5 @@ def _facts(grid: jc.Int, weights: jax.Array, packed: Any) -> list[Row]:
 def run() -> Iterator[Report]:
     """The reports."""
     weights = jax.random.normal(jax.random.key(0), (ROWS, COLUMNS))
-    yield compare("int8, a scale a channel", jc.Int(8), weights, rounds=31)
-    yield compare("int4, groups of 128, packed", jc.Int(4, group=128), weights, rounds=31)
+    yield compare("int8, a scale a channel", jc.Int(8), weights, group=ROWS, rounds=31)
+    yield compare("int4, groups of 128, packed", jc.Int(4), weights, group=128, rounds=31)

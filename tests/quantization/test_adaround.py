@@ -19,14 +19,20 @@ rng = np.random.default_rng(0)
 W = jnp.asarray(rng.normal(size=(12, 5)).astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "grid", quick([jc.Int(2), jc.Int(3, symmetric=False), jc.Int(4, group=4)], jc.Int(3, symmetric=False))
-)
-def test_it_begins_at_the_weights_and_hardens_to_the_nearest(grid) -> None:
-    params = adaround({"kernel": W, "bias": jnp.zeros(5)}, grid, scale=AbsMax())
+BEGUN = {
+    "int2": (jc.Int(2), jc.Channels()),
+    "int3": (jc.Int(3, symmetric=False), jc.Channels()),
+    "groups": (jc.Int(4), jc.Groups(4)),
+}
+
+
+@pytest.mark.parametrize("name", quick(BEGUN, "int3"))
+def test_it_begins_at_the_weights_and_hardens_to_the_nearest(name) -> None:
+    grid, per = BEGUN[name]
+    params = adaround({"kernel": W, "bias": jnp.zeros(5)}, grid, per=per, scale=AbsMax())
     leaf = params["kernel"]
     low, high = grid.code_range
-    plain = jc.quantize(grid).apply((), {"kernel": W})["kernel"]
+    plain = jc.quantize(grid, per=per).apply((), {"kernel": W})["kernel"]
     inside = (leaf.floor >= low) & (leaf.floor < high)
     off = np.abs(np.asarray(leaf.materialize() - W))
     assert (off[np.asarray(inside)] < 1e-5).all()
@@ -39,11 +45,13 @@ def test_it_begins_at_the_weights_and_hardens_to_the_nearest(grid) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.0**-140, -0.3, 1e38])
 @pytest.mark.parametrize(
-    "grid", [jc.Int(4), jc.Int(4, symmetric=False), jc.Int(2, group=4)], ids=["symmetric", "asymmetric", "group"]
+    ("grid", "per"),
+    [(jc.Int(4), jc.Channels()), (jc.Int(4, symmetric=False), jc.Channels()), (jc.Int(2), jc.Groups(4))],
+    ids=["symmetric", "asymmetric", "groups"],
 )
-def test_a_constant_leaf_is_finite_and_within_half_a_step(grid, value) -> None:
+def test_a_constant_leaf_is_finite_and_within_half_a_step(grid, per, value) -> None:
     w = jnp.full((4, 3), value)
-    params = adaround({"kernel": w}, grid)
+    params = adaround({"kernel": w}, grid, per=per)
     grads = jax.grad(lambda p: jnp.sum(jc.materialize(p)["kernel"]))(params)
     chex.assert_tree_all_finite((params, grads))
     half = 0.50001 * params["kernel"].scale.max()
@@ -76,7 +84,10 @@ def test_regularizer_and_its_annealing() -> None:
     assert bool(jnp.isfinite(grads.rounding).all())
     beta = annealed_beta(1000)
     assert [float(beta(i)) for i in (0, 200)] == [20.0, 20.0]
-    assert float(beta(1000)) == pytest.approx(2.0)
+    for i in (300, 600, 999, 1000, 2000):
+        wanted = 2 + 18 * 0.5 * (1 + np.cos(np.pi * min((i - 200) / 800, 1)))
+        assert float(beta(i)) == pytest.approx(wanted, rel=1e-5)
+        assert float(jax.jit(beta)(jnp.int32(i))) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_pruned_weights_stay_zero() -> None:
@@ -122,6 +133,8 @@ def test_errors() -> None:
         harden({"kernel": W})
     with pytest.raises(ValueError, match="rounding_regularizer: the tree has no softly rounded leaf"):
         rounding_regularizer({"kernel": W}, 2.0)
+    with pytest.raises(TypeError, match=r"adaround: per must be one of .*Tiles\(shape\), got Buckets\(size=8\)"):
+        adaround({"kernel": W}, jc.Int(4), per=jc.core.Buckets(8))
     with pytest.raises(ValueError, match="annealed_beta: wants 2 steps or more"):
         annealed_beta(1)
     with pytest.raises(ValueError, match="adaround: 'kernel' was made by adaround earlier in this chain"):

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.core.layouts import Buckets, Tiles
 from jaxcomp.quantization.leaves import Folded
 from jaxcomp.quantization.level_grids import E2M1, E2M3, E3M2, E4M3, E5M2, Levels
-from jaxcomp.quantization.microscaling import Blocked
+from jaxcomp.quantization.microscaling import E8M0, Blocked
 from jaxcomp.quantization.scales import MSE, AbsMax, Fixed, MeanAbs, Percentile, Stochastic
+from jaxcomp.recipes import mx, nf4, nvfp4
 from tests.laws import assert_same_bits
 from tests.marks import quick
 
@@ -26,7 +28,7 @@ GRIDS = [
     jc.Int(4),
     E4M3,
     E2M1,
-    jc.quantization.NF4(group=None),
+    jc.quantization.NF4(),
     jc.quantization.PoT(4),
     jc.quantization.APoT(4),
     Levels((-1.0, -0.5, 0.5, 1.0)),
@@ -34,7 +36,7 @@ GRIDS = [
 
 
 def leaf(w, grid, **options):
-    t = jc.quantize(grid, **options)
+    t = grid if isinstance(grid, jc.Transform) else jc.quantize(grid, **options)
     params = {"kernel": jnp.asarray(w)}
     return t.apply(t.init(params), params)["kernel"]
 
@@ -48,14 +50,14 @@ def test_signs_are_scaled_by_the_mean_magnitude() -> None:
     q = leaf(w, jc.Int(1))
     assert q.materialize().tolist() == [[2, -2], [-2, 2]]
     assert jc.pack(q).codes.data.nbytes == 1
-    assert leaf(w, jc.Int(1), channel_axes=()).scale.tolist() == [[2.0]]
+    assert leaf(w, jc.Int(1), per=jc.Tensor()).scale.tolist() == [[2.0]]
 
 
 @pytest.mark.parametrize("element", [E4M3, E5M2, E2M3, E3M2, E2M1], ids=lambda g: f"e{g.exponent}m{g.mantissa}")
 def test_mx_against_ml_dtypes(element) -> None:
     w = normal(64, 6) * np.array([1e-6, 1, 1, 300, 1, 1], np.float32)
     w[:32, 2] = 0
-    q = leaf(w, jc.quantization.MX(element))
+    q = leaf(w, mx(element))
     name = f"float{element.bits}_e{element.exponent}m{element.mantissa}" + ("" if element == E5M2 else "fn")
     blocks = w.reshape(2, 32, 6)
     absmax = np.abs(blocks).max(1, keepdims=True)
@@ -72,7 +74,7 @@ def test_mx_against_ml_dtypes(element) -> None:
 def test_mxint8_counts_in_sixty_fourths() -> None:
     w = np.clip(normal(32, 3), -0.9, 0.9) * np.array([1.0, 2.0, 0.5], np.float32)
     w[0] = [1.0, 3.99, 0.5]
-    q = leaf(w, jc.quantization.MX(jc.Int(8, narrow=True)))
+    q = leaf(w, mx(jc.Int(8, narrow=True)))
     exponents = np.asarray(jc.pack(q).scale.codes).astype(int) - 127
     assert exponents.tolist() == [[0, 1, -1]]
     step = 2.0**exponents / 64
@@ -81,7 +83,7 @@ def test_mxint8_counts_in_sixty_fourths() -> None:
 
 def test_nvfp4_against_ml_dtypes() -> None:
     w = normal(64, 5) * np.array([1, 1e-3, 1, 1, 0], np.float32)
-    q = leaf(w, jc.quantization.NVFP4)
+    q = leaf(w, nvfp4())
     blocks = w.reshape(4, 16, 5)
     outer = np.float32(np.abs(w).max() / (448 * 6))
     absmax = np.abs(blocks).max(1, keepdims=True)
@@ -96,24 +98,23 @@ def test_nvfp4_against_ml_dtypes() -> None:
 
 @pytest.mark.slow
 def test_blocks_are_exactly_their_group_in_a_convolution() -> None:
-    w = normal(3, 3, 8, 4)
-    assert leaf(w, jc.quantization.MX(E4M3, 4)).scale.shape == (3, 3, 2, 4)
-    assert leaf(w, jc.quantization.NF4(group=8)).scale.shape == (3, 3, 1, 4)
-    assert leaf(w, jc.Int(4, group=4)).scale.shape == (1, 1, 2, 4)
+    params = {"conv": {"kernel": jnp.asarray(normal(3, 3, 8, 4))}}
+    for t, groups in ((mx(E4M3, 4), 2), (nf4(8), 1), (jc.quantize(jc.Int(4), per=jc.Groups(4)), 2)):
+        assert t.apply(t.init(params), params)["conv"]["kernel"].scale.shape == (3, 3, groups, 4)
 
 
 def test_a_tile_has_one_scale() -> None:
     w = normal(4, 6)
     w[:2, :3] *= 100
-    q = leaf(w, jc.Int(8), tile=(2, 3))
+    q = leaf(w, jc.Int(8), per=Tiles((2, 3)))
     top = np.abs(w.reshape(2, 2, 2, 3)).max((1, 3))
     np.testing.assert_allclose(q.scale, top / 127.5, rtol=1e-6)
-    assert leaf(normal(5, 4, 6), E4M3, tile=(2, 3)).scale.shape == (5, 2, 2)
+    assert leaf(normal(5, 4, 6), E4M3, per=Tiles((2, 3))).scale.shape == (5, 2, 2)
 
 
 @given(w=hnp.arrays(np.float32, (5, 7), elements=st.floats(-10, 10, width=32)), bucket=st.sampled_from([8, 35, 99]))
 def test_buckets_of_the_flattened_leaf(w, bucket) -> None:
-    q = leaf(w, jc.Int(4), bucket=bucket)
+    q = leaf(w, jc.Int(4), per=Buckets(bucket))
     flat, got = w.reshape(-1), np.asarray(q.materialize()).reshape(-1)
     for start in range(0, flat.size, bucket):
         part = flat[start : start + bucket]
@@ -121,7 +122,7 @@ def test_buckets_of_the_flattened_leaf(w, bucket) -> None:
 
 
 def test_the_padding_of_a_bucket_does_not_count() -> None:
-    q = leaf(np.full((3, 1), 2.0, np.float32), jc.Int(1), bucket=8)
+    q = leaf(np.full((3, 1), 2.0, np.float32), jc.Int(1), per=Buckets(8))
     assert isinstance(q, Folded)
     assert q.materialize().tolist() == [[2.0]] * 3
     assert jc.pack(q).rows.codes.data.nbytes == 1
@@ -162,7 +163,7 @@ def test_what_a_mask_hides_is_not_counted(rule, grid, of_survivors) -> None:
 GRIDS_TRIED = {
     "int3": jc.Int(3),
     "int4": jc.Int(4, symmetric=False),
-    "nf4": jc.quantization.NF4(group=None),
+    "nf4": jc.quantization.NF4(),
     "e2m1": E2M1,
     "log4": jc.Log(4),
 }
@@ -200,7 +201,7 @@ def test_a_fixed_range_saturates() -> None:
 
 
 def test_stochastic_rounding_changes_with_the_step_and_repeats() -> None:
-    t = jc.quantize(jc.Int(3), channel_axes=(), scale=Fixed(3.5), rounding=Stochastic(jax.random.key(7)))
+    t = jc.quantize(jc.Int(3), per=jc.Tensor(), scale=Fixed(3.5), rounding=Stochastic(jax.random.key(7)))
     params = {"kernel": jnp.full((200, 50), 0.3), "other": jnp.full((200, 50), 0.3)}
     state = t.init(params)
     steps = [t.update(state, params, step=i) for i in (0, 1, 1)]
@@ -212,7 +213,7 @@ def test_stochastic_rounding_changes_with_the_step_and_repeats() -> None:
     assert abs(float(seen[0]["kernel"].mean()) - 0.3) < 5 * (0.21 / 10000) ** 0.5
 
 
-@pytest.mark.parametrize("grid", quick(GRIDS, jc.Int(1), jc.quantization.PoT(4), jc.quantization.NF4(None)), ids=str)
+@pytest.mark.parametrize("grid", quick(GRIDS, jc.Int(1), jc.quantization.PoT(4), jc.quantization.NF4()), ids=str)
 def test_zeros_of_a_mask_stay_zero_and_files_keep_them(grid, tmp_path) -> None:
     params = {"kernel": jnp.asarray(normal(16, 8))}
     for sparsity in (0.1, 0.8):
@@ -225,7 +226,7 @@ def test_zeros_of_a_mask_stay_zero_and_files_keep_them(grid, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [*GRIDS, jc.quantization.MX(E4M3, 4), Blocked(jc.quantization.NF4(None), 4, E4M3)], ids=str
+    "grid", [*GRIDS, mx(E4M3, 4), jc.quantize(Blocked(jc.quantization.NF4(), E4M3), per=jc.Groups(4))], ids=str
 )
 @pytest.mark.parametrize("value", quick([0.0, 2.5, -1e-30], 0.0))
 def test_constant_leaves_are_finite(grid, value) -> None:
@@ -240,9 +241,8 @@ def test_constant_leaves_are_finite(grid, value) -> None:
 @pytest.mark.parametrize(
     "grid",
     quick(
-        [jc.Int(1), E4M3, jc.quantization.NF4(group=4), jc.quantization.MX(E2M1, 4), jc.quantization.NVFP4],
+        [jc.Int(1), E4M3, nf4(4), mx(E2M1, 4), nvfp4()],
         E4M3,
-        jc.quantization.NVFP4,
     ),
     ids=str,
 )
@@ -255,7 +255,7 @@ def test_half_precision_leaves_keep_their_type(grid, dtype) -> None:
 @pytest.mark.slow
 def test_double_precision_leaves_keep_their_type() -> None:
     with jax.enable_x64(True):
-        for grid in (jc.Int(1), E4M3, jc.quantization.APoT(8), jc.quantization.MX(E2M1, 4), jc.quantization.NVFP4):
+        for grid in (jc.Int(1), E4M3, jc.quantization.APoT(8), mx(E2M1, 4), nvfp4()):
             q = leaf(jnp.asarray(normal(16, 3), jnp.float64), grid)
             assert q.materialize().dtype == jnp.float64
             assert_same_bits(jc.pack(q).materialize(), q.materialize())
@@ -277,8 +277,8 @@ def test_integer_products_take_microscaled_integers_and_name_the_rest() -> None:
 
     params, x = {"kernel": jnp.asarray(normal(32, 4))}, jnp.asarray(normal(8, 32, seed=1))
     rules = {".*": jc.Act(8, range=jc.activations.Dynamic())}
-    for grid in (jc.Int(1), jc.quantization.MX(jc.Int(8, narrow=True))):
-        t = jc.quantize(grid).apply((), params)
+    for compress in (jc.quantize(jc.Int(1)), mx(jc.Int(8, narrow=True))):
+        t = compress.apply((), params)
         fake = jc.quantize_function(fn, rules)(t, {}, x)
         real = jc.quantize_function(fn, rules, integer=True)(jc.pack(t), {}, x)
         np.testing.assert_allclose(fake, real, rtol=1e-4, atol=1e-4)
@@ -295,11 +295,11 @@ GRIDS = {
     "sign": jc.Int(1),
     "log": jc.Log(4),
     "float": jc.Float(2, 1),
-    "nf4": jc.quantization.NF4(None),
+    "nf4": jc.quantization.NF4(),
     "pot": jc.quantization.PoT(4),
     "apot": jc.quantization.APoT(4),
-    "mx": jc.quantization.MX(block=3),
-    "nvfp": Blocked(E2M1, 3, E4M3),
+    "mx": Blocked(E2M1, E8M0()),
+    "nvfp": Blocked(E2M1, E4M3),
 }
 RULES = {"default": None, "percentile": Percentile(60), "fixed": Fixed(1.0)}
 
@@ -345,13 +345,25 @@ def test_nan_is_not_saved(tmp_path) -> None:
         (lambda: MSE(steps=1), ValueError, "MSE: steps must be an integer of at least 2, got 1"),
         (lambda: Fixed(0.0), ValueError, "the range's end must be positive and finite, got 0.0"),
         (lambda: Fixed({"kernel": jnp.array([1.0, -1.0])}), ValueError, "end at 'kernel' must be positive and finite"),
-        (lambda: jc.quantize(channel_axes=-1), ValueError, r"channel_axes must be a tuple of integers.*got -1"),
-        (lambda: jc.quantize(jc.Int(4, group=2), group_axis="x"), ValueError, "group_axis must be an integer, got 'x'"),
-        (lambda: jc.quantize(tile=4), ValueError, "tile must be a tuple of positive integers, got 4"),
-        (lambda: jc.quantize(tile=(4, 0)), ValueError, "tile must be a tuple of positive integers"),
-        (lambda: jc.quantize(bucket=0), ValueError, "bucket must be a positive integer, got 0"),
-        (lambda: jc.quantize(bucket=4, tile=(2, 2)), ValueError, "one way, got tile and bucket; take one of them"),
-        (lambda: jc.quantize(jc.quantization.NVFP4, tile=(2, 2)), ValueError, "one way, got tile and the grid's group"),
+        (lambda: jc.quantize(E8M0()), TypeError, r"quantize: wants a grid such as Int\(8\) or Log\(4\), got E8M0\(\)"),
+        (
+            lambda: jc.quantize(per=-1),
+            TypeError,
+            r"quantize: per must be one of Tensor\(\), Channels\(axes\), Groups\(size\), Tiles\(shape\), "
+            r"Buckets\(size\), got -1",
+        ),
+        (lambda: jc.quantize(per=jc.core.Tokens()), TypeError, r"quantize: per must be one of .*, got Tokens\(\)"),
+        (
+            lambda: jc.quantize(roles={"kernel": (0, 1)}),
+            TypeError,
+            r"quantize: roles must be what jaxcomp\.roles\(fn\)",
+        ),
+        (lambda: jc.Channels("x"), ValueError, "Channels: axes must be an integer, or several, got 'x'"),
+        (lambda: jc.Groups(0), ValueError, "Groups: size must be a positive integer, got 0"),
+        (lambda: jc.Groups(2, "x"), ValueError, "Groups: axis must be an integer, got 'x'"),
+        (lambda: Tiles(4), ValueError, "Tiles: shape must be a tuple of positive integers, got 4"),
+        (lambda: Tiles((4, 0)), ValueError, "Tiles: shape must be a tuple of positive integers"),
+        (lambda: Buckets(0), ValueError, "Buckets: size must be a positive integer, got 0"),
     ],
 )
 def test_refuses(make, error, message) -> None:
@@ -363,11 +375,11 @@ def test_refuses(make, error, message) -> None:
     ("t", "message"),
     [
         (
-            jc.quantize(tile=(4, 3)),
+            jc.quantize(per=Tiles((4, 3))),
             r"'a/kernel' has shape \(6, 3\), which tiles of \(4, 3\) do not divide; take",
         ),
-        (jc.quantize(tile=(2, 2, 3)), r"'a/kernel' has shape \(6, 3\), which has fewer axes than the tile"),
-        (jc.quantize(jc.quantization.NVFP4), r"'a/kernel' has 6 elements along axis -2 .* groups of 16 do not divide"),
+        (jc.quantize(per=Tiles((2, 2, 3))), r"'a/kernel' has shape \(6, 3\), which has fewer axes than tiles of"),
+        (nvfp4(), r"'a/kernel' has 6 elements along axis 0 .* groups of 16 do not divide"),
         (jc.quantize(scale=Fixed({"b": 1.0})), "the tree of Fixed has no entry for 'a/kernel', only 'b'"),
         (
             jc.quantize(scale=Fixed({"a": {"kernel": np.ones((2, 2), np.float32)}})),
@@ -381,5 +393,5 @@ def test_names_the_leaf_that_does_not_fit(t, message) -> None:
 
 
 def test_specs_are_values() -> None:
-    assert dataclasses.replace(E4M3, group=8) == jc.Float(4, 3, reserved=1, group=8)
+    assert dataclasses.replace(E4M3, bias=3) == jc.Float(4, 3, reserved=1, bias=3)
     assert AbsMax() == AbsMax()

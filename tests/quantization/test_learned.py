@@ -13,6 +13,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.quantization.leaves import Folded
 from jaxcomp.quantization.level_grids import E2M1, Levels
+from jaxcomp.quantization.microscaling import E8M0, Blocked
 from jaxcomp.quantization.scales import AbsMax, Fixed
 from tests.laws import assert_same_bits
 
@@ -86,7 +87,7 @@ def test_offset_has_the_gradient_of_lsq_plus() -> None:
 
 
 def test_the_scale_of_a_sign_has_the_derivative_itself() -> None:
-    leaf = jc.quantization.learned(jnp.asarray(W), jc.Int(1), where=jc.core.everything, channel_axes=())
+    leaf = jc.quantization.learned(jnp.asarray(W), jc.Int(1), per=jc.Tensor())
     np.testing.assert_allclose(leaf.scale, np.abs(W).mean(keepdims=True), rtol=1e-6)
     found = gradients(leaf)
     np.testing.assert_allclose(found.scale[0, 0], (UP * np.where(W < 0, -1, 1)).sum() / np.sqrt(60), rtol=1e-5)
@@ -100,7 +101,7 @@ def test_the_first_step_is_lsqs_or_a_rules() -> None:
     like = jc.quantize(jc.Int(3)).apply((), {"kernel": jnp.asarray(W)})["kernel"]
     assert_same_bits(leaf.materialize(), like.materialize())
     threshold = jc.quantization.learned(
-        {"kernel": jnp.asarray(W)}, jc.quantization.APoT(4), scale=Fixed(1.5), channel_axes=()
+        {"kernel": jnp.asarray(W)}, jc.quantization.APoT(4), scale=Fixed(1.5), per=jc.Tensor()
     )["kernel"]
     np.testing.assert_allclose(threshold.scale, 1.5)
     kept = jc.quantization.learned(
@@ -156,7 +157,7 @@ def test_jit_equals_eager() -> None:
 
 
 def test_pruned_weights_stay_zero_in_training_and_in_the_file(tmp_path) -> None:
-    params = jc.quantization.learned({"kernel": jnp.asarray(W), "bias": jnp.zeros(5)}, jc.Int(4, group=4))
+    params = jc.quantization.learned({"kernel": jnp.asarray(W), "bias": jnp.zeros(5)}, jc.Int(4), per=jc.Groups(4))
     prune = jc.prune(0.5)
     state = prune.init(params)
     grads = jax.jit(jax.grad(lambda p: jnp.sum((jc.materialize(prune.apply(state, p))["kernel"] - UP) ** 2)))(params)
@@ -220,14 +221,20 @@ def test_learned_scales_beat_the_largest_magnitude_at_two_bits() -> None:
             TypeError,
             r"wants a uniform grid such as Int\(4\) or a table such as APoT\(4\), got Comp",
         ),
-        ({"grid": jc.quantization.NVFP4}, TypeError, "wants a uniform grid"),
-        ({"grid": 4}, TypeError, "learned: wants a grid such as"),
+        ({"grid": Blocked(E2M1, E8M0())}, TypeError, "wants a uniform grid"),
+        ({"grid": 4}, TypeError, r"a trained scale wants a uniform grid such as Int\(4\) .*, got 4"),
         ({"grid": jc.Int(4, symmetric=False)}, ValueError, "has a zero point; train it by offset=True"),
         ({"offset": True}, ValueError, "offset=True wants an asymmetric grid"),
         ({"scale": 3.0}, TypeError, "learned: scale must be a rule"),
-        ({"grid": jc.Int(4, group=5)}, ValueError, "learned: 'kernel' has 12 elements along axis -2"),
+        ({"per": jc.Groups(5)}, ValueError, "learned: 'kernel' has 12 elements along axis 0"),
+        (
+            {"per": jc.core.Buckets(8)},
+            TypeError,
+            r"learned: per must be one of .*Tiles\(shape\), got Buckets\(size=8\)",
+        ),
+        ({"roles": {}}, TypeError, r"learned: roles must be what jaxcomp\.roles"),
         ({"where": "nothing"}, ValueError, "learned: rule 'nothing' matches nothing"),
-        ({"tile": (5, 5)}, ValueError, "learned: 'kernel' has shape"),
+        ({"per": jc.core.Tiles((5, 5))}, ValueError, "learned: 'kernel' has shape"),
     ],
 )
 def test_wrong_choices_are_named(kwargs, error, text) -> None:
@@ -241,7 +248,7 @@ def test_wrong_leaves_are_named() -> None:
     params = jc.quantization.learned({"kernel": jnp.asarray(W)})
     with pytest.raises(ValueError, match="'kernel/latent' belongs to a learned leaf already; leave it out by a rule"):
         jc.quantization.learned(params)
-    for second in (jc.quantize(jc.Int(8)), jc.quantize(jc.Int(8), bucket=16)):
+    for second in (jc.quantize(jc.Int(8)), jc.quantize(jc.Int(8), per=jc.core.Buckets(16))):
         seen = second.apply((), params)
         assert isinstance(seen["kernel"].latent, jc.quantization.Quantized | Folded)
         for use in (jc.materialize, jc.pack):
@@ -258,7 +265,7 @@ def test_the_recipe_of_dorefa_is_its_equation_9() -> None:
     from tests.test_documents import BLOCKS
 
     names: dict[str, Any] = {}
-    exec(next(b for b in BLOCKS if "def dorefa" in b), names)
+    exec(next(b for b in BLOCKS.values() if "def dorefa" in b), names)
     for bits in (1, 2, 4):
         t, n = names["dorefa"](bits), 2**bits - 1
         squashed = np.tanh(W) / (2 * np.abs(np.tanh(W)).max()) + 0.5

@@ -98,8 +98,6 @@ def test_which_grids_have_a_zero() -> None:
         ),
         (lambda: jc.Float(2, 1, reserved=7), ValueError, r"Float: reserved must be in 0\.\.6, got 7"),
         (lambda: jc.Float(2, 1, bias=99), ValueError, r"Float: bias must be in -64\.\.64, got 99"),
-        (lambda: jc.Float(2, 1, group=0), ValueError, "Float: group must be a positive integer or None, got 0"),
-        (lambda: jc.quantization.NF4(-1), ValueError, "NF4: group must be a positive integer or None, got -1"),
         (lambda: jc.quantization.PoT(7), ValueError, r"PoT: bits must be an integer in 2\.\.6, got 7"),
         (lambda: Levels((1.0,)), ValueError, "Levels: wants 2 to 256 finite values"),
         (lambda: Levels((0.0, float("nan"))), ValueError, "Levels: wants 2 to 256 finite values"),
@@ -109,15 +107,10 @@ def test_which_grids_have_a_zero() -> None:
         (lambda: Levels((0.0, 1e300)), ValueError, "Levels: values must be 0 or normal float32 numbers"),
         (lambda: jc.Float(4, 3, 1.5), ValueError, "Float: reserved must be an integer, got 1.5"),
         (lambda: jc.Float(2, True), ValueError, "Float: mantissa must be an integer, got True"),
-        (lambda: jc.quantization.MX(jc.Log(4)), TypeError, "Blocked: wants a grid such as E2M1 and scales"),
-        (lambda: jc.quantization.MX(jc.Int(8, symmetric=False)), ValueError, "Blocked: an Int grid must be symmetric"),
-        (
-            lambda: jc.quantization.MX(jc.Int(8, group=4)),
-            ValueError,
-            "Blocked: wants its own group, and none in its grid, got 32 and 4",
-        ),
-        (lambda: jc.quantization.MX(E2M1, 0), ValueError, "Blocked: group must be a positive integer"),
-        (lambda: Blocked(E2M1, 16, jc.Int(8)), TypeError, "Blocked: wants a grid"),
+        (lambda: Blocked(jc.Log(4), E8M0()), TypeError, "Blocked: wants a grid such as E2M1 and scales"),
+        (lambda: Blocked(jc.Int(8, symmetric=False), E8M0()), ValueError, "Blocked: an Int grid must be symmetric"),
+        (lambda: Blocked(jc.Int(1), E8M0()), ValueError, "Blocked: an Int grid must be symmetric, of two bits or more"),
+        (lambda: Blocked(E2M1, jc.Int(8)), TypeError, "Blocked: wants a grid"),
     ],
 )
 def test_specs_refuse(make, error, message) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.quantization.level_grids import E2M1, E2M3, E3M2, E4M3, E5M2
+from jaxcomp.recipes import mx, nvfp4
 from tests.laws import assert_same_bits
 
 # A block whose largest magnitude lies in [1, 2): its scale is 2**-emax (section 6.3), emax being the exponent of the
@@ -27,9 +28,9 @@ def column(*blocks: list[float]) -> dict:
     return {"kernel": jnp.asarray(np.concatenate(blocks).astype(np.float32)[:, None])}
 
 
-def seen(spec, params) -> tuple[list[float], jc.quantization.Quantized]:
+def seen(transform, params) -> tuple[list[float], jc.quantization.Quantized]:
     """What the blocks become, and the packed leaf."""
-    tree = jc.quantize(spec).apply((), params)
+    tree = transform.apply((), params)
     packed = jc.pack(tree)["kernel"]
     assert_same_bits(packed.materialize(), tree["kernel"].materialize())
     return np.asarray(packed.materialize())[:, 0].tolist(), packed
@@ -42,7 +43,7 @@ def test_an_mx_block_by_hand(name) -> None:
     block = [1.998, -1.998, low_tie, -high_tie, tiny, tiny / 2, -1.5 * tiny, 0.0]
     want = [top, -top, below, -above, tiny, 0.0, -2 * tiny, 0.0]
     shifts = [0, 5, -60]
-    got, packed = seen(jc.quantization.MX(element, 8), column(*([v * 2.0**shift for v in block] for shift in shifts)))
+    got, packed = seen(mx(element, 8), column(*([v * 2.0**shift for v in block] for shift in shifts)))
     assert got == [v * 2.0**shift for shift in shifts for v in want]
     assert np.asarray(packed.scale.codes)[:, 0].tolist() == [127 + shift - emax for shift in shifts]  # E8M0, biased
 
@@ -50,7 +51,7 @@ def test_an_mx_block_by_hand(name) -> None:
 def test_all_of_fp4_by_hand() -> None:
     block = [5.9, 0.25, 0.75, -1.25, 1.75, 2.5, -3.5, 5.0, 0.26, -0.74, 1.26, 1.74, 2.51, 3.49, 4.99, 5.01]
     want = [6.0, 0.0, 1.0, -1.0, 2.0, 2.0, -4.0, 4.0, 0.5, -0.5, 1.5, 1.5, 3.0, 3.0, 4.0, 6.0]
-    assert seen(jc.quantization.MX(E2M1, 16), column(block))[0] == want
+    assert seen(mx(E2M1, 16), column(block))[0] == want
 
 
 def test_nvfp4_blocks_by_hand() -> None:
@@ -60,7 +61,7 @@ def test_nvfp4_blocks_by_hand() -> None:
     second = [6.3, 5.0, 0.75, -0.2]  # 1.05 is between 1 and 1.125, nearer to 1: 6.3 saturates
     third = [6.4, 0.0, 0.0, 0.28]  # 1.0667 is nearer to 1.125; 0.28 over it is 0.249
     fourth = [0.01, 0.0005, -0.004, 0.0]  # 0.01 / 6 rounds to the least subnormal scale, 2**-9
-    got, packed = seen(jc.quantization.NVFP4, column(*(b + rest for b in (first, second, third, fourth))))
+    got, packed = seen(nvfp4(), column(*(b + rest for b in (first, second, third, fourth))))
     tiny = 2.0**-9
     want = [
         [2688.0, 0.0, 448.0, -896.0],

@@ -19,8 +19,8 @@ arrays = hnp.arrays(np.float32, st.sampled_from([(1, 1), (7, 5), (2, 3, 4)]), el
 
 def leaf(w, grid, **options) -> jc.quantization.Quantized:
     t = jc.quantize(grid, **options)
-    params = {"kernel": jnp.asarray(w)}
-    return t.apply(t.init(params), params)["kernel"]
+    params = {"conv": jnp.asarray(w)}  # the name settles what the axes of a kernel do
+    return t.apply(t.init(params), params)["conv"]
 
 
 def spread(scale, shape) -> np.ndarray:
@@ -32,7 +32,7 @@ def spread(scale, shape) -> np.ndarray:
 
 @given(w=arrays, bits=st.integers(2, 8), symmetric=st.booleans(), per_tensor=st.booleans())
 def test_the_error_is_half_a_step_at_most(w, bits, symmetric, per_tensor) -> None:
-    q = leaf(w, jc.Int(bits, symmetric=symmetric), channel_axes=() if per_tensor else (-1,))
+    q = leaf(w, jc.Int(bits, symmetric=symmetric), per=jc.Tensor() if per_tensor else jc.Channels())
     error = np.abs(np.asarray(q.materialize(), np.float64) - w)
     assert (error <= spread(q.scale, w.shape) * 0.5 * (1 + 2e-4) + 1e-37).all()
 
@@ -86,7 +86,7 @@ def test_a_companded_grid_takes_any_pair() -> None:
 
 def test_groups_have_their_own_scale() -> None:
     w = np.concatenate([np.full((4, 3), 0.01), np.full((4, 3), 10.0)]).astype(np.float32)
-    q = leaf(w, jc.Int(4, group=4))
+    q = leaf(w, jc.Int(4), per=jc.Groups(4))
     assert q.scale.shape == (2, 3)
     np.testing.assert_allclose(q.materialize(), w, rtol=0.07)
     whole = leaf(w, jc.Int(4))
@@ -95,7 +95,7 @@ def test_groups_have_their_own_scale() -> None:
 
 def test_stacked_layers_keep_a_scale_each() -> None:
     w = jnp.stack([jnp.ones((4, 3)), 100 * jnp.ones((4, 3))])
-    assert leaf(w, jc.Int(8), channel_axes=(0, -1)).scale.shape == (2, 1, 3)
+    assert leaf(w, jc.Int(8), per=jc.Channels((0, -1))).scale.shape == (2, 1, 3)
 
 
 def test_int4_is_no_worse_than_absmax_over_seven_and_a_half() -> None:
@@ -150,12 +150,6 @@ def test_refuses_one_bit_where_it_says_nothing() -> None:
         jc.Log(1)
 
 
-@pytest.mark.parametrize("group", [0, -4, 2.5])
-def test_refuses_a_group_that_is_none(group) -> None:
-    with pytest.raises(ValueError, match="group must be a positive integer or None"):
-        jc.Int(4, group=group)
-
-
 def test_refuses_narrow_without_symmetric() -> None:
     with pytest.raises(ValueError, match="narrow"):
         jc.Int(4, symmetric=False, narrow=True)
@@ -170,15 +164,15 @@ def test_refuses_what_is_no_grid() -> None:
     ("t", "message"),
     [
         (
-            jc.quantize(jc.Int(4, group=4)),
-            r"quantize: 'a/kernel' has 6 elements along axis -2 of shape \(6, 3\), which groups of 4 do not divide",
+            jc.quantize(jc.Int(4), per=jc.Groups(4)),
+            r"quantize: 'a/kernel' has 6 elements along axis 0 of shape \(6, 3\), which groups of 4 do not divide",
         ),
         (
-            jc.quantize(jc.Int(4, group=3), group_axis=-1),
-            r"'a/kernel' has axis -1 both as group axis and as channel axis",
+            jc.quantize(jc.Int(4), per=jc.Groups(2, -1)),
+            r"quantize: 'a/kernel' has 3 elements along axis 1 of shape \(6, 3\), which groups of 2 do not divide",
         ),
         (
-            jc.quantize(jc.Int(4), channel_axes=(5,)),
+            jc.quantize(jc.Int(4), per=jc.Channels(5)),
             r"'a/kernel' has shape \(6, 3\) and no axis 5; name axes in -2\.\.1",
         ),
         (jc.quantize(jc.Int(4), where="b/.*"), r"quantize: rule 'b/\.\*' matches nothing; the paths are 'a/kernel'"),

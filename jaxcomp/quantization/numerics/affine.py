@@ -79,37 +79,6 @@ def spread(scale: Float[Array, "*blocks"], shape: tuple[int, ...]) -> Float[Arra
     return jnp.broadcast_to(scale.reshape(narrow), wide).reshape(out)
 
 
-def scale_shape(
-    shape: tuple[int, ...], *, channel_axes: tuple[int, ...], group: int | None, group_axis: int
-) -> tuple[int, ...]:
-    """The shape of a scale: full along ``channel_axes``, grouped along ``group_axis``, 1 elsewhere.
-
-    Raises:
-      ValueError: an axis that the array does not have, a group axis that is a channel axis too, or a group that does
-        not divide.
-
-    >>> scale_shape((64, 10), channel_axes=(-1,), group=32, group_axis=-2)
-    (2, 10)
-    """
-    ndim = len(shape)
-    for a in (*channel_axes, *([group_axis] if group else [])):
-        if not -ndim <= a < ndim:
-            raise ValueError(f"has shape {shape} and no axis {a}; name axes in {-ndim}..{ndim - 1}")
-    own = {a % ndim for a in channel_axes}
-    out = [n if i in own else 1 for i, n in enumerate(shape)]
-    if group:
-        axis = group_axis % ndim
-        if axis in own:
-            raise ValueError(f"has axis {group_axis} both as group axis and as channel axis; take one of them")
-        if shape[axis] % group:
-            raise ValueError(
-                f"has {shape[axis]} elements along axis {group_axis} of shape {shape}, which groups of {group} do not"
-                f" divide; take a divisor of {shape[axis]}, another group_axis, or leave this leaf out by a rule"
-            )
-        out[axis] = shape[axis] // group
-    return tuple(out)
-
-
 def positive(scale: Float[Array, "*blocks"], least: float = 1.0) -> Float[Array, "*blocks"]:
     """At least ``least`` times the smallest normal number; a block of zeros gets 1: its codes are 0, its values too.
 

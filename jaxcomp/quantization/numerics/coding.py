@@ -79,7 +79,7 @@ def scale_of(
     if isinstance(grid, Companded):
         return companded_step(top, grid), None
     if isinstance(grid, E8M0):
-        raise TypeError("E8M0 is a grid for scales, not for weights; see MX.")
+        raise TypeError("E8M0 is a grid for scales, not for weights; see Blocked.")
     return positive(top * (1.0 / grid.top), least=1 / min(abs(v) for v in grid.levels if v)), None
 
 
