@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import Masked, dense
-from jaxcomp.core.paths import Where, matrices
+from jaxcomp.core.paths import Where, key_of_leaf, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.core.types import Params, State
@@ -115,7 +114,7 @@ def _drawing(key: jax.Array, apply: Any) -> Transform:
 def _leaf_key(state: State, rounding: Stochastic, path: str) -> jax.Array:
     """The step's key for a leaf: by its path, so that another leaf more changes none."""
     step = jax.random.wrap_key_data(state, impl=jax.random.key_impl(rounding.key))
-    return jax.random.fold_in(step, zlib.crc32(path.encode()))
+    return key_of_leaf(step, path)
 
 
 def quantized_leaf(
