@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcomp.core.paths import some_paths
+from jaxcomp.core.paths import Where, is_float_array, matrices, some_paths
+from jaxcomp.core.types import Leaf
 
 CONTRACTED, OUTPUT, BATCH, SPATIAL, INDEXED = "contracted", "output", "batch", "spatial", "indexed"
 STACKED, MIXED, SINGLE = "stacked", "mixed", "single"
@@ -148,3 +149,22 @@ def checked_roles(owner: str, roles: Any) -> Roles | None:
     if roles is not None and not isinstance(roles, Roles):
         raise TypeError(f"{owner}: roles must be what jaxcomp.roles(fn)(params, *args) gives, got {roles!r}.")
     return roles
+
+
+def where_of(where: Where | None, roles: Roles | None) -> Where:
+    """The rule itself; by default :func:`~jaxcomp.core.paths.matrices` or, with roles, the leaves that they name.
+
+    Of those, floating arrays of two or more axes, whatever their names.
+
+    >>> import jax.numpy as jnp
+    >>> rule = where_of(None, Roles({"b": AxisRoles(("contracted", "output"))}))
+    >>> rule("b", jnp.ones((2, 3))), rule("kernel", jnp.ones((2, 3))), where_of(None, None).__name__
+    (True, False, 'matrices')
+    """
+
+    def named_by_roles(path: str, leaf: Leaf) -> bool:
+        return roles is not None and path in roles and is_float_array(leaf) and len(leaf.shape) >= 2
+
+    if where is not None:
+        return where
+    return matrices if roles is None else named_by_roles
