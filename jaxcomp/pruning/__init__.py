@@ -1,6 +1,5 @@
 """Pruning: scores, structures, scopes and schedules as slots of one verb, and sparse training from the start."""
 
-from jaxcomp.pruning.from_zero import from_zero
 from jaxcomp.pruning.masks.nm import is_n_m
 from jaxcomp.pruning.schedules import PruningSchedule, alternating, constant, cubic, iterative, polynomial
 from jaxcomp.pruning.scores import (
@@ -21,6 +20,7 @@ from jaxcomp.pruning.sparse_training import regrow, rigl, sparse_evolution
 from jaxcomp.pruning.specs import ERK, NM, Block, Cut, Element, Filters, Given, Heuristic, StraightThrough, Tied
 from jaxcomp.pruning.statistics import accumulate
 from jaxcomp.pruning.transform import is_pruned, masked_by, prune
+from jaxcomp.pruning.unmasking import from_zero
 
 __all__ = [
     "ERK",

@@ -129,7 +129,7 @@ def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end
     """AC/DC: phases of ``dense`` steps without a mask and ``sparse`` steps with one, dense first; sparse from ``end``.
 
     A mask is found at the beginning of each sparse phase and kept through it: ``plan.gate(prune(plan))``. The paper
-    goes on from zeros where weights were masked: :func:`jaxcomp.pruning.sparse_training.from_zero` around the gate.
+    goes on from zeros where weights were masked: :func:`jaxcomp.pruning.unmasking.from_zero` around the gate.
     Without it they go on from where they were masked.
 
     Args:

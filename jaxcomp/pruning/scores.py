@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from jaxcomp.core.paths import key_of_leaf
 from jaxcomp.core.specs import check_key, is_number
-from jaxcomp.core.types import Key
 from jaxcomp.pruning.masks.units import pooled_axes
 from jaxcomp.pruning.specs import Filters
 
@@ -161,7 +160,7 @@ def norm(p: float | int) -> Score:
     return Score(f"norm({p})", lambda w: jnp.abs(w.astype(jnp.float32)) ** p)
 
 
-def random_score(key: Key) -> Score:
+def random_score(key: Any) -> Score:
     """Uniform noise, the same at every step: a growing sparsity only adds to the mask.
 
     Args:

@@ -16,9 +16,9 @@ from jaxcomp.core.slots import Slot, broadcasts, check_finite, rewrite, slots, s
 from jaxcomp.core.specs import Global, Local
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Params, PyTree, Step
+from jaxcomp.pruning.criterion import Criterion, Masks
 from jaxcomp.pruning.masks.units import over_units
 from jaxcomp.pruning.scores import Score, as_score, magnitude
-from jaxcomp.pruning.search import Masks, Search
 from jaxcomp.pruning.specs import (
     ERK,
     NM,
@@ -87,10 +87,10 @@ def prune(
     Source: Han et al. 2015, arXiv:1506.02626; Zhu and Gupta 2017, arXiv:1710.01878 (gradual); filters after Li et al.
     2016, arXiv:1608.08710; the sources of scores, structures and scopes are with them.
     """
-    criterion = as_score(score)
-    amount = _checked(sparsity, criterion, structure, scope, gradient)
+    score = as_score(score)
+    amount = _checked(sparsity, score, structure, scope, gradient)
     rule = where_of(where, checked_roles("prune", roles))
-    search = Search(criterion, structure, scope, amount, regrow, roles)
+    criterion = Criterion(score, structure, scope, amount, regrow, roles)
 
     def found(params: Params) -> dict[str, Slot]:
         return slots(params, rule, "prune")
@@ -98,12 +98,12 @@ def prune(
     def init(params: Params) -> Masks:
         selected = found(params)
         check_finite(selected, "prune")
-        return search.first(selected)
+        return criterion.first(selected)
 
     def update(state: Masks, params: Params, *, step: Step, **stats: PyTree) -> Masks:
         selected = found(params)
-        needed = {name: for_score(name, criterion, stats, selected, "prune") for name in criterion.needs}
-        return search.masks(selected, step, needed, state)
+        needed = {name: for_score(name, score, stats, selected, "prune") for name in score.needs}
+        return criterion.masks(selected, step, needed, state)
 
     def apply(state: Masks, params: Params) -> Params:
         through, new = isinstance(gradient, StraightThrough), {}
@@ -176,7 +176,7 @@ def is_pruned(tree: PyTree) -> bool:
 
 
 def _checked(
-    sparsity: Amount | None, criterion: Score, structure: Structure, scope: Scope, gradient: Gradient
+    sparsity: Amount | None, score: Score, structure: Structure, scope: Scope, gradient: Gradient
 ) -> Amount | None:
     """The amount; which structures and scopes say it themselves, and what does not go together."""
     for name, value, kinds in (
@@ -187,9 +187,9 @@ def _checked(
         if not isinstance(value, kinds):
             wanted = ", ".join(k.__name__ for k in get_args(kinds))
             raise TypeError(f"prune: {name} must be one of {wanted}, as in {name}={_example(kinds)}, got {value!r}.")
-    if criterion.signed and isinstance(structure, Filters | Tied) and structure.order != 1:
+    if score.signed and isinstance(structure, Filters | Tied) and structure.order != 1:
         raise ValueError(
-            f"prune: score {criterion.name!r} may be below zero, which a norm of order {structure.order!r} would hide;"
+            f"prune: score {score.name!r} may be below zero, which a norm of order {structure.order!r} would hide;"
             " take order=1, the sum."
         )
     says = [x for x in (structure, scope) if isinstance(x, NM | Given)]

@@ -35,7 +35,7 @@ def erk(shapes: Shapes, sparsity: Fraction, spec: ERK = ERK()) -> dict[str, Frac
     return _named(shapes, 1 - densities)
 
 
-def heuristic(shapes: Shapes, sparsity: Fraction, spec: Heuristic = Heuristic()) -> dict[str, Fraction]:
+def heuristic(shapes: Shapes, sparsity: Fraction, spec: Heuristic = Heuristic()) -> dict[str, Fraction]:  # noqa: B008
     """The sparsities that grow with the leaf's logarithm, see :class:`~jaxcomp.pruning.specs.Heuristic`.
 
     >>> {k: round(v, 3) for k, v in heuristic({"small": (10, 10), "large": (100, 100)}, 0.5).items()}

@@ -26,8 +26,8 @@ ByName = Mapping[str, Mapping[str, jax.Array]]
 
 
 @dataclass(frozen=True)
-class Search:
-    """How the masks of a tree are found; the fields are the arguments of :func:`~jaxcomp.pruning.transform.prune`."""
+class Criterion:
+    """By what the masks of a tree are found; its fields are arguments of :func:`~jaxcomp.pruning.transform.prune`."""
 
     score: Score
     structure: Structure
