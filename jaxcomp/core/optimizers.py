@@ -1,4 +1,4 @@
-"""What a weight that comes back starts from: zero, with an optimizer that has forgotten it."""
+"""Beside an optimizer: which of its arrays are a parameter's, what regrown weights start from, an unchanged loop."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from numpy.lib.array_utils import normalize_axis_index
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot
-from jaxcomp.core.types import Step
+from jaxcomp.core.types import Shape, Step
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.select import Maybe, amounts_of, groups_of, select, tied
 from jaxcomp.pruning.masks.units import Units, alive_units, unit_scores
@@ -69,13 +69,11 @@ class Criterion:
         if isinstance(self.structure, Tied):
             groups = groups_of(self.structure, shapes)
             scores, left, gone = tied(groups, units, alive, dead)
-            kept = self._select(scores, left, gone, {g: x.shape for g, x in scores.items()}, step)
+            kept = self._select(scores, left, gone, shapes={g: x.shape for g, x in scores.items()}, step=step)
             return {p: kept[g].reshape(units[p].shape) for g, members in groups.items() for p in members}
-        return self._select(units, alive, dead, shapes, step)
+        return self._select(units, alive, dead, shapes=shapes, step=step)
 
-    def _select(
-        self, units: Masks, alive: Maybe, dead: Maybe, shapes: Mapping[str, tuple[int, ...]], step: Step
-    ) -> Masks:
+    def _select(self, units: Masks, alive: Maybe, dead: Maybe, *, shapes: Mapping[str, Shape], step: Step) -> Masks:
         normal = self.score.normalize
         scores = units if normal is None else {name: normal(x) for name, x in units.items()}
         return select(scores, alive, dead, amounts_of(self.scope, shapes, self.amount, step))

@@ -56,7 +56,7 @@ def cubic(final: float, *, begin: int = 0, end: int, initial: float = 0.0) -> Sc
 
     Source: Zhu and Gupta 2017, arXiv:1710.01878, equation 1.
     """
-    return _decay("cubic", final, initial, begin, end, 3)
+    return _decay("cubic", final, initial, begin=begin, end=end, power=3)
 
 
 def polynomial(
@@ -83,7 +83,8 @@ def polynomial(
     Source: ``PolynomialDecay`` of the TensorFlow model optimization toolkit, whose numbers and due steps these are.
     """
     return PruningSchedule(
-        _decay("polynomial", final, initial, begin, end, power), _period("polynomial", every, begin, end)
+        _decay("polynomial", final, initial, begin=begin, end=end, power=power),
+        _period("polynomial", every, begin, end),
     )
 
 
@@ -163,7 +164,7 @@ def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end
     return PruningSchedule(lambda step: jnp.where(is_sparse(step), jnp.float32(fraction), jnp.float32(0)), due)
 
 
-def _decay(owner: str, final: float, initial: float, begin: int, end: int, power: float) -> Schedule:
+def _decay(owner: str, final: float, initial: float, *, begin: int, end: int, power: float) -> Schedule:
     checked_fraction(owner, final), checked_fraction(owner, initial)
     if end <= begin:
         raise ValueError(f"{owner}: end must be after begin, got begin={begin}, end={end}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import jax
@@ -119,7 +120,8 @@ def regrow(
 
     def update(state: MaskState, params: Params, *, step: Step, **stats: PyTree) -> MaskState:
         found, _ = selected(params)
-        leaves = {name: for_score(name, score, stats, found, "regrow", DENSE) for name, score in needed.items()}
+        asked = partial(for_score, stats=stats, selected=found, owner="regrow", hint=DENSE)
+        leaves = {name: asked(name, score) for name, score in needed.items()}
         now, masks = jnp.asarray(step), {}
         for path, slot in found.items():
             own = {name: by_path[path] for name, by_path in leaves.items()}

@@ -110,7 +110,7 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
 
 
 def for_score(
-    name: str, score: Score, stats: Stats, selected: Mapping[str, Slot], owner: str, hint: str = ""
+    name: str, score: Score, stats: Stats, *, selected: Mapping[str, Slot], owner: str, hint: str = ""
 ) -> dict[str, jax.Array]:
     """The statistic that a score needs, by slot path: of the slot's shape, or 1 along some axes.
 

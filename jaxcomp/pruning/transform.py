@@ -102,7 +102,7 @@ def prune(
 
     def update(state: Masks, params: Params, *, step: Step, **stats: PyTree) -> Masks:
         selected = found(params)
-        needed = {name: for_score(name, score, stats, selected, "prune") for name in score.needs}
+        needed = {name: for_score(name, score, stats, selected=selected, owner="prune") for name in score.needs}
         return criterion.masks(selected, step, needed, state)
 
     def apply(state: Masks, params: Params) -> Params:

@@ -31,7 +31,7 @@ def erk(shapes: Shapes, sparsity: Fraction, spec: ERK = ERK()) -> dict[str, Frac
     raw = np.array([sum(s) for s in shapes.values()]) / sizes
     xp = _numpy_for(sparsity)
     ones = sizes.sum() - xp.floor(sparsity * _as(xp, sizes)).sum()
-    densities = _filled(raw**spec.power, sizes, ones, 1.0, xp)
+    densities = _filled(raw**spec.power, sizes, total=ones, most=1.0, xp=xp)
     return _named(shapes, 1 - densities)
 
 
@@ -50,10 +50,10 @@ def heuristic(shapes: Shapes, sparsity: Fraction, spec: Heuristic = Heuristic())
         raise ValueError(f"Heuristic: no leaf may be sparser than most={spec.most}, got sparsity {sparsity}.")
     raw = np.log(np.maximum(sizes, 2))  # one element has no logarithm to be sparse by
     wanted = xp.minimum(sparsity, spec.most) * sizes.sum()
-    return _named(shapes, _filled(raw, sizes, wanted, spec.most, xp))
+    return _named(shapes, _filled(raw, sizes, total=wanted, most=spec.most, xp=xp))
 
 
-def _filled(raw: np.ndarray, sizes: np.ndarray, total: Fraction, most: float, xp: ModuleType) -> Values:
+def _filled(raw: np.ndarray, sizes: np.ndarray, *, total: Fraction, most: float, xp: ModuleType) -> Values:
     """``min(most, scale * raw)`` with the scale at which ``sum(sizes * that) == total``.
 
     The k entries of the largest raw values are at the limit; k is the smallest for which all others stay below it.
