@@ -20,7 +20,7 @@ import jaxcomp as jc
 from jaxcomp.core.gates import every
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.pruning.masks.densities import erk
-from jaxcomp.pruning.schedules import Plan
+from jaxcomp.pruning.schedules import PruningSchedule
 from jaxcomp.pruning.scores import magnitude, taylor
 from jaxcomp.pruning.specs import ERK, Given, StraightThrough
 from tests.figures import TIES, W, digits, mask, masks, normal
@@ -103,10 +103,10 @@ SCHEDULES = {
 }
 
 
-def gradual(period: int, start: int, end: int, power: float, target: float) -> Plan:
+def gradual(period: int, start: int, end: int, power: float, target: float) -> PruningSchedule:
     """jaxpruner counts the step as done, so its numbers are one step ahead of the paper's; it is due at multiples."""
     shifted = jc.pruning.polynomial(target, begin=start - 1, end=end - 1, power=power)
-    return Plan(shifted, every(period, start=ceil(start / period) * period, stop=end + 1))
+    return PruningSchedule(shifted, every(period, start=ceil(start / period) * period, stop=end + 1))
 
 
 @pytest.mark.parametrize("args", SCHEDULES)
@@ -245,7 +245,7 @@ DROP_AND_GROW = {0.3: "da4923", 5 / 11: "da4227"}
 def test_drop_and_grow(fraction) -> None:
     params, grads = {"kernel": jnp.asarray(V)}, {"kernel": jnp.asarray(normal(6, 4, seed=3))}
     active = int((np.abs(V) > 0.5).sum())
-    by_size = jc.pruning.regrow(1 - active / V.size, initial=magnitude)
+    by_size = jc.pruning.regrow(1 - active / V.size, key=jax.random.key(0), initial=magnitude)
     state = by_size.init(params)
     assert digits(state.masks["kernel"]) == "5b1923"
     # Half way to its stop, RigL's share is half of what it began with.

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcomp as jc
+from jaxcomp.core.gates import never, when
 from jaxcomp.core.layouts import Buckets, Channels
 from jaxcomp.factorization.specs import CP, RankOne, Tucker2
 from jaxcomp.pruning.scores import lamp
@@ -62,9 +63,10 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "gate_stacked": jc.chain(jc.prune(0.2), jc.gate(jc.prune(0.5), jc.every(1, start=1))),
     "once": jc.once(jc.prune(0.5, score=jc.pruning.sensitivity)),
     # Dynamic sparse training: grown at random, and by gradient with a falling share; static, then quantized.
-    "regrow_random": jc.pruning.regrow(0.6, key=jax.random.key(0), due=jc.every(1)),
+    "regrow_random": jc.pruning.regrow(0.6, key=jax.random.key(0)),
     "rigl": jc.pruning.rigl(0.6, key=jax.random.key(0), period=1, stop=9),
-    "regrow_int4": jc.chain(jc.pruning.regrow(0.8, initial=jc.pruning.magnitude), jc.quantize(jc.Int(4))),
+    "static_int4": jc.chain(when(jc.pruning.regrow(0.8, key=jax.random.key(0)), never), jc.quantize(jc.Int(4))),
+    "prune_when": when(jc.prune(jc.cubic(0.8, end=4)), jc.every(2)),
     "low_rank": jc.low_rank(2),
     "low_rank_pruned_quantized": jc.chain(jc.low_rank(3), jc.prune(0.5), jc.quantize(jc.Int(8))),
     "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
@@ -106,7 +108,7 @@ SLOW = {
     "prune_elements_of_filters",
     "prune_constant_schedule",
     "regrow_random",
-    "regrow_int4",
+    "static_int4",
     "low_rank_pruned_quantized",
     "rank_one",
     "cp",
@@ -196,7 +198,7 @@ def test_laws_hold_in_half_precision(name: str, dtype: jnp.dtype) -> None:
 
 RESCALED = {
     "prune": jc.prune(0.5),
-    "regrow": jc.pruning.regrow(0.5, key=jax.random.key(0), due=jc.every(1)),
+    "regrow": jc.pruning.regrow(0.5, key=jax.random.key(0)),
     "low_rank": jc.low_rank(2),
     "factorize": lambda p: jc.factorize(p, 2),
     "learned": lambda p: jc.quantization.learned(p, jc.Int(4)),

@@ -92,7 +92,7 @@ def transform_of(name: Name, config: Sparse, key: jax.Array, steps: int) -> jc.T
     stop, period = max(1, steps * 3 // 4), config.period
     match name:
         case "static":
-            return jc.pruning.regrow(config.sparsity, key=key)
+            return jc.core.when(jc.pruning.regrow(config.sparsity, key=key), jc.core.never)
         case "set":
             return jc.pruning.sparse_evolution(
                 config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction

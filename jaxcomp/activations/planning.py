@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcomp.activations.fake import scale_blocks
 from jaxcomp.activations.specs import PerGroup, Rule
-from jaxcomp.core.paths import Where, describe, matches, some_paths
+from jaxcomp.core.paths import Where, describe, first_matches, some_paths
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.nested import CUSTOM_RULE
@@ -64,23 +64,14 @@ def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
             raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act, a Float8 or None, got {act!r}.")
     every = sites_of(program)
     ops = {op.location: op for op in program.flow.ops}
-    used: set[int] = set()
+    firsts = first_matches(rules, [(site.path, site) for site in every], owner=OWNER, things="sites")
     planned = []
-    for site in every:
-        first = next((i for i, (where, _) in enumerate(table) if matches(where, site.path, site)), None)
-        if first is not None:
-            used.add(first)
+    for site, first in zip(every, firsts, strict=True):
         act = None if first is None else table[first][1]
         why = "no rule matches it" if first is None else "the rule leaves it" if act is None else declined(site)
         if not why:
             _check_groups(site, act)
         planned.append(Planned(site, ops[site.location], None if why else act, why))
-    for i, (where, _) in enumerate(table):
-        if i not in used:
-            raise ValueError(
-                f"{OWNER}: rule {describe(where)} matches no site that an earlier rule did not take; the sites are "
-                f"{some_paths((s.path for s in every), 20)}."
-            )
     return tuple(planned)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
 from jaxcomp.core.specs import is_integer
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 
-Due = Callable[[jax.Array], jax.Array]
+Due = Callable[[jax.Array], jax.Array | np.bool_]
 """Says whether a step is due: a scalar integer step to a scalar boolean, jit-safe."""
 
 
@@ -35,6 +36,44 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     return due
 
 
+def never(step: Step) -> np.bool_:
+    """Never due: what ``init`` found is kept, as ``when(regrow(0.9, key=key), never)`` keeps its random masks.
+
+    >>> bool(never(0))
+    False
+    """
+    return np.False_  # no array of jax's, which jit would trace: so inside jit, too, no update is compiled
+
+
+def when(transform: Transform, due: Due) -> Transform:
+    """Says when: the transform is applied always, and updated at due steps only.
+
+    Between due steps nothing of ``update`` is computed, and no statistics are asked for. The state is the transform's.
+
+    Args:
+      transform: what.
+      due: when, such as :func:`every`, or :func:`never`.
+
+    Raises:
+      ValueError: at ``init``, where ``due`` does not give a scalar boolean.
+
+    >>> from jaxcomp import prune
+    >>> t = when(prune(0.5), every(10))
+    >>> state = t.init({"kernel": jnp.array([[1.0, 2.0]])})
+    >>> [t.update(state, {"kernel": jnp.array([[2.0, 1.0]])}, step=i)["kernel"].tolist() for i in (9, 10)]
+    [[[False, True]], [[True, False]]]
+    """
+
+    def init(params: Params) -> State:
+        _check_due("when", due)
+        return transform.init(params)
+
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
+        return cond(due(jnp.asarray(step)), lambda: transform.update(state, params, step=step, **stats), lambda: state)
+
+    return Transform(init, update, transform.apply)
+
+
 class GateState(NamedTuple):
     """Whether the gate has ever opened, and the state behind it."""
 
@@ -45,7 +84,7 @@ class GateState(NamedTuple):
 def gate(transform: Transform, due: Due) -> Transform:
     """Says when: the transform sleeps until the first due step, and is updated at due steps only.
 
-    While it sleeps, ``apply`` gives the parameters as they are. Between due steps nothing of ``update`` is computed.
+    While it sleeps, ``apply`` gives the parameters as they are; that is what it is more than :func:`when`.
 
     Args:
       transform: what.
@@ -55,17 +94,14 @@ def gate(transform: Transform, due: Due) -> Transform:
       ValueError: at ``init``, where ``due`` does not give a scalar boolean.
     """
 
-    def init(params: Params) -> State:
-        out = jax.eval_shape(due, jax.ShapeDtypeStruct((), jnp.int32))
-        if getattr(out, "shape", None) != () or getattr(out, "dtype", None) != jnp.bool_:
-            raise ValueError(f"gate: due(step) must be a scalar boolean, got {out}; see every().")
+    def init(params: Params) -> GateState:
+        _check_due("gate", due)
         return GateState(jnp.zeros((), bool), transform.init(params))
 
-    def update(state: GateState, params: Params, *, step: Any, **stats: Any) -> State:
-        def now() -> GateState:
-            return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
-
-        return cond(due(jnp.asarray(step)), now, lambda: state)
+    def update(state: GateState, params: Params, *, step: Step, **stats: PyTree) -> GateState:
+        now, inner = due(jnp.asarray(step)), state.inner
+        updated = cond(now, lambda: transform.update(inner, params, step=step, **stats), lambda: inner)
+        return GateState(state.opened | now, updated)
 
     def apply(state: GateState, params: Params) -> Params:
         return _switch(state.opened, transform.apply(state.inner, params), params)
@@ -76,29 +112,34 @@ def gate(transform: Transform, due: Due) -> Transform:
 def once(transform: Transform) -> Transform:
     """Updates at the first ``update`` only: what it finds in the statistics of that step is kept."""
 
-    def init(params: Params) -> State:
+    def init(params: Params) -> GateState:
         return GateState(jnp.zeros((), bool), transform.init(params))
 
-    def update(state: GateState, params: Params, *, step: Any, **stats: Any) -> State:
-        def now() -> GateState:
-            return GateState(jnp.ones((), bool), transform.update(state.inner, params, step=step, **stats))
-
-        return cond(state.opened, lambda: state, now)
+    def update(state: GateState, params: Params, *, step: Step, **stats: PyTree) -> GateState:
+        first, inner = ~state.opened, state.inner
+        updated = cond(first, lambda: transform.update(inner, params, step=step, **stats), lambda: inner)
+        return GateState(jnp.ones((), bool), updated)
 
     return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
 
 
-def cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
-    """``lax.cond`` over states; outside jit the choice is known, and only that branch is run."""
+def cond(chosen: jax.Array | np.bool_, then: Callable[[], State], otherwise: Callable[[], State]) -> State:
+    """``lax.cond`` over states; where the choice is known, as outside jit, only that branch is run."""
     if isinstance(chosen, jax.core.Tracer):
         return jax.lax.cond(chosen, then, otherwise)
     return then() if chosen else otherwise()
 
 
+def _check_due(owner: str, due: Due) -> None:
+    out = jax.eval_shape(due, jax.ShapeDtypeStruct((), jnp.int32))
+    if getattr(out, "shape", None) != () or getattr(out, "dtype", None) != jnp.bool_:
+        raise ValueError(f"{owner}: due(step) must be a scalar boolean, got {out}; see every().")
+
+
 def _switch(active: jax.Array, on: Params, off: Params) -> Params:
     """``on`` where active, else ``off``; a mask stays open to later transforms, any other change is closed."""
 
-    def leaf(new: Any, old: Any) -> Any:
+    def leaf(new: Leaf, old: Leaf) -> Leaf:
         if new is old:
             return new
         if isinstance(new, Masked) and not is_compressed(new.values):

@@ -1,9 +1,9 @@
-"""What a weight that comes back starts from: zero, with an optimizer that has forgotten it."""
+"""Beside an optimizer: which of its arrays are a parameter's, what regrown weights start from, an unchanged loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ import optax
 from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import path_str, some_paths
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Leaf, Params, PyTree, State
+
+KeyPath = jax.tree_util.KeyPath
+T = TypeVar("T")
 
 
 class MaskState(NamedTuple):
@@ -25,15 +28,15 @@ class MaskState(NamedTuple):
     masks: dict[str, jax.Array]
 
 
-def reset_regrown(old_state: Any, new_state: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
+def reset_regrown(old_state: State, new_state: State, params: Params, opt_state: State) -> tuple[Params, State]:
     """Zeroes the weights that ``update`` has just made active, and all that an optimizer remembers of them.
 
     Call it after every ``update`` of a transform that holds :func:`~jaxcomp.pruning.sparse_training.regrow`; where no
     weight is grown it changes nothing. In the functional design a masked weight keeps the value it had, so this is what
     makes a regrown one start at zero.
 
-    The arrays of the optimizer's state that belong to a parameter are found by their place and shape: their path ends
-    with the parameter's, and their shape is the parameter's. So momentum and both moments are found in sgd, adam, lion,
+    The arrays of the optimizer's state that belong to a parameter are found by their place (see :func:`map_owned`) and
+    have its shape. So momentum and both moments are found in sgd, adam, lion,
     muon and all others, inside ``chain``, ``masked``, ``partition`` and ``inject_hyperparams`` too. What is not of the
     parameter's shape is left: counters, hyperparameters, the row and column statistics of a factored adafactor (they
     mix a weight with its neighbours). Step counters are one for all weights, so adam's bias correction does not start
@@ -68,11 +71,36 @@ def reset_regrown(old_state: Any, new_state: Any, params: Any, opt_state: Any) -
             f"reset_regrown: {lost[0]!r} is masked but is no leaf of the parameters, which are"
             f" {some_paths(places.values())}; an earlier transform made it. Put regrow first in the chain."
         )
-    by_place = {key_path: grown.get(path) for key_path, path in places.items()}
-    return _zeroed(params, by_place), _zeroed(opt_state, by_place)
+    owners = {key_path: grown.get(path) for key_path, path in places.items()}
+    return map_owned(_zeroed, params, owners), map_owned(_zeroed, opt_state, owners)
 
 
-def _masks(state: Any) -> dict[str, jax.Array]:
+def map_owned(f: Callable[[str, Leaf, T], Leaf], tree: PyTree, owners: Mapping[KeyPath, T]) -> PyTree:
+    """The tree with ``f(path, leaf, owner)`` at each leaf that belongs to a parameter; all others stay.
+
+    A leaf of an optimizer's state belongs to the parameter whose key path its own ends with; of two that fit, to the
+    one with the longer path.
+
+    Args:
+      f: makes the new leaf.
+      tree: any state over parameters, or the parameters themselves.
+      owners: what ``f`` is given of each parameter, by its key path.
+
+    >>> params = {"w": 1.0}
+    >>> owners = {key_path: "mine" for key_path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    >>> map_owned(lambda path, x, owner: (path, owner), {"mu": {"w": 0.0}, "count": 0}, owners)
+    {'count': 0, 'mu': {'w': ('mu/w', 'mine')}}
+    """
+
+    def leaf(key_path: KeyPath, x: Leaf) -> Leaf:
+        ends = (key_path[i:] for i in range(len(key_path) + 1))  # from the whole path on, so the longest comes first
+        mine = next((end for end in ends if end in owners), None)
+        return x if mine is None else f(path_str(key_path), x, owners[mine])
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _masks(state: State) -> dict[str, jax.Array]:
     """The masks of every :class:`MaskState` inside a state, by path."""
     inside = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, MaskState))
     return {path: m for s in inside if isinstance(s, MaskState) for path, m in s.masks.items()}
@@ -88,23 +116,16 @@ def _grown(old: Mapping[str, jax.Array], new: Mapping[str, jax.Array]) -> dict[s
     return {path: new[path] & ~old[path] for path in new}
 
 
-def _zeroed(tree: Any, grown: Mapping[tuple[Any, ...], jax.Array | None]) -> Any:
-    """The tree with zeros at the regrown entries of each leaf that belongs to a parameter."""
-
-    def leaf(key_path: tuple[Any, ...], x: Any) -> Any:
-        # From the whole path on, so that of two parameters that fit, the one with the longer path wins.
-        ends = (key_path[i:] for i in range(len(key_path) + 1))
-        mask = next((grown[end] for end in ends if end in grown), None)
-        if mask is None or getattr(x, "shape", None) != mask.shape:
-            return x
-        return jnp.where(mask, jnp.zeros((), x.dtype), x)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+def _zeroed(path: str, x: Leaf, grown: jax.Array | None) -> Leaf:
+    """Zeros at the regrown entries of what has the parameter's shape."""
+    if grown is None or getattr(x, "shape", None) != grown.shape:
+        return x
+    return jnp.where(grown, jnp.zeros((), x.dtype), x)
 
 
 def dense_value_and_grad(
-    transform: Transform, loss: Callable[..., Any], *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any, Any]]:
+    transform: Transform, loss: Callable[..., PyTree], *, has_aux: bool = False
+) -> Callable[..., tuple[PyTree, Params, Params]]:
     """A function ``(state, params, *args) -> (value, grads, dense)`` of one backward pass.
 
     With ``w(p) = materialize(transform.apply(state, p))``: ``value = loss(w(params), *args)``; ``dense = ∂loss/∂w``,
@@ -124,7 +145,7 @@ def dense_value_and_grad(
     ([[0.0, 3.0]], [[3.0, 3.0]])
     """
 
-    def value_and_grads(state: State, params: Params, *args: Any) -> tuple[Any, Any, Any]:
+    def value_and_grads(state: State, params: Params, *args: PyTree) -> tuple[PyTree, Params, Params]:
         seen, pull_back = jax.vjp(lambda p: materialize(transform.apply(state, p)), params)
         value, dense = jax.value_and_grad(loss, has_aux=has_aux)(seen, *args)
         (grads,) = pull_back(dense)
@@ -139,7 +160,7 @@ class WrapState(NamedTuple):
     step: jax.Array
     latent: Params
     transform: State
-    optimizer: Any
+    optimizer: State
 
 
 def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) -> optax.GradientTransformation:
@@ -173,7 +194,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
         latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
         return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
 
-    def update(grads: Any, state: WrapState, params: Params | None = None) -> tuple[Any, WrapState]:
+    def update(grads: Params, state: WrapState, params: Params | None = None) -> tuple[Params, WrapState]:
         if params is None:
             raise ValueError("wrap_optax: update wants the parameters: tx.update(grads, state, params).")
         compressed = state.transform

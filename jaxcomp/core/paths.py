@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-Where = str | Callable[[str, Any], bool]
-"""Selects leaves: a regular expression that must match the whole path, or a predicate of ``(path, leaf)``."""
+from jaxcomp.core.types import Key, Leaf, PyTree
+
+Where = str | Callable[[str, Leaf], bool]
+"""Selects leaves: a path, a regular expression that must match the whole path, or a predicate of ``(path, leaf)``."""
 
 # Last path components that hold a per-feature vector, not a matrix, even when layers are stacked in front.
-_VECTORS = re.compile(r"(.*_)?(bias|b|scale|offset|mean|var|gamma|beta)")
+_VECTORS = re.compile(r"(.*_)?(bias|scale|offset|mean|var|gamma|beta)")
 
 
-def path_str(key_path: Iterable[Any]) -> str:
+def path_str(key_path: Iterable[object]) -> str:
     """A key path as a "/"-joined string.
 
     The last ``value`` of an ``nnx.State`` entry is dropped, so linen and NNX name a weight alike.
@@ -39,7 +40,7 @@ def path_str(key_path: Iterable[Any]) -> str:
     return "/".join(_key_name(k) for k in keys)
 
 
-def _key_name(key: Any) -> str:
+def _key_name(key: object) -> str:
     match key:
         case DictKey() | FlattenedIndexKey():
             return str(key.key)
@@ -51,8 +52,8 @@ def _key_name(key: Any) -> str:
 
 
 def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[tuple[str, Any]], jax.tree_util.PyTreeDef]:
+    tree: PyTree, is_leaf: Callable[[Leaf], bool] | None = None
+) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """``tree_flatten_with_path`` with string paths.
 
     Raises:
@@ -68,37 +69,80 @@ def leaves_with_paths(
     return named, treedef
 
 
-def is_float_array(leaf: Any) -> bool:
+def is_float_array(leaf: Leaf) -> bool:
     """Whether ``leaf`` is an array (or a shape of one) of a floating type."""
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def matrices(path: str, leaf: Any) -> bool:
-    """The default rule: floating arrays with two or more dimensions that are not named as a bias or a norm's scale.
+def matrices(path: str, leaf: Leaf) -> bool:
+    """The default rule: floating arrays with two or more axes that are not named as a bias or a norm's scale.
 
-    Those names are bias, b, scale, offset, mean, var, gamma and beta, also after an underscore: such an array has one
-    dimension more where layers are stacked.
+    Those names are bias, scale, offset, mean, var, gamma and beta, also after an underscore: such an array has one axis
+    more where layers are stacked.
+
+    Raises:
+      ValueError: an array of two or more axes whose whole name is "b", which may be a matrix or stacked biases.
 
     >>> matrices("Dense_0/kernel", jnp.zeros((3, 4))), matrices("layers/bias", jnp.zeros((12, 4)))
     (True, False)
     """
-    return is_float_array(leaf) and len(leaf.shape) >= 2 and not _VECTORS.fullmatch(path.rsplit("/", 1)[-1])
+    name = path.rsplit("/", 1)[-1]
+    if not is_float_array(leaf) or len(leaf.shape) < 2 or _VECTORS.fullmatch(name):
+        return False
+    if name == "b":
+        raise ValueError(
+            f"matrices: {path!r} of shape {tuple(leaf.shape)} may be a matrix, or the biases of stacked layers; say"
+            " which by a rule of your own (where=), or by roles=jaxcomp.roles(fn)(params, *args) where it is taken."
+        )
+    return True
 
 
-def everything(path: str, leaf: Any) -> bool:
+def everything(path: str, leaf: Leaf) -> bool:
     """A rule that selects every floating array."""
     return is_float_array(leaf)
 
 
-def matches(where: Where, path: str, leaf: Any) -> bool:
-    """Whether the rule ``where`` selects this leaf; a regular expression must match the whole path.
+def matches(where: Where, path: str, leaf: Leaf) -> bool:
+    """Whether the rule ``where`` selects this leaf: it is the path, matches the whole of it, or says so.
 
     >>> matches(r".*/kernel", "Dense_0/kernel", None), matches("kernel", "Dense_0/kernel", None)
     (True, False)
     """
     if isinstance(where, str):
-        return _compiled(where).fullmatch(path) is not None
+        return where == path or _compiled(where).fullmatch(path) is not None
     return bool(where(path, leaf))
+
+
+def first_matches(
+    rules: Iterable[Where], named: Iterable[tuple[str, Leaf]], *, owner: str, things: str = "paths"
+) -> list[int | None]:
+    """Reads an ordered table: of each named thing the place of the first rule that matches it, or None.
+
+    Args:
+      rules: in order.
+      named: what they are tried on, by path.
+      owner: whose table it is, for messages.
+      things: what the paths name, for messages.
+
+    Raises:
+      ValueError: a rule that nothing is left for, or that is not a regular expression.
+
+    >>> first_matches([r"head/.*", r".*kernel"], [("head/kernel", None), ("kernel", None), ("b", None)], owner="f")
+    [0, 1, None]
+    >>> first_matches([r".*", "head"], [("head", None)], owner="f")
+    Traceback (most recent call last):
+    ...
+    ValueError: f: rule 'head' matches nothing that an earlier rule did not take; the paths are 'head'.
+    """
+    rules, named = list(rules), list(named)
+    found = [next((i for i, where in enumerate(rules) if matches(where, path, x)), None) for path, x in named]
+    for i, where in enumerate(rules):
+        if i not in found:
+            raise ValueError(
+                f"{owner}: rule {describe(where)} matches nothing that an earlier rule did not take; the {things} are"
+                f" {some_paths(path for path, _ in named)}."
+            )
+    return found
 
 
 def describe(where: Where) -> str:
@@ -117,10 +161,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def some_paths(paths: Iterable[str], limit: int = 6) -> str:
     """A few paths for an error message."""
-    every = list(paths)
-    return ", ".join(repr(p) for p in every[:limit]) + (f", … ({len(every)} in all)" if len(every) > limit else "")
+    listed = list(paths)
+    return ", ".join(repr(p) for p in listed[:limit]) + (f", … ({len(listed)} in all)" if len(listed) > limit else "")
 
 
-def key_of_leaf(key: Any, path: str) -> Any:
+def key_of_leaf(key: Key, path: str) -> Key:
     """A key of its own for each path, whatever else is in the tree."""
-    return None if key is None else jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))

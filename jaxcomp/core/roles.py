@@ -162,6 +162,11 @@ def selecting(where: Where | None, roles: Roles | None) -> Where:
     """The rule ``where`` itself; None means the matrices among the leaves that roles name, or without them all.
 
     A program knows a matrix by its products, so no name keeps it out.
+
+    >>> import jax.numpy as jnp
+    >>> rule = selecting(None, Roles({"b": AxisRoles(("contracted", "output"))}))
+    >>> rule("b", jnp.ones((2, 3))), rule("kernel", jnp.ones((2, 3))), selecting(None, None).__name__
+    (True, False, 'matrices')
     """
     if where is not None:
         return where

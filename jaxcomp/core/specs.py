@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,13 @@ class Spec:
     """What every frozen spec is: a value that says what to do; files name it by its class and its fields."""
 
 
-def check_bits(owner: str, bits: Any, least: int = 2) -> None:
+def check_bits(owner: str, bits: object, least: int = 2) -> None:
     """Raises ValueError where ``bits`` is not an integer in ``least..8``."""
     if not is_integer(bits) or not least <= bits <= MAX_BITS:
         raise ValueError(f"{owner}: bits must be an integer in {least}..{MAX_BITS}, got {bits!r}.")
 
 
-def check_group(owner: str, group: Any, name: str = "group") -> None:
+def check_group(owner: str, group: object, name: str = "group") -> None:
     """Raises ValueError where ``group`` is neither None nor a positive integer."""
     if group is not None and (not is_integer(group) or group < 1):
         raise ValueError(f"{owner}: {name} must be a positive integer or None, got {group!r}.")
@@ -37,13 +38,13 @@ def check_key(owner: str, key: object) -> None:
         raise ValueError(f"{owner}: key must be one key such as jax.random.key(0), got {key!r}.")
 
 
-def checked_fraction(owner: str, fraction: Any, wanted: str = "a number in [0, 1)") -> float:
+def checked_fraction(owner: str, fraction: object, wanted: str = "a number in [0, 1)") -> float:
     """A constant sparsity as a float.
 
     Raises:
       ValueError: it is not a number in [0, 1).
     """
-    if isinstance(fraction, numbers.Real) and not isinstance(fraction, bool) and 0 <= float(fraction) < 1:
+    if is_number(fraction) and 0 <= fraction < 1:
         return float(fraction)
     raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}.")
 
@@ -58,6 +59,15 @@ class Global:
     """All selected leaves together meet the sparsity: one threshold for the whole tree."""
 
 
-def is_integer(x: object) -> bool:
+def is_integer(x: object) -> TypeGuard[int]:
     """Whether it is an integer, and no boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    """Whether it is a real number, perhaps infinite, and neither a boolean nor NaN.
+
+    >>> is_number(0.5), is_number(1), is_number(True), is_number(float("nan")), is_number("1")
+    (True, True, False, False, False)
+    """
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and not math.isnan(x)

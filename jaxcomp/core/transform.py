@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
 from jaxcomp.core.leaves import is_compressed
-from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
-from jaxcomp.core.types import Params, State, Step
+from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 
 
 class UpdateFn(Protocol):
     """``update(state, params, *, step, **stats)``: the next state."""
 
-    def __call__(self, state: State, params: Params, *, step: Step, **stats: Any) -> State:  # noqa: D102
+    def __call__(self, state: State, params: Params, *, step: Step, **stats: PyTree) -> State:  # noqa: D102
         ...
 
 
@@ -51,7 +51,7 @@ def stateless(apply: Callable[[Params], Params]) -> Transform:
         jax.eval_shape(lambda: apply(params))
         return ()
 
-    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         return state
 
     return Transform(init, update, lambda state, params: apply(params))
@@ -75,7 +75,7 @@ def chain(*transforms: Transform) -> Transform:
             params = t.apply(states[-1], params)
         return tuple(states)
 
-    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         states = []
         for t, s in zip(transforms, state, strict=True):
             states.append(t.update(s, params, step=step, **stats))
@@ -102,36 +102,27 @@ def by_path(table: Mapping[Where, Transform]) -> Transform:
     Raises:
       ValueError: at ``init``, a rule that no leaf is left for.
     """
-    rules = list(table.items())
+    rules, transforms = list(table), list(table.values())
 
-    def split(params: Params) -> tuple[list[dict[str, Any]], list[tuple[str, Any]], Any]:
+    def split(params: Params) -> tuple[list[dict[str, Leaf]], list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
         named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-        parts: list[dict[str, Any]] = [{} for _ in rules]
-        for path, leaf in named:
-            first = next((i for i, (where, _) in enumerate(rules) if matches(where, path, leaf)), None)
+        parts: list[dict[str, Leaf]] = [{} for _ in rules]
+        for (path, leaf), first in zip(named, first_matches(rules, named, owner="by_path"), strict=True):
             if first is not None:
                 parts[first][path] = leaf
-        for (where, _), part in zip(rules, parts, strict=True):
-            if not part:
-                raise ValueError(
-                    f"by_path: rule {describe(where)} matches nothing that an earlier rule did not take; the paths are"
-                    f" {some_paths(p for p, _ in named)}."
-                )
         return parts, named, treedef
 
     def init(params: Params) -> State:
-        parts, _, _ = split(params)
-        return tuple(t.init(part) for (_, t), part in zip(rules, parts, strict=True))
+        return tuple(t.init(part) for t, part in zip(transforms, split(params)[0], strict=True))
 
-    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
-        parts, _, _ = split(params)
-        every = zip(rules, state, parts, strict=True)
-        return tuple(t.update(s, part, step=step, **stats) for (_, t), s, part in every)
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
+        parts = zip(transforms, state, split(params)[0], strict=True)
+        return tuple(t.update(s, part, step=step, **stats) for t, s, part in parts)
 
     def apply(state: State, params: Params) -> Params:
         parts, named, treedef = split(params)
-        new: dict[str, Any] = {}
-        for (_, t), s, part in zip(rules, state, parts, strict=True):
+        new: dict[str, Leaf] = {}
+        for t, s, part in zip(transforms, state, parts, strict=True):
             new |= t.apply(s, part)
         return treedef.unflatten([new.get(path, leaf) for path, leaf in named])
 

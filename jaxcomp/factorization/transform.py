@@ -163,7 +163,7 @@ def choose_ranks(
 
     >>> import jax
     >>> thin = jax.random.normal(jax.random.key(0), (32, 2)) @ jax.random.normal(jax.random.key(1), (2, 32))
-    >>> choose_ranks({"a": thin, "b": jax.random.normal(jax.random.key(2), (32, 32))}, Energy(0.999))
+    >>> choose_ranks({"a": thin, "full": jax.random.normal(jax.random.key(2), (32, 32))}, Energy(0.999))
     {'a': 2}
     """
     if not isinstance(target, Energy | Budget):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,21 @@ import numpy as np
 from jaxcomp.core.leaves import is_compressed, materialize
 from jaxcomp.core.paths import is_float_array, key_of_leaf, leaves_with_paths, some_paths
 from jaxcomp.core.slots import Slot, check_finite
+from jaxcomp.core.types import Key, Leaf, PyTree, State
 from jaxcomp.federated.messages import MessageLeaf, array_bits, combined_leaf
 
-Update = Any
-State = Any
-Message = Any
+Update = PyTree
+"""A tree of floating arrays: gradients, or what a sender changed."""
+Message = PyTree
 """The update's tree, with a message leaf (or still an array) where each array was."""
 
 
 class EncodeFn(Protocol):
     """``encode(state, update, *, key, shared)``: the message and the next state."""
 
-    def __call__(self, state: State, update: Update, *, key: Any = None, shared: Any = None) -> tuple[Message, State]:
+    def __call__(
+        self, state: State, update: Update, *, key: Key | None = None, shared: Key | None = None
+    ) -> tuple[Message, State]:
         """``key`` is this sender's own randomness of the round, ``shared`` the round's, the same to all senders."""
         ...
 
@@ -44,7 +47,7 @@ def bits(message: Message) -> int:
     return sum(array_bits(x) for x in jax.tree.leaves(message))
 
 
-def combine(messages: Sequence[Message], weights: Any = None) -> Message:
+def combine(messages: Sequence[Message], weights: jax.typing.ArrayLike | Sequence[float] | None = None) -> Message:
     """One message that decodes to the mean of what the given ones decode to, made without decoding where that can be.
 
     Lists of places and values are joined, values at shared places averaged, integer codes on a common scale summed as
@@ -120,9 +123,12 @@ class Compressor(NamedTuple):
 
 
 class LeafwiseFn(Protocol):
-    """``(path, array, leaf state, key, shared) -> (message leaf, leaf state)``; the keys are this leaf's own."""
+    """``(path, array, leaf state, key, shared) -> (message leaf, leaf state)``; the keys are this leaf's own.
 
-    def __call__(self, path: str, x: jax.Array, state: Any, key: Any, shared: Any) -> tuple[Any, Any]:  # noqa: D102
+    A key that the compressor does not need may be None.
+    """
+
+    def __call__(self, path: str, x: jax.Array, state: State, key: Key, shared: Key, /) -> tuple[Leaf, State]:  # noqa: D102
         ...
 
 
@@ -130,8 +136,8 @@ def leafwise(
     owner: str,
     encode_leaf: LeafwiseFn,
     *,
-    check: Callable[[str, Any], Any] = lambda path, x: None,
-    init_leaf: Callable[[str, Any], Any] = lambda path, x: None,
+    check: Callable[[str, jax.Array], object] = lambda path, x: None,
+    init_leaf: Callable[[str, jax.Array], State] = lambda path, x: None,
     needs: tuple[str, ...] = (),
     contracts: bool = True,
 ) -> Compressor:
@@ -153,25 +159,29 @@ def leafwise(
             states[path] = init_leaf(path, x)
         return {path: s for path, s in states.items() if s is not None} or ()
 
-    def encode(state: State, update: Update, *, key: Any = None, shared: Any = None) -> tuple[Message, State]:
-        check_keys(owner, needs, key, shared)
+    def encode(
+        state: State, update: Update, *, key: Key | None = None, shared: Key | None = None
+    ) -> tuple[Message, State]:
+        for name in needs:
+            needed_key(owner, name, key if name == "key" else shared)
         named = checked(update, owner)
-        treedef: Any = jax.tree.structure(update)
         memory = dict(state) if state else {}
         if memory and not memory.keys() <= {path for path, _ in named}:
             raise ValueError(f"{owner}: the state is of another update, with {some_paths(memory)}; call init(update).")
         leaves, after = [], {}
         for path, x in named:
             check(path, x)
-            own, common = (key_of_leaf(k, path) for k in (key, shared))
+            own, common = (cast(Key, None if k is None else key_of_leaf(k, path)) for k in (key, shared))
             leaf, after[path] = encode_leaf(path, x, memory.get(path), own, common)
             leaves.append(leaf)
-        return treedef.unflatten(leaves), {path: s for path, s in after.items() if s is not None} or ()
+        return jax.tree.unflatten(jax.tree.structure(update), leaves), {
+            path: s for path, s in after.items() if s is not None
+        } or ()
 
     return Compressor(init, encode, contracts)
 
 
-def checked(update: Update, owner: str) -> list[tuple[str, Any]]:
+def checked(update: Update, owner: str) -> list[tuple[str, Leaf]]:
     """The update's arrays by path.
 
     Raises:
@@ -192,17 +202,20 @@ def checked(update: Update, owner: str) -> list[tuple[str, Any]]:
     return named
 
 
-def check_keys(owner: str, needs: tuple[str, ...], key: Any, shared: Any) -> None:
-    """Raises ValueError where a needed key is None."""
-    given = {"key": key, "shared": shared}
-    of = {"key": "this sender's own key of the round", "shared": "the round's key, the same to all senders"}
-    for name in needs:
-        if given[name] is None:
-            raise ValueError(f"{owner}: encode wants {name}=, {of[name]}; got None.")
+def needed_key(owner: str, name: str, key: Key | None) -> Key:
+    """The key itself.
+
+    Raises:
+      ValueError: it is None.
+    """
+    if key is None:
+        of = {"key": "this sender's own key of the round", "shared": "the round's key, the same to all senders"}
+        raise ValueError(f"{owner}: encode wants {name}=, {of[name]}; got None.")
+    return key
 
 
 def _check_alike(first: Message, other: Message, index: int) -> None:
-    trees: list[Any] = [jax.tree.structure(m) for m in (first, other)]
+    trees: list[object] = [jax.tree.structure(m) for m in (first, other)]
     if trees[0] == trees[1]:
         shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(m)] for m in (first, other)]
         if shapes[0] == shapes[1]:
@@ -217,14 +230,14 @@ def _check_alike(first: Message, other: Message, index: int) -> None:
     raise ValueError(f"combine: message {index} has other containers than message 0; combine messages of one tree.")
 
 
-def _kind(x: Any) -> str:
+def _kind(x: Leaf) -> str:
     """A message leaf in words, with all that its decoding depends on but the values."""
     inside = ", ".join(str((tuple(a.shape), str(a.dtype))) for a in jax.tree.leaves(x))
     static = jax.tree.structure(x) if is_compressed(x) else ""
     return f"{type(x).__name__} of shape {tuple(x.shape)} holding {inside} {static}".rstrip()
 
 
-def _shares(weights: Any, count: int) -> jax.Array:
+def _shares(weights: jax.typing.ArrayLike | Sequence[float], count: int) -> jax.Array:
     w = jnp.asarray(weights).astype(jnp.float32)
     if w.shape != (count,):
         raise ValueError(f"combine: wants a weight for each of {count} messages, got shape {w.shape}.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomp.federated.base import Compressor, combine_stacked
+from jaxcomp.core.types import Params, State
+from jaxcomp.federated.base import Compressor, Update, combine_stacked
 
 
 class CompressState(NamedTuple):
@@ -16,7 +17,7 @@ class CompressState(NamedTuple):
 
     step: jax.Array
     key: jax.Array
-    inner: Any
+    inner: State
 
 
 def compress_updates(
@@ -44,11 +45,11 @@ def compress_updates(
     Array([-0., -4.], dtype=float32)
     """
 
-    def init(params: Any) -> CompressState:
+    def init(params: Params) -> CompressState:
         own = jax.random.clone(key)  # a step may donate its state
         return CompressState(jnp.zeros((), jnp.int32), own, compressor.init(params))
 
-    def update(updates: Any, state: CompressState, params: Any = None) -> tuple[Any, CompressState]:
+    def update(updates: Update, state: CompressState, params: Params | None = None) -> tuple[Update, CompressState]:
         shared = jax.random.fold_in(state.key, state.step)
         own = shared if axis_name is None else jax.random.fold_in(shared, jax.lax.axis_index(axis_name))
         message, inner = compressor.encode(state.inner, updates, key=jax.random.fold_in(own, 1), shared=shared)

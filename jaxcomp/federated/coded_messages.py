@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.leaves import Packed, compressed_leaf, dense
+from jaxcomp.core.types import DType, Leaf
 from jaxcomp.federated.arrays import pack_wide, unpack_wide, unrotated, weighted_mean, width_of
 from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf
 
@@ -27,7 +28,7 @@ class Signs(MessageLeaf):
     scale: jax.Array
     vote: bool
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "sign"
 
@@ -35,7 +36,7 @@ class Signs(MessageLeaf):
         """The scale with the signs."""
         return jnp.where(self.bits.unpack(), self.scale, -self.scale).astype(self.dense_dtype)
 
-    def combined(self, weights: jax.Array | None) -> Any:
+    def combined(self, weights: jax.Array | None) -> Leaf:
         """The mean, a dense array; or with ``vote`` the sign of the majority and the mean scale, as :class:`Votes`."""
         if not self.vote:
             return super().combined(weights)
@@ -60,7 +61,7 @@ class Votes(MessageLeaf):
     ballot: Packed
     scale: jax.Array
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "sign"
 
@@ -86,7 +87,7 @@ class Uniform(MessageLeaf):
     parts: int
     common: bool
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "uniform"
 
@@ -100,7 +101,7 @@ class Uniform(MessageLeaf):
         step = self.half_step * (1 / self.parts)
         return (centered.astype(step.dtype) * step).astype(self.dense_dtype).reshape(self.dense_shape)
 
-    def combined(self, weights: jax.Array | None) -> Any:
+    def combined(self, weights: jax.Array | None) -> Leaf:
         """With a common half step and no weights the sum of the codes, in integers; else the mean, a dense array."""
         if not self.common or weights is not None:
             return super().combined(weights)
@@ -121,11 +122,11 @@ class Rotated(MessageLeaf):
       block: length of the Hadamard transform. Static, as are dense_shape, dense_dtype.
     """
 
-    inner: Any
+    inner: Leaf
     seed: jax.Array
     block: int
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "rotate"
 
@@ -144,7 +145,7 @@ class Rotated(MessageLeaf):
         return replace(self, inner=_poisoned(inner, one), seed=seed)
 
 
-def _poisoned(message: Any, one: jax.Array) -> Any:
+def _poisoned(message: Leaf, one: jax.Array) -> Leaf:
     """The message with its floating fields multiplied by 1 or NaN."""
     return jax.tree.map(
         lambda x: x * one.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,

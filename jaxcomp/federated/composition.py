@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
+from jaxcomp.core.types import Key
 from jaxcomp.federated.base import Compressor, Message, State, Update, checked
 
 
@@ -28,37 +29,32 @@ def by_path(table: Mapping[Where, Compressor]) -> Compressor:
     >>> type(message["dense"]["kernel"]).__name__, type(message["dense"]["bias"]).__name__
     ('Sparse', 'Signs')
     """
-    rules = list(table.items())
+    rules, compressors = list(table), list(table.values())
 
-    def split(update: Update) -> list[dict[str, Any]]:
+    def split(update: Update) -> list[dict[str, jax.Array]]:
         named = checked(update, "by_path")
-        parts: list[dict[str, Any]] = [{} for _ in rules]
-        for path, x in named:
-            first = next((i for i, (where, _) in enumerate(rules) if matches(where, path, x)), None)
+        parts: list[dict[str, jax.Array]] = [{} for _ in rules]
+        for (path, x), first in zip(named, first_matches(rules, named, owner="by_path"), strict=True):
             if first is not None:
                 parts[first][path] = x
-        for (where, _), part in zip(rules, parts, strict=True):
-            if not part:
-                raise ValueError(
-                    f"by_path: rule {describe(where)} matches nothing that an earlier rule did not take; the paths are"
-                    f" {some_paths(p for p, _ in named)}."
-                )
         return parts
 
     def init(update: Update) -> State:
-        return tuple(c.init(part) for (_, c), part in zip(rules, split(update), strict=True))
+        return tuple(c.init(part) for c, part in zip(compressors, split(update), strict=True))
 
-    def encode(state: State, update: Update, *, key: Any = None, shared: Any = None) -> tuple[Message, State]:
-        new: dict[str, Any] = {}
+    def encode(
+        state: State, update: Update, *, key: Key | None = None, shared: Key | None = None
+    ) -> tuple[Message, State]:
+        new: dict[str, Message] = {}
         after = []
-        for (_, c), s, part in zip(rules, state, split(update), strict=True):
+        for c, s, part in zip(compressors, state, split(update), strict=True):
             message, s = c.encode(s, part, key=key, shared=shared)
             new |= message
             after.append(s)
         named, treedef = leaves_with_paths(update)
         return treedef.unflatten([new.get(path, x) for path, x in named]), tuple(after)
 
-    return Compressor(init, encode, all(c.contracts for _, c in rules))
+    return Compressor(init, encode, all(c.contracts for c in compressors))
 
 
 class FeedbackState(NamedTuple):
@@ -95,7 +91,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
         return FeedbackState(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), update), compressor.init(update))
 
     def encode(
-        state: FeedbackState, update: Update, *, key: Any = None, shared: Any = None
+        state: FeedbackState, update: Update, *, key: Key | None = None, shared: Key | None = None
     ) -> tuple[Message, FeedbackState]:
         _check_same_shapes(checked(update, "error_feedback"), state.memory)
         whole = jax.tree.map(jnp.add, state.memory, update)
@@ -107,7 +103,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
     return Compressor(init, encode)
 
 
-def _check_same_shapes(named: list[tuple[str, Any]], memory: Update) -> None:
+def _check_same_shapes(named: list[tuple[str, jax.Array]], memory: Update) -> None:
     found = {path: tuple(x.shape) for path, x in named}
     wanted = {path: tuple(x.shape) for path, x in leaves_with_paths(memory)[0]}
     for path in {**found, **wanted}:

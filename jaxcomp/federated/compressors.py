@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,8 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import Packed
 from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
-from jaxcomp.core.specs import check_key
+from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number
+from jaxcomp.core.types import Key, Leaf
 from jaxcomp.federated.arrays import (
     drawn,
     half_step_of,
@@ -25,7 +24,7 @@ from jaxcomp.federated.arrays import (
     seed_of,
     stochastic_codes,
 )
-from jaxcomp.federated.base import Compressor, Message, State, Update, check_keys, checked, leafwise
+from jaxcomp.federated.base import Compressor, Message, State, Update, checked, leafwise, needed_key
 from jaxcomp.federated.coded_messages import Rotated, Signs, Uniform
 from jaxcomp.federated.messages import Drawn, Factors, Sparse
 
@@ -49,7 +48,7 @@ def topk(fraction: float | None = None, *, count: int | None = None) -> Compress
     """
     number = _count_rule("topk", fraction, count)
 
-    def encode_leaf(path: str, x: jax.Array, state: Any, key: Any, shared: Any) -> tuple[Sparse, None]:
+    def encode_leaf(path: str, x: jax.Array, state: State, key: Key, shared: Key) -> tuple[Sparse, None]:
         return Sparse.of(x, largest(x.reshape(-1), number(path, x))), None
 
     return leafwise("topk", encode_leaf, check=number)
@@ -68,7 +67,7 @@ def randomk(fraction: float | None = None, *, count: int | None = None, unbiased
     """
     number = _count_rule("randomk", fraction, count)
 
-    def encode_leaf(path: str, x: jax.Array, state: Any, key: Any, shared: Any) -> tuple[Drawn, None]:
+    def encode_leaf(path: str, x: jax.Array, state: State, key: Key, shared: Key) -> tuple[Drawn, None]:
         k, seed = number(path, x), seed_of(shared)
         values = x.reshape(-1)[drawn(seed, x.size, k)]
         return Drawn(values, seed, x.size / k if unbiased else 1.0, tuple(x.shape), jnp.dtype(x.dtype)), None
@@ -90,7 +89,7 @@ def sign(*, vote: bool = False, unbiased: bool = False) -> Compressor:
     arXiv:1901.09847 (scaled by the mean); Vargaftik et al. 2021, arXiv:2105.08339 (DRIVE).
     """
 
-    def encode_leaf(path: str, x: jax.Array, state: Any, key: Any, shared: Any) -> tuple[Signs, None]:
+    def encode_leaf(path: str, x: jax.Array, state: State, key: Key, shared: Key) -> tuple[Signs, None]:
         wide = x.astype(compute_dtype(x.dtype))
         total = jnp.sum(jnp.abs(wide))
         scale = total * (1 / x.size)
@@ -123,17 +122,14 @@ def uniform(bits: int, *, limit: float | None = None, axis_name: str | None = No
     Source: Suresh et al. 2017, arXiv:1611.00429 (stochastic k-level quantization); Alistarh et al. 2017 (QSGD),
     arXiv:1610.02132. Deviation: levels are symmetric about 0 and the range is the largest magnitude, as one scalar.
     """
-    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not 1 <= bits <= 8:
-        raise ValueError(f"uniform: bits must be an integer in 1..8, got {bits!r}.")
-    if limit is not None and not (
-        isinstance(limit, numbers.Real) and not isinstance(limit, bool) and 0 < limit < math.inf
-    ):
+    check_bits("uniform", bits, least=1)
+    if limit is not None and not (is_number(limit) and 0 < limit < math.inf):
         raise ValueError(f"uniform: limit must be positive, got {limit!r}.")
     if limit is not None and axis_name is not None:
         raise ValueError("uniform: the range is common by limit= or by axis_name=; give one of them.")
     common = limit is not None or axis_name is not None
 
-    def encode_leaf(path: str, x: jax.Array, state: Any, key: Any, shared: Any) -> tuple[Uniform, None]:
+    def encode_leaf(path: str, x: jax.Array, state: State, key: Key, shared: Key) -> tuple[Uniform, None]:
         wide = x.astype(compute_dtype(x.dtype)).reshape(-1)
         top = jnp.max(jnp.abs(wide)) if limit is None else jnp.asarray(limit, wide.dtype)
         if axis_name is not None:
@@ -162,26 +158,25 @@ def rotate(compressor: Compressor, *, block: int | None = None) -> Compressor:
 
     Source: Suresh et al. 2017, arXiv:1611.00429, section 3; Vargaftik et al. 2021, arXiv:2105.08339.
     """
-    if block is not None and (
-        isinstance(block, bool) or not isinstance(block, int) or block < 1 or block & (block - 1)
-    ):
+    if block is not None and (not is_integer(block) or block < 1 or block & (block - 1)):
         raise ValueError(f"rotate: block must be a power of two, got {block!r}.")
 
     def init(update: Update) -> State:
         named = checked(update, "rotate")
         return compressor.init({p: jnp.zeros(_padded(x.size, block), compute_dtype(x.dtype)) for p, x in named})
 
-    def encode(state: State, update: Update, *, key: Any = None, shared: Any = None) -> tuple[Message, State]:
-        check_keys("rotate", ("shared",), key, shared)
+    def encode(
+        state: State, update: Update, *, key: Key | None = None, shared: Key | None = None
+    ) -> tuple[Message, State]:
+        common = needed_key("rotate", "shared", shared)
         named = checked(update, "rotate")
-        treedef: Any = jax.tree.structure(update)
-        seeds = {path: seed_of(key_of_leaf(shared, path)) for path, _ in named}
+        seeds = {path: seed_of(key_of_leaf(common, path)) for path, _ in named}
         lengths = {path: rotation_block(x.size, block) for path, x in named}
         flat = {path: x.astype(compute_dtype(x.dtype)).reshape(-1) for path, x in named}
         turned = {path: rotated(x, seeds[path], lengths[path]) for path, x in flat.items()}
         message, state = compressor.encode(state, turned, key=key, shared=shared)
         leaves = [Rotated(message[p], seeds[p], lengths[p], tuple(x.shape), jnp.dtype(x.dtype)) for p, x in named]
-        return treedef.unflatten(leaves), state
+        return jax.tree.unflatten(jax.tree.structure(update), leaves), state
 
     return Compressor(init, encode, compressor.contracts)
 
@@ -205,15 +200,15 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
 
     Source: Vogels et al. 2019, arXiv:1905.13727, algorithm 1. Deviation: QR in place of Gram-Schmidt.
     """
-    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
+    if not is_integer(rank) or rank < 1:
         raise ValueError(f"powersgd: rank must be a positive integer, got {rank!r}.")
     check_key("powersgd", key)
 
-    def check(path: str, x: Any) -> None:
+    def check(path: str, x: jax.Array) -> None:
         if matches(where, path, x):
             _check_rank(path, tuple(x.shape), rank)
 
-    def init_leaf(path: str, x: Any) -> jax.Array | None:
+    def init_leaf(path: str, x: jax.Array) -> jax.Array | None:
         if not matches(where, path, x):
             return None
         return jax.random.normal(key_of_leaf(key, path), (x.shape[-1], rank), compute_dtype(x.dtype))
@@ -221,7 +216,9 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
     def mean(m: jax.Array) -> jax.Array:
         return m if axis_name is None else jax.lax.pmean(m, axis_name)
 
-    def encode_leaf(path: str, x: jax.Array, q: Any, own: Any, shared: Any) -> tuple[Any, Any]:
+    def encode_leaf(
+        path: str, x: jax.Array, q: jax.Array | None, key: Key, shared: Key
+    ) -> tuple[Leaf, jax.Array | None]:
         if not matches(where, path, x):
             return mean(x), None
         if q is None:
@@ -235,18 +232,16 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
     return leafwise("powersgd", encode_leaf, check=check, init_leaf=init_leaf)
 
 
-def _count_rule(owner: str, fraction: float | None, count: int | None) -> Callable[[str, Any], int]:
+def _count_rule(owner: str, fraction: float | None, count: int | None) -> Callable[[str, jax.Array], int]:
     """How many elements of an array are sent."""
     if (fraction is None) == (count is None):
         raise ValueError(f"{owner}: give a fraction or count=, one of them; got {fraction!r} and {count!r}.")
-    if fraction is not None and (
-        not isinstance(fraction, numbers.Real) or isinstance(fraction, bool) or not 0 < float(fraction) <= 1
-    ):
+    if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
         raise ValueError(f"{owner}: fraction must be a number in (0, 1], got {fraction!r}.")
-    if count is not None and (not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1):
+    if count is not None and (not is_integer(count) or count < 1):
         raise ValueError(f"{owner}: count must be a positive integer, got {count!r}.")
 
-    def number(path: str, x: Any) -> int:
+    def number(path: str, x: jax.Array) -> int:
         size = math.prod(x.shape)
         if count is None:
             return max(1, round(float(fraction or 1) * size))

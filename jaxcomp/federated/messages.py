@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcomp.core.bits import compute_dtype, packed_size
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense
+from jaxcomp.core.types import DType, Leaf
 from jaxcomp.federated.arrays import drawn, pack_wide, unpack_wide, weighted_mean, width_of
 
 
@@ -18,21 +19,21 @@ class MessageLeaf(CompressedLeaf):
     """A compressed leaf whose fields are the very bytes that are sent, and that can be averaged with its like."""
 
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
         return self.dense_shape
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.dense_dtype
 
     def pack(self) -> MessageLeaf:
         """The leaf itself."""
         return self
 
-    def combined(self, weights: jax.Array | None) -> Any:
+    def combined(self, weights: jax.Array | None) -> Leaf:
         """Of n stacked messages (each field with an axis in front), one whose dense array is the mean of theirs.
 
         Args:
@@ -69,7 +70,7 @@ class Sparse(MessageLeaf):
     count: int
     bitmap: bool
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "topk"
 
@@ -96,7 +97,7 @@ class Sparse(MessageLeaf):
         flat = jnp.zeros(self.size, self.dense_dtype).at[self.positions()].add(self.values)
         return flat.reshape(self.dense_shape)
 
-    def combined(self, weights: jax.Array | None) -> Any:
+    def combined(self, weights: jax.Array | None) -> Leaf:
         """The lists one after the other, n * count long, the values weighted; the dense mean where that is smaller."""
         n, bits = self.values.shape[0], width_of(self.size - 1)
         if packed_size(n * self.count, bits + 8 * self.values.dtype.itemsize) >= self.size * self.values.dtype.itemsize:
@@ -123,7 +124,7 @@ class Drawn(MessageLeaf):
     seed: jax.Array
     gain: float
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "randomk"
 
@@ -151,7 +152,7 @@ class Factors(MessageLeaf):
     p: jax.Array
     q: jax.Array
     dense_shape: tuple[int, ...]
-    dense_dtype: Any
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "powersgd"
 
@@ -161,7 +162,7 @@ class Factors(MessageLeaf):
         product = jnp.matmul(self.p.astype(wide), self.q.astype(wide).T, precision=jax.lax.Precision.HIGHEST)
         return product.astype(self.dense_dtype).reshape(self.dense_shape)
 
-    def combined(self, weights: jax.Array | None) -> Any:
+    def combined(self, weights: jax.Array | None) -> Leaf:
         """The factors side by side, n times the rank; the dense mean where that is smaller."""
         n, rows, rank = self.p.shape
         columns = self.q.shape[1]
@@ -174,11 +175,11 @@ class Factors(MessageLeaf):
         return replace(self, p=p, q=q)
 
 
-def combined_leaf(stacked: Any, weights: jax.Array | None) -> Any:
+def combined_leaf(stacked: Leaf, weights: jax.Array | None) -> Leaf:
     """One leaf of n stacked messages, an array or a message leaf, as one that stands for their mean."""
     return stacked.combined(weights) if isinstance(stacked, MessageLeaf) else weighted_mean(stacked, weights)
 
 
-def array_bits(x: Any) -> int:
+def array_bits(x: Leaf) -> int:
     """Bits of an array, or of the shape of one."""
     return 8 * int(np.prod(x.shape, dtype=np.int64)) * jnp.dtype(x.dtype).itemsize

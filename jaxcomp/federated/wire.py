@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import struct
 import zlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,6 @@ def from_bytes(data: bytes, *, like: Message) -> Message:
     if zlib.crc32(payload) != checksum:
         raise WireError("from_bytes: the message does not match its checksum; have it sent again.")
     leaves = jax.tree.leaves(like)
-    treedef: Any = jax.tree.structure(like)
     out, start = [], 0
     for x in leaves:
         dtype = jnp.dtype(x.dtype)
@@ -78,7 +76,7 @@ def from_bytes(data: bytes, *, like: Message) -> Message:
         piece = np.frombuffer(payload, np.uint8, count * dtype.itemsize, start)
         out.append(jnp.asarray(_little(piece.view(dtype)).reshape(x.shape)))
         start += count * dtype.itemsize
-    return treedef.unflatten(out)
+    return jax.tree.unflatten(jax.tree.structure(like), out)
 
 
 def _little(x: np.ndarray) -> np.ndarray:
@@ -92,7 +90,7 @@ def _layout(message: Message) -> int:
     return zlib.crc32(text.encode())
 
 
-def _described(x: Any) -> str:
+def _described(x: object) -> str:
     """A field and all that is in it, but the values of arrays."""
     if dataclasses.is_dataclass(x):
         inside = (f"{f.name}={_described(getattr(x, f.name))}" for f in dataclasses.fields(x))

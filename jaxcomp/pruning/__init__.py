@@ -1,7 +1,7 @@
 """Pruning: scores, structures, scopes and schedules as slots of one verb, and sparse training from the start."""
 
 from jaxcomp.pruning.masks.nm import is_n_m
-from jaxcomp.pruning.schedules import alternating, constant, cubic, iterative, polynomial
+from jaxcomp.pruning.schedules import PruningSchedule, alternating, constant, cubic, iterative, polynomial
 from jaxcomp.pruning.scores import (
     Score,
     fisher,
@@ -16,10 +16,11 @@ from jaxcomp.pruning.scores import (
     taylor,
     wanda,
 )
-from jaxcomp.pruning.sparse_training import from_zero, regrow, rigl, sparse_evolution
+from jaxcomp.pruning.sparse_training import regrow, rigl, sparse_evolution
 from jaxcomp.pruning.specs import ERK, NM, Block, Cut, Element, Filters, Given, Heuristic, StraightThrough, Tied
 from jaxcomp.pruning.statistics import accumulate
-from jaxcomp.pruning.transform import is_pruned, masked_by, prune, prune_n_m
+from jaxcomp.pruning.transform import is_pruned, masked_by, prune
+from jaxcomp.pruning.unmasking import from_zero
 
 __all__ = [
     "ERK",
@@ -30,6 +31,7 @@ __all__ = [
     "Filters",
     "Given",
     "Heuristic",
+    "PruningSchedule",
     "Score",
     "StraightThrough",
     "Tied",
@@ -50,7 +52,6 @@ __all__ = [
     "norm",
     "polynomial",
     "prune",
-    "prune_n_m",
     "random_score",
     "redundancy",
     "regrow",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,14 @@ import optax
 from jaxcomp.core.gates import Due, every, gate
 from jaxcomp.core.specs import checked_fraction
 from jaxcomp.core.transform import Transform
+from jaxcomp.core.types import Step
 
-Schedule = Callable[[Any], Any]
+Schedule = Callable[[Step], float | jax.Array]
 """``step -> fraction``, any optax schedule."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningSchedule:
     """A schedule and the steps at which it is meant to be looked at: ``plan(step)`` and ``plan.due(step)``.
 
     ``prune(plan)`` follows the schedule at every update; ``plan.gate(prune(plan))`` finds masks at due steps only and
@@ -33,7 +33,7 @@ class Plan:
     schedule: Schedule
     due: Due
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: Step) -> float | jax.Array:
         """The sparsity at a step."""
         return self.schedule(step)
 
@@ -56,10 +56,12 @@ def cubic(final: float, *, begin: int = 0, end: int, initial: float = 0.0) -> Sc
 
     Source: Zhu and Gupta 2017, arXiv:1710.01878, equation 1.
     """
-    return _decay("cubic", final, initial, begin, end, 3)
+    return _decay("cubic", final, initial, begin=begin, end=end, power=3)
 
 
-def polynomial(final: float, *, begin: int, end: int, power: float = 3, initial: float = 0.0, every: int = 100) -> Plan:
+def polynomial(
+    final: float, *, begin: int, end: int, power: float = 3, initial: float = 0.0, every: int = 100
+) -> PruningSchedule:
     """``final + (initial - final) (1 - (step - begin) / (end - begin))**power`` at begin, begin + every, … up to end.
 
     With ``plan.gate(prune(plan))`` nothing is pruned before ``begin``, and the masks of the last due step stay.
@@ -80,10 +82,13 @@ def polynomial(final: float, *, begin: int, end: int, power: float = 3, initial:
 
     Source: ``PolynomialDecay`` of the TensorFlow model optimization toolkit, whose numbers and due steps these are.
     """
-    return Plan(_decay("polynomial", final, initial, begin, end, power), _period("polynomial", every, begin, end))
+    return PruningSchedule(
+        _decay("polynomial", final, initial, begin=begin, end=end, power=power),
+        _period("polynomial", every, begin, end),
+    )
 
 
-def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: int = 100) -> Plan:
+def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: int = 100) -> PruningSchedule:
     """One sparsity, at begin, begin + every, … up to ``end`` (None: for ever).
 
     >>> p = constant(0.5, begin=10, every=10)
@@ -96,10 +101,10 @@ def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: 
     Source: ``ConstantSparsity`` of the TensorFlow model optimization toolkit.
     """
     fraction = checked_fraction("constant", sparsity)
-    return Plan(optax.constant_schedule(fraction), _period("constant", every, begin, end))
+    return PruningSchedule(optax.constant_schedule(fraction), _period("constant", every, begin, end))
 
 
-def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Plan:
+def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> PruningSchedule:
     """Prune, fine-tune for ``every`` steps, prune again: in each of ``rounds`` rounds a fraction of the survivors.
 
     ``sparsity = 1 - (1 - rate)**k`` after the k-th round; ``plan.gate(prune(plan, regrow=False))`` prunes among
@@ -118,14 +123,14 @@ def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Plan:
         raise ValueError(f"iterative: wants a rate above 0 and at least one round, got {rate!r} and {rounds!r}.")
     due = _period("iterative", every, begin, begin + (rounds - 1) * every)
     levels = [optax.constant_schedule(1 - (1 - rate) ** k) for k in range(rounds + 1)]
-    return Plan(optax.join_schedules(levels, [begin + k * every for k in range(rounds)]), due)
+    return PruningSchedule(optax.join_schedules(levels, [begin + k * every for k in range(rounds)]), due)
 
 
-def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end: int | None = None) -> Plan:
+def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end: int | None = None) -> PruningSchedule:
     """AC/DC: phases of ``dense`` steps without a mask and ``sparse`` steps with one, dense first; sparse from ``end``.
 
     A mask is found at the beginning of each sparse phase and kept through it: ``plan.gate(prune(plan))``. The paper
-    goes on from zeros where weights were masked: :func:`jaxcomp.pruning.sparse_training.from_zero` around the gate.
+    goes on from zeros where weights were masked: :func:`jaxcomp.pruning.unmasking.from_zero` around the gate.
     Without it they go on from where they were masked.
 
     Args:
@@ -147,19 +152,19 @@ def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end
     if sparse < 1 or dense < 1:
         raise ValueError(f"alternating: phases take at least one step, got dense={dense}, sparse={sparse}.")
 
-    def is_sparse(step: Any) -> jax.Array:
+    def is_sparse(step: Step) -> jax.Array:
         since = jnp.asarray(step) - begin
         on = (since >= 0) & (since % (dense + sparse) >= dense)
         return on if end is None else on | (step >= end)
 
-    def due(step: Any) -> jax.Array:
+    def due(step: Step) -> jax.Array:
         step = jnp.asarray(step)
         return (step == begin) | (is_sparse(step) != is_sparse(step - 1))
 
-    return Plan(lambda step: jnp.where(is_sparse(step), jnp.float32(fraction), jnp.float32(0)), due)
+    return PruningSchedule(lambda step: jnp.where(is_sparse(step), jnp.float32(fraction), jnp.float32(0)), due)
 
 
-def _decay(owner: str, final: float, initial: float, begin: int, end: int, power: float) -> Schedule:
+def _decay(owner: str, final: float, initial: float, *, begin: int, end: int, power: float) -> Schedule:
     checked_fraction(owner, final), checked_fraction(owner, initial)
     if end <= begin:
         raise ValueError(f"{owner}: end must be after begin, got begin={begin}, end={end}.")

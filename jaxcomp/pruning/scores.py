@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcomp.core.specs import check_key
+from jaxcomp.core.paths import key_of_leaf
+from jaxcomp.core.specs import check_key, is_number
 from jaxcomp.pruning.masks.units import pooled_axes
 from jaxcomp.pruning.specs import Filters
 
@@ -47,7 +46,7 @@ class Score:
     normalize: Callable[[jax.Array], jax.Array] | None = None
 
 
-def as_score(score: Any) -> Score:
+def as_score(score: object) -> Score:
     """A score, or a function of the weights alone as one.
 
     Raises:
@@ -96,7 +95,7 @@ def _importance(w: Float[Array, "*shape"], importance: Float[Array, "*shape"]) -
     return importance
 
 
-def _redundancy(w: Float[Array, "*shape"], structure: Any) -> Float[Array, "*units"]:
+def _redundancy(w: Float[Array, "*shape"], structure: object) -> Float[Array, "*units"]:
     if not isinstance(structure, Filters):
         raise ValueError("is scored by the distances between slices; give prune a structure=Filters(axis)")
     pooled = pooled_axes(w.ndim, structure)
@@ -156,7 +155,7 @@ def norm(p: float | int) -> Score:
     Raises:
       ValueError: p is not a positive number.
     """
-    if not (isinstance(p, numbers.Real) and math.isfinite(p) and p > 0):
+    if not (is_number(p) and 0 < p < math.inf):
         raise ValueError(f"norm: p must be a positive number, got {p!r}.")
     return Score(f"norm({p})", lambda w: jnp.abs(w.astype(jnp.float32)) ** p)
 
@@ -176,7 +175,7 @@ def random_score(key: Any) -> Score:
     check_key("random_score", key)
 
     def fn(w: Float[Array, "*shape"], path: str) -> Float[Array, "*shape"]:
-        return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), w.shape, jnp.float32)
+        return jax.random.uniform(key_of_leaf(key, path), w.shape, jnp.float32)
 
     return Score("random", fn, takes=("path",))
 

@@ -1,52 +1,52 @@
-"""Dynamic sparse training: a fixed number of active weights, some of which are dropped and grown while it trains."""
+"""Sparse training: a fixed number of active weights, some of which are dropped and as many grown at each update."""
 
 from __future__ import annotations
 
-import numbers
-import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.bits import order_keys
-from jaxcomp.core.gates import Due, cond, every
-from jaxcomp.core.leaves import Masked, is_compressed, unpacked
+from jaxcomp.core.gates import every, when
+from jaxcomp.core.leaves import Masked
 from jaxcomp.core.optimizers import MaskState
-from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.core.paths import Where, key_of_leaf, matrices
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
-from jaxcomp.core.specs import check_key, is_integer
+from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Key, Params, PyTree, Step
+from jaxcomp.pruning.active import Sparsity, active_counts, checked_sparsity
 from jaxcomp.pruning.masks.growth import drop_and_grow, first_mask, random_order
-from jaxcomp.pruning.masks.thresholds import MAX_COUNT, fraction_of
+from jaxcomp.pruning.masks.thresholds import fraction_of
 from jaxcomp.pruning.scores import Score, magnitude, sensitivity
 from jaxcomp.pruning.statistics import for_score
 
-Fraction = float | Callable[[Any], Any]
-Sparsity = float | Mapping[Where, float]
+Fraction = float | Callable[[Step], float | jax.Array]
 DENSE = " Gradients are those of dense_value_and_grad."
 
 
 def regrow(
     sparsity: Sparsity,
     *,
-    key: jax.Array | None = None,
+    key: Key | None = None,
     grow: Score | None = None,
     drop: Score = magnitude,
     fraction: Fraction = 0.3,
-    due: Due | None = None,
     initial: Score | None = None,
     where: Where = matrices,
 ) -> Transform:
-    """Masks all but a fixed number of weights; at due steps the weakest active ones give way to as many others.
+    """Masks all but a fixed number of weights; at every update the weakest active ones give way to as many others.
 
-    Of a leaf of n weights exactly ``k = max(1, n - round(sparsity * n))`` are active, always. A due ``update`` drops
+    Of a leaf of n weights exactly ``k = max(1, n - round(sparsity * n))`` are active, always. An ``update`` drops
     the ``round(fraction(step) * k)`` active weights of lowest ``drop`` score, then activates as many of highest
     ``grow`` score among all that are inactive after the drop; one that comes back in the same update has never left.
-    Between due steps nothing is computed. ``apply`` makes a ``Masked`` leaf, so no gradient reaches an inactive weight.
+    ``apply`` makes a ``Masked`` leaf, so no gradient reaches an inactive weight. The masks move every 100 steps with
+    ``when(regrow(...), every(100))``, and never with ``when(regrow(...), never)``, which is static sparse training.
 
     Two things belong into the training step, for ``update`` sees neither the loss nor the optimizer:
     :func:`~jaxcomp.core.optimizers.dense_value_and_grad` gives the gradient of inactive weights too, by which
@@ -61,7 +61,6 @@ def regrow(
       grow: whose highest are grown, such as ``sensitivity``; None grows at random.
       drop: whose lowest are dropped.
       fraction: of the active weights, in [0, 1]: a number, or a schedule of the step.
-      due: when, such as ``every(100, start=100, stop=7500)``; None never, which is static sparse training.
       initial: whose highest are active at first, such as ``magnitude``; None draws them.
       where: which leaves.
 
@@ -73,6 +72,7 @@ def regrow(
 
     A training step, by RigL:
 
+    >>> import optax
     >>> from jaxcomp import materialize
     >>> from jaxcomp.core import dense_value_and_grad, reset_regrown
     >>> compress = rigl(0.5, key=jax.random.key(0), period=2, stop=8)
@@ -98,51 +98,35 @@ def regrow(
     and of negative weights those next to zero, by themselves; here, as in RigL, all go by magnitude together. RigL
     skips the gradient step where masks move; here both happen.
     """
-    table = _checked_table(sparsity)
-    _check_fraction(fraction)
-    if initial is None or (grow is None and due is not None):
-        _check_key(key)
+    sparsity = checked_sparsity(sparsity)
     if initial is not None and initial.needs:
         raise ValueError(f"regrow: initial score {initial.name!r} needs {initial.needs[0]!r}; init has no statistics.")
+    moves = _Moves(_checked_draw(key, initial, grow), drop, grow, _checked_fraction(fraction))
     needed = {name: score for score in (drop, grow) if score is not None for name in score.needs}
 
     def selected(params: Params) -> tuple[dict[str, Slot], dict[str, int]]:
         found = slots(params, where, "regrow")
-        active = _active(found, table)
+        active = active_counts(found, sparsity)
         return {path: found[path] for path in active}, active
 
-    def init(params: Params) -> State:
+    def init(params: Params) -> MaskState:
         found, active = selected(params)
         check_finite(found, "regrow")
         masks = {}
         for path, slot in found.items():
-            w = slot.array
-            order = _drawn(key, path, w.shape) if initial is None else ~order_keys(initial.fn(w))
+            order = moves.drawn(slot) if initial is None else ~order_keys(initial.fn(slot.array))
             masks[path] = first_mask(order, active[path])
         return MaskState(masks)
 
-    def moved(state: MaskState, found: dict[str, Slot], step: jax.Array, stats: dict[str, dict[str, Any]]) -> State:
-        share = _clipped(fraction(step)) if callable(fraction) else float(fraction)
-        masks = {}
-        for path, mask in state.masks.items():
-            w, own = found[path].array, {name: leaves[path] for name, leaves in stats.items()}
-            count = fraction_of(jnp.sum(mask, dtype=jnp.uint32), share)
-            drop_order = order_keys(_scores(drop, w, own))
-            if grow is None:
-                grow_order = _drawn(key, path, w.shape, step)
-            else:
-                _check_dense(path, mask, {name: own[name] for name in grow.needs})
-                grow_order = ~order_keys(_scores(grow, w, own))
-            masks[path] = drop_and_grow(mask, drop_order, grow_order, count)
-        return MaskState(masks)
-
-    def update(state: MaskState, params: Params, *, step: Any, **stats: Any) -> State:
-        if due is None:
-            return state
+    def update(state: MaskState, params: Params, *, step: Step, **stats: PyTree) -> MaskState:
         found, _ = selected(params)
-        leaves = {name: for_score(name, score, stats, found, "regrow", DENSE) for name, score in needed.items()}
-        now = jnp.asarray(step)
-        return cond(due(now), lambda: moved(state, found, now, leaves), lambda: state)
+        asked = partial(for_score, stats=stats, selected=found, owner="regrow", hint=DENSE)
+        leaves = {name: asked(name, score) for name, score in needed.items()}
+        now, masks = jnp.asarray(step), {}
+        for path, slot in found.items():
+            own = {name: by_path[path] for name, by_path in leaves.items()}
+            masks[path] = moves.moved(slot, state_of(state.masks, path, "regrow"), now, own)
+        return MaskState(masks)
 
     def apply(state: MaskState, params: Params) -> Params:
         new = {}
@@ -155,7 +139,7 @@ def regrow(
 
 
 def rigl(
-    sparsity: Sparsity, *, key: jax.Array, period: int, stop: int, fraction: float = 0.3, where: Where = matrices
+    sparsity: Sparsity, *, key: Key, period: int, stop: int, fraction: float = 0.3, where: Where = matrices
 ) -> Transform:
     """Grows where the gradient is largest, from random masks, by a share that falls as a cosine to zero at ``stop``.
 
@@ -167,22 +151,21 @@ def rigl(
 
     Source: Evci et al. 2019, arXiv:1911.11134.
     """
-    _check_fraction(fraction)
     if not is_integer(stop) or stop < 1:
         raise ValueError(f"rigl: stop must be a positive integer, the step at which it ends, got {stop!r}.")
-    cosine = optax.cosine_decay_schedule(fraction, stop)
-    due = every(period, start=period, stop=stop)
+    cosine = optax.cosine_decay_schedule(_checked_share("rigl", fraction, "a number in [0, 1]"), stop)
 
-    def share(step: Any) -> Any:
+    def share(step: Step) -> jax.Array:
         return cosine(jnp.asarray(step, jnp.float32))  # which divides the step by ``stop``
 
-    return regrow(sparsity, key=key, grow=sensitivity, fraction=share, due=due, where=where)
+    moved = regrow(sparsity, key=key, grow=sensitivity, fraction=share, where=where)
+    return when(moved, every(period, start=period, stop=stop))
 
 
 def sparse_evolution(
     sparsity: Sparsity,
     *,
-    key: jax.Array,
+    key: Key,
     period: int,
     stop: int | None = None,
     fraction: Fraction = 0.3,
@@ -195,133 +178,64 @@ def sparse_evolution(
 
     Source: Mocanu et al. 2018, arXiv:1707.04780.
     """
-    return regrow(sparsity, key=key, fraction=fraction, due=every(period, start=period, stop=stop), where=where)
+    return when(regrow(sparsity, key=key, fraction=fraction, where=where), every(period, start=period, stop=stop))
 
 
-class FromZero(NamedTuple):
-    """What is unmasked, and the state behind it."""
+@dataclass(frozen=True)
+class _Moves:
+    """What is dropped and grown of one leaf; ``key`` is None where nothing is drawn."""
 
-    masks: MaskState
-    inner: State
+    key: Key | None
+    drop: Score
+    grow: Score | None
+    fraction: Fraction
 
+    def moved(self, slot: Slot, mask: jax.Array, step: jax.Array, stats: Mapping[str, jax.Array]) -> jax.Array:
+        """The leaf's mask after an update."""
+        share = _clipped(self.fraction(step)) if callable(self.fraction) else float(self.fraction)
+        count = fraction_of(jnp.sum(mask, dtype=jnp.uint32), share)
+        drop_order = order_keys(_scores(self.drop, slot.array, stats))
+        if self.grow is None:
+            grow_order = self.drawn(slot, step)
+        else:
+            _check_dense(slot.path, mask, {name: stats[name] for name in self.grow.needs})
+            grow_order = ~order_keys(_scores(self.grow, slot.array, stats))
+        return drop_and_grow(mask, drop_order, grow_order, count)
 
-def from_zero(transform: Transform) -> Transform:
-    """What an update of ``transform`` unmasks starts at zero, without moments, instead of from where it was masked.
-
-    It keeps the masks that ``transform`` puts on whole parameters; :func:`~jaxcomp.core.optimizers.reset_regrown` after
-    each ``update``, or ``wrap_optax``, does the rest.
-
-    Args:
-      transform: one that masks and may unmask, such as a pruning plan or a chain with one.
-
-    Raises:
-      ValueError: at ``init``, it masks no parameter.
-
-    AC/DC, whose dense phases go on from the sparse weights:
-
-    >>> from jaxcomp.pruning.transform import prune
-    >>> from jaxcomp.pruning.schedules import alternating
-    >>> from jaxcomp.core.optimizers import wrap_optax
-    >>> plan = alternating(0.5, dense=1, sparse=1)
-    >>> tx = wrap_optax(optax.sgd(0.1), from_zero(plan.gate(prune(plan))))
-    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
-    >>> state, seen = tx.init(params), []
-    >>> for step in range(4):
-    ...     updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, state, params)
-    ...     params = optax.apply_updates(params, updates)
-    ...     seen += params["kernel"].tolist()
-    >>> seen
-    [[1.0, 2.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]
-
-    Source: Peste et al. 2021 (AC/DC), arXiv:2106.12379, section 3.
-    """
-
-    def seen(inner: State, params: Params) -> FromZero:
-        named, _ = leaves_with_paths(transform.apply(inner, params), is_leaf=is_compressed)
-        masks = {p: jnp.broadcast_to(unpacked(x.mask), x.shape) for p, x in named if isinstance(x, Masked)}
-        return FromZero(MaskState(masks), inner)
-
-    def init(params: Params) -> State:
-        state = seen(transform.init(params), params)
-        if not state.masks.masks:
-            raise ValueError("from_zero: the transform masks no parameter; give it a prune, or a chain with one.")
-        return state
-
-    def update(state: FromZero, params: Params, *, step: Any, **stats: Any) -> State:
-        return seen(transform.update(state.inner, params, step=step, **stats), params)
-
-    return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
+    def drawn(self, slot: Slot, step: jax.Array | None = None) -> jax.Array:
+        """A random order of the leaf's own, for its first mask or for a step, whatever other leaves there are."""
+        first, later = jax.random.split(key_of_leaf(cast(Key, self.key), slot.path))
+        return random_order(first if step is None else jax.random.fold_in(later, step), slot.array.shape)
 
 
-def _checked_table(sparsity: Any) -> float | dict[Where, float]:
-    """The sparsity, or the table of them, in range."""
-    if isinstance(sparsity, Mapping):
-        return {rule: float(_checked_sparsity(s)) for rule, s in sparsity.items()}
-    return float(_checked_sparsity(sparsity))
-
-
-def _checked_sparsity(s: Any) -> Any:
-    if not isinstance(s, numbers.Real) or isinstance(s, bool) or not 0 <= float(s) < 1:
-        raise ValueError(f"regrow: sparsity must be a number in [0, 1), or a table of such by rule, got {s!r}.")
-    return s
-
-
-def _check_fraction(fraction: Any) -> None:
-    if callable(fraction):
-        return
-    if not isinstance(fraction, numbers.Real) or isinstance(fraction, bool) or not 0 <= float(fraction) <= 1:
-        raise ValueError(f"regrow: fraction must be a number in [0, 1] or a schedule, got {fraction!r}.")
-
-
-def _check_key(key: Any) -> None:
+def _checked_draw(key: Key | None, initial: Score | None, grow: Score | None) -> Key | None:
+    if initial is not None and grow is not None:
+        return None
     if key is None:
         raise ValueError("regrow: first masks and growth are drawn, which wants a key: key=jax.random.key(0).")
     check_key("regrow", key)
+    return key
 
 
-def _drawn(key: Any, path: str, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
-    """A random order of a leaf's own, for its first mask or for a step, whatever other leaves there are."""
-    first, later = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())))
-    return random_order(first if step is None else jax.random.fold_in(later, step), shape)
+def _checked_fraction(fraction: Fraction) -> Fraction:
+    return fraction if callable(fraction) else _checked_share("regrow", fraction, "a number in [0, 1] or a schedule")
 
 
-def _active(found: Mapping[str, Slot], table: float | dict[Where, float]) -> dict[str, int]:
-    """How many weights of each leaf are active; leaves that a table does not name are left out."""
-    shares = dict.fromkeys(found, table) if isinstance(table, float) else _looked_up(found, table)
-    active = {}
-    for path, share in shares.items():
-        size = found[path].array.size
-        if found[path].mask is not None:
-            raise ValueError(
-                f"regrow: {path!r} is masked already; put regrow before prune, or leave the leaf out by a rule."
-            )
-        if size > MAX_COUNT:
-            raise ValueError(f"regrow: {path!r} has {size} weights; at most {MAX_COUNT} are counted.")
-        active[path] = max(1, size - round(share * size))
-    return active
+def _checked_share(owner: str, share: object, wanted: str) -> float:
+    if is_number(share) and 0 <= share <= 1:
+        return float(share)
+    raise ValueError(f"{owner}: fraction must be {wanted}, got {share!r}.")
 
 
-def _looked_up(found: Mapping[str, Slot], table: dict[Where, float]) -> dict[str, float]:
-    """The table's sparsity of each leaf that it names, by its path or by the first rule that matches."""
-    rules = {p: next((r for r in table if r == p or matches(r, p, slot.array)), None) for p, slot in found.items()}
-    unused = [rule for rule in table if rule not in rules.values()]
-    if unused:
-        raise ValueError(
-            f"regrow: rule {describe(unused[0])} of the table matches nothing that an earlier rule did not take; the"
-            f" selected paths are {some_paths(found)}."
-        )
-    return {path: table[rule] for path, rule in rules.items() if rule is not None}
-
-
-def _clipped(share: Any) -> jax.Array:
+def _clipped(share: float | jax.Array) -> jax.Array:
     return jnp.clip(jnp.asarray(share, jnp.float32), 0.0, 1.0)
 
 
-def _scores(score: Score, w: jax.Array, stats: dict[str, Any]) -> jax.Array:
+def _scores(score: Score, w: jax.Array, stats: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.broadcast_to(score.fn(w, **{name: stats[name] for name in score.needs}), w.shape)
 
 
-def _check_dense(path: str, mask: jax.Array, stats: dict[str, Any]) -> None:
+def _check_dense(path: str, mask: jax.Array, stats: Mapping[str, jax.Array]) -> None:
     """Outside jit: gradients that a mask has cut say nothing about what to grow."""
     for name, g in stats.items():
         if any(isinstance(x, jax.core.Tracer) for x in (mask, g)) or bool(jnp.all(mask)):

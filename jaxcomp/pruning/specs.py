@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import jax
 
 from jaxcomp.core.paths import Where, describe
-from jaxcomp.core.specs import Global, Local, checked_fraction, is_integer
+from jaxcomp.core.specs import Global, Local, checked_fraction, is_integer, is_number
+from jaxcomp.core.types import Step
 
-Amount = float | int | Callable[[Any], Any]
+Amount = float | int | Callable[[Step], float | jax.Array]
 """How much is pruned: a fraction in [0, 1), a count of units (an int), or a schedule ``step -> fraction``."""
 
 
-def checked_amount(owner: str, amount: Any) -> Amount:
+def checked_amount(owner: str, amount: object) -> Amount:
     """An amount as a float, an int or a schedule.
 
     Raises:
@@ -27,7 +29,7 @@ def checked_amount(owner: str, amount: Any) -> Amount:
     """
     if callable(amount):
         return amount
-    if isinstance(amount, numbers.Integral) and not isinstance(amount, bool) and int(amount) >= 0:
+    if is_integer(amount) and amount >= 0:
         return int(amount)
     return checked_fraction(owner, amount, "a number in [0, 1) or a schedule, or an int that counts units")
 
@@ -46,14 +48,14 @@ class NM:
     Args:
       n, m: ``0 < n < m``; 2 and 4 is what sparse tensor cores take. With ``m`` the whole axis this is a sparsity for
         each output, as Wanda compares.
-      axis: the contraction axis, along which the products are summed: -2, the input features of a Flax kernel; for
-        other layouts see :func:`jaxcomp.trace.contraction.contraction_axes`.
+      axis: along which the products are summed. The default is the last such axis of each leaf, by its roles (see
+        :func:`~jaxcomp.pruning.transform.prune`): a convolution's input features, not its window.
 
     Raises:
       ValueError: n or m is not an integer with ``0 < n < m``.
 
     >>> NM(2, 4)
-    NM(n=2, m=4, axis=-2)
+    NM(n=2, m=4, axis=None)
     >>> NM(4, 2)
     Traceback (most recent call last):
     ...
@@ -64,12 +66,12 @@ class NM:
 
     n: int
     m: int
-    axis: int = -2
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         if not (is_integer(self.n) and is_integer(self.m) and 0 < self.n < self.m):
             raise ValueError(f"NM: keeps n of every m, wants integers 0 < n < m, got n={self.n!r}, m={self.m!r}.")
-        if not is_integer(self.axis):
+        if self.axis is not None and not is_integer(self.axis):
             raise ValueError(f"NM: axis must be one integer, got {self.axis!r}.")
 
 
@@ -114,10 +116,11 @@ Order = int | float | Literal["fro", "nuc"]
 
 @dataclass(frozen=True)
 class Filters:
-    """Prune whole slices along ``axis``: the filters (output channels) of a Flax kernel are its last axis.
+    """Prune whole slices: output features, heads, the filters of a convolution, of each stacked layer its own.
 
     Args:
-      axis: an axis, or axes; every index combination of them is one unit, all other axes go with it.
+      axis: an axis, or axes; every index combination of them is one unit, all other axes go with it. The default are
+        the axes of each leaf that no product sums over, by its roles (see :func:`~jaxcomp.pruning.transform.prune`).
       order: the p of the unit's ℓp norm: any number, ``±inf`` (largest or smallest entry), 0 (how many are not zero),
         "fro" (2), or "nuc", the sum of the singular values, of units that are matrices. With 1 scores are summed as
         they are, so those below zero lower the unit's.
@@ -126,18 +129,24 @@ class Filters:
       ValueError: an axis that is no integer, or an order that is none of these.
     """
 
-    axis: int | tuple[int, ...] = -1
+    axis: int | tuple[int, ...] | None = None
     order: Order = 1.0
 
     def __post_init__(self) -> None:
         named = self.axis if isinstance(self.axis, tuple | list) else (self.axis,)
-        if not named or not all(is_integer(a) for a in named):
+        if self.axis is not None and not (named and all(map(is_integer, named))):
             raise ValueError(f"Filters: axis must be an integer, or several, got {self.axis!r}.")
         _check_order("Filters", self.order)
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes as a tuple."""
+        """The axes as a tuple.
+
+        Raises:
+          ValueError: they are the leaf's to say.
+        """
+        if self.axis is None:
+            raise ValueError("wants axes that are named, as in Filters(-1)")
         return tuple(self.axis) if isinstance(self.axis, tuple | list) else (int(self.axis),)
 
 
@@ -199,7 +208,7 @@ class ERK:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.power, numbers.Real) and math.isfinite(self.power) and self.power >= 0):
+        if not (is_number(self.power) and 0 <= self.power < math.inf):
             raise ValueError(f"ERK: power must be a number that is not negative, got {self.power!r}.")
 
 
@@ -265,7 +274,6 @@ class StraightThrough:
 Gradient = Cut | StraightThrough
 
 
-def _check_order(owner: str, order: Any) -> None:
-    number = isinstance(order, numbers.Real) and not isinstance(order, bool) and not math.isnan(order)
-    if not number and order not in ("fro", "nuc"):
+def _check_order(owner: str, order: object) -> None:
+    if not is_number(order) and order not in ("fro", "nuc"):
         raise ValueError(f"{owner}: the order of the norm must be a number, 'fro' or 'nuc', got {order!r}.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.core.slots import Slot, broadcasts, slots
+from jaxcomp.core.specs import is_number
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Params, PyTree, State, Stats, Step
 from jaxcomp.pruning.scores import Score
 
 
@@ -35,7 +36,7 @@ class Running:
     decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.decay is not None and not 0 <= self.decay < 1:
+        if self.decay is not None and not (is_number(self.decay) and 0 <= self.decay < 1):
             raise ValueError(f"Running: decay must be in [0, 1) or None, got {self.decay!r}.")
 
 
@@ -87,12 +88,12 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
         zeros = {f"{s.name}:{p}": jnp.zeros(w.shape, jnp.float32) for s in statistics for p, w in found.items()}
         return RunningState(jnp.zeros((), jnp.int32), zeros, transform.init(params))
 
-    def update(state: RunningState, params: Params, *, step: Any, **stats: Any) -> RunningState:
+    def update(state: RunningState, params: Params, *, step: Step, **stats: PyTree) -> RunningState:
         if stats.get("grads") is None:
             raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
         grads = dict(leaves_with_paths(stats["grads"])[0])
         count, values = state.gathered + 1, dict(state.values)
-        made: dict[str, dict[str, Any]] = {}
+        made: dict[str, dict[str, jax.Array]] = {}
         for s in statistics:
             made[s.name] = {}
             for path, w in weights(params).items():
@@ -109,8 +110,8 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
 
 
 def for_score(
-    name: str, score: Score, stats: Mapping[str, Any], selected: Mapping[str, Slot], owner: str, hint: str = ""
-) -> dict[str, Any]:
+    name: str, score: Score, stats: Stats, *, selected: Mapping[str, Slot], owner: str, hint: str = ""
+) -> dict[str, jax.Array]:
     """The statistic that a score needs, by slot path: of the slot's shape, or 1 along some axes.
 
     Args:

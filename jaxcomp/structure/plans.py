@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxcomp.core.optimizers import map_owned
 from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
 from jaxcomp.structure.groups import Groups
 
@@ -104,14 +105,11 @@ class Plan:
         Raises:
           ValueError: a parameter is unknown to the plan, or a leaf that belongs to one has another shape.
         """
-        named, _ = leaves_with_paths(params)
-        owner = {path: self._owner(path, leaf) for path, leaf in named if hasattr(leaf, "shape")}
+        named = jax.tree_util.tree_leaves_with_path(params)
+        owners = {at: self._owner(path_str(at), leaf) for at, leaf in named if hasattr(leaf, "shape")}
 
-        def smaller(path: str, leaf: Any) -> Any:
-            parts = path.split("/")
-            tails = ("/".join(parts[i:]) for i in range(len(parts)))
-            mine = next((owner[t] for t in tails if t in owner), None)
-            if mine is None or not hasattr(leaf, "shape") or math.prod(leaf.shape) <= 1:
+        def smaller(path: str, leaf: Any, mine: str) -> Any:
+            if not hasattr(leaf, "shape") or math.prod(leaf.shape) <= 1:
                 return leaf
             if tuple(leaf.shape) != self.groups.shapes[mine]:
                 raise ValueError(
@@ -121,7 +119,7 @@ class Plan:
                 )
             return self._take_leaf(mine, leaf)
 
-        return self._map(tree, smaller)
+        return map_owned(smaller, tree, owners)
 
     def full(self, params: Any) -> Any:
         """The shapes of the tree before shrinking, from the smaller tree.

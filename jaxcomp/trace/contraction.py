@@ -1,4 +1,4 @@
-"""What pruning reads off a traced function: each weight's contraction axis, and how large its inputs are."""
+"""How large the inputs of each weight are: a statistic that pruning reads off a traced function."""
 
 from __future__ import annotations
 
@@ -18,49 +18,6 @@ from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Operand, Site, sites_of
 
 _STACKED = "stacked"
-
-
-def contraction_axes(fn: Callable[..., Any], where: Where = matrices) -> Callable[..., dict[str, int]]:
-    """The axis of each weight along which the products of ``fn(params, *args)`` are summed, counted from the front.
-
-    Where several are contracted it is the last: a convolution's input features, not its window.
-
-    Args:
-      fn: a pure function whose first argument is the parameter tree; nothing is computed.
-      where: which leaves.
-
-    Raises:
-      ValueError: nothing is found, or a leaf is contracted along different axes at different sites.
-
-    >>> p = {"up": jnp.ones((4, 8)), "down": jnp.ones((3, 8))}
-    >>> contraction_axes(lambda p, x: (x @ p["up"]) @ p["down"].T)(p, jnp.ones((2, 4)))
-    {'up': 0, 'down': 1}
-    """
-
-    @wraps(fn)
-    def found(params: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
-        axes: dict[str, int] = {}
-        every = sites_of(trace(fn, params, *args, **kwargs))
-        for site in every:
-            weight = _weight(site)
-            if weight is None or weight.leaf is None or not weight.leaf_axes(CONTRACTED):
-                continue
-            path, axis = weight.leaf, weight.leaf_axes(CONTRACTED)[-1]
-            if not matches(where, path, jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype)):
-                continue
-            if axes.setdefault(path, axis) != axis:
-                raise ValueError(
-                    f"contraction_axes: {path!r} is contracted along axis {axes[path]} at one site and along {axis} at"
-                    f" {site.path!r}; give its axis yourself, or leave it out by a rule."
-                )
-        if not axes:
-            raise ValueError(
-                f"contraction_axes: {describe(where)} matches no weight of a product; the sites are"
-                f" {some_paths(s.path for s in every) or 'none'}."
-            )
-        return axes
-
-    return found
 
 
 def input_norms(fn: Callable[..., Any], where: Where = matrices) -> Callable[..., dict[str, jax.Array]]:

@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import jaxcomp as jc
+from jaxcomp.core.gates import never, when
 from jaxcomp.core.optimizers import MaskState, dense_value_and_grad, reset_regrown
 from jaxcomp.pruning.schedules import alternating
-from jaxcomp.pruning.sparse_training import from_zero
+from jaxcomp.pruning.unmasking import from_zero
 from tests.marks import quick
 
 KEY = jax.random.key(0)
@@ -78,7 +79,7 @@ def oracle_masks(t_fraction, mask, w, grow, *, among=None):
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_drop_and_grow_are_those_of_stable_sorts(shape, fraction) -> None:
     rng = np.random.default_rng(len(shape))
-    t = jc.pruning.regrow(0.6, key=KEY, grow=jc.pruning.sensitivity, fraction=fraction, due=jc.every(1))
+    t = jc.pruning.regrow(0.6, key=KEY, grow=jc.pruning.sensitivity, fraction=fraction)
     for ties in (False, True):
         draw = (lambda: rng.integers(-2, 3, shape)) if ties else (lambda: rng.normal(size=shape))
         w, g = draw().astype(np.float32), draw().astype(np.float32) + np.float32(0.125)
@@ -96,14 +97,14 @@ def test_first_masks_are_exact_and_random_or_by_a_score() -> None:
     other = jc.pruning.rigl(SPARSITY, key=jax.random.key(1), period=5, stop=40).init(params).masks
     overlap = int((masks["in/kernel"] & other["in/kernel"]).sum())
     assert overlap < 40  # of 77, and 15 are expected of independent draws
-    top = jc.pruning.regrow(0.8, initial=jc.pruning.magnitude).init(params).masks["in/kernel"]
+    top = jc.pruning.regrow(0.8, key=KEY, initial=jc.pruning.magnitude).init(params).masks["in/kernel"]
     w = jnp.abs(params["in"]["kernel"])
     assert w[top].min() >= w[~top].max()
 
 
 def test_leaves_of_one_shape_and_steps_draw_for_themselves() -> None:
     params = {"a/kernel": jnp.ones((20, 20)), "b/kernel": jnp.ones((20, 20))}
-    t = jc.pruning.regrow(0.5, key=KEY, fraction=1.0, due=jc.every(1))
+    t = jc.pruning.regrow(0.5, key=KEY, fraction=1.0)
     first = t.init(params)
     later = [t.update(first, params, step=jnp.int32(i)) for i in (0, 1)]
     draws = [m for s in (first, *later) for m in s.masks.values()]
@@ -163,9 +164,10 @@ def test_rigl_grows_by_a_share_that_falls_as_a_cosine() -> None:
 
 
 def test_static_never_moves() -> None:
-    t, params = jc.pruning.regrow(0.9, key=KEY), make_params()
+    t, params = when(jc.pruning.regrow(0.9, key=KEY), never), make_params()
     state = t.init(params)
     assert t.update(state, params, step=0) is state
+    assert "while" not in str(jax.make_jaxpr(lambda s: t.update(s, params, step=jnp.int32(1)))(state))
 
 
 def test_dense_gradients_are_those_of_the_masked_network() -> None:
@@ -277,9 +279,7 @@ def _key_path(path: str) -> tuple:
 
 
 def test_a_weight_that_comes_back_at_once_has_never_left() -> None:
-    t = jc.pruning.regrow(
-        0.5, key=KEY, grow=jc.pruning.sensitivity, fraction=1.0, due=jc.every(1), initial=jc.pruning.magnitude
-    )
+    t = jc.pruning.regrow(0.5, key=KEY, grow=jc.pruning.sensitivity, fraction=1.0, initial=jc.pruning.magnitude)
     params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
     state = t.init(params)
     new = t.update(state, params, step=0, grads={"w": jnp.array([[9.0, 0.1, 0.2, 8.0]])})
@@ -290,7 +290,7 @@ def test_a_weight_that_comes_back_at_once_has_never_left() -> None:
 def test_resets_reach_through_chain_gate_and_rules_and_tell_paths_apart() -> None:
     # Of one shape, and the one's path ends as the other's; the unmasked one keeps its moments.
     params = {"kernel": jnp.ones((4, 4)), "a": {"kernel": jnp.ones((4, 4))}}
-    inner = jc.pruning.regrow(0.5, key=KEY, fraction=1.0, due=jc.every(1), where="kernel")
+    inner = jc.pruning.regrow(0.5, key=KEY, fraction=1.0, where="kernel")
     t = jc.chain(jc.by_path({"kernel": jc.gate(inner, jc.every(1))}), jc.quantize(jc.Int(4)))
     tx = optax.adam(0.1)
     opt_state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tx.init(params))
@@ -363,7 +363,7 @@ assert jax.device_count() == 8
 mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 w, g = jax.random.normal(jax.random.key(0), (64, 32)), jax.random.normal(jax.random.key(1), (64, 32))
 for grow, spec in ((None, P("d")), (jc.pruning.sensitivity, P(None, "d"))):
-    t = jc.pruning.regrow(0.9, key=jax.random.key(2), grow=grow, due=jc.every(1))
+    t = jc.pruning.regrow(0.9, key=jax.random.key(2), grow=grow)
     f = jax.jit(lambda p, g: t.update(t.init(p), p, step=jnp.int32(3), grads=g).masks["w"])
     one = f({"w": w}, {"w": g})
     assert int(one.sum()) == 2048 - 1843
@@ -385,7 +385,7 @@ def test_eight_devices_give_what_one_gives() -> None:
 def test_a_key_is_not_used_up() -> None:
     params = make_params()
     with jax.debug_key_reuse(True):
-        t = jc.pruning.regrow(0.5, key=jax.random.key(3), due=jc.every(1))
+        t = jc.pruning.regrow(0.5, key=jax.random.key(3))
         state = t.init(params)
         update = jax.jit(lambda s, i: t.update(s, params, step=i))
         for i in range(2):
@@ -408,7 +408,7 @@ def test_a_key_is_not_used_up() -> None:
             lambda: jc.pruning.regrow(0.5),
             r"first masks and growth are drawn, which wants a key: key=jax.random.key\(0\)",
         ),
-        (lambda: jc.pruning.regrow(0.5, initial=jc.pruning.magnitude, due=jc.every(1)), r".*which wants a key"),
+        (lambda: jc.pruning.regrow(0.5, initial=jc.pruning.magnitude), r".*which wants a key"),
         (lambda: jc.pruning.regrow(0.5, key=0), r"key must be one key such as jax.random.key\(0\), got 0"),
         (lambda: jc.pruning.regrow(0.5, key=jax.random.split(KEY)), r"key must be one key"),
         (
@@ -456,7 +456,7 @@ def test_from_zero_wants_a_mask() -> None:
 
 def test_refuses_leaves_that_do_not_fit() -> None:
     params = make_params()
-    with pytest.raises(ValueError, match=r"rule 'nothing' of the table matches nothing.*'in/kernel', 'out/kernel'"):
+    with pytest.raises(ValueError, match=r"regrow: rule 'nothing' matches nothing.*'in/kernel', 'out/kernel'"):
         jc.pruning.regrow({"in/kernel": 0.5, "nothing": 0.5}, key=KEY).init(params)
     with pytest.raises(ValueError, match=r"'in/kernel' is masked already; put regrow before prune"):
         jc.chain(jc.prune(0.5), rigl()).init(params)

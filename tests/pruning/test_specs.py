@@ -16,8 +16,8 @@ from jaxcomp.pruning.masks.densities import erk, heuristic
 from jaxcomp.pruning.masks.nm import is_n_m
 from jaxcomp.pruning.scores import importance, lamp, norm, redundancy
 from jaxcomp.pruning.specs import Given, Heuristic, StraightThrough, Tied
-from jaxcomp.pruning.transform import masked_by, prune_n_m
-from jaxcomp.trace.contraction import contraction_axes, input_norms
+from jaxcomp.pruning.transform import masked_by
+from jaxcomp.trace.contraction import input_norms
 from tests.marks import quick
 from tests.pruning.test_transform import masks
 
@@ -57,7 +57,7 @@ def test_scopes_give_each_leaf_its_own_sparsity() -> None:
 def test_a_given_table_must_cover_the_leaves_and_be_used() -> None:
     with pytest.raises(ValueError, match=r"prune: 'a/kernel' matches no rule of Given"):
         jc.prune(scope=Given({"b/.*": 0.5})).init(TREE)
-    with pytest.raises(ValueError, match=r"rule 'c/\.\*' of Given matches nothing"):
+    with pytest.raises(ValueError, match=r"prune: Given: rule 'c/\.\*' matches nothing that an earlier rule"):
         jc.prune(scope=Given({"c/.*": 0.5, ".*": 0.1})).init(TREE)
     with pytest.raises(ValueError, match=r"Given: rule '.\*': sparsity must be a number in \[0, 1\)"):
         Given({".*": 1.5})
@@ -83,15 +83,15 @@ def test_refuses_what_does_not_go_together(kwargs, message) -> None:
 
 
 def test_n_m_of_survivors_and_of_conv_kernels() -> None:
-    params = {"kernel": normal(3, 3, 8, 5)}
-    got = masks(jc.prune(structure=jc.NM(2, 4)), params)["kernel"]
+    params = {"conv": normal(3, 3, 8, 5)}
+    got = masks(jc.prune(structure=jc.NM(2, 4)), params)["conv"]
     assert int(got.sum()) == 180
-    assert is_n_m(got, jc.NM(2, 4))
-    first = masks(jc.prune(0.5), params)["kernel"]
-    both = masks(jc.chain(jc.prune(0.5), jc.prune(structure=jc.NM(2, 4))), params)["kernel"]
+    assert is_n_m(got, jc.NM(2, 4, axis=2))
+    first = masks(jc.prune(0.5), params)["conv"]
+    both = masks(jc.chain(jc.prune(0.5), jc.prune(structure=jc.NM(2, 4))), params)["conv"]
     assert not (both & ~first).any()
-    assert is_n_m(both, jc.NM(2, 4))
-    with pytest.raises(ValueError, match=r"prune: 'kernel' has 2 dimensions and no axis 2"):
+    assert is_n_m(both, jc.NM(2, 4, axis=2))
+    with pytest.raises(ValueError, match=r"prune: 'kernel' axis 2 is out of bounds for array of dimension 2"):
         jc.prune(structure=jc.NM(2, 4, axis=2)).init({"kernel": jnp.ones((4, 4))})
 
 
@@ -262,7 +262,7 @@ def test_lamp_is_the_published_score_and_leaves_no_leaf_empty() -> None:
 def test_redundancy_prunes_the_filter_that_others_replace() -> None:
     w = np.asarray(normal(3, 3, 4, 6)).copy()
     w[..., 2] = w.mean(-1)  # at the middle of all others
-    got = masks(jc.prune(1, score=redundancy, structure=jc.Filters()), {"kernel": jnp.asarray(w)})["kernel"]
+    got = masks(jc.prune(1, score=redundancy, structure=jc.Filters()), {"conv": jnp.asarray(w)})["conv"]
     assert np.flatnonzero(~np.asarray(got).ravel()).tolist() == [2]
     with pytest.raises(ValueError, match=r"prune: 'kernel' is scored by the distances between slices"):
         jc.prune(1, score=redundancy).init({"kernel": jnp.asarray(w)})
@@ -362,27 +362,24 @@ class Net(nn.Module):
         return nn.Dense(5)(x)
 
 
-def test_axes_and_input_norms_come_from_the_trace() -> None:
+def test_roles_and_input_norms_come_from_the_trace() -> None:
     x = normal(2, 4, 4, 4)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         params = Net().init(jax.random.key(0), x)["params"]
         fn = lambda p, x: Net().apply({"params": p}, x)  # noqa: E731
-        axes = contraction_axes(fn)(params, x)
-        assert axes == {"Conv_0/kernel": 2, "Dense_0/kernel": 0}
+        roles = jc.roles(fn)(params, x)
         norms = jax.jit(input_norms(fn))(params, x)
     assert norms["Conv_0/kernel"].shape == (1, 1, 4, 1)
     np.testing.assert_allclose(
         np.ravel(norms["Conv_0/kernel"]), np.sqrt((np.asarray(x) ** 2).sum((0, 1, 2))), rtol=1e-5
     )
     assert norms["Dense_0/kernel"].shape == (128, 1)
-    t = prune_n_m(2, 4, axes, score=jc.pruning.wanda)
+    t = jc.prune(structure=jc.NM(2, 4), score=jc.pruning.wanda, roles=roles)
     seen = t.apply(t.update(t.init(params), params, step=0, input_norms=norms), params)
-    for path, axis in axes.items():
+    for path, axis in {"Conv_0/kernel": 2, "Dense_0/kernel": 0}.items():
         layer, name = path.split("/")
         assert is_n_m(seen[layer][name], jc.NM(2, 4, axis))
         assert int(seen[layer][name].mask.sum()) == seen[layer][name].size // 2
-    with pytest.raises(ValueError, match=r"contraction_axes: 'none' matches no weight of a product"):
-        contraction_axes(lambda p, x: x @ p, "none")(jnp.ones((2, 2)), jnp.ones((2, 2)))
 
 
 def test_norms_of_stacked_layers_are_each_layers_own() -> None:
@@ -397,9 +394,3 @@ def test_norms_of_stacked_layers_are_each_layers_own() -> None:
     for layer in range(3):
         np.testing.assert_allclose(np.ravel(got[layer]), np.sqrt((h**2).sum(0)), rtol=1e-5)
         h = np.tanh(h @ np.asarray(w[layer]))
-
-
-def test_a_weight_contracted_two_ways_is_named() -> None:
-    w = jnp.ones((3, 3))
-    with pytest.raises(ValueError, match=r"'kernel' is contracted along axis 0 at one site and along 1 at 'kernel#1'"):
-        contraction_axes(lambda p, x: x @ p["kernel"] @ p["kernel"].T)({"kernel": w}, jnp.ones((2, 3)))

@@ -412,7 +412,7 @@ def moe() -> Case:
 
 def standardized_fn(p: Any, x: jax.Array) -> jax.Array:
     """Weight-standardized convolutions: each kernel is normalized over all but its output features."""
-    for name in ("a", "b"):
+    for name in ("a", "d"):
         w = p[name]
         w = (w - w.mean((0, 1, 2))) / (w.std((0, 1, 2)) + 1e-5)
         x = jax.nn.relu(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
@@ -420,35 +420,35 @@ def standardized_fn(p: Any, x: jax.Array) -> jax.Array:
 
 
 def standardized() -> Case:
-    shapes = {"a": (3, 3, 3, 6), "b": (3, 3, 6, 5), "out": (5, 2)}
-    return Case(standardized_fn, plain(shapes), (normal(*IMAGE),), [(5, "b:3 out:0")])
+    shapes = {"a": (3, 3, 3, 6), "d": (3, 3, 6, 5), "out": (5, 2)}
+    return Case(standardized_fn, plain(shapes), (normal(*IMAGE),), [(5, "d:3 out:0")])
 
 
 def shuffle_fn(p: Any, x: jax.Array) -> jax.Array:
     """A channel shuffle by known indices, a zero-padded shortcut, a flip, and a while loop."""
     h = jax.nn.relu(x @ p["a"])[:, np.array([3, 1, 0, 2])]
-    h = jnp.pad(h, ((0, 0), (1, 1))) + (x @ p["b"])[:, ::-1]
+    h = jnp.pad(h, ((0, 0), (1, 1))) + (x @ p["d"])[:, ::-1]
     h = lax.fori_loop(0, 3, lambda i, s: s + h * p["s"], h)
     return h @ p["out"]
 
 
 def shuffle() -> Case:
-    shapes = {"a": (3, 4), "b": (3, 6), "s": (6,), "out": (6, 2)}
-    groups = [(4, "a:1 b:1 s:0 out:0"), (2, "b:1 s:0 out:0")]
+    shapes = {"a": (3, 4), "d": (3, 6), "s": (6,), "out": (6, 2)}
+    groups = [(4, "a:1 d:1 s:0 out:0"), (2, "d:1 s:0 out:0")]
     return Case(shuffle_fn, plain(shapes), (normal(5, 3),), groups)
 
 
 def branch_fn(p: Any, x: jax.Array) -> jax.Array:
     """A cond, a checkpointed block, a max-gate and a dropout mask."""
-    h = lax.cond(x.sum() > 0, lambda h: jnp.tanh(h @ p["a"]), lambda h: jnp.maximum(h @ p["b"], -1.0), x)
+    h = lax.cond(x.sum() > 0, lambda h: jnp.tanh(h @ p["a"]), lambda h: jnp.maximum(h @ p["d"], -1.0), x)
     h = jax.checkpoint(lambda h: h * jax.nn.sigmoid(h @ p["c"]))(h)
     h = h * jax.random.bernoulli(jax.random.key(3), 0.7, h.shape)
     return h @ p["out"]
 
 
 def branch() -> Case:
-    shapes = {"a": (3, 5), "b": (3, 5), "c": (5, 5), "out": (5, 2)}
-    return Case(branch_fn, plain(shapes), (normal(4, 3),), [(5, "a:1 b:1 c:0 c:1 out:0")])
+    shapes = {"a": (3, 5), "d": (3, 5), "c": (5, 5), "out": (5, 2)}
+    return Case(branch_fn, plain(shapes), (normal(4, 3),), [(5, "a:1 d:1 c:0 c:1 out:0")])
 
 
 def linear_attention_fn(p: Any, x: jax.Array) -> jax.Array:
@@ -487,9 +487,9 @@ def grouped_attention() -> Case:
 
 def maxout() -> Case:
     def fn(p: Any, x: jax.Array) -> jax.Array:
-        return (x @ p["a"]).reshape(len(x), 3, 2).max(-1) @ p["b"]
+        return (x @ p["a"]).reshape(len(x), 3, 2).max(-1) @ p["d"]
 
-    return Case(fn, plain({"a": (3, 6), "b": (3, 2)}), (normal(4, 3),), [(3, "a:1*2 b:0")])
+    return Case(fn, plain({"a": (3, 6), "d": (3, 2)}), (normal(4, 3),), [(3, "a:1*2 d:0")])
 
 
 class Decoding(nn.Module):

@@ -228,11 +228,11 @@ def test_values_that_are_not_zero_when_masked_freeze_what_sums_over_them():
 
 def test_unknown_primitive_is_frozen_named_and_refused_if_strict():
     def f(p, x):
-        return jnp.fft.fft(x @ p["up"]).real @ p["down"] + jnp.tanh(x @ p["a"]) @ p["b"]
+        return jnp.fft.fft(x @ p["up"]).real @ p["down"] + jnp.tanh(x @ p["a"]) @ p["c"]
 
-    params, x = plain({"up": (3, 8), "down": (8, 2), "a": (3, 4), "b": (4, 2)}), normal(4, 3)
+    params, x = plain({"up": (3, 8), "down": (8, 2), "a": (3, 4), "c": (4, 2)}), normal(4, 3)
     groups = channel_groups(f)(params, x)
-    assert [g.paths for g in groups] == [("a", "b")]
+    assert [g.paths for g in groups] == [("a", "c")]
     assert [u.primitive for u in groups.unknown] == ["fft"]
     assert "test_shrink.py" in groups.unknown[0].source
     assert "unknown primitive 'fft'" in repr(groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ import numpy as np
 from jaxcomp.pruning.specs import ERK, Heuristic
 
 Shapes = Mapping[str, tuple[int, ...]]
+Values = np.ndarray | jax.Array
+Fraction = float | jax.Array
 
 
-def erk(shapes: Shapes, sparsity: Any, spec: ERK = ERK()) -> dict[str, Any]:  # noqa: B008 - frozen
+def erk(shapes: Shapes, sparsity: Fraction, spec: ERK = ERK()) -> dict[str, Fraction]:  # noqa: B008 - frozen
     """The Erdős–Rényi-Kernel sparsities, see :class:`~jaxcomp.pruning.specs.ERK`.
 
     Args:
@@ -29,11 +31,11 @@ def erk(shapes: Shapes, sparsity: Any, spec: ERK = ERK()) -> dict[str, Any]:  # 
     raw = np.array([sum(s) for s in shapes.values()]) / sizes
     xp = _numpy_for(sparsity)
     ones = sizes.sum() - xp.floor(sparsity * _as(xp, sizes)).sum()
-    densities = _filled(raw**spec.power, sizes, ones, 1.0, xp)
+    densities = _filled(raw**spec.power, sizes, total=ones, most=1.0, xp=xp)
     return _named(shapes, 1 - densities)
 
 
-def heuristic(shapes: Shapes, sparsity: Any, spec: Heuristic = Heuristic()) -> dict[str, Any]:  # noqa: B008 - frozen
+def heuristic(shapes: Shapes, sparsity: Fraction, spec: Heuristic = Heuristic()) -> dict[str, Fraction]:  # noqa: B008
     """The sparsities that grow with the leaf's logarithm, see :class:`~jaxcomp.pruning.specs.Heuristic`.
 
     >>> {k: round(v, 3) for k, v in heuristic({"small": (10, 10), "large": (100, 100)}, 0.5).items()}
@@ -48,10 +50,10 @@ def heuristic(shapes: Shapes, sparsity: Any, spec: Heuristic = Heuristic()) -> d
         raise ValueError(f"Heuristic: no leaf may be sparser than most={spec.most}, got sparsity {sparsity}.")
     raw = np.log(np.maximum(sizes, 2))  # one element has no logarithm to be sparse by
     wanted = xp.minimum(sparsity, spec.most) * sizes.sum()
-    return _named(shapes, _filled(raw, sizes, wanted, spec.most, xp))
+    return _named(shapes, _filled(raw, sizes, total=wanted, most=spec.most, xp=xp))
 
 
-def _filled(raw: np.ndarray, sizes: np.ndarray, total: Any, most: float, xp: Any) -> Any:
+def _filled(raw: np.ndarray, sizes: np.ndarray, *, total: Fraction, most: float, xp: ModuleType) -> Values:
     """``min(most, scale * raw)`` with the scale at which ``sum(sizes * that) == total``.
 
     The k entries of the largest raw values are at the limit; k is the smallest for which all others stay below it.
@@ -67,15 +69,15 @@ def _filled(raw: np.ndarray, sizes: np.ndarray, total: Any, most: float, xp: Any
     return xp.clip(chosen * _as(xp, raw), 0.0, most)
 
 
-def _numpy_for(sparsity: Any) -> Any:
+def _numpy_for(sparsity: Fraction) -> ModuleType:
     """NumPy, and so float64, for a number; jax.numpy for an array of jax's."""
     return jnp if isinstance(sparsity, jax.Array) else np
 
 
-def _as(xp: Any, x: np.ndarray) -> Any:
+def _as(xp: ModuleType, x: np.ndarray) -> Values:
     return x if xp is np else jnp.asarray(x, jnp.float32)
 
 
-def _named(shapes: Shapes, values: Any) -> dict[str, Any]:
+def _named(shapes: Shapes, values: Values) -> dict[str, Fraction]:
     """Python's floats where the values are NumPy's."""
     return dict(zip(shapes, values.tolist() if isinstance(values, np.ndarray) else list(values), strict=True))

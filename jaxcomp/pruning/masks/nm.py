@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+from numpy.lib.array_utils import normalize_axis_index
 
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.leaves import dense
-from jaxcomp.pruning.masks.units import checked_axis
+from jaxcomp.core.types import Leaf
 from jaxcomp.pruning.specs import NM
 
 _PAIRS = 16  # up to this m, comparing every pair is cheaper than sorting each group; the bits of a group's byte or two
@@ -30,9 +30,9 @@ def n_m_mask(
     [[False, True, False, True, True]]
 
     Raises:
-      ValueError: the array has no such axis.
+      ValueError: the structure names no axis, or one that the array has not.
     """
-    axis = checked_axis(structure.axis, scores.ndim)
+    axis = _axis(structure, scores.ndim)
     size, (n, m) = scores.shape[axis], (structure.n, structure.m)
     keys = order_keys(scores)
     if alive is not None:
@@ -48,27 +48,30 @@ def n_m_mask(
     return kept if alive is None else kept & alive
 
 
-def is_n_m(x: Any, structure: NM) -> bool:
+def is_n_m(x: Leaf, structure: NM) -> bool:
     """Whether at most ``n`` of every ``m`` neighbours along the axis are not zero (or, of a mask, are True).
 
     Args:
       x: an array, a mask, or a compressed leaf.
       structure: n, m and the axis; the last group may be smaller.
 
-    >>> is_n_m(jnp.array([[0.0, 1.0, 2.0, 0.0]]), NM(2, 4, axis=1)), is_n_m(jnp.ones((4, 4)), NM(2, 4))
+    >>> is_n_m(jnp.array([[0.0, 1.0, 2.0, 0.0]]), NM(2, 4, axis=1)), is_n_m(jnp.ones((4, 4)), NM(2, 4, axis=0))
     (True, False)
 
     Raises:
-      ValueError: the array has no such axis.
+      ValueError: the structure names no axis, or one that the array has not.
     """
     host = np.asarray(dense(x)) != 0
-    try:
-        axis = checked_axis(structure.axis, host.ndim)
-    except ValueError as e:
-        raise ValueError(f"is_n_m: the array {e}.") from e
+    axis = _axis(structure, host.ndim)
     along = np.moveaxis(host, axis, -1)
     along = np.pad(along, [(0, 0)] * (host.ndim - 1) + [(0, -along.shape[-1] % structure.m)])
     return bool((along.reshape(-1, structure.m).sum(1) <= structure.n).all())
+
+
+def _axis(structure: NM, ndim: int) -> int:
+    if structure.axis is None:
+        raise ValueError(f"{structure} names no axis, and an array has no path that settles it; name one.")
+    return normalize_axis_index(structure.axis, ndim)
 
 
 def _by_groups(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:

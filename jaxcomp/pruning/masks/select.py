@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpy.lib.array_utils import normalize_axis_index
 
 from jaxcomp.core.bits import order_keys
-from jaxcomp.core.paths import describe, matches, some_paths
+from jaxcomp.core.paths import first_matches, some_paths
 from jaxcomp.core.specs import Global, Local, checked_fraction
+from jaxcomp.core.types import Step
 from jaxcomp.pruning.masks.densities import Shapes, erk, heuristic
 from jaxcomp.pruning.masks.thresholds import MAX_COUNT, fraction_of, smallest
-from jaxcomp.pruning.masks.units import checked_axis
 from jaxcomp.pruning.specs import ERK, Amount, Given, Heuristic, Scope, Tied
 
 Arrays = Mapping[str, jax.Array]
 Maybe = Mapping[str, jax.Array | None]
+Resolved = int | float | jax.Array
+"""How much goes at a step: a count of units, or a fraction of them."""
 
 
-def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[str], Any]]) -> dict[str, jax.Array]:
+def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[str], Resolved]]) -> dict[str, jax.Array]:
     """Masks that keep all but the lowest units, as many as the amounts say.
 
     Args:
@@ -58,15 +60,16 @@ def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[st
     return kept
 
 
-def spread(scope: Scope, shapes: Shapes, amount: Amount | None, step: Any) -> list[tuple[list[str], Any]]:
+def amounts_of(scope: Scope, shapes: Shapes, amount: Amount | None, step: Step) -> list[tuple[list[str], Resolved]]:
     """The amounts that a scope gives to leaves of these shapes; see :func:`select`.
 
     Raises:
       ValueError: a rule of ``Given`` that matches nothing, or a leaf that none matches.
     """
+    if isinstance(scope, Given):
+        return [([name], resolved(a, step)) for name, a in _given(scope, shapes).items()]
+    assert amount is not None  # prune has refused it
     match scope:
-        case Given():
-            return [([name], resolved(a, step)) for name, a in _given(scope, shapes).items()]
         case Global():
             return [(list(shapes), resolved(amount, step))]
         case Local():
@@ -78,7 +81,7 @@ def spread(scope: Scope, shapes: Shapes, amount: Amount | None, step: Any) -> li
     return [([name], fraction) for name, fraction in fractions.items()]
 
 
-def resolved(amount: Any, step: Any) -> Any:
+def resolved(amount: Amount, step: Step) -> Resolved:
     """An amount at a step: an int, a float, or what a schedule gives as a scalar array.
 
     Raises:
@@ -100,7 +103,7 @@ def groups_of(structure: Tied, shapes: Shapes) -> dict[str, dict[str, int]]:
     for name, shape in shapes.items():
         found = structure.find(name)
         if found is not None:
-            groups.setdefault(found[0], {})[name] = checked_axis(found[1], len(shape))
+            groups.setdefault(found[0], {})[name] = normalize_axis_index(found[1], len(shape))
     for group, members in groups.items():
         counts = {shapes[name][axis] for name, axis in members.items()}
         if len(counts) > 1:
@@ -132,7 +135,7 @@ def _key(scores: jax.Array, dead: jax.Array | None) -> jax.Array:
     return keys if dead is None else jnp.where(dead, jnp.uint32(0), keys)
 
 
-def _count(keys: list[jax.Array], eligible: list[jax.Array | None], amount: Any) -> jax.Array:
+def _count(keys: list[jax.Array], eligible: list[jax.Array | None], amount: Resolved) -> jax.Array:
     if isinstance(amount, int):
         return jnp.uint32(amount)
     total = sum((jnp.sum(e, dtype=jnp.uint32) for e in eligible if e is not None), jnp.uint32(0))
@@ -142,18 +145,11 @@ def _count(keys: list[jax.Array], eligible: list[jax.Array | None], amount: Any)
 
 def _given(scope: Given, shapes: Shapes) -> dict[str, Amount]:
     """The amount of the first rule that matches each name."""
+    named = [(name, jax.ShapeDtypeStruct(shape, "float32")) for name, shape in shapes.items()]
+    amounts = list(scope.amounts.values())
     found: dict[str, Amount] = {}
-    used = set()
-    for name in shapes:
-        rule = next((r for r in scope.amounts if matches(r, name, jax.ShapeDtypeStruct(shapes[name], "float32"))), None)
-        if rule is None:
+    for (name, _), first in zip(named, first_matches(scope.amounts, named, owner="prune: Given"), strict=True):
+        if first is None:
             raise ValueError(f"prune: {name!r} matches no rule of Given; add one, such as r'.*': 0.0, or narrow where.")
-        used.add(rule)
-        found[name] = scope.amounts[rule]
-    for rule in scope.amounts:
-        if rule not in used:
-            raise ValueError(
-                f"prune: rule {describe(rule)} of Given matches nothing that an earlier one did not take; the paths"
-                f" are {some_paths(shapes)}."
-            )
+        found[name] = amounts[first]
     return found

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from jaxcomp.pruning.specs import Block, Element, Filters, Order
 
@@ -97,30 +98,17 @@ def norms(x: Float[Array, "*shape"], axes: tuple[int, ...], order: Order) -> Flo
 
 def pooled_axes(ndim: int, structure: Filters) -> tuple[int, ...]:
     """The axes that go together in a unit."""
-    own = {checked_axis(a, ndim) for a in structure.axes}
+    own = normalize_axis_tuple(structure.axes, ndim, allow_duplicate=True)
     return tuple(i for i in range(ndim) if i not in own)
 
 
 def block_extents(structure: Block, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The block's extent along every axis of an array."""
     extents = [1] * len(shape)
-    axes = [checked_axis(a, len(shape)) for a in structure.axes]
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"has {len(shape)} dimensions, in which the axes {structure.axes} of the block coincide")
+    axes = normalize_axis_tuple(structure.axes, len(shape), argname="Block.axes")
     for axis, extent in zip(axes, structure.shape, strict=True):
         extents[axis] = min(extent, shape[axis])
     return tuple(extents)
-
-
-def checked_axis(axis: int, ndim: int) -> int:
-    """The axis counted from the front.
-
-    Raises:
-      ValueError: there is no such axis. The message begins where a path goes in front of it.
-    """
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"has {ndim} dimensions and no axis {axis}; name axes in {-ndim}..{ndim - 1}")
-    return axis % ndim
 
 
 def _nuclear(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*units"]:

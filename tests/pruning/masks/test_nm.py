@@ -16,7 +16,7 @@ from jaxcomp.pruning.specs import NM
 
 CASES = [
     ((8, 3), NM(2, 4, 0)),
-    ((8, 3), NM(2, 4)),
+    ((8, 3), NM(2, 4, -2)),
     ((3, 10), NM(1, 4, -1)),
     ((2, 2), NM(1, 2, -1)),
     ((0, 8), NM(2, 4, -1)),
@@ -66,9 +66,11 @@ def test_the_checker_tells_them_apart() -> None:
     assert not is_n_m(w, NM(1, 2, 1))
     t = jc.prune(structure=jc.NM(2, 4))
     params = {"kernel": jax.random.normal(jax.random.key(0), (10, 3))}
-    assert is_n_m(t.apply(t.init(params), params)["kernel"], NM(2, 4))
-    with pytest.raises(ValueError, match=r"is_n_m: the array has 1 dimensions and no axis -2"):
-        is_n_m(np.ones(4), NM(2, 4))
+    assert is_n_m(t.apply(t.init(params), params)["kernel"], NM(2, 4, 0))
+    with pytest.raises(ValueError, match=r"axis -2 is out of bounds for array of dimension 1"):
+        is_n_m(np.ones(4), NM(2, 4, -2))
+    with pytest.raises(ValueError, match=r"NM\(n=2, m=4, axis=None\) names no axis.*name one"):
+        is_n_m(w, NM(2, 4))
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (5, 4), (0, 4), (2, 0), (1.0, 4), (True, 2)])
