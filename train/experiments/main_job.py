@@ -28,6 +28,7 @@ from train.networks.compressed import macs_of
 from train.networks.linen import build
 
 BASELINE = "baseline"
+"""The name of the first row."""
 
 
 @dataclass(frozen=True)

@@ -186,5 +186,6 @@ METHODS: dict[str, Method] = {
     "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
     "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),
 }
+"""All rows by name."""
 MAIN_JOB = ("l1", "sensitivity", "filters", "structured", "int8", "log8", "w8a8", "int4", "joint")
 """The rows of a run that names none."""
