@@ -9,12 +9,10 @@ from rich.console import Console
 
 from jaxcomp.artifact.files import FileError
 from train.configs import PRESETS, Config
-from train.data import DataError
-from train.experiment import RunError, run
-from train.loop import TrainingError
-from train.progress import ProgressError
-from train.report import write_report
-from train.terminal import make_console, print_error
+from train.errors import DataError, ProgressError, RunError, TrainingError
+from train.experiments.main_job import run
+from train.reports.main_job import write_report
+from train.reports.terminal import make_console, print_error
 
 DESCRIPTION = """Train a network, compress it by every method, and print what each one costs and gains.
 

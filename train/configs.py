@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class ModelConfig:
     """Which network, and how large."""
 
     name: Literal["convnet", "resnet18", "mlp", "vit"] = "convnet"
-    """One of train.models."""
+    """One of train.networks.linen."""
     width: int | None = None
     """Channels of ResNet-18's first stage, or the model's own default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,7 +55,7 @@ class Config:
     augment: bool = True
     """Random shifts, and flips where the data set has them."""
     methods: tuple[str, ...] = ()
-    """Rows of the table besides the baseline, of train.methods; none means the main job's."""
+    """Rows of the table besides the baseline, of train.experiments.methods; none means the main job's."""
     seed: int = 0
     """Of initialization, order and augmentation."""
     out: Path | None = None
@@ -73,11 +73,15 @@ class Config:
         return self.out or Path("runs") / self.dataset
 
 
-def identity_of(config: Config) -> dict[str, Any]:
+Identity = Mapping[str, object]
+"""Settings by dotted name."""
+
+
+def identity_of(config: Config) -> dict[str, object]:
     """What must be equal for a run to be resumed: all fields that change its numbers."""
     free = {"out", "data_dir", "checkpoint_seconds", "tensorboard", "methods"}
 
-    def flat(prefix: str, value: Any) -> dict[str, Any]:
+    def flat(prefix: str, value: object) -> dict[str, object]:
         if is_dataclass(value):
             inner = [(f.name, getattr(value, f.name)) for f in fields(value) if prefix or f.name not in free]
             return {k: v for name, x in inner for k, v in flat(f"{prefix}{name}.", x).items()}
@@ -86,7 +90,7 @@ def identity_of(config: Config) -> dict[str, Any]:
     return flat("", config)
 
 
-def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+def difference(a: Identity, b: Identity) -> str | None:
     """The first setting that two identities do not share, or None."""
     return next((k for k in {**a, **b} if a.get(k) != b.get(k)), None)
 

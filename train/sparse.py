@@ -1,206 +1,28 @@
-"""Sparse training side by side: ``python -m train.sparse [options]``.
-
-The same network, sparse in five ways, each from the same initial weights, batches and learning rates:
-
-- dense: nothing is masked;
-- static: random masks that never move;
-- set: the weakest weights give way to random ones (SET);
-- rigl: the weakest weights give way to those of the largest gradient (RigL);
-- gradual: starts dense and loses its smallest weights until three quarters of the training (gradual magnitude).
-"""
+"""The command line: ``python -m train.sparse [options]``, ways of training sparse from the start, side by side."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-import jaxcomp as jc
-from jaxcomp.artifact.files import write_atomically
-from jaxcomp.core.leaves import zeros_counted
-from jaxcomp.core.optimizers import dense_value_and_grad, reset_regrown
-from train.configs import OptimConfig
-from train.data import DataError, Dataset, epoch_batches, load, normalize
-from train.evaluate import accuracy
-from train.experiment import devices_line
-from train.loop import TrainingError
-from train.models import build
-from train.step import forward, init_variables, make_optimizer, make_predict
-from train.terminal import print_error
-
-Name = Literal["dense", "static", "set", "rigl", "gradual"]
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A comparison of ways to train a sparse multilayer perceptron.
-
-    ``python -m train.sparse`` takes about 8 minutes on one CPU core. Test accuracy on Fashion-MNIST, mean and standard
-    deviation of seeds 0, 1, 2: dense 89.69 ± 0.54%, static 88.31 ± 0.11%, set 88.58 ± 0.20%, rigl 88.77 ± 0.17%,
-    gradual 89.03 ± 0.04%.
-    """
-
-    dataset: Literal["fashion_mnist", "digits"] = "fashion_mnist"
-    """Which data."""
-    widths: tuple[int, ...] = (256, 256)
-    """Units of the hidden layers."""
-    sparsity: float = 0.9
-    """Fraction of each layer's weights that are zero; biases are dense."""
-    methods: tuple[Name, ...] = ("dense", "static", "set", "rigl", "gradual")
-    """Rows of the table."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initial weights, order of the batches, first masks and random growth."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(epochs=20, learning_rate=2e-3))
-    """How each is trained."""
-    batch: int = 128
-    """Examples a step."""
-    period: int = 100
-    """Steps between two changes of the masks."""
-    fraction: float = 0.3
-    """Of the active weights, how many are replaced; for rigl the start of a cosine."""
-    out: Path = Path("runs/sparse")
-    """Folder of sparse.json."""
-    data_dir: Path | None = None
-    """Folder of prepared data sets; $JAXCOMP_DATA or ~/.cache/jaxcomp/data by default."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row: accuracies on the test split after the last epoch, one a seed; zeros counted, of all parameters."""
-
-    method: str
-    test_accuracy: list[float]
-    zeros: float
-    seconds: float
-
-
-def transform_of(name: Name, config: Sparse, key: jax.Array, steps: int) -> jc.Transform:
-    """A method for a training of so many steps; masks move until three quarters of it."""
-    stop, period = max(1, steps * 3 // 4), config.period
-    match name:
-        case "static":
-            return jc.core.when(jc.pruning.regrow(config.sparsity, key=key), jc.core.never)
-        case "set":
-            return jc.pruning.sparse_evolution(
-                config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction
-            )
-        case "rigl":
-            return jc.pruning.rigl(config.sparsity, key=key, period=period, stop=stop, fraction=config.fraction)
-        case "gradual":
-            due = jc.every(period, start=period, stop=stop + period + 1)
-            return jc.gate(jc.prune(jc.cubic(config.sparsity, end=stop)), due)
-    return jc.core.identity()
-
-
-def compare(config: Sparse, console: Console) -> list[Result]:
-    """Trains every method with every seed.
-
-    Raises:
-      TrainingError: a batch larger than the training split, or a loss that is not finite.
-    """
-    data = load(config.dataset, data_dir=config.data_dir)
-    if not 0 < config.batch <= len(data.train):
-        raise TrainingError(f"batch is {config.batch}; the training split has {len(data.train)} examples.")
-    results = []
-    for name in config.methods:
-        began, accuracies, zeros = time.monotonic(), [], 0.0
-        train = make_training(name, config, data)
-        for seed in config.seeds:
-            params, judged = train(seed)
-            accuracies.append(judged)
-            none, total = zeros_counted(params)
-            zeros = none / total
-            console.print(f"{name}, seed {seed}: {judged:.2%}, zeros {zeros:.1%}")
-        results.append(Result(name, accuracies, zeros, round(time.monotonic() - began, 1)))
-    return results
-
-
-def make_training(name: Name, config: Sparse, data: Dataset) -> Callable[[int], tuple[Any, float]]:
-    """``train(seed) -> (compressed parameters, test accuracy)``; compiled once for all seeds."""
-    model = build("mlp", num_classes=data.num_classes, widths=config.widths)
-    per_epoch = len(data.train) // config.batch
-    steps = per_epoch * config.optim.epochs
-    optimizer, predict = make_optimizer(config.optim, steps), make_predict(model, data)
-    images, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.labels)
-
-    def loss_fn(params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits, _ = forward(model, params, {}, normalize(x, data.mean, data.std), train=True)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    @partial(jax.jit, donate_argnums=0)
-    def epoch(state: Any, key: jax.Array, images: jax.Array, labels: jax.Array, batches: jax.Array) -> Any:
-        transform = transform_of(name, config, key, steps)
-        gradients = dense_value_and_grad(transform, loss_fn)
-
-        def step(state: Any, indices: jax.Array) -> Any:
-            i, params, opt_state, masks = state
-            loss, grads, dense = gradients(masks, params, images[indices], labels[indices])
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            new = transform.update(masks, params, step=i + 1, grads=dense)
-            params, opt_state = reset_regrown(masks, new, params, opt_state)
-            return (i + 1, params, opt_state, new), loss
-
-        return jax.lax.scan(step, state, batches)
-
-    def train(seed: int) -> tuple[Any, float]:
-        params, _ = init_variables(model, data, seed)
-        key = jax.random.fold_in(jax.random.key(seed), 1)  # not the one that drew the weights
-        transform = transform_of(name, config, key, steps)
-        state = (jnp.int32(0), params, optimizer.init(params), transform.init(params))
-        for e in range(config.optim.epochs):
-            batches = epoch_batches(seed, e, len(data.train), config.batch)
-            state, losses = epoch(state, key, images, labels, jnp.asarray(batches))
-            if not np.isfinite(losses).all():
-                raise TrainingError(f"{name}, seed {seed}: the loss is not finite in epoch {e}; lower the rate.")
-        seen = transform.apply(state[3], state[1])
-        return seen, accuracy(predict, jc.materialize(seen), {}, data.test)
-
-    return train
-
-
-def make_table(results: list[Result], config: Sparse) -> Table:
-    """Method, mean and standard deviation over the seeds, each seed, zeros, seconds."""
-    table = Table(
-        title=f"{config.dataset}, {config.sparsity:.0%} sparse: accuracy on the test split after the last epoch"
-    )
-    table.add_column("method", no_wrap=True)
-    for column in ("mean", "deviation", *(f"seed {s}" for s in config.seeds), "zeros", "seconds"):
-        table.add_column(column, justify="right")
-    for r in results:
-        spread = f"{100 * np.std(r.test_accuracy, ddof=1):.2f} pp" if len(r.test_accuracy) > 1 else ""
-        each = [f"{a:.2%}" for a in r.test_accuracy]
-        table.add_row(r.method, f"{np.mean(r.test_accuracy):.2%}", spread, *each, f"{r.zeros:.1%}", f"{r.seconds:.0f}")
-    return table
+from train.errors import DataError, TrainingError
+from train.experiments import sparse
+from train.reports.sparse import write_report
+from train.reports.terminal import print_error
 
 
 def main(arguments: list[str]) -> int:
     """Prints the table and writes sparse.json; 2 after an error."""
-    config = tyro.cli(Sparse, args=arguments, description=__doc__, prog="python -m train.sparse")
+    config = tyro.cli(sparse.Sparse, args=arguments, description=sparse.__doc__, prog="python -m train.sparse")
     console = Console()
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        results = compare(config, console)
-        report = {"settings": asdict(config), "device": devices_line(), "rows": [asdict(r) for r in results]}
-        write_atomically(config.out / "sparse.json", json.dumps(report, indent=1, default=str).encode())
+        write_report(sparse.compare(config, console), config, console)
     except (DataError, TrainingError, ValueError, OSError) as e:
         print_error(e)
         return 2
-    console.print(make_table(results, config))
-    console.print(f"sparse.json is in {config.out}.")
     return 0
 
 

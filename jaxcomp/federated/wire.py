@@ -18,6 +18,7 @@ _HEADER = struct.Struct("<4sHHII")  # magic, version, unused, checksum of the la
 _MAGIC = b"JCUP"
 VERSION = 1
 HEADER_BYTES = _HEADER.size
+"""What precedes the arrays of a message, whatever it holds."""
 
 
 class WireError(ValueError):

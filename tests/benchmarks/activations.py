@@ -22,7 +22,7 @@ from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.fold import fold_batch_norm
 from tests.benchmarks.peers import peers, training
 from tests.benchmarks.timing import Report, Row, measure
-from train.models import ResNet18, ViT
+from train.networks import ResNet18, ViT
 
 TIME, BYTES, SPEED = "<= 1.08", "<= 1.15", ">= 2"
 FLOAT, CONTROL = "float", "float again (control)"

@@ -16,7 +16,7 @@ import optax
 
 import jaxcomp as jc
 from tests.benchmarks.timing import Report, Row, measure
-from train.models import ResNet18, ViT
+from train.networks import ResNet18, ViT
 
 TIME, BYTES, TEMP, JOINT_TIME = "<= 1.08", "<= 1.15", "<= 1.1", "<= 1.25"
 FLOAT, CONTROL = "float", "float again (control)"

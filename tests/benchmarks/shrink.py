@@ -18,7 +18,7 @@ import optax
 import jaxcomp as jc
 from jaxcomp.structure import Plan, channel_groups, plan, shrink
 from tests.benchmarks.timing import Report, Row, measure
-from train.models import ResNet18
+from train.networks import ResNet18
 
 FULL, CONTROL = "full", "full again (control)"
 REWRITTEN, REBUILT = "shrink(fn, plan)", "ResNet18(widths=plan.widths)"

@@ -1,0 +1,23 @@
+"""What can go wrong in a command, each with a message that says why and what to do; a command prints it and ends."""
+
+from __future__ import annotations
+
+
+class DataError(RuntimeError):
+    """A data set cannot be had; the message says which, why, and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on; the message says where it stopped and why."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot start; the message says why and what to do."""
+
+
+class FederationError(RuntimeError):
+    """A federation that cannot run or did not stay finite."""
+
+
+class ProgressError(RuntimeError):
+    """Progress cannot be shown as wanted."""

@@ -1,0 +1,204 @@
+"""The main job: a baseline, each method fine-tuned from it, each result saved, loaded and judged on the test split."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import flax.linen as nn
+from rich.console import Console
+
+import jaxcomp as jc
+from jaxcomp.artifact.files import write_atomically
+from jaxcomp.core.leaves import zeros_counted
+from jaxcomp.core.types import Params, PyTree
+from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
+from train.data.sets import Dataset, load
+from train.errors import RunError, TrainingError
+from train.experiments.methods import MAIN_JOB, METHODS, Recipe, Start
+from train.loop.evaluate import accuracy
+from train.loop.fit import Job, compressed_variables, first_compression, fit
+from train.loop.progress import Progress
+from train.loop.step import init_variables
+from train.networks.compressed import macs_of
+from train.networks.linen import build
+
+BASELINE = "baseline"
+"""The name of the first row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Accuracies, on the test split, and zeros are fractions.
+
+    ``untuned_accuracy`` is that before the first step of fine-tuning, ``test_accuracy`` that of the loaded file.
+    ``macs`` are the multiply-adds of one image. ``note`` says what the figures do not.
+    """
+
+    name: str
+    method: str
+    untuned_accuracy: float | None
+    test_accuracy: float
+    macs: int
+    zeros: float
+    bits: int
+    file_bytes: int
+    seconds: float
+    note: str = ""
+
+
+def run(config: Config, console: Console) -> list[Row]:
+    """Makes, or goes on making, every row of the table.
+
+    Whatever stops it, the same command goes on from the last checkpoint and ends with the same numbers.
+
+    Raises:
+      RunError: an unknown method, a folder that holds a run with other settings or that cannot be written.
+      DataError, TrainingError: what their names say.
+    """
+    methods = config.methods or MAIN_JOB
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")
+    claim_folder(config)
+    data = load(config.dataset, data_dir=config.data_dir)
+    job = Job.of(config, make_model(config.model, data), data)
+    progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
+    try:
+        rows = [_row(job, BASELINE, progress)]
+        rows += [_row(job, name, progress) for name in methods]
+    finally:
+        progress.close()
+    return rows
+
+
+def make_model(config: ModelConfig, data: Dataset) -> nn.Module:
+    """The network of a configuration, for a data set's classes."""
+    sizes = {} if config.width is None else {"width": config.width}
+    return build(config.name, num_classes=data.num_classes, dtype=config.dtype, **sizes)
+
+
+def claim_folder(config: Config) -> None:
+    """Makes the run's folder, or checks that what it holds is this very run.
+
+    Raises:
+      RunError: it holds a run with other settings, or it cannot be written.
+    """
+    folder, wanted = config.folder, json.loads(json.dumps(identity_of(config), default=str))
+    note = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(note.read_text()) if note.exists() else None
+    except (OSError, ValueError) as e:
+        raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
+    if found is None:
+        write_atomically(note, json.dumps(wanted, indent=1).encode())
+        return
+    k = difference(found, wanted)
+    if k is not None:
+        raise RunError(
+            f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another"
+            " folder with --out, or remove that one."
+        )
+
+
+def _row(job: Job, name: str, progress: Progress) -> Row:
+    """The finished row, or the one that is made now."""
+    folder = job.config.folder / name
+    done, file = folder / "row.json", folder.parent / f"{name}.safetensors"
+    if done.exists() and file.exists():
+        return Row(**json.loads(done.read_text()))
+    _make_folder(folder)
+    recipe, optim = _recipe(job, name)
+    job = job.on(recipe.network)
+    variables = recipe.variables["params"], recipe.variables["batch_stats"]
+    first = first_compression(job, recipe.transform, variables)
+    untuned = None if name == BASELINE else _accuracy(job, recipe.transform.apply(first, variables[0]), variables[1])
+    state, seconds = fit(
+        job,
+        name,
+        recipe.transform,
+        optim=optim,
+        variables=variables,
+        folder=folder,
+        progress=progress,
+        compression=first,
+    )
+    shipped = {**compressed_variables(state, recipe.transform), **recipe.beside}
+    about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
+    jc.save(file, shipped, metadata=about)
+    row = Row(
+        name=name,
+        method="float32 baseline" if name == BASELINE else METHODS[name].title,
+        untuned_accuracy=untuned,
+        test_accuracy=_judge_file(job, recipe, file, shipped),
+        macs=macs_of(recipe.network, recipe.variables, job.data),
+        zeros=_fraction_of_zeros(shipped["params"]),
+        bits=32 if name == BASELINE else METHODS[name].bits,
+        file_bytes=os.path.getsize(file),
+        seconds=round(seconds, 1),
+        note=_note(job, recipe, shipped),
+    )
+    write_atomically(done, json.dumps(asdict(row)).encode())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return row
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as e:
+        raise RunError(f"the folder {str(folder)!r} cannot be made: {e.strerror}; choose another with --out.") from e
+
+
+def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
+    """What is trained, and how."""
+    model = cast(nn.Module, job.model)  # the one that make_model built: rows have other networks, the job has it
+    if name == BASELINE:
+        params, batch_stats = init_variables(model, job.data, job.config.seed)
+        return Recipe(jc.core.identity(), model, {"params": params, "batch_stats": batch_stats}), job.config.baseline
+    optim = job.config.finetune
+    saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
+    steps = optim.epochs * (len(job.data.train) // job.config.batch)
+    recipe = METHODS[name].make(Start(model, job.data, saved, steps))
+    return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
+
+
+def _accuracy(job: Job, params: Params, batch_stats: PyTree) -> float:
+    """On the test split, of parameters that may be compressed."""
+    return accuracy(job.predict, jc.materialize(params), batch_stats, job.data.test)
+
+
+def _judge_file(job: Job, recipe: Recipe, file: Path, shipped: dict[str, PyTree]) -> float:
+    """Test accuracy of the file, which must be that of what was trained.
+
+    Raises:
+      TrainingError: it is not.
+    """
+
+    def judge(held: dict[str, PyTree]) -> float:
+        judged = job.on(recipe.opened(held)) if recipe.opened else job
+        if recipe.integer:
+            return accuracy(judged.predict, held["params"], held["batch_stats"], job.data.test)
+        return _accuracy(judged, held["params"], held["batch_stats"])
+
+    trained, loaded = judge(shipped), judge(jc.load(file))
+    if trained != loaded:
+        raise TrainingError(f"{file.name}: accuracy {loaded:.4%} after loading, {trained:.4%} before saving.")
+    return loaded
+
+
+def _note(job: Job, recipe: Recipe, shipped: dict[str, PyTree]) -> str:
+    if not recipe.integer:
+        return ""
+    fake = _accuracy(job, shipped["params"], shipped["batch_stats"])
+    return f"judged on int8 products with int32 sums; rounded in float, as it was trained, it has {fake:.2%}"
+
+
+def _fraction_of_zeros(params: Params) -> float:
+    zeros, total = zeros_counted(params)
+    return zeros / total
