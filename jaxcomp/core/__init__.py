@@ -1,6 +1,6 @@
 """The abstraction: transforms of parameters, how they compose, what they make of a leaf, and rules of paths."""
 
-from jaxcomp.core.gates import Due, every, gate, once
+from jaxcomp.core.gates import Due, every, gate, once, when
 from jaxcomp.core.layouts import Buckets, Channels, Groups, Layout, Tensor, Tiles, Tokens
 from jaxcomp.core.leaves import (
     CompressedLeaf,
@@ -70,6 +70,7 @@ __all__ = [
     "slots",
     "stateless",
     "weight_mask",
+    "when",
     "wrap_optax",
     "zeros_counted",
 ]

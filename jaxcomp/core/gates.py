@@ -56,9 +56,7 @@ def gate(transform: Transform, due: Due) -> Transform:
     """
 
     def init(params: Params) -> State:
-        out = jax.eval_shape(due, jax.ShapeDtypeStruct((), jnp.int32))
-        if getattr(out, "shape", None) != () or getattr(out, "dtype", None) != jnp.bool_:
-            raise ValueError(f"gate: due(step) must be a scalar boolean, got {out}; see every().")
+        _check_due("gate", due)
         return GateState(jnp.zeros((), bool), transform.init(params))
 
     def update(state: GateState, params: Params, *, step: Any, **stats: Any) -> State:
@@ -71,6 +69,27 @@ def gate(transform: Transform, due: Due) -> Transform:
         return _switch(state.opened, transform.apply(state.inner, params), params)
 
     return Transform(init, update, apply)
+
+
+def when(transform: Transform, due: Due) -> Transform:
+    """Applied always, updated at due steps only; between them nothing of ``update`` is computed.
+
+    Args:
+      transform: what.
+      due: when, such as :func:`every`.
+
+    Raises:
+      ValueError: at ``init``, where ``due`` does not give a scalar boolean.
+    """
+
+    def init(params: Params) -> State:
+        _check_due("when", due)
+        return transform.init(params)
+
+    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
+        return cond(due(jnp.asarray(step)), lambda: transform.update(state, params, step=step, **stats), lambda: state)
+
+    return Transform(init, update, transform.apply)
 
 
 def once(transform: Transform) -> Transform:
@@ -93,6 +112,12 @@ def cond(chosen: jax.Array, then: Callable[[], State], otherwise: Callable[[], S
     if isinstance(chosen, jax.core.Tracer):
         return jax.lax.cond(chosen, then, otherwise)
     return then() if chosen else otherwise()
+
+
+def _check_due(owner: str, due: Due) -> None:
+    out = jax.eval_shape(due, jax.ShapeDtypeStruct((), jnp.int32))
+    if getattr(out, "shape", None) != () or getattr(out, "dtype", None) != jnp.bool_:
+        raise ValueError(f"{owner}: due(step) must be a scalar boolean, got {out}; see every().")
 
 
 def _switch(active: jax.Array, on: Params, off: Params) -> Params:

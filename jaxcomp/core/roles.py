@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxcomp.core.paths import some_paths
+from jaxcomp.core.paths import Where, is_float_array, matrices, some_paths
+from jaxcomp.core.types import Leaf
 
 CONTRACTED, OUTPUT, BATCH, SPATIAL, INDEXED = "contracted", "output", "batch", "spatial", "indexed"
 STACKED, MIXED, SINGLE = "stacked", "mixed", "single"
@@ -148,3 +149,20 @@ def checked_roles(owner: str, roles: Any) -> Roles | None:
     if roles is not None and not isinstance(roles, Roles):
         raise TypeError(f"{owner}: roles must be what jaxcomp.roles(fn)(params, *args) gives, got {roles!r}.")
     return roles
+
+
+def selecting(where: Where | None, roles: Roles | None) -> Where:
+    """The rule ``where`` itself; None means the matrices that roles name, or without roles all matrices.
+
+    A program knows a matrix by its products, so no name keeps it out.
+    """
+    if where is not None:
+        return where
+    if roles is None:
+        return matrices
+    named = roles
+
+    def in_products(path: str, leaf: Leaf) -> bool:
+        return path in named and is_float_array(leaf) and len(leaf.shape) >= 2
+
+    return in_products

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,6 @@ class Global:
     """All selected leaves together meet the sparsity: one threshold for the whole tree."""
 
 
-def is_integer(x: object) -> bool:
+def is_integer(x: object) -> TypeGuard[int]:
     """Whether it is an integer, and no boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
