@@ -69,7 +69,7 @@ TRANSFORMS: dict[str, jc.Transform] = {
     "prune_when": when(jc.prune(jc.cubic(0.8, end=4)), jc.every(2)),
     "low_rank": jc.low_rank(2),
     "low_rank_pruned_quantized": jc.chain(jc.low_rank(3), jc.prune(0.5), jc.quantize(jc.Int(8))),
-    "rank_one": jc.low_rank(2, method=RankOne(), due=jc.every(2)),
+    "rank_one": jc.core.when(jc.low_rank(2, method=RankOne()), jc.every(2)),
     "tucker": jc.low_rank((2, 3), method=Tucker2(), where="conv/.*"),
     "cp": jc.low_rank(3, method=CP(separable=True), where="conv/.*"),
     "share": jc.share(4),

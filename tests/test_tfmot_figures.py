@@ -192,8 +192,8 @@ CONV_GRADIENTS = {
     "mean": ((-0.182839, -0.148841, -0.153055), (0.498374, -0.149536, -0.20859), (-1.303223, 0.071234, 0.062621)),
 }
 CLUSTERED = {
-    "one table": (W, normal(8, 12, seed=2), 4, jc.core.Local(), W_CODES, W_GRADIENTS),
-    "by channel": (CONV, normal(2, 2, 8, 3, seed=3), 3, Channels(), CONV_CODES, CONV_GRADIENTS),
+    "one table": (W, normal(8, 12, seed=2), 4, jc.core.Tensor(), W_CODES, W_GRADIENTS),
+    "by channel": (CONV, normal(2, 2, 8, 3, seed=3), 3, Channels(-1), CONV_CODES, CONV_GRADIENTS),
 }
 
 
@@ -205,7 +205,7 @@ def test_codes_and_aggregated_gradients(name) -> None:
     state = t.init(params)
     seen = t.apply(state, params)
     assert "".join(map(str, np.asarray(seen["kernel"].codes).reshape(-1))) == codes
-    if per == Channels():
+    if per == Channels(-1):
         np.testing.assert_allclose(seen["kernel"].table.T, LINEAR_CHANNELS, atol=1e-6)
     of_weights = jax.grad(lambda p: jnp.sum(jc.materialize(t.apply(state, p))["kernel"] * g))(params)["kernel"]
     np.testing.assert_array_equal(of_weights, g)

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.artifact.older import of_today
 from jaxcomp.core.bits import packed_size
 from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.specs import Spec
+from jaxcomp.core.types import Shape
 from jaxcomp.quantization.grids import LOG, Compander
 
 Json = Any
@@ -260,10 +262,13 @@ class _Decoder:
         name, meta, *rest = node
         data = rest[0] if rest else {}
         cls = _known(CompressedLeaf, name, path)
-        values: dict[str, Any] = {k: self._static(v, path) for k, v in meta.items()}
-        for field in cls.data_fields:
-            values[field] = self._field(data.get(field), _field_path(cls, field, path))
-        leaf = cls(**values)
+        values = {f: self._field(data.get(f), _field_path(cls, f, path)) for f in cls.data_fields}
+
+        def shape() -> Shape:
+            return tuple(values[cls.coded].shape if kept is None else kept.shape)
+
+        static = of_today(name, {k: self._static(v, path) for k, v in meta.items()}, shape)
+        leaf = cls(**static, **values)
         return leaf if kept is None else _with_all_codes(leaf, kept)
 
     def _field(self, node: Json, at: str) -> Any:

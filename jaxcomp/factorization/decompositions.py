@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -69,7 +67,7 @@ def tucker2(
     t = normalized(t)
     start = tuple(_leading(gram, rank) for gram, rank in zip(feature_grams(t), ranks, strict=True))
 
-    def sweep(_: Any, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def sweep(_: object, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         _, out = factors
         inner = _leading(feature_grams(jnp.einsum("sio,ob->sib", t, out, precision=HIGHEST))[0], ranks[0])
         outer = _leading(feature_grams(jnp.einsum("sio,ia->sao", t, inner, precision=HIGHEST))[1], ranks[1])

@@ -6,7 +6,8 @@ Axes in front that every factor shares hold layers that a scan has stacked; each
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense, pack
 from jaxcomp.core.roles import CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
+from jaxcomp.core.types import DType, Leaf
 from jaxcomp.factorization.decompositions import HIGHEST, matmul
 
 
@@ -26,7 +28,7 @@ class FactorLeaf(CompressedLeaf):
     made_by: ClassVar[str] = "low_rank"
 
     @property
-    def factors(self) -> tuple[Any, ...]:
+    def factors(self) -> tuple[Leaf, ...]:
         """The factors as they are stored."""
         return tuple(getattr(self, name) for name in self.data_fields)
 
@@ -48,7 +50,7 @@ class FactorLeaf(CompressedLeaf):
         return int(self.factors[0].shape[-1])
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return jnp.dtype(self.factors[0].dtype)
 
     def product(self) -> jax.Array:
@@ -59,7 +61,7 @@ class FactorLeaf(CompressedLeaf):
         """The same leaf with every factor an array."""
         return self.mapped(dense)
 
-    def mapped(self, fn: Any) -> FactorLeaf:
+    def mapped(self, fn: Callable[[Leaf], Leaf]) -> FactorLeaf:
         """The same leaf with ``fn`` of every factor."""
         new = {name: fn(getattr(self, name)) for name in self.data_fields}
         return type(self)(**new, **{name: getattr(self, name) for name in self.meta_fields})
@@ -83,7 +85,7 @@ def _flat_product(left: jax.Array, right: jax.Array, stacked: int, inner: int) -
     return matmul(a, b).reshape(*left.shape[:-1], *right.shape[right.ndim - inner :])
 
 
-@compressed_leaf(meta=("row_axes",))
+@compressed_leaf(meta=("row_axes", "outputs_first"))
 class LowRank(FactorLeaf):
     """``dense == tensordot(u, v, 1)``: a matrix ``u @ v`` whose rows and columns may be several axes.
 
@@ -91,15 +93,18 @@ class LowRank(FactorLeaf):
       u: (*stacked, *rows, r).
       v: (*stacked, r, *cols).
       row_axes: how many axes the rows are, static; the dense shape is (*stacked, *rows, *cols).
+      outputs_first: whether products sum over the columns and keep the rows, as of Equinox's (out, in); static, and of
+        no influence on the value.
 
     >>> leaf = LowRank(jnp.ones((3, 3, 8, 2)), jnp.ones((2, 16)), 3)
     >>> leaf.shape, leaf.rank, float(leaf.materialize()[0, 0, 0, 0])
     ((3, 3, 8, 16), 2, 2.0)
     """
 
-    u: Any
-    v: Any
+    u: Leaf
+    v: Leaf
     row_axes: int = 1
+    outputs_first: bool = False
 
     open: ClassVar[tuple[str, ...]] = ("u", "v")
 
@@ -113,10 +118,12 @@ class LowRank(FactorLeaf):
         return (*self.u.shape[:-1], *self.v.shape[self.stacked + 1 :])
 
     def field_roles(self, name: str) -> AxisRoles:  # noqa: D102
+        # A product meets the inputs' factor first: the rank is what that one gives, and what the other one sums over.
+        rows, cols = (OUTPUT, CONTRACTED) if self.outputs_first else (CONTRACTED, OUTPUT)
         front = (STACKED,) * self.stacked
         if name == "u":
-            return AxisRoles((*front, *(CONTRACTED,) * self.row_axes, OUTPUT))
-        return AxisRoles((*front, CONTRACTED, *(OUTPUT,) * (self.v.ndim - self.stacked - 1)))
+            return AxisRoles((*front, *(rows,) * self.row_axes, cols))
+        return AxisRoles((*front, rows, *(cols,) * (self.v.ndim - self.stacked - 1)))
 
     def product(self) -> jax.Array:  # noqa: D102
         return _flat_product(self.u, self.v, self.stacked, self.v.ndim - self.stacked - 1)
@@ -132,9 +139,9 @@ class Tucker(FactorLeaf):
       v: (*stacked, b, O).
     """
 
-    u: Any
-    core: Any
-    v: Any
+    u: Leaf
+    core: Leaf
+    v: Leaf
 
     open: ClassVar[tuple[str, ...]] = ("u", "core", "v")
 
@@ -165,9 +172,9 @@ class Depthwise(FactorLeaf):
       v: (*stacked, r, O).
     """
 
-    u: Any
-    taps: Any
-    v: Any
+    u: Leaf
+    taps: Leaf
+    v: Leaf
 
     open: ClassVar[tuple[str, ...]] = ("u", "taps", "v")
 
@@ -190,10 +197,10 @@ class Separable(FactorLeaf):
       v: (*stacked, r, O).
     """
 
-    u: Any
-    rows: Any
-    cols: Any
-    v: Any
+    u: Leaf
+    rows: Leaf
+    cols: Leaf
+    v: Leaf
 
     open: ClassVar[tuple[str, ...]] = ("u", "rows", "cols", "v")
 

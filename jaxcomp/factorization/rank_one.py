@@ -6,7 +6,6 @@ A tensor of N axes is a sum of ``R`` outer products of N vectors; factor k holds
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,7 @@ def dominant(t: Float[Array, ...], steps: int) -> tuple[Float[Array, " _"], ...]
     if t.ndim == 2:
         return tuple(vectors)
 
-    def step(_: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(_: object, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         now = list(found)
         for axis in range(t.ndim):
             x = _along(t, now, axis)
@@ -160,7 +159,7 @@ def deflate(
         return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old), jnp.where(taken, now, error)
 
     def refit(factors: Factors, error: jax.Array, active: jax.Array, times: int) -> tuple[Factors, jax.Array]:
-        def body(_: Any, carry: tuple[Factors, jax.Array]) -> tuple[Factors, jax.Array]:
+        def body(_: object, carry: tuple[Factors, jax.Array]) -> tuple[Factors, jax.Array]:
             return better(least_squares_sweep(t, carry[0], active), *carry)
 
         return jax.lax.fori_loop(0, times, body, (factors, error))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.slots import Slot
+from jaxcomp.core.errors import naming
+from jaxcomp.core.types import Shape
 from jaxcomp.factorization import decompositions as decomp
-from jaxcomp.factorization.bases import full_moment, largest_rank, size_at, view_of, weighted_view
+from jaxcomp.factorization.axes import Placed, Selected
+from jaxcomp.factorization.bases import Count, full_moment, largest_rank, size_at, view_of, weighted_view
 from jaxcomp.factorization.rank_one import deflate
-from jaxcomp.factorization.specs import SVD, Budget, Energy, Method, Tucker2
+from jaxcomp.factorization.specs import SVD, Budget, Energy, Tucker2
 
 OWNER = "low_rank"
-Ranks = dict[str, int | tuple[int, int]]
+Ranks = dict[str, Count]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Ladder:
     """
 
     path: str
-    ranks: tuple[Any, ...]
+    ranks: tuple[Count | None, ...]
     sizes: np.ndarray
     errors: np.ndarray
     weight: float
@@ -56,73 +57,75 @@ class Ladder:
 
 
 def ladder(
-    method: Method, slot: Slot, moment: Any = None, *, weight: float = 1.0, max_rank: int | None = None
+    one: Selected, moment: jax.Array | None = None, *, weight: float = 1.0, max_rank: int | None = None
 ) -> Ladder:
     """The ladder of one leaf; ranks at which its factors are no smaller than the leaf are left out.
 
     Stacked layers share one rank; their errors are averaged.
     """
+    slot, at = one
     w, shape = jnp.asarray(slot.array), tuple(slot.array.shape)
-    size, largest = int(w.size), largest_rank(method, shape)
+    size, largest = int(w.size), largest_rank(at, shape)
     if isinstance(largest, tuple):
-        ranks: list[Any] = _pairs(method, shape, _tails(method, w, moment))
+        ranks: list[Count] = [*_pairs(at, shape, _tails(at, w, moment))]
     else:
-        pays = (size - 1) // max(1, size_at(method, shape, 1))
+        pays = (size - 1) // max(1, size_at(at, shape, 1))
         ranks = list(range(1, min(largest, pays, max_rank or largest) + 1))
-    errors = _errors(method, w, moment, ranks)
-    sizes = [size_at(method, shape, r) for r in ranks]
+    errors = _errors(at, w, moment, ranks)
+    sizes = [size_at(at, shape, r) for r in ranks]
     return Ladder(slot.path, (*ranks, None), np.array([*sizes, size], float), np.array([*errors, 0.0]), weight)
 
 
-def _slices(method: Method, w: jax.Array, moment: Any) -> list[jax.Array]:
+def _slices(at: Placed, w: jax.Array, moment: jax.Array | None) -> list[jax.Array]:
     """Each stacked layer's view, weighted by its moment."""
     wide = w.astype(compute_dtype(w.dtype))
-    own = wide.reshape(-1, *w.shape[method.stacked :])
+    own = wide.reshape(-1, *w.shape[at.stacked :])
     if moment is None:
-        return [view_of(method, x) for x in own]
-    full = full_moment(method, w.shape, jnp.asarray(moment, wide.dtype))
+        return [view_of(at, x) for x in own]
+    full = full_moment(at, w.shape, jnp.asarray(moment, wide.dtype))
     full = full.reshape(-1, *full.shape[-2:])
-    return [weighted_view(method, x, decomp.moment_root(m)[0]) for x, m in zip(own, full, strict=True)]
+    return [weighted_view(at, x, decomp.moment_root(m)[0]) for x, m in zip(own, full, strict=True)]
 
 
-def _errors(method: Method, w: jax.Array, moment: Any, ranks: list[Any]) -> list[float]:
+def _errors(at: Placed, w: jax.Array, moment: jax.Array | None, ranks: list[Count]) -> list[float]:
     if not ranks:
         return []
+    method = at.method
     if isinstance(method, Tucker2):
-        inner, outer = _tails(method, w, moment)
-        return [min(1.0, float(inner[a - 1] + outer[b - 1])) for a, b in ranks]
+        inner, outer = _tails(at, w, moment)
+        return [min(1.0, float(inner[r[0] - 1] + outer[r[1] - 1])) for r in ranks if isinstance(r, tuple)]
     found = []
-    for view in _slices(method, w, moment):
+    for view in _slices(at, w, moment):
         if isinstance(method, SVD):
             found.append(np.maximum(0, 1 - np.cumsum(np.asarray(decomp.energies(view), float))))
         else:
             errors = deflate(view, rank=len(ranks), steps=method.steps, refits=method.refits)[1]
             found.append(np.asarray(errors, float))
     mean = np.minimum.accumulate(np.mean(found, 0))
-    return [float(mean[r - 1]) for r in ranks]
+    return [float(mean[r - 1]) for r in ranks if isinstance(r, int)]
 
 
-def _tails(method: Method, w: jax.Array, moment: Any) -> tuple[np.ndarray, np.ndarray]:
+def _tails(at: Placed, w: jax.Array, moment: jax.Array | None) -> tuple[np.ndarray, np.ndarray]:
     """What is lost of the input and of the output features at each rank: the tails of their spectra."""
     tails: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for view in _slices(method, w, moment):
+    for view in _slices(at, w, moment):
         for side, gram in zip(tails, decomp.feature_grams(decomp.normalized(view)), strict=True):
             values = np.maximum(np.asarray(jnp.linalg.eigvalsh(gram), float), 0)[::-1]
             side.append(np.maximum(0, 1 - np.cumsum(values) / max(values.sum(), np.finfo(float).tiny)))
     return np.mean(tails[0], 0), np.mean(tails[1], 0)
 
 
-def _pairs(method: Method, shape: tuple[int, ...], tails: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+def _pairs(at: Placed, shape: Shape, tails: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
     """Pairs of ranks of growing size: each next one raises the rank that loses less for its parameters."""
     inner, outer = tails
     size, pair, found = int(np.prod(shape)), (1, 1), []
-    while size_at(method, shape, pair) < size:
+    while size_at(at, shape, pair) < size:
         found.append(pair)
         a, b = pair
         steps = []
         for new, gain in (((a + 1, b), _fall(inner, a)), ((a, b + 1), _fall(outer, b))):
             if gain is not None:
-                steps.append((gain / (size_at(method, shape, new) - size_at(method, shape, pair)), new))
+                steps.append((gain / (size_at(at, shape, new) - size_at(at, shape, pair)), new))
         if not steps:
             break
         pair = max(steps)[1]
@@ -143,8 +146,9 @@ def by_energy(ladders: list[Ladder], target: Energy) -> Ranks:
     chosen: Ranks = {}
     for one in ladders:
         at = int(np.argmax(one.errors <= 1 - target.fraction + slack))
-        if one.ranks[at] is not None:
-            chosen[one.path] = one.ranks[at]
+        rank = one.ranks[at]
+        if rank is not None:
+            chosen[one.path] = rank
     return _some(chosen, ladders, target)
 
 
@@ -177,11 +181,12 @@ def by_budget(ladders: list[Ladder], target: Budget) -> Ranks:
         new = (steps[best] or (0.0, 0))[1]
         spent += ladders[best].costs[new] - ladders[best].costs[at[best]]
         at[best] = new
-    chosen = {one.path: one.ranks[i] for one, i in zip(ladders, at, strict=True) if one.ranks[i] is not None}
+    picked = ((one.path, one.ranks[i]) for one, i in zip(ladders, at, strict=True))
+    chosen: Ranks = {path: rank for path, rank in picked if rank is not None}
     return _some(chosen, ladders, target)
 
 
-def _some(chosen: Ranks, ladders: list[Ladder], target: Any) -> Ranks:
+def _some(chosen: Ranks, ladders: list[Ladder], target: Energy | Budget) -> Ranks:
     if not chosen:
         best = {one.path: round(1 - one.errors[-2], 4) for one in ladders if len(one.ranks) > 1}
         raise ValueError(
@@ -192,10 +197,10 @@ def _some(chosen: Ranks, ladders: list[Ladder], target: Any) -> Ranks:
 
 
 def chosen_ranks(
-    selected: Mapping[str, Slot],
+    selected: Mapping[str, Selected],
     target: Energy | Budget,
-    method: Method,
-    moments: Mapping[str, Any],
+    *,
+    moments: Mapping[str, jax.Array],
     reuse: Mapping[str, float] | None,
     max_rank: int | None,
 ) -> Ranks:
@@ -205,8 +210,8 @@ def chosen_ranks(
       ValueError: see :func:`~jaxcomp.factorization.transform.choose_ranks`.
     """
     ladders = []
-    for path, slot in selected.items():
-        if isinstance(slot.array, jax.core.Tracer | jax.ShapeDtypeStruct):
+    for path, one in selected.items():
+        if isinstance(one.slot.array, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{OWNER}: ranks by {target!r} depend on the values of {path!r}, which are not known inside jit or"
                 " eval_shape; call choose_ranks(params, target) outside and pass its result as the rank."
@@ -219,8 +224,6 @@ def chosen_ranks(
                     " reuse=reuse_of(fn)(params, *args), or leave it out by a rule."
                 )
             weight = reuse[path]
-        try:
-            ladders.append(ladder(method, slot, moments.get(path), weight=weight, max_rank=max_rank))
-        except ValueError as e:
-            raise ValueError(f"{OWNER}: {path!r} {e}.") from e
+        with naming(OWNER, path):
+            ladders.append(ladder(one, moments.get(path), weight=weight, max_rank=max_rank))
     return by_energy(ladders, target) if isinstance(target, Energy) else by_budget(ladders, target)

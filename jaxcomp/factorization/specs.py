@@ -5,12 +5,17 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
-from jaxcomp.core.specs import Spec
+from jaxcomp.core.specs import Spec, is_integer
 
 
 def _check_count(owner: str, name: str, value: object, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_axes(owner: str, name: str, value: object, least: int) -> None:
+    if value is not None:
+        _check_count(owner, name, value, least)
 
 
 def _is_fraction(value: object) -> bool:
@@ -22,9 +27,11 @@ class SVD(Spec):
     """The nearest matrix of a rank, ``W ≈ u @ v``: the truncated singular value decomposition.
 
     Args:
-      cols: how many of the last axes are the matrix's columns; all others are its rows. The default suits a Flax
-        kernel, dense or convolutional: inputs (and taps) are rows, output features columns.
-      stacked: how many axes in front hold layers that a scan has stacked; each slice is decomposed by itself.
+      cols: how many of the last axes are the matrix's columns; all others are its rows. The default is what the axes'
+        roles say: the last run of axes that a product sums over, or the last that it keeps. Of a Flax kernel these are
+        the output features, of an Equinox or torch weight the inputs (and taps).
+      stacked: how many axes in front hold layers that a scan has stacked, or experts; each slice is decomposed by
+        itself. The default is what the roles say.
 
     Raises:
       ValueError: cols below 1, or stacked below 0.
@@ -32,12 +39,12 @@ class SVD(Spec):
     Source: Eckart and Young 1936, doi:10.1007/BF02288367; of networks, Denton et al. 2014, arXiv:1404.0736.
     """
 
-    cols: int = 1
-    stacked: int = 0
+    cols: int | None = None
+    stacked: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("SVD", "cols", self.cols, 1)
-        _check_count("SVD", "stacked", self.stacked, 0)
+        _check_axes("SVD", "cols", self.cols, 1)
+        _check_axes("SVD", "stacked", self.stacked, 0)
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,14 @@ class RankOne(Spec):
       ValueError: a count out of range.
     """
 
-    cols: int = 1
-    stacked: int = 0
+    cols: int | None = None
+    stacked: int | None = None
     steps: int = 1000
     refits: int = 2
 
     def __post_init__(self) -> None:
-        _check_count("RankOne", "cols", self.cols, 1)
-        _check_count("RankOne", "stacked", self.stacked, 0)
+        _check_axes("RankOne", "cols", self.cols, 1)
+        _check_axes("RankOne", "stacked", self.stacked, 0)
         _check_count("RankOne", "steps", self.steps, 1)
         _check_count("RankOne", "refits", self.refits, 0)
 
@@ -83,11 +90,11 @@ class Tucker2(Spec):
     """
 
     sweeps: int = 5
-    stacked: int = 0
+    stacked: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("Tucker2", "sweeps", self.sweeps, 0)
-        _check_count("Tucker2", "stacked", self.stacked, 0)
+        _check_axes("Tucker2", "stacked", self.stacked, 0)
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,13 @@ class CP(Spec):
     steps: int = 20
     refits: int = 1
     sweeps: int = 20
-    stacked: int = 0
+    stacked: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("CP", "steps", self.steps, 1)
         _check_count("CP", "refits", self.refits, 0)
         _check_count("CP", "sweeps", self.sweeps, 0)
-        _check_count("CP", "stacked", self.stacked, 0)
+        _check_axes("CP", "stacked", self.stacked, 0)
 
 
 Method = SVD | RankOne | Tucker2 | CP

@@ -22,15 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.errors import count_known
-from jaxcomp.core.gates import Due
+from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.leaves import is_compressed
-from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.core.specs import check_group
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
-from jaxcomp.factorization.bases import Basis, Rank, basis_of, checked_rank, leaf_of, rank_in
+from jaxcomp.core.types import Leaf, Params, State, Step
+from jaxcomp.factorization.axes import Selected, placed
+from jaxcomp.factorization.bases import Basis, Count, Rank, basis_of, checked_rank, leaf_of, rank_in
 from jaxcomp.factorization.leaves import balanced
 from jaxcomp.factorization.ranks import OWNER, Ranks, chosen_ranks
 from jaxcomp.factorization.specs import SVD, Budget, Energy, Method
@@ -43,34 +44,36 @@ def low_rank(
     rank: Wanted,
     *,
     method: Method = SVD(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     where: Where | None = None,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
     reuse: Mapping[str, float] | None = None,
     max_rank: int | None = None,
-    due: Due | None = None,
 ) -> Transform:
     """Makes a leaf of factors of each selected array: ``LowRank``, ``Tucker``, ``Depthwise`` or ``Separable``.
 
     The state is a basis: of ``SVD`` the right singular vectors ``v``, so that ``apply`` gives ``u = W vᵀ``, linear in
     the parameters, which learn through it. At the step where the basis was found this is the truncated SVD. ``update``
-    finds it again from the parameters it is given. Later transforms of a chain see the factors.
+    finds it again from the parameters it is given; :func:`~jaxcomp.core.gates.when` makes that rarer. Later transforms
+    of a chain see the factors.
 
     Args:
       rank: a count for every selected leaf (for ``Tucker2`` a pair too); a fraction of each leaf's largest rank;
         ``Energy`` or ``Budget``, for which ``init`` must see values; or ranks by path, as :func:`choose_ranks` gives.
       method: ``SVD()``, ``RankOne()``, ``Tucker2()`` or ``CP()``.
-      where: which leaves; by default all matrices, or those that ``rank`` names.
+      roles: from :func:`jaxcomp.roles`: what the axes of each leaf do, for a method that does not say how many are
+        stacked and how many are columns. Without it, what path and rank settle.
+      where: which leaves; by default those that ``rank`` names, the matrices that roles name, or all matrices.
       moments: by path, ``Σ xᵀ x`` of the inputs of a leaf (``input_moments`` collects them) or its diagonal: what is
         minimized is then the error of the leaf's products, not of the leaf. ``update(…, moments=…)`` replaces them.
       reuse: for ``Budget(macs=…)``, from :func:`~jaxcomp.trace.cost.reuse_of`.
       max_rank: for ``Energy`` and ``Budget``, no rank above it is tried.
-      due: the steps at which ``update`` finds the basis anew, such as ``every(100)``; None means all.
 
     Raises:
-      TypeError: a method or rank of another kind.
-      ValueError: at ``init``, what :func:`~jaxcomp.core.slots.slots` raises, a leaf without enough axes, a rank beyond
-        the shape, a budget that cannot be met, a moment of another shape, or a leaf that an earlier transform took. The
-        message names the path.
+      TypeError: a method, rank or roles of another kind.
+      ValueError: at ``init``, what :func:`~jaxcomp.core.slots.slots` raises, a leaf without enough axes or of which it
+        is not known what they do, a rank beyond the shape, a budget that cannot be met, a moment of another shape, or a
+        leaf that an earlier transform took. The message names the path.
 
     >>> t = low_rank(1)
     >>> params = {"kernel": jnp.array([[2.0, 4.0], [1.0, 2.0], [3.0, 6.0]])}
@@ -80,36 +83,33 @@ def low_rank(
 
     Source: Denton et al. 2014, arXiv:1404.0736; weighting by inputs as in Yuan et al. 2023, arXiv:2312.05821.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"{OWNER}: method must be SVD(), RankOne(), Tucker2() or CP(), got {method!r}.")
-    _check_wanted(rank)
+    _check(method, rank, max_rank)
+    axes = checked_roles(OWNER, roles)
     given = dict(moments or {})
 
-    def bases(found: Mapping[str, Slot], ranks: Ranks, weights: Mapping[str, Any]) -> State:
-        return {path: _basis(method, found[path], ranks[path], weights.get(path)) for path in ranks}
+    def select(params: Params) -> dict[str, Selected]:
+        return _selected(_found(params, rank, where, axes), method, axes)
+
+    def bases(found: Mapping[str, Selected], ranks: Ranks, weights: Mapping[str, jax.Array]) -> State:
+        return {path: _basis(found[path], ranks[path], weights.get(path)) for path in ranks}
 
     def init(params: Params) -> State:
-        found = _found(params, rank, where)
-        check_finite(found, OWNER)
-        _check_moments(given, found)
-        return bases(found, _ranks(found, rank, method, given, reuse, max_rank), given)
+        found = select(params)
+        _check_values(found, given)
+        if isinstance(rank, Energy | Budget):
+            ranks = chosen_ranks(found, rank, moments=given, reuse=reuse, max_rank=max_rank)
+        else:
+            ranks = _given_ranks(found, rank)
+        return bases(found, ranks, given)
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
-        def fresh() -> State:
-            found = _found(params, rank, where)
-            weights = given if stats.get("moments") is None else stats["moments"]
-            return bases(found, {path: rank_in(method, basis) for path, basis in state.items()}, weights)
-
-        if due is None:
-            return fresh()
-        now = due(jnp.asarray(step))
-        if isinstance(now, jax.core.Tracer):
-            return jax.lax.cond(now, fresh, lambda: state)
-        return fresh() if now else state
+    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
+        weights = given if stats.get("moments") is None else stats["moments"]
+        ranks = {path: rank_in(method, basis) for path, basis in state.items()}
+        return bases(select(params), ranks, weights)
 
     def apply(state: State, params: Params) -> Params:
-        found = _found(params, rank, where)
-        return rewrite(params, {path: leaf_of(method, basis, found[path].array) for path, basis in state.items()})
+        found = select(params)
+        return rewrite(params, {p: leaf_of(found[p].at, basis, found[p].slot.array) for p, basis in state.items()})
 
     return Transform(init, update, apply)
 
@@ -119,8 +119,9 @@ def factorize(
     rank: Wanted,
     *,
     method: Method = SVD(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     where: Where | None = None,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
     reuse: Mapping[str, float] | None = None,
     max_rank: int | None = None,
 ) -> Params:
@@ -135,7 +136,7 @@ def factorize(
     >>> sum(x.size for x in jax.tree.leaves(small))
     416
     """
-    t = low_rank(rank, method=method, where=where, moments=moments, reuse=reuse, max_rank=max_rank)
+    t = low_rank(rank, method=method, roles=roles, where=where, moments=moments, reuse=reuse, max_rank=max_rank)
     state = t.init(params)
     leaves = dict(leaves_with_paths(t.apply(state, params), is_leaf=is_compressed)[0])
     return rewrite(params, {path: balanced(leaves[path]) for path in state})
@@ -146,8 +147,9 @@ def choose_ranks(
     target: Energy | Budget,
     *,
     method: Method = SVD(),  # noqa: B008 - frozen
-    where: Where = matrices,
-    moments: Mapping[str, Any] | None = None,
+    roles: Roles | None = None,
+    where: Where | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
     reuse: Mapping[str, float] | None = None,
     max_rank: int | None = None,
 ) -> Ranks:
@@ -168,27 +170,30 @@ def choose_ranks(
     """
     if not isinstance(target, Energy | Budget):
         raise TypeError(f"choose_ranks: wants Energy(fraction) or Budget(…), got {target!r}.")
-    check_group(OWNER, max_rank, "max_rank")
-    found = _found(params, target, where)
-    check_finite(found, OWNER)
+    _check(method, target, max_rank)
+    axes = checked_roles(OWNER, roles)
+    found = _selected(_found(params, target, where, axes), method, axes)
     given = dict(moments or {})
-    _check_moments(given, found)
-    return chosen_ranks(found, target, method, given, reuse, max_rank)
+    _check_values(found, given)
+    return chosen_ranks(found, target, moments=given, reuse=reuse, max_rank=max_rank)
 
 
-def _check_wanted(rank: Any) -> None:
+def _check(method: object, rank: object, max_rank: object) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"{OWNER}: method must be SVD(), RankOne(), Tucker2() or CP(), got {method!r}.")
     if isinstance(rank, bool) or not isinstance(rank, numbers.Real | tuple | Energy | Budget | Mapping):
         raise TypeError(f"{OWNER}: rank must be a number, a pair, Energy, Budget, or ranks by path, got {rank!r}.")
     if isinstance(rank, Mapping) and not rank:
         raise ValueError(f"{OWNER}: the ranks by path are empty; nothing would be factored.")
+    check_group(OWNER, max_rank, "max_rank")
 
 
-def _found(params: Params, rank: Any, where: Where | None) -> dict[str, Slot]:
+def _found(params: Params, rank: Wanted, where: Where | None, roles: Roles | None) -> dict[str, Slot]:
     """The selected slots, each a whole leaf that nobody took before."""
-    rule: Where = matrices if where is None else where
+    rule = selecting(where, roles)
     if isinstance(rank, Mapping):
 
-        def named(path: str, leaf: Any) -> bool:
+        def named(path: str, leaf: Leaf) -> bool:
             return path in rank and (where is None or matches(where, path, leaf))
 
         named.__name__ = "ranks by path" if where is None else describe(where)
@@ -211,11 +216,20 @@ def _found(params: Params, rank: Any, where: Where | None) -> dict[str, Slot]:
     return found
 
 
+def _selected(found: Mapping[str, Slot], method: Method, roles: Roles | None) -> dict[str, Selected]:
+    chosen = {}
+    for path, slot in found.items():
+        with naming(OWNER, path):
+            chosen[path] = Selected(slot, placed(method, slot, roles))
+    return chosen
+
+
 def _diagonal(moment: jax.Array) -> jax.Array:
     return moment if moment.ndim < 2 else jnp.diagonal(moment, axis1=-2, axis2=-1)
 
 
-def _check_moments(moments: Mapping[str, Any], found: Mapping[str, Slot]) -> None:
+def _check_values(found: Mapping[str, Selected], moments: Mapping[str, jax.Array]) -> None:
+    check_finite({path: one.slot for path, one in found.items()}, OWNER)
     for path, m in moments.items():
         if count_known(lambda m: ~jnp.isfinite(m), m) or count_known(lambda m: _diagonal(m) < 0, m):
             raise ValueError(
@@ -229,30 +243,15 @@ def _check_moments(moments: Mapping[str, Any], found: Mapping[str, Slot]) -> Non
         )
 
 
-def _ranks(
-    found: Mapping[str, Slot],
-    rank: Any,
-    method: Method,
-    moments: Mapping[str, Any],
-    reuse: Mapping[str, float] | None,
-    max_rank: int | None,
-) -> Ranks:
-    check_group(OWNER, max_rank, "max_rank")
-    if isinstance(rank, Energy | Budget):
-        return chosen_ranks(found, rank, method, moments, reuse, max_rank)
+def _given_ranks(found: Mapping[str, Selected], rank: Rank | Mapping[str, Rank]) -> Ranks:
     ranks: Ranks = {}
-    for path, slot in found.items():
-        try:
-            ranks[path] = checked_rank(
-                method, tuple(slot.array.shape), rank[path] if isinstance(rank, Mapping) else rank
-            )
-        except ValueError as e:
-            raise ValueError(f"{OWNER}: {path!r} {e}.") from e
+    for path, one in found.items():
+        with naming(OWNER, path):
+            asked = rank[path] if isinstance(rank, Mapping) else rank
+            ranks[path] = checked_rank(one.at, tuple(one.slot.array.shape), asked)
     return ranks
 
 
-def _basis(method: Method, slot: Slot, rank: Any, moment: Any) -> Basis:
-    try:
-        return basis_of(method, slot.array, rank, moment)
-    except ValueError as e:
-        raise ValueError(f"{OWNER}: {slot.path!r} {e}.") from e
+def _basis(one: Selected, rank: Count, moment: jax.Array | None) -> Basis:
+    with naming(OWNER, one.slot.path):
+        return basis_of(one.at, one.slot.array, rank, moment)

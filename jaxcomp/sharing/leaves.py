@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.layouts import Blocks
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, is_compressed, pack, unpacked
 from jaxcomp.core.roles import OUTPUT, SINGLE, AxisRoles
+from jaxcomp.core.types import DType, Leaf, Params, Shape
 from jaxcomp.sharing.kmeans.fit import code_dtype
 from jaxcomp.sharing.kmeans.tables import table_index
 
-How = tuple[tuple[int, ...], int, str, bool]
 GRADIENTS = ("straight", "sum", "mean")
 
 
-@compressed_leaf(meta=("axes", "bucket", "gradient", "zero_first"))
+class How(NamedTuple):
+    """The static part of a look-up; see the fields of :class:`Codebook`."""
+
+    blocks: Blocks
+    gradient: str
+    zero_first: bool
+
+
+@compressed_leaf(meta=("blocks", "bucket", "gradient", "zero_first"))
 class Codebook(CompressedLeaf):
     """``dense == table[codes, t]``, where t is the number of the element's table.
 
@@ -26,16 +35,18 @@ class Codebook(CompressedLeaf):
       table: entries by tables, an array or a leaf that a later transform made of it.
       codes: unsigned integers of the dense shape; after ``pack`` of ``ceil(log2(entries))`` bits.
       weights: what the gradient passes to, while the weights are trained; else None. It does not change the value.
-      axes, bucket: which element has which table, see :mod:`jaxcomp.sharing.kmeans.tables`; static.
+      blocks, bucket: which element has which table, the parts of a :class:`~jaxcomp.core.layouts.Blocks`: each block
+        has its own, in C order, or each ``bucket`` elements where that is not 0; static. Of one table they may be left
+        out.
       gradient: static. "straight": each weight gets its own gradient, an entry the sum of its members'. "sum", "mean":
         an entry gets the sum or the mean of its members' gradients, and so does each of the members.
       zero_first: whether the first entry is 0 and stays so: neither it nor its members get a gradient; static.
     """
 
-    table: Any
+    table: jax.Array | CompressedLeaf
     codes: jax.Array | Packed
-    weights: Any
-    axes: tuple[int, ...] = ()
+    weights: jax.Array | None
+    blocks: Shape = ()
     bucket: int = 0
     gradient: str = "straight"
     zero_first: bool = False
@@ -64,12 +75,12 @@ class Codebook(CompressedLeaf):
         return tuple(self.codes.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return jnp.dtype(self.table.dtype)
 
     def materialize(self) -> jax.Array:
         """Looks the codes up."""
-        how = (self.axes, self.bucket, self.gradient, self.zero_first)
+        how = How(Blocks(self.blocks, self.bucket), self.gradient, self.zero_first)
         codes = unpacked(self.codes).astype(code_dtype(self.entries))
         return _look_up(how, dense(self.table), codes, self.weights)
 
@@ -84,38 +95,40 @@ class Codebook(CompressedLeaf):
 
 def _places(how: How, table: jax.Array, codes: jax.Array) -> jax.Array:
     """Of each element in the flattened table."""
-    axes, bucket, _, _ = how
     index = codes.astype(jnp.int32)
     if table.shape[1] == 1:
         return index
-    return index * table.shape[1] + table_index(tuple(codes.shape), axes, bucket)
+    return index * table.shape[1] + table_index(tuple(codes.shape), how.blocks)
+
+
+_LookUp = tuple[jax.Array, jax.Array, jax.Array | None]
+"""The table, the codes and the weights, or their tangents."""
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _look_up(how: How, table: jax.Array, codes: jax.Array, weights: Any) -> jax.Array:
+def _look_up(how: How, table: jax.Array, codes: jax.Array, weights: jax.Array | None) -> jax.Array:
     return table.reshape(-1)[_places(how, table, codes)]
 
 
 @_look_up.defjvp
-def _look_up_jvp(how: How, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _look_up_jvp(how: How, primals: _LookUp, tangents: _LookUp) -> tuple[jax.Array, jax.Array]:
     """Linear in both tangents, so that the transposed sum over members is JAX's own."""
     table, codes, weights = primals
     of_table, _, of_weights = tangents
-    _, _, gradient, zero_first = how
     places = _places(how, table, codes)
 
     def member_sums(x: jax.Array) -> jax.Array:
         return jnp.zeros(table.size, table.dtype).at[places.reshape(-1)].add(x.reshape(-1).astype(table.dtype))
 
     flat = of_table.reshape(-1)
-    if weights is not None and gradient != "straight":
+    if of_weights is not None and how.gradient != "straight":
         flat = flat + member_sums(of_weights)
-    if gradient == "mean":
+    if how.gradient == "mean":
         flat = flat / jnp.maximum(member_sums(jnp.ones(codes.shape, table.dtype)), 1)
     tangent = flat[places]
-    if weights is not None and gradient == "straight":
+    if of_weights is not None and how.gradient == "straight":
         tangent = tangent + of_weights.astype(table.dtype)
-    if zero_first:
+    if how.zero_first:
         tangent = jnp.where(codes == 0, jnp.zeros((), tangent.dtype), tangent)
     return _look_up(how, table, codes, weights), tangent
 
@@ -132,9 +145,9 @@ class VectorCodebook(CompressedLeaf):
       gradient: static. "sum", "mean": an entry gets the sum or the mean of its members' gradients.
     """
 
-    table: Any
+    table: jax.Array | CompressedLeaf
     codes: jax.Array | Packed
-    weights: Any
+    weights: jax.Array | None
     axis: int
     gradient: str = "sum"
 
@@ -152,7 +165,7 @@ class VectorCodebook(CompressedLeaf):
         return tuple(shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return jnp.dtype(self.table.dtype)
 
     def materialize(self) -> jax.Array:
@@ -192,7 +205,7 @@ def _shared(table: jax.Array, share: jax.Array) -> jax.Array:
 _shared.defjvps(lambda t, out, table, share: t * share, None)
 
 
-def trained_tables(tree: Any, gradient: str = "mean") -> tuple[Any, Any]:
+def trained_tables(tree: Params, gradient: str = "mean") -> tuple[Params, Params]:
     """Makes a tree's tables parameters: ``(trained, fixed)``, two trees that :func:`with_tables` puts together.
 
     ``trained`` holds the floating arrays, among them the tables, and is what an optimizer trains; ``fixed`` holds the
@@ -221,15 +234,13 @@ def trained_tables(tree: Any, gradient: str = "mean") -> tuple[Any, Any]:
     return trained, jax.tree.map(lambda x: None if floats(x) else x, tree)
 
 
-def with_tables(trained: Any, fixed: Any) -> Any:
+def with_tables(trained: Params, fixed: Params) -> Params:
     """The tree that :func:`trained_tables` took apart."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda x: x is None)
 
 
-def _freed(x: Any, gradient: str) -> Any:
-    if isinstance(x, Codebook):
-        return replace(x, weights=None, gradient=gradient)
-    if isinstance(x, VectorCodebook):
+def _freed(x: Leaf, gradient: str) -> Leaf:
+    if isinstance(x, Codebook | VectorCodebook):
         return replace(x, weights=None, gradient=gradient)
     if is_compressed(x):
         inner = {name: _freed(getattr(x, name), gradient) for name in x.open}
@@ -237,5 +248,5 @@ def _freed(x: Any, gradient: str) -> Any:
     return x
 
 
-def _holds_table(x: Any) -> bool:
+def _holds_table(x: Leaf) -> bool:
     return isinstance(x, Codebook | VectorCodebook) or any(_holds_table(getattr(x, n)) for n in getattr(x, "open", ()))

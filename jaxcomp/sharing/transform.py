@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import numbers
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.layouts import Buckets, Channels
+from jaxcomp.core.errors import naming
+from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import Masked
-from jaxcomp.core.paths import Where, matrices
+from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
-from jaxcomp.core.specs import Global, Local, check_key
+from jaxcomp.core.specs import Global, check_key, is_integer
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Key, Params, Step
 from jaxcomp.sharing.kmeans.fit import code_dtype, fit, member_means, nearest, refit
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal
 from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows
 from jaxcomp.sharing.leaves import GRADIENTS, Codebook
 
 MAX_CLUSTERS = 1 << 16
-Tables = Local | Global | Channels | Buckets
+_LAYOUTS = (Tensor, Channels, Groups, Tiles, Buckets, Global)
 
 
 class Shared(NamedTuple):
@@ -39,17 +42,36 @@ class _Rows(NamedTuple):
     counted: jax.Array | None
 
 
+class _Laid(NamedTuple):
+    """A slot and the blocks that have a table each."""
+
+    slot: Slot
+    blocks: Blocks
+
+    def rows(self, zero_first: bool) -> _Rows:
+        """The values and which of them k-means sees: not those that are masked, and no zeros that keep an entry."""
+        x, counted = self.slot.array, self.slot.full_mask
+        if zero_first:
+            nonzero = x != 0
+            counted = nonzero if counted is None else counted & nonzero
+        if counted is None and self.blocks.row and x.size % self.blocks.row:
+            counted = jnp.ones(x.shape, bool)  # what pads the last row does not count
+        values = to_rows(x.astype(compute_dtype(x.dtype)), self.blocks)
+        return _Rows(values, None if counted is None else to_rows(counted, self.blocks))
+
+
 def share(
     clusters: int,
     *,
     init: Init = near_optimal,
-    per: Tables = Local(),  # noqa: B008 - frozen
+    per: Layout | Global = Tensor(),  # noqa: B008 - frozen
+    roles: Roles | None = None,
     preserve_zeros: bool = False,
     recluster: bool = True,
     gradient: str = "straight",
-    key: Any = None,
+    key: Key | None = None,
     iterations: int = 300,
-    where: Where = matrices,
+    where: Where | None = None,
 ) -> Transform:
     """Leaves at most ``clusters`` different values in each selected array; ``apply`` makes a ``Codebook`` leaf of it.
 
@@ -61,8 +83,11 @@ def share(
     Args:
       clusters: entries of a table, 2..65536.
       init: where k-means starts, one of :mod:`jaxcomp.sharing.kmeans.inits`.
-      per: ``Local()``, a table a leaf; ``Global()``, one for all selected leaves (a file holds it once);
-        ``Channels(axes)``; ``Buckets(size)``.
+      per: what has a table of its own: ``Tensor()``, a leaf; ``Channels()``, each index of the axes over which no
+        product sums; ``Groups(size)``, ``Tiles(shape)``, ``Buckets(size)``; or ``Global()``, one table for all selected
+        leaves (a file holds it once).
+      roles: from :func:`jaxcomp.roles`, for a ``per`` that does not name its axes. Without it, what path and rank
+        settle.
       preserve_zeros: the first of the clusters is 0, for the weights that are exactly 0 or masked, and for no other;
         these get no gradient, so what is zero stays so.
       recluster: at ``apply`` a weight takes the entry that is nearest now, and ``update`` goes on with k-means from the
@@ -70,14 +95,15 @@ def share(
         members' mean.
       gradient: "straight" passes each weight its own; "sum" and "mean" pass the sum or the mean over all weights of the
         same entry, which so move together.
-      key: for an ``init`` that draws.
+      key: for an ``init`` that draws; each leaf draws from a key of its own, whatever else is in the tree.
       iterations: the most of Lloyd's iterations at ``init`` and at each ``update``; they stop where nothing moves.
-      where: which leaves.
+      where: which leaves; by default the matrices that roles name, or all matrices.
 
     Raises:
+      TypeError: an init, a layout or roles of another kind.
       ValueError: clusters out of range, an unknown gradient, a missing key; at ``init``, what
-        :func:`~jaxcomp.core.slots.slots` raises, an axis that a leaf does not have, and fewer weights a table than
-        clusters.
+        :func:`~jaxcomp.core.slots.slots` raises, a layout that does not fit a leaf or needs roles that are not known,
+        and fewer weights a table than clusters.
 
     >>> t = share(2)
     >>> params = {"kernel": jnp.array([[0.0, 1.0], [5.0, 7.0]])}
@@ -87,127 +113,143 @@ def share(
 
     Source: Han et al. 2015, arXiv:1510.00149, section 3; there the tables' gradients are sums over their members.
     """
-    _check(clusters, init, per, gradient, key, iterations)
-    free = clusters - preserve_zeros  # entries that k-means places
+    _check(clusters, init, gradient, key, iterations)
+    how = _Sharing(
+        clusters=clusters,
+        start=init,
+        per=checked_layout("share", per, _LAYOUTS),
+        roles=checked_roles("share", roles),
+        zero_first=bool(preserve_zeros),
+        recluster=recluster,
+        gradient=gradient,
+        key=key,
+        iterations=iterations,
+        where=selecting(where, roles),
+    )
+    return Transform(how.init, how.update, how.apply)
 
-    def found(params: Params) -> dict[str, Slot]:
-        return slots(params, where, "share")
 
-    def rows_of(path: str, slot: Slot) -> _Rows:
-        axes, bucket = _layout(path, slot, per, clusters)
-        counted = _counted(slot, preserve_zeros)
-        if counted is None and bucket and slot.array.size % bucket:
-            counted = jnp.ones(slot.array.shape, bool)
-        x = slot.array.astype(compute_dtype(slot.array.dtype))
-        return _Rows(to_rows(x, axes, bucket), None if counted is None else to_rows(counted, axes, bucket))
+@dataclass(frozen=True, eq=False)
+class _Sharing:
+    """The arguments of :func:`share`, checked, and its three functions."""
 
-    def grouped(selected: dict[str, Slot]) -> dict[str, _Rows]:
-        rows = {path: rows_of(path, slot) for path, slot in selected.items()}
-        return {"": _joined(list(rows.values()))} if isinstance(per, Global) else rows
+    clusters: int
+    start: Init
+    per: Layout | Global
+    roles: Roles | None
+    zero_first: bool
+    recluster: bool
+    gradient: str
+    key: Key | None
+    iterations: int
+    where: Where
 
-    def init_fn(params: Params) -> State:
-        selected = found(params)
-        check_finite(selected, "share")
-        tables = {}
-        for i, (path, rows) in enumerate(grouped(selected).items()):
-            rows = _padded(rows)
-            keys = jax.random.split(jax.random.fold_in(key, i), rows.values.shape[0]) if init.random else None
-            one = lambda x, c, k: fit(x, c, clusters=free, init=init, key=k, iterations=iterations)  # noqa: E731
-            tables[path] = _with_zero(jax.vmap(one)(*rows, keys).T, preserve_zeros)
-        codes = {} if recluster else {path: codes_of(path, slot, tables) for path, slot in selected.items()}
+    def init(self, params: Params) -> Shared:
+        every = self.laid(params)
+        check_finite({path: one.slot for path, one in every.items()}, "share")
+        tables = {path: self.fitted(path, rows) for path, rows in self.grouped(every).items()}
+        codes = {} if self.recluster else {path: self.codes(path, one, tables) for path, one in every.items()}
         return Shared(tables, codes)
 
-    def codes_of(path: str, slot: Slot, tables: dict[str, jax.Array]) -> jax.Array:
-        rows = rows_of(path, slot)
-        table = state_of(tables, _name(path, per), "share").astype(slot.array.dtype).astype(rows.values.dtype)
-        codes = jax.vmap(nearest)(rows.values, table[int(preserve_zeros) :].T).astype(code_dtype(clusters))
-        codes = codes + jnp.asarray(preserve_zeros, codes.dtype)
-        if rows.counted is not None:
-            codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
-        return from_rows(codes, slot.array.shape, *_layout(path, slot, per, clusters))
-
-    def update(state: Shared, params: Params, *, step: Any, **stats: Any) -> State:
-        selected = found(params)
-        members = {} if recluster else _grouped_codes(selected, state.codes, per, clusters)
+    def update(self, state: Shared, params: Params, *, step: Step, **stats: Any) -> Shared:
+        every = self.laid(params)
+        members = {} if self.recluster else self.members(every, state.codes)
         tables = {}
-        for path, rows in grouped(selected).items():
-            old = state.tables[path].T
-            if recluster:
-                one = lambda x, c, t: refit(x, c, t, iterations)  # noqa: E731
-                new = jax.vmap(one)(*rows, old[:, int(preserve_zeros) :])
-                tables[path] = _with_zero(new.T, preserve_zeros)
+        for path, rows in self.grouped(every).items():
+            old = state_of(state.tables, path, "share")
+            if self.recluster:
+                tables[path] = self.refitted(rows, old)
             else:
-                tables[path] = jax.vmap(member_means)(*rows, members[path], old).T
+                tables[path] = jax.vmap(member_means)(*rows, members[path], old.T).T
         return Shared(tables, state.codes)
 
-    def apply(state: Shared, params: Params) -> Params:
+    def apply(self, state: Shared, params: Params) -> Params:
         new = {}
-        for path, slot in found(params).items():
-            codes = codes_of(path, slot, state.tables) if recluster else state.codes[path]
-            table = state_of(state.tables, _name(path, per), "share").astype(slot.array.dtype)
-            axes, bucket = _layout(path, slot, per, clusters)
-            leaf = Codebook(table, codes, slot.array, axes, bucket, gradient, preserve_zeros)
+        for path, one in self.laid(params).items():
+            slot, (shape, row) = one.slot, one.blocks
+            codes = self.codes(path, one, state.tables) if self.recluster else state.codes[path]
+            table = self.table(path, one, state.tables)
+            leaf = Codebook(table, codes, slot.array, shape, row, self.gradient, self.zero_first)
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
         return rewrite(params, new)
 
-    return Transform(init_fn, update, apply)
+    def laid(self, params: Params) -> dict[str, _Laid]:
+        """The selected slots with their blocks, checked."""
+        return {path: self.lay(slot) for path, slot in slots(params, self.where, "share").items()}
+
+    def lay(self, slot: Slot) -> _Laid:
+        layout = Tensor() if isinstance(self.per, Global) else self.per
+        blocks, size = slot.blocks(layout, self.roles, "share"), int(slot.array.size)
+        if blocks.row > size:  # the only row, and not a full one
+            blocks = blocks._replace(row=size)
+        weights = blocks.row or size // table_count(blocks)
+        if weights < self.clusters:
+            with naming("share", slot.path):
+                raise ValueError(
+                    f"of shape {tuple(slot.array.shape)} has {weights} weights a table, fewer than {self.clusters}"
+                    " clusters; take fewer clusters, tables that serve more weights, or leave it out by a rule"
+                )
+        return _Laid(slot, blocks)
+
+    def grouped(self, every: dict[str, _Laid]) -> dict[str, _Rows]:
+        """The rows of each of the state's entries: one a leaf, or one for all of them."""
+        rows = {path: one.rows(self.zero_first) for path, one in every.items()}
+        return {"": _joined(list(rows.values()))} if isinstance(self.per, Global) else rows
+
+    def members(self, every: dict[str, _Laid], codes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Kept codes, in the rows of the values."""
+        rows = {path: to_rows(state_of(codes, path, "share"), one.blocks) for path, one in every.items()}
+        if isinstance(self.per, Global):
+            return {"": jnp.concatenate([r.reshape(1, -1) for r in rows.values()], axis=1)}
+        return rows
+
+    def fitted(self, path: str, rows: _Rows) -> jax.Array:
+        rows = _padded(rows)
+        keys = None
+        if self.start.random:
+            keys = jax.random.split(key_of_leaf(self.key, path), rows.values.shape[0])
+        free = self.clusters - self.zero_first  # entries that k-means places
+        one = partial(fit, clusters=free, init=self.start, iterations=self.iterations)
+        return self.with_zero(jax.vmap(lambda x, counted, key: one(x, counted, key=key))(*rows, keys).T)
+
+    def refitted(self, rows: _Rows, old: jax.Array) -> jax.Array:
+        one = partial(refit, iterations=self.iterations)
+        return self.with_zero(jax.vmap(one)(*rows, old.T[:, int(self.zero_first) :]).T)
+
+    def with_zero(self, table: jax.Array) -> jax.Array:
+        if not self.zero_first:
+            return table
+        return jnp.concatenate([jnp.zeros((1, table.shape[1]), table.dtype), table])
+
+    def table(self, path: str, one: _Laid, tables: dict[str, jax.Array]) -> jax.Array:
+        """The table of a slot, in its type."""
+        name = "" if isinstance(self.per, Global) else path
+        return state_of(tables, name, "share").astype(one.slot.array.dtype)
+
+    def codes(self, path: str, one: _Laid, tables: dict[str, jax.Array]) -> jax.Array:
+        """The nearest entry of each weight; entry 0 of those that do not count."""
+        rows = one.rows(self.zero_first)
+        table = self.table(path, one, tables).astype(rows.values.dtype)
+        codes = jax.vmap(nearest)(rows.values, table[int(self.zero_first) :].T).astype(code_dtype(self.clusters))
+        codes = codes + jnp.asarray(self.zero_first, codes.dtype)
+        if rows.counted is not None:
+            codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
+        return from_rows(codes, tuple(one.slot.array.shape), one.blocks)
 
 
-def _check(clusters: Any, init: Any, per: Any, gradient: Any, key: Any, iterations: Any) -> None:
-    if (
-        not isinstance(clusters, numbers.Integral)
-        or isinstance(clusters, bool)
-        or not 2 <= int(clusters) <= MAX_CLUSTERS
-    ):
+def _check(clusters: object, init: object, gradient: object, key: object, iterations: object) -> None:
+    if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
         raise ValueError(f"share: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
     if not isinstance(init, Init):
         raise TypeError(f"share: init must be an Init such as near_optimal, got {init!r}.")
-    if not isinstance(per, Local | Global | Channels | Buckets):
-        raise TypeError(f"share: per must be Local(), Global(), Channels(axes) or Buckets(size), got {per!r}.")
     if gradient not in GRADIENTS:
         raise ValueError(f"share: gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
     if init.random and key is None:
         raise ValueError(f"share: init {init.name!r} draws, and wants a key: share(..., key=jax.random.key(0)).")
     if key is not None:
         check_key("share", key)
-    if not isinstance(iterations, numbers.Integral) or int(iterations) < 0:
+    if not is_integer(iterations) or iterations < 0:
         raise ValueError(f"share: iterations must be an integer that is not negative, got {iterations!r}.")
-
-
-def _name(path: str, per: Tables) -> str:
-    """Of the state's table for a slot."""
-    return "" if isinstance(per, Global) else path
-
-
-def _layout(path: str, slot: Slot, per: Tables, clusters: int) -> tuple[tuple[int, ...], int]:
-    """The axes with tables of their own and the bucket, checked."""
-    shape = tuple(slot.array.shape)
-    axes: tuple[int, ...] = ()
-    if isinstance(per, Channels):
-        named = (per.axes,) if isinstance(per.axes, int) else per.axes
-        bad = [a for a in named if not -len(shape) <= a < len(shape)]
-        if bad:
-            raise ValueError(
-                f"share: {path!r} has shape {shape} and no axis {bad[0]}; name axes in {-len(shape)}..{len(shape) - 1}."
-            )
-        axes = tuple(sorted({a % len(shape) for a in named}))
-    bucket = min(per.size, slot.array.size) if isinstance(per, Buckets) else 0
-    weights = bucket or slot.array.size // table_count(shape, axes, 0)
-    if weights < clusters:
-        raise ValueError(
-            f"share: {path!r} of shape {shape} has {weights} weights a table, fewer than {clusters} clusters; take"
-            " fewer clusters, tables that serve more weights, or leave it out by a rule."
-        )
-    return axes, bucket
-
-
-def _counted(slot: Slot, preserve_zeros: bool) -> jax.Array | None:
-    """The elements that k-means sees, or None for all."""
-    alive = slot.full_mask
-    if not preserve_zeros:
-        return alive
-    nonzero = slot.array != 0
-    return nonzero if alive is None else alive & nonzero
 
 
 def _joined(rows: list[_Rows]) -> _Rows:
@@ -226,17 +268,3 @@ def _padded(rows: _Rows) -> _Rows:
     more = (1 << (size - 1).bit_length()) - size
     counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted
     return _Rows(jnp.pad(rows.values, ((0, 0), (0, more))), jnp.pad(counted, ((0, 0), (0, more))))
-
-
-def _grouped_codes(
-    selected: dict[str, Slot], codes: dict[str, jax.Array], per: Tables, clusters: int
-) -> dict[str, jax.Array]:
-    """Kept codes, in the rows of the values."""
-    rows = {p: to_rows(codes[p], *_layout(p, slot, per, clusters)) for p, slot in selected.items()}
-    if isinstance(per, Global):
-        return {"": jnp.concatenate([r.reshape(1, -1) for r in rows.values()], axis=1)}
-    return rows
-
-
-def _with_zero(table: jax.Array, zero_first: bool) -> jax.Array:
-    return jnp.concatenate([jnp.zeros((1, table.shape[1]), table.dtype), table]) if zero_first else table

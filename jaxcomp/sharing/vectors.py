@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import Masked
-from jaxcomp.core.paths import Where, matrices
+from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.types import Key, Params, State, Step
 from jaxcomp.sharing.kmeans.vectors import fit_vectors, nearest_vectors, refit_vectors
 from jaxcomp.sharing.leaves import VectorCodebook
 from jaxcomp.sharing.transform import MAX_CLUSTERS
 
+OWNER = "share_vectors"
+
 
 def share_vectors(
-    clusters: int, *, size: int, key: Any, axis: int = -2, iterations: int = 25, where: Where = matrices
+    clusters: int,
+    *,
+    size: int,
+    key: Key,
+    axis: int | None = None,
+    roles: Roles | None = None,
+    iterations: int = 25,
+    where: Where | None = None,
 ) -> Transform:
     """Cuts ``axis`` into vectors of ``size`` neighbours and leaves at most ``clusters`` different ones in each leaf.
 
@@ -31,14 +42,17 @@ def share_vectors(
     Args:
       clusters: entries of a table, 2..65536.
       size: of a vector; it divides the axis.
-      key: for the first table, drawn by k-means++.
-      axis: the default is the input features of a Flax kernel.
+      key: for the first table, drawn by k-means++ from a key of each leaf's own, whatever else is in the tree.
+      axis: the default is the last axis that products sum over, a convolution's window apart.
+      roles: from :func:`jaxcomp.roles`, where no axis is named. Without it, what path and rank settle.
       iterations: Lloyd's iterations at ``init``; an ``update`` makes one.
-      where: which leaves.
+      where: which leaves; by default the matrices that roles name, or all matrices.
 
     Raises:
+      TypeError: roles of another kind.
       ValueError: clusters out of range or a missing key; at ``init``, what :func:`~jaxcomp.core.slots.slots` raises, an
-        axis that a leaf does not have or that ``size`` does not divide, fewer vectors than clusters.
+        axis that a leaf does not have, that is not known, or that ``size`` does not divide, and fewer vectors than
+        clusters.
 
     >>> t = share_vectors(2, size=2, key=jax.random.key(0))
     >>> params = {"kernel": jnp.array([[0.0, 4.0], [1.0, 4.0], [4.0, 0.0], [4.0, 1.0]])}
@@ -47,57 +61,91 @@ def share_vectors(
 
     Source: Gong et al. 2014, arXiv:1412.6115, section 3.3 (product quantization, here one table for all sub-spaces).
     """
-    if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
-        raise ValueError(f"share_vectors: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
-    if not is_integer(size) or size < 1:
-        raise ValueError(f"share_vectors: size must be a positive integer, got {size!r}.")
-    if key is None:
-        raise ValueError("share_vectors: the first table is drawn: share_vectors(..., key=jax.random.key(0)).")
-    check_key("share_vectors", key)
+    _check(clusters, size, key, axis)
+    rule = selecting(where, checked_roles(OWNER, roles))
 
-    def vectors(path: str, slot: Slot) -> tuple[jax.Array, int]:
-        """The vectors as rows, and the axis, not negative."""
-        x = slot.array if slot.mask is None else jnp.where(slot.mask, slot.array, jnp.zeros((), slot.array.dtype))
-        own = _checked_axis(path, x.shape, axis, size, clusters)
-        split = x.reshape(*x.shape[:own], x.shape[own] // size, size, *x.shape[own + 1 :])
-        return jnp.moveaxis(split, own + 1, -1).reshape(-1, size).astype(compute_dtype(x.dtype)), own
+    def cut(params: Params) -> dict[str, _Vectors]:
+        found = slots(params, rule, OWNER)
+        return {path: _cut(slot, _axis(slot, axis, roles), size, clusters) for path, slot in found.items()}
 
     def init(params: Params) -> State:
-        found = slots(params, where, "share_vectors")
-        check_finite(found, "share_vectors")
-        of = {path: vectors(path, slot)[0] for path, slot in found.items()}
-        keys = {path: jax.random.fold_in(key, i) for i, path in enumerate(of)}
-        return {p: fit_vectors(x, clusters=clusters, key=keys[p], iterations=iterations) for p, x in of.items()}
+        every = cut(params)
+        check_finite({path: one.slot for path, one in every.items()}, OWNER)
+        keys = {path: key_of_leaf(key, path) for path in every}
+        return {
+            p: fit_vectors(one.rows, clusters=clusters, key=keys[p], iterations=iterations) for p, one in every.items()
+        }
 
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
-        found = slots(params, where, "share_vectors")
-        return {path: refit_vectors(vectors(path, slot)[0], state[path], 1) for path, slot in found.items()}
+    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
+        return {p: refit_vectors(one.rows, state_of(state, p, OWNER), 1) for p, one in cut(params).items()}
 
     def apply(state: State, params: Params) -> Params:
-        new = {}
-        for path, slot in slots(params, where, "share_vectors").items():
-            rows, own = vectors(path, slot)
-            table = state_of(state, path, "share_vectors").astype(slot.array.dtype)
-            shape = list(slot.array.shape)
-            shape[own] //= size
-            codes = nearest_vectors(rows, table.astype(rows.dtype)).reshape(shape)
-            leaf = VectorCodebook(table, codes, slot.array, own)
-            new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
-        return rewrite(params, new)
+        every = cut(params)
+        return rewrite(params, {path: one.leaf(state_of(state, path, OWNER)) for path, one in every.items()})
 
     return Transform(init, update, apply)
 
 
-def _checked_axis(path: str, shape: tuple[int, ...], axis: int, size: int, clusters: int) -> int:
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"share_vectors: {path!r} has shape {shape} and no axis {axis}.")
-    own = axis % len(shape)
-    if shape[own] % size:
-        raise ValueError(
-            f"share_vectors: {path!r} has {shape[own]} elements along axis {axis}, which vectors of {size} do not"
-            " divide; take a divisor, another axis, or leave this leaf out by a rule."
-        )
-    count = math.prod(shape) // size
-    if count < clusters:
-        raise ValueError(f"share_vectors: {path!r} has {count} vectors of {size}, fewer than {clusters} clusters.")
-    return own
+class _Vectors(NamedTuple):
+    """A slot's neighbours along an axis, a row each."""
+
+    slot: Slot
+    rows: jax.Array
+    axis: int
+
+    def leaf(self, table: jax.Array) -> VectorCodebook | Masked:
+        slot = self.slot
+        table = table.astype(slot.array.dtype)
+        shape = list(slot.array.shape)
+        shape[self.axis] //= table.shape[1]
+        codes = nearest_vectors(self.rows, table.astype(self.rows.dtype)).reshape(shape)
+        leaf = VectorCodebook(table, codes, slot.array, self.axis)
+        return leaf if slot.mask is None else Masked(leaf, slot.mask)
+
+
+def _cut(slot: Slot, axis: int, size: int, clusters: int) -> _Vectors:
+    shape = tuple(slot.array.shape)
+    with naming(OWNER, slot.path):
+        if shape[axis] % size:
+            raise ValueError(
+                f"has {shape[axis]} elements along axis {axis} of shape {shape}, which vectors of {size} do not divide;"
+                " take a divisor, another axis, or leave this leaf out by a rule"
+            )
+        if math.prod(shape) // size < clusters:
+            raise ValueError(
+                f"has {math.prod(shape) // size} vectors of {size}, fewer than {clusters} clusters; take fewer"
+                " clusters, shorter vectors, or leave it out by a rule"
+            )
+    x = slot.array if slot.mask is None else jnp.where(slot.mask, slot.array, jnp.zeros((), slot.array.dtype))
+    split = x.reshape(*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+    rows = jnp.moveaxis(split, axis + 1, -1).reshape(-1, size).astype(compute_dtype(x.dtype))
+    return _Vectors(slot, rows, axis)
+
+
+def _axis(slot: Slot, axis: int | None, roles: Roles | None) -> int:
+    """The axis that is cut, not negative."""
+    shape = tuple(slot.array.shape)
+    with naming(OWNER, slot.path):
+        if axis is None:
+            own = slot.axes(roles)
+            if not own.inputs:
+                raise ValueError(
+                    f"has shape {shape}, and no product sums over an axis of it ({', '.join(own.names)}); name the"
+                    " axis, as in axis=-2, or leave it out by a rule"
+                )
+            return own.inputs[-1]
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"has shape {shape} and no axis {axis}; name one in {-len(shape)}..{len(shape) - 1}")
+        return axis % len(shape)
+
+
+def _check(clusters: object, size: object, key: object, axis: object) -> None:
+    if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
+        raise ValueError(f"{OWNER}: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
+    if not is_integer(size) or size < 1:
+        raise ValueError(f"{OWNER}: size must be a positive integer, got {size!r}.")
+    if axis is not None and not is_integer(axis):
+        raise ValueError(f"{OWNER}: axis must be an integer, or None for the one that products sum over, got {axis!r}.")
+    if key is None:
+        raise ValueError(f"{OWNER}: the first table is drawn: {OWNER}(..., key=jax.random.key(0)).")
+    check_key(OWNER, key)

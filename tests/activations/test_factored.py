@@ -55,8 +55,8 @@ DOTS = {
     "w @ x": (lambda p, x: p["w"] @ x, (20, 3), (24, 20), 1),
     "transposed": (lambda p, x: x @ p["w"].T, (5, 3, 20), (24, 20), 1),
     "heads": (lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"]), (3, 24), (24, 4, 5), 2),
-    "out of heads": (lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["w"]), (3, 4, 6), (4, 6, 20), 1),
-    "reshaped": (lambda p, x: x @ p["w"].reshape(24, 20), (3, 24), (4, 6, 4, 5), 2),
+    "out of heads": (lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["w"]), (3, 4, 6), (4, 6, 20), SVD(1, 0)),
+    "reshaped": (lambda p, x: x @ p["w"].reshape(24, 20), (3, 24), (4, 6, 4, 5), SVD(2, 0)),
     "experts": (lambda p, x: jnp.einsum("ebd,edf->ebf", x, p["w"]), (2, 3, 24), (2, 24, 20), SVD(stacked=1)),
     "one layer": (lambda p, x: x @ p["w"][1], (3, 24), (2, 24, 20), SVD(stacked=1)),
     "indexed": (lambda p, x: x @ lax.dynamic_index_in_dim(p["w"], 1, 0, False), (3, 24), (2, 24, 20), SVD(stacked=1)),
@@ -106,10 +106,10 @@ CONVS = {
     "transposed": {"lhs_dilation": (2, 1), "padding": ((2, 2), (1, 1))},
 }
 METHODS = {
-    "svd": (SVD(), 3, jc.factorization.LowRank),
-    "tucker": (Tucker2(), (3, 4), Tucker),
-    "cp": (CP(steps=5, sweeps=2), 4, Depthwise),
-    "separable": (CP(separable=True, steps=5, sweeps=2), 4, Separable),
+    "svd": (SVD(1, 0), 3, jc.factorization.LowRank),
+    "tucker": (Tucker2(stacked=0), (3, 4), Tucker),
+    "cp": (CP(steps=5, sweeps=2, stacked=0), 4, Depthwise),
+    "separable": (CP(separable=True, steps=5, sweeps=2, stacked=0), 4, Separable),
 }
 
 
@@ -152,7 +152,7 @@ def test_a_grouped_convolution_is_dense_and_listed():
         numbers = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3)
 
-    tree = factors(normal(3, 3, 4, 12), 2)
+    tree = factors(normal(3, 3, 4, 12), 2, SVD(1, 0))
     check(fn, tree, normal(1, 5, 5, 12), done="exact")
     assert "grouped" in coverage(fn, {})(tree, normal(1, 5, 5, 12)).rows[0].why
 

@@ -55,8 +55,9 @@ def error(leaf, w) -> float:
 
 
 def leaf(w, rank, method=SVD(), **options):  # noqa: B008 - frozen
-    t = jc.low_rank(rank, method=method, where="w", **options)
-    return t.apply(t.init({"w": w}), {"w": w})["w"]
+    """A matrix (in, out), or a convolution's kernel (*spatial, in, out)."""
+    t = jc.low_rank(rank, method=method, where="conv", **options)
+    return t.apply(t.init({"conv": w}), {"conv": w})["conv"]
 
 
 @pytest.mark.parametrize("method", [SVD(), RankOne()])
@@ -157,7 +158,7 @@ def test_a_leaf_of_zeros_gives_finite_zeros(name) -> None:
     got = leaf(jnp.zeros((3, 3, 4, 5)), 1, method)
     chex.assert_tree_all_finite(got)
     assert not np.asarray(got.materialize()).any()
-    chex.assert_tree_all_finite(jc.factorize({"w": jnp.zeros((3, 3, 4, 5))}, 1, method=method))
+    chex.assert_tree_all_finite(jc.factorize({"conv": jnp.zeros((3, 3, 4, 5))}, 1, method=method))
 
 
 def test_factors_are_pruned_and_quantized_and_saved_small(tmp_path) -> None:
@@ -189,7 +190,7 @@ def test_gradients_reach_the_dense_leaf_through_the_basis_and_both_factors_of_a_
 
 def test_the_basis_moves_at_due_steps_alone() -> None:
     first, second = {"kernel": normal(8, 6)}, {"kernel": normal(8, 6)}
-    t = jc.low_rank(2, due=jc.every(10))
+    t = jc.core.when(jc.low_rank(2), jc.every(10))
     state = t.init(first)
     for update in (t.update, jax.jit(t.update)):
         assert_same_bits(update(state, second, step=jnp.int32(3)), state)
@@ -203,7 +204,7 @@ def test_the_basis_moves_at_due_steps_alone() -> None:
 def test_balancing_changes_sizes_and_not_the_product(name) -> None:
     method, rank = METHODS[name]
     w = normal(3, 3, 6, 5)
-    plain, even = leaf(w, rank, method), jc.factorize({"w": w}, rank, method=method)["w"]
+    plain, even = leaf(w, rank, method), jc.factorize({"conv": w}, rank, method=method)["conv"]
     np.testing.assert_allclose(even.materialize(), plain.materialize(), atol=1e-4)
     if isinstance(even, LowRank):
         np.testing.assert_allclose(
@@ -304,7 +305,7 @@ def test_an_error_budget_is_met() -> None:
 
 @pytest.mark.slow
 def test_tucker_and_cp_budgets_are_met_and_better_with_more() -> None:
-    params = {"a": normal(3, 3, 8, 8), "d": normal(3, 3, 6, 10)}
+    params = {"conv_a": normal(3, 3, 8, 8), "conv_d": normal(3, 3, 6, 10)}
     for method in (Tucker2(), CP(steps=5, refits=0, sweeps=10)):
         errors = []
         for part in (0.3, 0.6):
@@ -338,7 +339,8 @@ def test_weighting_lowers_the_error_of_the_products(method) -> None:
     x = normal(400, 24) * decay(0.8, 24)[None]
     moments = input_moments(lambda p, x: x @ p["w"])({"w": w}, x)
     np.testing.assert_allclose(moments["w"], np.asarray(x).T @ np.asarray(x), rtol=1e-4, atol=1e-3)
-    for given in (moments, {"w": jnp.diag(moments["w"])}):
+    moments = {"conv": moments["w"]}
+    for given in (moments, {"conv": jnp.diag(moments["conv"])}):
         plain, weighted = leaf(w, 5, method), leaf(w, 5, method, moments=given)
         errors = [float(jnp.linalg.norm(x @ (k.materialize() - w))) for k in (plain, weighted)]
         assert errors[1] < 0.8 * errors[0]
@@ -351,14 +353,14 @@ def test_weighting_lowers_the_error_of_the_products(method) -> None:
 @pytest.mark.parametrize("method", quick([SVD(), Tucker2(), CP(sweeps=40)], SVD()))
 def test_weighting_lowers_the_error_of_convolutions(method) -> None:
     def fn(p, x):
-        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     w, x = normal(3, 3, 8, 10), normal(4, 9, 9, 8) * decay(0.5, 8)[None, None, None]
-    moments = input_moments(fn)({"w": w}, x)
+    moments = input_moments(fn)({"conv": w}, x)
     errors = []
     for given in (None, moments):
         got = leaf(w, 4, method, moments=given).materialize()
-        errors.append(float(jnp.linalg.norm(fn({"w": got - w}, x))))
+        errors.append(float(jnp.linalg.norm(fn({"conv": got - w}, x))))
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -403,9 +405,9 @@ def test_specs_say_what_they_want(make, message) -> None:
         ({"a": {"k": jnp.ones((3, 4))}}, {"rank": 5}, r"'a/k' has shape \(3, 4\), of rank 3 at most; got rank 5"),
         ({"w": jnp.ones((3, 4))}, {"rank": 0}, "got rank 0"),
         ({"w": jnp.ones((3, 4))}, {"rank": 1.5}, r"a fraction of the largest in \(0, 1\], got 1.5"),
-        ({"bias": jnp.ones(4)}, {"rank": 1, "where": "bias"}, r"'bias' has shape \(4,\); SVD"),
+        ({"bias": jnp.ones(4)}, {"rank": 1, "where": "bias"}, r"'bias' has shape \(4,\), which has no rows"),
         ({"w": jnp.ones((3, 4))}, {"rank": 1, "method": Tucker2()}, r"wants a kernel \(\*spatial, I, O\)"),
-        ({"w": jnp.ones((3, 4, 5))}, {"rank": 1, "method": CP(True)}, r"separable taps want a kernel \(H, W, I, O\)"),
+        ({"conv": jnp.ones((3, 4, 5))}, {"rank": 1, "method": CP(True)}, r"taps want a kernel \(H, W, I, O\)"),
         ({"w": jnp.ones((0, 4))}, {"rank": 1}, "'w' is empty"),
         ({"w": jnp.array([[1.0, jnp.nan]])}, {"rank": 1}, "'w' has 1 values that are not finite"),
         ({"w": jnp.ones((3, 4))}, {"rank": {"x": 1}}, "ranks by path"),

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.core.layouts import Buckets, Channels
+from jaxcomp.core.layouts import Buckets, Channels, Groups, Tensor, Tiles, Tokens
 from jaxcomp.distill import soft_targets
 from jaxcomp.sharing.kmeans import inits
 from jaxcomp.sharing.leaves import trained_tables, with_tables
@@ -44,30 +44,41 @@ def distinct(x) -> int:
 
 @pytest.mark.parametrize(
     "per",
-    quick([jc.core.Local(), Channels(), Channels((0, -1)), Buckets(20), jc.Global()], jc.Global()),
+    quick(
+        [Tensor(), Channels(-1), Channels((0, -1)), Buckets(20), Groups(3, 1), Tiles((3, 5)), jc.Global()],
+        jc.Global(),
+        Groups(3, 1),
+    ),
     ids=repr,
 )
 def test_each_table_has_so_many_values(per) -> None:
     w = normal(4, 9, 5)
-    leaf = applied(jc.share(4, per=per, init=inits.linear), w)
+    clusters = 2 if isinstance(per, Groups) else 4
+    leaf = applied(jc.share(clusters, per=per, init=inits.linear), w)
     dense = np.asarray(leaf.materialize())
     tables = {
-        Channels(): list(dense.transpose(2, 0, 1).reshape(5, -1)),
+        Channels(-1): list(dense.transpose(2, 0, 1).reshape(5, -1)),
         Channels((0, -1)): list(dense.transpose(0, 2, 1).reshape(20, -1)),
         Buckets(20): [dense.reshape(-1)[i : i + 20] for i in range(0, 180, 20)],
+        Groups(3, 1): [dense[i, j : j + 3, k] for i in range(4) for j in range(0, 9, 3) for k in range(5)],
+        Tiles((3, 5)): [dense[i, j : j + 3] for i in range(4) for j in range(0, 9, 3)],
     }.get(per, [dense])
-    assert [distinct(x) for x in tables] == [4] * len(tables)
-    assert leaf.table.shape == (4, len(tables))
+    assert [distinct(x) for x in tables] == [clusters] * len(tables)
+    assert leaf.table.shape == (clusters, len(tables))
     lists = np.asarray(leaf.table)[:, 0]
     assert set(np.unique(tables[0])) == set(lists)
 
 
-@pytest.mark.parametrize("per", quick([jc.core.Local(), Channels(0), Buckets(7)], Buckets(7)), ids=repr)
+@pytest.mark.parametrize(
+    "per", quick([Tensor(), Channels(0), Buckets(7), Groups(5, 1)], Buckets(7), Groups(5, 1)), ids=repr
+)
 def test_a_weight_gets_its_nearest_entry(per) -> None:
     w = normal(6, 5)
     leaf = applied(jc.share(3, per=per, init=inits.linear), w)
     dense, table = np.asarray(leaf.materialize()).reshape(-1), np.asarray(leaf.table)
-    number = {Channels(0): np.arange(30) // 5, Buckets(7): np.arange(30) // 7}.get(per, np.zeros(30, int))
+    number = {Channels(0): np.arange(30) // 5, Groups(5, 1): np.arange(30) // 5, Buckets(7): np.arange(30) // 7}.get(
+        per, np.zeros(30, int)
+    )
     far = np.abs(table[:, number] - np.asarray(w).reshape(-1))
     np.testing.assert_allclose(np.abs(dense - np.asarray(w).reshape(-1)), far.min(0), rtol=1e-5, atol=1e-6)
 
@@ -119,7 +130,7 @@ def test_reclustering_follows_the_weights() -> None:
     assert error(after) < 0.9 * error(stale)
 
 
-@pytest.mark.parametrize("per", quick([jc.core.Local(), Channels(), Buckets(6)], jc.core.Local(), Buckets(6)), ids=repr)
+@pytest.mark.parametrize("per", quick([Tensor(), Channels(), Buckets(6)], Tensor(), Buckets(6)), ids=repr)
 @pytest.mark.parametrize("gradient", quick(["straight", "sum", "mean"], "straight", "mean"))
 def test_the_gradient_of_a_weight(gradient, per) -> None:
     w, g = normal(5, 4), normal(5, 4, seed=1)
@@ -346,7 +357,7 @@ def test_optimal_works_inside_jit() -> None:
 
 def test_vectors_are_shared_together(tmp_path) -> None:
     w = normal(3, 8, 6)
-    t = share_vectors(8, size=4, key=jax.random.key(0))
+    t = share_vectors(8, size=4, axis=1, key=jax.random.key(0))
     params = {"kernel": w}
     state = t.init(params)
     seen = t.apply(t.update(state, params, step=jnp.int32(0)), params)
@@ -380,6 +391,9 @@ BAD_SPECS = {
     "Buckets: size must be a positive integer, got 0": lambda: Buckets(0),
     "share_vectors: size must be a positive integer": lambda: share_vectors(4, size=0, key=jax.random.key(0)),
     "share_vectors: the first table is drawn": lambda: share_vectors(4, size=2, key=None),
+    "share_vectors: axis must be an integer, or None": lambda: share_vectors(
+        4, size=2, axis=1.0, key=jax.random.key(0)
+    ),
     "share_vectors: key must be one key such as": lambda: share_vectors(4, size=2, key=3),
     "share: key must be one key such as": lambda: jc.share(
         4, init=inits.random, key=jax.random.split(jax.random.key(0))
@@ -410,7 +424,22 @@ BAD_LEAVES = {
     ),
     r"vectors of 2 do not divide": (share_vectors(2, size=2, key=jax.random.key(0)), np.ones((3, 4))),
     r"has 2 vectors of 2, fewer than 3": (share_vectors(3, size=2, key=jax.random.key(0)), np.ones((2, 2))),
-    r"and no axis -2": (share_vectors(2, size=2, key=jax.random.key(0), where=jc.core.everything), np.ones(4)),
+    r"share_vectors: 'kernel' has shape \(4,\) and no axis -2; name one in -1..0": (
+        share_vectors(2, size=2, axis=-2, key=jax.random.key(0), where=jc.core.everything),
+        np.ones(4),
+    ),
+    r"share: 'kernel' has 3 axes, and neither its path nor its rank settles": (
+        jc.share(2, per=Channels()),
+        np.ones((3, 4, 5)),
+    ),
+    r"share_vectors: 'kernel' has 3 axes, and neither": (
+        share_vectors(2, size=2, key=jax.random.key(0)),
+        np.ones((3, 4, 5)),
+    ),
+    r"share: 'kernel' has 4 elements along axis 1 of shape \(3, 4\), which groups of 3 do not divide": (
+        jc.share(2, per=Groups(3, 1)),
+        np.ones((3, 4)),
+    ),
 }
 
 
@@ -431,5 +460,10 @@ def test_trained_tables_want_codebooks() -> None:
 def test_specs_of_the_wrong_kind() -> None:
     with pytest.raises(TypeError, match="init must be an Init such as near_optimal, got 'linear'"):
         jc.share(4, init="linear")
-    with pytest.raises(TypeError, match=r"per must be Local\(\), Global\(\), Channels\(axes\) or Buckets\(size\)"):
-        jc.share(4, per="channel")
+    for per in ("channel", jc.core.Local(), Tokens()):
+        with pytest.raises(TypeError, match=r"per must be one of Tensor\(\), Channels\(axes\), .*Global\(\), got"):
+            jc.share(4, per=per)
+    with pytest.raises(TypeError, match=r"share: roles must be what jaxcomp.roles\(fn\)"):
+        jc.share(4, roles={})
+    with pytest.raises(TypeError, match=r"share_vectors: roles must be what jaxcomp.roles\(fn\)"):
+        share_vectors(4, size=2, key=jax.random.key(0), roles={})

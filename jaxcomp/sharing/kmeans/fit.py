@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxcomp.core.types import Key
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal, spaced
 from jaxcomp.sharing.kmeans.lloyd import borders, lloyd
 from jaxcomp.sharing.kmeans.points import Points, distinct, points_of
@@ -23,7 +23,7 @@ def fit(
     *,
     clusters: int,
     init: Init = near_optimal,
-    key: Any = None,
+    key: Key | None = None,
     iterations: int = 300,
 ) -> Float[Array, " clusters"]:
     """An ascending table for the values of a vector; those not ``counted`` are left out.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxcomp.core.types import DType, Key
 from jaxcomp.sharing.kmeans.lloyd import respaced
 from jaxcomp.sharing.kmeans.optimal import optimal_table
 from jaxcomp.sharing.kmeans.points import Points, at_rank
@@ -32,32 +33,34 @@ class Init:
     """
 
     name: str
-    fn: Callable[[Points, int, Any], jax.Array]
+    fn: Callable[[Points, int, Key | None], jax.Array]
     random: bool = False
 
 
-def _linear(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _linear(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
     low, high = points.values[0], points.values[-1]
     return low + (high - low) * _steps(jnp.arange(clusters), max(clusters - 1, 1), low.dtype)
 
 
-def _quantile(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _quantile(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
     fraction = _steps(jnp.arange(1, clusters + 1), clusters + 1, points.values.dtype)
     last = jnp.maximum(points.total, 1) - 1
     return at_rank(points, jnp.round(fraction * last.astype(fraction.dtype)).astype(jnp.uint32))
 
 
-def _density(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _density(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
     fraction = 0.01 + 0.99 * _steps(jnp.arange(clusters), max(clusters - 1, 1), points.values.dtype)
     return _at_fraction(points, fraction)
 
 
-def _random(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _random(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
+    assert key is not None  # a rule that draws is given one
     drawn = jnp.sort(jax.random.uniform(key, (clusters,), points.values.dtype))
     return points.values[0] + (points.values[-1] - points.values[0]) * drawn
 
 
-def _plus_plus(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _plus_plus(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
+    assert key is not None
     weight = points.counts.astype(points.values.dtype)
 
     def draw(odds: jax.Array, key: jax.Array) -> jax.Array:
@@ -76,7 +79,7 @@ def _plus_plus(points: Points, clusters: int, key: Any) -> Float[Array, " cluste
     return jnp.sort(jax.lax.fori_loop(1, clusters, add, start)[0])
 
 
-def _near_optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _near_optimal(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
     return windowed(points, respaced(points, spaced(points, clusters)))
 
 
@@ -87,7 +90,7 @@ def spaced(points: Points, clusters: int) -> Float[Array, " clusters"]:
     return jnp.interp(wanted, grown, ends)
 
 
-def _optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters"]:
+def _optimal(points: Points, clusters: int, key: Key | None) -> Float[Array, " clusters"]:
     ends, grown = _cube_root_mass(points)
     cuts = jnp.interp(
         jnp.arange(1, _OPTIMAL_CELLS).astype(ends.dtype) * (1.0 / _OPTIMAL_CELLS) * grown[-1], grown, ends
@@ -97,7 +100,7 @@ def _optimal(points: Points, clusters: int, key: Any) -> Float[Array, " clusters
     return jax.pure_callback(solve, shape, points.values, points.counts, cuts, vmap_method="sequential")
 
 
-def _solve(values: Any, counts: Any, cuts: Any, *, clusters: int) -> np.ndarray:
+def _solve(values: ArrayLike, counts: ArrayLike, cuts: ArrayLike, *, clusters: int) -> np.ndarray:
     v, n = np.asarray(values, np.float64), np.asarray(counts, np.float64)
     v, n = v[n > 0], n[n > 0]
     if v.size == 0:
@@ -109,7 +112,7 @@ def _solve(values: Any, counts: Any, cuts: Any, *, clusters: int) -> np.ndarray:
     return optimal_table(v, n, clusters).astype(np.asarray(values).dtype)
 
 
-def _steps(index: jax.Array, parts: int, dtype: Any) -> jax.Array:
+def _steps(index: jax.Array, parts: int, dtype: DType) -> jax.Array:
     return index.astype(dtype) * (1.0 / parts)
 
 

@@ -1,63 +1,72 @@
-"""Which table serves which element of an array: one for all, one an index of some axes, or one a bucket.
+"""Which table serves which element of an array: each block of a layout has its own. Arrays in, arrays out.
 
-``axes`` are those that keep tables of their own; with a ``bucket`` above 0 there are none, and the elements in C order
-are cut into buckets of that many.
+Tables are numbered in the C order of the blocks; a table's elements are in their C order within the block.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from jaxcomp.core.layouts import Blocks
+from jaxcomp.core.types import Shape
 
-def table_count(shape: tuple[int, ...], axes: tuple[int, ...], bucket: int) -> int:
-    """How many tables an array of this shape has.
 
-    >>> table_count((3, 4), (1,), 0), table_count((3, 4), (), 5)
+def table_count(blocks: Blocks) -> int:
+    """How many tables there are.
+
+    >>> table_count(Blocks((1, 4))), table_count(Blocks((3, 1), 5))
     (4, 3)
     """
-    if bucket:
-        return -(-_size(shape) // bucket)
-    return _size(tuple(shape[a] for a in axes))
+    return math.prod(blocks.shape)
 
 
-def to_rows(x: Shaped[Array, "*shape"], axes: tuple[int, ...], bucket: int) -> Shaped[Array, "tables n"]:
-    """A row of elements for each table; the last bucket is padded with zeros (False).
+def to_rows(x: Shaped[Array, "*shape"], blocks: Blocks) -> Shaped[Array, "tables n"]:
+    """A row of elements for each table; the last one of an array cut into rows is padded with zeros (False).
 
-    >>> to_rows(jnp.array([[1, 2], [3, 4]]), (1,), 0).tolist()
+    >>> to_rows(jnp.array([[1, 2], [3, 4]]), Blocks((1, 2))).tolist()
     [[1, 3], [2, 4]]
     """
-    if bucket:
-        tables = table_count(x.shape, axes, bucket)
-        return jnp.pad(x.reshape(-1), (0, tables * bucket - x.size)).reshape(tables, bucket)
-    return jnp.moveaxis(x, axes, range(len(axes))).reshape(table_count(x.shape, axes, bucket), -1)
+    if blocks.row:
+        rows = blocks.shape[0]
+        return jnp.pad(x.reshape(-1), (0, rows * blocks.row - x.size)).reshape(rows, blocks.row)
+    split = _split(tuple(x.shape), blocks)
+    return x.reshape(split).transpose(_blocks_first(x.ndim)).reshape(table_count(blocks), -1)
 
 
-def from_rows(
-    rows: Shaped[Array, "tables n"], shape: tuple[int, ...], axes: tuple[int, ...], bucket: int
-) -> Shaped[Array, "*shape"]:
+def from_rows(rows: Shaped[Array, "tables n"], shape: Shape, blocks: Blocks) -> Shaped[Array, "*shape"]:
     """The inverse of :func:`to_rows`."""
-    if bucket:
-        return rows.reshape(-1)[: _size(shape)].reshape(shape)
-    moved = [shape[a] for a in axes] + [n for a, n in enumerate(shape) if a not in axes]
-    return jnp.moveaxis(rows.reshape(moved), range(len(axes)), axes)
+    if blocks.row:
+        return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+    split, order = _split(shape, blocks), _blocks_first(len(shape))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return rows.reshape([split[i] for i in order]).transpose(back).reshape(shape)
 
 
-def table_index(shape: tuple[int, ...], axes: tuple[int, ...], bucket: int) -> Int[Array, "*shape"]:
+def table_index(shape: Shape, blocks: Blocks) -> Int[Array, "*shape"]:
     """The number of each element's table.
 
-    >>> table_index((2, 2), (1,), 0).tolist()
-    [[0, 1], [0, 1]]
+    >>> table_index((2, 4), Blocks((1, 2))).tolist()
+    [[0, 0, 1, 1], [0, 0, 1, 1]]
     """
-    if bucket:
-        return (jnp.arange(_size(shape), dtype=jnp.int32) // bucket).reshape(shape)
+    if blocks.row:
+        return (jnp.arange(math.prod(shape), dtype=jnp.int32) // blocks.row).reshape(shape)
     out = jnp.zeros(shape, jnp.int32)
-    for a in axes:
-        out = out * shape[a] + jax.lax.broadcasted_iota(jnp.int32, shape, a)
+    for a, (n, count) in enumerate(zip(shape, blocks.shape, strict=True)):
+        if count > 1:
+            own = jax.lax.broadcasted_iota(jnp.int32, shape, a)
+            out = out * count + (own if n == count else own // (n // count))
     return out
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def _split(shape: Shape, blocks: Blocks) -> list[int]:
+    """Each axis as two: the block, and the place within it."""
+    return [size for n, count in zip(shape, blocks.shape, strict=True) for size in (count, n // count)]
+
+
+def _blocks_first(rank: int) -> tuple[int, ...]:
+    """The order of split axes that puts all blocks before all places."""
+    return (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))

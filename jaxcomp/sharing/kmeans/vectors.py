@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jaxcomp.core.types import Key
 from jaxcomp.sharing.kmeans.fit import code_dtype
 
 _CHUNK = 1 << 12
@@ -45,7 +45,7 @@ def refit_vectors(x: Float[Array, "n d"], table: Float[Array, "k d"], iterations
 
 
 @partial(jax.jit, static_argnames=("clusters", "iterations"))
-def fit_vectors(x: Float[Array, "n d"], *, clusters: int, key: Any, iterations: int) -> Float[Array, "clusters d"]:
+def fit_vectors(x: Float[Array, "n d"], *, clusters: int, key: Key, iterations: int) -> Float[Array, "clusters d"]:
     """A table from k-means++ and Lloyd's iterations.
 
     Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
