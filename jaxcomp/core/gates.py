@@ -109,27 +109,6 @@ def gate(transform: Transform, due: Due) -> Transform:
     return Transform(init, update, apply)
 
 
-def when(transform: Transform, due: Due) -> Transform:
-    """Applied always, updated at due steps only; between them nothing of ``update`` is computed.
-
-    Args:
-      transform: what.
-      due: when, such as :func:`every`.
-
-    Raises:
-      ValueError: at ``init``, where ``due`` does not give a scalar boolean.
-    """
-
-    def init(params: Params) -> State:
-        _check_due("when", due)
-        return transform.init(params)
-
-    def update(state: State, params: Params, *, step: Any, **stats: Any) -> State:
-        return cond(due(jnp.asarray(step)), lambda: transform.update(state, params, step=step, **stats), lambda: state)
-
-    return Transform(init, update, transform.apply)
-
-
 def once(transform: Transform) -> Transform:
     """Updates at the first ``update`` only: what it finds in the statistics of that step is kept."""
 

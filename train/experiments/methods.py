@@ -14,6 +14,7 @@ from jaxcomp.activations import Rules
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.quantization.level_grids import APoT
+from jaxcomp.quantization.microscaling import Grid
 from jaxcomp.structure import Plan, plan
 from train.data.sets import Dataset
 from train.networks.compressed import (
@@ -89,12 +90,12 @@ def not_the_head(path: str, leaf: Leaf) -> bool:
     return jc.core.matrices(path, leaf) and not path.startswith("head/")
 
 
-def _quantize(start: Start, grid: Any) -> jc.Transform:
+def _quantize(start: Start, grid: Grid) -> jc.Transform:
     """The weights of the products on a grid, a scale for each index that they do not sum over."""
     return jc.quantize(grid, roles=axis_roles(start.model, start.variables, start.data))
 
 
-def _on_grid(grid: Any) -> Callable[[Start], Recipe]:
+def _on_grid(grid: Grid) -> Callable[[Start], Recipe]:
     """The baseline's network with its weights on a grid."""
     return lambda start: Recipe(_quantize(start, grid), start.model, start.variables)
 

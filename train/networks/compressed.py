@@ -104,7 +104,7 @@ def axis_roles(network: Network, variables: Variables, data: Dataset) -> jc.core
     """What the network does with each axis of its parameters, by their paths below ``params``."""
     image = jnp.zeros((1, *data.train.images.shape[1:]), jnp.float32)
 
-    def logits(params: Any, image: Any) -> Any:
+    def logits(params: Params, image: jax.Array) -> PyTree:
         return inference(network)({**variables, "params": params}, image)
 
     return jc.roles(logits)(variables["params"], image)
