@@ -137,8 +137,8 @@ def dense_value_and_grad(
       loss: of materialized parameters and further arguments.
       has_aux: whether ``loss`` gives ``(value, auxiliary)``; then so is ``value``.
 
-    >>> from jaxcomp.pruning import magnitude, regrow
-    >>> t = regrow(0.5, initial=magnitude)
+    >>> from jaxcomp.pruning import prune
+    >>> t = prune(0.5)
     >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
     >>> value, grads, dense = dense_value_and_grad(t, lambda w: 3 * w["kernel"].sum())(t.init(params), params)
     >>> grads["kernel"].tolist(), dense["kernel"].tolist()

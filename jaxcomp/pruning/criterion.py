@@ -15,9 +15,9 @@ from jaxcomp.core.slots import Slot
 from jaxcomp.core.types import Shape, Step
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.select import Maybe, amounts_of, groups_of, select, tied
-from jaxcomp.pruning.masks.units import Units, alive_units, unit_scores
+from jaxcomp.pruning.masks.units import alive_units, unit_scores
 from jaxcomp.pruning.scores import Score
-from jaxcomp.pruning.specs import NM, Amount, Filters, Scope, Structure, Tied
+from jaxcomp.pruning.specs import NM, Amount, Filters, Scope, Structure, Tied, Units
 
 Slots = Mapping[str, Slot]
 Masks = dict[str, jax.Array]
@@ -88,7 +88,7 @@ class Criterion:
             if self.score.of_units:
                 return scores
             scores = jnp.broadcast_to(scores, slot.array.shape)
-            return scores if isinstance(inside, NM) else unit_scores(scores, inside)
+            return scores if isinstance(inside, NM) else unit_scores(inside, scores)
 
 
 def settled(structure: Structure, slot: Slot, roles: Roles | None) -> Units | NM:
@@ -144,7 +144,7 @@ def _alive(inside: Units | NM, slot: Slot) -> jax.Array | None:
     """Which units an earlier mask left, at the units' shape."""
     if slot.mask is None:
         return None
-    return slot.full_mask if isinstance(inside, NM) else alive_units(slot.mask, inside, slot.array.shape)
+    return slot.full_mask if isinstance(inside, NM) else alive_units(inside, slot.mask, slot.array.shape)
 
 
 def _left(alive: jax.Array | None, dead: jax.Array | None) -> jax.Array | None:

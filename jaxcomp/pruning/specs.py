@@ -34,8 +34,16 @@ def checked_amount(owner: str, amount: object) -> Amount:
     return checked_fraction(owner, amount, "a number in [0, 1) or a schedule, or an int that counts units")
 
 
+class Units:
+    """A structure whose units lie in one array and are chosen by a threshold over their scores.
+
+    A new one is a frozen dataclass below this class and a score of its units, registered with
+    :func:`~jaxcomp.pruning.masks.units.unit_scores`.
+    """
+
+
 @dataclass(frozen=True)
-class Element:
+class Element(Units):
     """Prune single elements."""
 
 
@@ -76,7 +84,7 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Units):
     """Prune whole blocks: ``shape[i]`` neighbours along ``axes[i]``; the last block of an axis may be smaller.
 
     Args:
@@ -115,7 +123,7 @@ Order = int | float | Literal["fro", "nuc"]
 
 
 @dataclass(frozen=True)
-class Filters:
+class Filters(Units):
     """Prune whole slices: output features, heads, the filters of a convolution, of each stacked layer its own.
 
     Args:
@@ -189,7 +197,7 @@ class Tied:
         return None
 
 
-Structure = Element | NM | Block | Filters | Tied
+Structure = Units | NM | Tied
 
 
 @dataclass(frozen=True)

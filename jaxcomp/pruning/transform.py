@@ -23,7 +23,6 @@ from jaxcomp.pruning.specs import (
     ERK,
     NM,
     Amount,
-    Block,
     Cut,
     Element,
     Filters,
@@ -215,6 +214,6 @@ def _example(kinds: object) -> str:
 
 def _masked(slot: Slot, units: jax.Array, structure: Structure, through: bool) -> Masked:
     x = slot.array
-    mask = over_units(units, structure, x.shape) if isinstance(structure, Block) else units
+    mask = over_units(structure, units, x.shape)
     mask = mask if slot.mask is None else mask & slot.mask
     return Masked(masked_through(x, mask) if through else masked(x, mask), mask, straight=through)

@@ -206,7 +206,7 @@ class _Sharing:
     def fitted(self, path: str, rows: _Rows) -> jax.Array:
         rows = _padded(rows)
         keys = None
-        if self.start.random:
+        if self.start.random and self.key is not None:
             keys = jax.random.split(key_of_leaf(self.key, path), rows.values.shape[0])
         free = self.clusters - self.zero_first  # entries that k-means places
         one = partial(fit, clusters=free, init=self.start, iterations=self.iterations)

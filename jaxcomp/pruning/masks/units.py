@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import singledispatch
 
 import jax
 import jax.numpy as jnp
@@ -10,62 +11,86 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from jaxcomp.pruning.specs import Block, Element, Filters, Order
-
-Units = Element | Block | Filters
-"""The structures whose units lie in one array and are chosen by a threshold."""
+from jaxcomp.core.types import Shape
+from jaxcomp.pruning.specs import Block, Element, Filters, Order, Structure, Units
 
 
-def unit_scores(scores: Float[Array, "*shape"], structure: Units) -> Float[Array, "*units"]:
+@singledispatch
+def unit_scores(structure: Units, scores: Float[Array, "*shape"]) -> Float[Array, "*units"]:
     """One score a unit: the element's own, the sum or ℓp norm of a slice's scores, or the mean or maximum of a block's.
 
     Args:
+      structure: what a unit is; a new structure registers its own rule. Order 1 is the sum, so scores below zero count
+        as worse than zero; every other order is the norm of magnitudes.
       scores: elementwise.
-      structure: what a unit is. Order 1 is the sum, so scores below zero count as worse than zero; every other order
-        is the norm of magnitudes.
 
-    >>> unit_scores(jnp.array([[1.0, 2.0], [3.0, 4.0]]), Filters(axis=-1)).tolist()
+    >>> unit_scores(Filters(axis=-1), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[4.0, 6.0]]
-    >>> unit_scores(jnp.array([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]]), Block((2, 2))).tolist()
+    >>> unit_scores(Block((2, 2)), jnp.array([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])).tolist()
     [[2.5, 7.0]]
 
     Raises:
       ValueError: an axis that the array does not have, or a nuclear norm of slices that are not matrices.
+      TypeError: a structure that has registered no rule.
     """
-    match structure:
-        case Element():
-            return scores
-        case Block():
-            return _pooled_blocks(scores.astype(jnp.float32), structure)
-        case Filters():
-            pooled = pooled_axes(scores.ndim, structure)
-            x = scores.astype(jnp.float32)
-            return jnp.sum(x, axis=pooled, keepdims=True) if structure.order == 1 else norms(x, pooled, structure.order)
+    raise TypeError(f"unit_scores: {type(structure).__name__} has no rule; register one with unit_scores.register.")
 
 
-def alive_units(mask: Bool[Array, "*shape"], structure: Units, shape: tuple[int, ...]) -> Bool[Array, "*units"]:
-    """Which units have anything left under an earlier mask, which broadcasts to ``shape``."""
-    full = jnp.broadcast_to(mask, shape)
-    match structure:
-        case Element():
-            return full
-        case Block():
-            return _pooled_blocks(full, structure)
-        case Filters():
-            return jnp.any(full, axis=pooled_axes(len(shape), structure), keepdims=True)
+@unit_scores.register
+def _(structure: Element, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return scores
 
 
-def over_units(mask: Bool[Array, "*units"], structure: Units, shape: tuple[int, ...]) -> Bool[Array, "*broadcast"]:
-    """A mask of units as one that broadcasts against the array of ``shape``.
+@unit_scores.register
+def _(structure: Block, scores: Float[Array, "*shape"]) -> Float[Array, "*units"]:
+    return _pooled_blocks(scores.astype(jnp.float32), structure)
 
-    >>> over_units(jnp.array([[True, False]]), Block((2, 2)), (2, 3)).tolist()
+
+@unit_scores.register
+def _(structure: Filters, scores: Float[Array, "*shape"]) -> Float[Array, "*units"]:
+    pooled, x = pooled_axes(scores.ndim, structure), scores.astype(jnp.float32)
+    return jnp.sum(x, axis=pooled, keepdims=True) if structure.order == 1 else norms(x, pooled, structure.order)
+
+
+@singledispatch
+def alive_units(structure: Units, mask: Bool[Array, "*shape"], shape: Shape) -> Bool[Array, "*units"]:
+    """Which units have anything left under an earlier mask, which broadcasts to ``shape``.
+
+    Without a rule of its own, a structure's units are alive where the score of a mask's ones is above zero.
+    """
+    return unit_scores(structure, jnp.broadcast_to(mask, shape).astype(jnp.float32)) > 0
+
+
+@alive_units.register
+def _(structure: Element, mask: Bool[Array, "*shape"], shape: Shape) -> Bool[Array, "*units"]:
+    return jnp.broadcast_to(mask, shape)
+
+
+@alive_units.register
+def _(structure: Block, mask: Bool[Array, "*shape"], shape: Shape) -> Bool[Array, "*units"]:
+    return _pooled_blocks(jnp.broadcast_to(mask, shape), structure)
+
+
+@alive_units.register
+def _(structure: Filters, mask: Bool[Array, "*shape"], shape: Shape) -> Bool[Array, "*units"]:
+    return jnp.any(jnp.broadcast_to(mask, shape), axis=pooled_axes(len(shape), structure), keepdims=True)
+
+
+@singledispatch
+def over_units(structure: Structure, mask: Bool[Array, "*units"], shape: Shape) -> Bool[Array, "*broadcast"]:
+    """A mask of units as one that broadcasts against the array of ``shape``; units that pool whole axes do as they are.
+
+    >>> over_units(Block((2, 2)), jnp.array([[True, False]]), (2, 3)).tolist()
     [[True, True, False], [True, True, False]]
 
     Raises:
       ValueError: a mask of blocks of another shape.
     """
-    if not isinstance(structure, Block):
-        return mask
+    return mask
+
+
+@over_units.register
+def _(structure: Block, mask: Bool[Array, "*units"], shape: Shape) -> Bool[Array, "*broadcast"]:
     for axis, (size, extent) in enumerate(zip(shape, block_extents(structure, shape), strict=True)):
         if mask.shape[axis] != -(-size // extent):
             raise ValueError(f"has {mask.shape[axis]} units along axis {axis}, where {shape} has {-(-size // extent)}")

@@ -25,8 +25,8 @@ def test_norms_are_numpys(order) -> None:
 
 def test_scores_below_zero_lower_a_units_sum() -> None:
     x = jnp.array([[1.0, -3.0], [1.0, 1.0]])
-    assert unit_scores(x, Filters(-1)).tolist() == [[2.0, -2.0]]
-    assert unit_scores(x, Filters(-1, order=np.inf)).tolist() == [[1.0, 3.0]]
+    assert unit_scores(Filters(-1), x).tolist() == [[2.0, -2.0]]
+    assert unit_scores(Filters(-1, order=np.inf), x).tolist() == [[1.0, 3.0]]
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
@@ -35,9 +35,9 @@ def test_blocks_are_pooled_as_by_hand(pool, seed, shape) -> None:
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     alive = np.random.default_rng(seed + 1).random(shape) < 0.3
     block = Block((2, 3), pool=pool)
-    got = np.asarray(unit_scores(jnp.asarray(x), block))
-    left = np.asarray(alive_units(jnp.asarray(alive), block, shape))
-    full = np.asarray(over_units(jnp.asarray(left), block, shape))
+    got = np.asarray(unit_scores(block, jnp.asarray(x)))
+    left = np.asarray(alive_units(block, jnp.asarray(alive), shape))
+    full = np.asarray(over_units(block, jnp.asarray(left), shape))
     for i, j in np.ndindex(got.shape):
         here = np.s_[2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
         assert got[i, j] == pytest.approx(x[here].mean() if pool == "mean" else x[here].max(), rel=1e-5, abs=1e-6)
@@ -48,7 +48,7 @@ def test_blocks_are_pooled_as_by_hand(pool, seed, shape) -> None:
 
 def test_blocks_of_any_axes() -> None:
     x = jnp.arange(24.0).reshape(4, 3, 2)
-    got = unit_scores(x, Block((2,), axes=(0,)))
+    got = unit_scores(Block((2,), axes=(0,)), x)
     assert (np.asarray(got) == np.asarray(x).reshape(2, 2, 3, 2).mean(1)).all()
 
 
@@ -75,10 +75,10 @@ def test_specs_are_checked_where_written(make, message) -> None:
 
 def test_axes_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"axis -2 is out of bounds for array of dimension 1"):
-        unit_scores(jnp.ones(4), Block((2, 2)))
+        unit_scores(Block((2, 2)), jnp.ones(4))
     with pytest.raises(ValueError, match=r"repeated axis in `Block.axes`"):
-        unit_scores(jnp.ones((4, 4)), Block((2, 2), axes=(0, -2)))
+        unit_scores(Block((2, 2), axes=(0, -2)), jnp.ones((4, 4)))
     with pytest.raises(ValueError, match=r"has slices with 3 dimensions, and a nuclear norm is of matrices"):
-        unit_scores(jnp.ones((2, 2, 2, 2)), Filters(-1, order="nuc"))
+        unit_scores(Filters(-1, order="nuc"), jnp.ones((2, 2, 2, 2)))
     with pytest.raises(ValueError, match=r"wants axes that are named, as in Filters\(-1\)"):
-        unit_scores(jnp.ones((2, 2)), Filters())
+        unit_scores(Filters(), jnp.ones((2, 2)))
