@@ -17,7 +17,7 @@ from jaxcomp.pruning.scores import (
     wanda,
 )
 from jaxcomp.pruning.sparse_training import regrow, rigl, sparse_evolution
-from jaxcomp.pruning.specs import ERK, NM, Block, Cut, Element, Filters, Given, Heuristic, StraightThrough, Tied
+from jaxcomp.pruning.specs import ERK, NM, Block, Cut, Element, Filters, Given, Heuristic, StraightThrough, Tied, Units
 from jaxcomp.pruning.statistics import accumulate
 from jaxcomp.pruning.transform import is_pruned, masked_by, prune
 from jaxcomp.pruning.unmasking import from_zero
@@ -35,6 +35,7 @@ __all__ = [
     "Score",
     "StraightThrough",
     "Tied",
+    "Units",
     "accumulate",
     "alternating",
     "constant",

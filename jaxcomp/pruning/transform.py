@@ -33,6 +33,7 @@ from jaxcomp.pruning.specs import (
     StraightThrough,
     Structure,
     Tied,
+    Units,
     checked_amount,
 )
 from jaxcomp.pruning.statistics import for_score
@@ -184,8 +185,11 @@ def _checked(
         ("gradient", gradient, Gradient),
     ):
         if not isinstance(value, kinds):
-            wanted = ", ".join(k.__name__ for k in get_args(kinds))
-            raise TypeError(f"prune: {name} must be one of {wanted}, as in {name}={_example(kinds)}, got {value!r}.")
+            known = [c for k in get_args(kinds) for c in (k.__subclasses__() if k is Units else [k])]
+            wanted = ", ".join(c.__name__ for c in known)
+            raise TypeError(
+                f"prune: {name} must be one of {wanted}, as in {name}={known[0].__name__}(), got {value!r}."
+            )
     if score.signed and isinstance(structure, Filters | Tied) and structure.order != 1:
         raise ValueError(
             f"prune: score {score.name!r} may be below zero, which a norm of order {structure.order!r} would hide;"
@@ -206,10 +210,6 @@ def _checked(
     if isinstance(amount, int) and isinstance(scope, ERK | Heuristic):
         raise ValueError(f"prune: {scope} spreads a fraction over the leaves, got the count {amount}.")
     return amount
-
-
-def _example(kinds: object) -> str:
-    return f"{get_args(kinds)[0].__name__}()"
 
 
 def _masked(slot: Slot, units: jax.Array, structure: Structure, through: bool) -> Masked:

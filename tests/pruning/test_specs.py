@@ -180,7 +180,11 @@ def test_a_score_of_ones_own_with_a_statistic(structure) -> None:
     [
         (lambda: jc.prune(0.5, gradient="ste"), TypeError, "gradient must be one of Cut, StraightThrough.*got 'ste'"),
         (lambda: jc.prune(0.5, scope=jc.Global), TypeError, "scope must be one of Local, Global.*got <class"),
-        (lambda: jc.prune(0.5, structure="filters"), TypeError, "structure must be one of Element, NM.*got 'filters'"),
+        (
+            lambda: jc.prune(0.5, structure="filters"),
+            TypeError,
+            "structure must be one of Element, .*NM.*got 'filters'",
+        ),
         (lambda: jc.prune(0.5, score="l1"), TypeError, "score must be a Score such as magnitude.*got 'l1'"),
         (
             lambda: jc.prune(0.5, score=jc.pruning.movement, structure=jc.Filters(order=2)),
