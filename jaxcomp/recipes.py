@@ -6,7 +6,7 @@ from typing import TypedDict, Unpack
 
 from jaxcomp.core.layouts import Groups
 from jaxcomp.core.paths import Where
-from jaxcomp.core.roles import Roles, selecting
+from jaxcomp.core.roles import Roles
 from jaxcomp.core.transform import Transform, chain
 from jaxcomp.pruning.schedules import Schedule
 from jaxcomp.pruning.transform import prune
@@ -41,8 +41,7 @@ def deep_compression(
 
     Source: Han et al. 2015, arXiv:1510.00149; its entropy coding belongs to the file.
     """
-    rule = selecting(where, roles)
-    return chain(prune(sparsity, where=rule), share(clusters, where=rule))
+    return chain(prune(sparsity, roles=roles, where=where), share(clusters, roles=roles, where=where))
 
 
 def mx(element: Int | Float = E2M1, block: int = 32, **slots: Unpack[Slots]) -> Transform:
