@@ -126,7 +126,7 @@ def test_blocks(shape) -> None:
 def test_m_by_n(m_by_n) -> None:
     m, n = m_by_n
     for w, want in zip((W, CONV), M_BY_N[m_by_n], strict=True):
-        assert digits(mask(jc.prune(structure=jc.NM(n - m, n)), w)) == want
+        assert digits(mask(jc.prune(structure=jc.NM(n - m, n, axis=-2)), w)) == want
 
 
 def test_m_by_n_where_n_does_not_divide() -> None:

@@ -82,10 +82,8 @@ def polynomial(
 
     Source: ``PolynomialDecay`` of the TensorFlow model optimization toolkit, whose numbers and due steps these are.
     """
-    return PruningSchedule(
-        _decay("polynomial", final, initial, begin=begin, end=end, power=power),
-        _period("polynomial", every, begin, end),
-    )
+    decay = _decay("polynomial", final, initial, begin=begin, end=end, power=power)
+    return PruningSchedule(decay, _period("polynomial", every, begin, end))
 
 
 def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: int = 100) -> PruningSchedule:

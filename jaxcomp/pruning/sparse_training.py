@@ -99,9 +99,7 @@ def regrow(
     skips the gradient step where masks move; here both happen.
     """
     sparsity = checked_sparsity(sparsity)
-    if initial is not None and initial.needs:
-        raise ValueError(f"regrow: initial score {initial.name!r} needs {initial.needs[0]!r}; init has no statistics.")
-    moves = _Moves(_checked_draw(key, initial, grow), drop, grow, _checked_fraction(fraction))
+    moves = _Moves(_checked_draw(key, initial, grow), initial, drop, grow, _checked_fraction(fraction))
     needed = {name: score for score in (drop, grow) if score is not None for name in score.needs}
 
     def selected(params: Params) -> tuple[dict[str, Slot], dict[str, int]]:
@@ -112,11 +110,7 @@ def regrow(
     def init(params: Params) -> MaskState:
         found, active = selected(params)
         check_finite(found, "regrow")
-        masks = {}
-        for path, slot in found.items():
-            order = moves.drawn(slot) if initial is None else ~order_keys(initial.fn(slot.array))
-            masks[path] = first_mask(order, active[path])
-        return MaskState(masks)
+        return MaskState({path: first_mask(moves.first(slot), active[path]) for path, slot in found.items()})
 
     def update(state: MaskState, params: Params, *, step: Step, **stats: PyTree) -> MaskState:
         found, _ = selected(params)
@@ -129,11 +123,8 @@ def regrow(
         return MaskState(masks)
 
     def apply(state: MaskState, params: Params) -> Params:
-        new = {}
-        for path, slot in selected(params)[0].items():
-            x, mask = slot.array, state_of(state.masks, path, "regrow")
-            new[path] = Masked(jnp.where(mask, x, jnp.zeros((), x.dtype)), mask)
-        return rewrite(params, new)
+        found, _ = selected(params)
+        return rewrite(params, {p: _masked(slot, state_of(state.masks, p, "regrow")) for p, slot in found.items()})
 
     return Transform(init, update, apply)
 
@@ -183,12 +174,17 @@ def sparse_evolution(
 
 @dataclass(frozen=True)
 class _Moves:
-    """What is dropped and grown of one leaf; ``key`` is None where nothing is drawn."""
+    """What is active at first, dropped and grown of one leaf; ``key`` is None where nothing is drawn."""
 
     key: Key | None
+    initial: Score | None
     drop: Score
     grow: Score | None
     fraction: Fraction
+
+    def first(self, slot: Slot) -> jax.Array:
+        """The order of the leaf's weights, of which the first ones are active at ``init``."""
+        return self.drawn(slot) if self.initial is None else ~order_keys(self.initial.fn(slot.array))
 
     def moved(self, slot: Slot, mask: jax.Array, step: jax.Array, stats: Mapping[str, jax.Array]) -> jax.Array:
         """The leaf's mask after an update."""
@@ -209,6 +205,8 @@ class _Moves:
 
 
 def _checked_draw(key: Key | None, initial: Score | None, grow: Score | None) -> Key | None:
+    if initial is not None and initial.needs:
+        raise ValueError(f"regrow: initial score {initial.name!r} needs {initial.needs[0]!r}; init has no statistics.")
     if initial is not None and grow is not None:
         return None
     if key is None:
@@ -225,6 +223,10 @@ def _checked_share(owner: str, share: object, wanted: str) -> float:
     if is_number(share) and 0 <= share <= 1:
         return float(share)
     raise ValueError(f"{owner}: fraction must be {wanted}, got {share!r}.")
+
+
+def _masked(slot: Slot, mask: jax.Array) -> Masked:
+    return Masked(jnp.where(mask, slot.array, jnp.zeros((), slot.array.dtype)), mask)
 
 
 def _clipped(share: float | jax.Array) -> jax.Array:

@@ -106,17 +106,11 @@ def prune(
         return criterion.masks(selected, step, needed, state)
 
     def apply(state: Masks, params: Params) -> Params:
-        through, new = isinstance(gradient, StraightThrough), {}
+        through = isinstance(gradient, StraightThrough)
+        new = {}
         for path, slot in found(params).items():
             units = state_of(state, path, "prune")
-            try:
-                new[path] = _masked(slot, units, structure, through)
-            except (ValueError, TypeError) as e:
-                shape = tuple(slot.array.shape)
-                raise ValueError(
-                    f"prune: the mask of {path!r} has shape {tuple(units.shape)}, which does not fit {shape}; the"
-                    " state was made for another tree: call init with this one."
-                ) from e
+            new[path] = _masked("prune", slot, units, structure=structure, through=through)
         return rewrite(params, new)
 
     return Transform(init, update, apply)
@@ -158,7 +152,7 @@ def masked_by(masks: PyTree) -> Transform:
         return {path: jnp.array(mask) for path, mask in named.items()}  # copies: a step may donate its state
 
     def apply(state: Masks, params: Params) -> Params:
-        new = {p: _masked(slot, state[p], Element(), False) for p, slot in found(params).items()}
+        new = {p: _masked("masked_by", slot, state[p]) for p, slot in found(params).items()}
         return rewrite(params, new)
 
     return Transform(init, lambda state, params, *, step, **stats: state, apply)
@@ -212,8 +206,22 @@ def _checked(
     return amount
 
 
-def _masked(slot: Slot, units: jax.Array, structure: Structure, through: bool) -> Masked:
+def _masked(
+    owner: str,
+    slot: Slot,
+    units: jax.Array,
+    *,
+    structure: Structure = Element(),  # noqa: B008 - frozen
+    through: bool = False,
+) -> Masked:
+    """The slot's array under the mask of its units, and what an earlier mask left."""
     x = slot.array
-    mask = over_units(structure, units, x.shape)
-    mask = mask if slot.mask is None else mask & slot.mask
-    return Masked(masked_through(x, mask) if through else masked(x, mask), mask, straight=through)
+    try:
+        mask = over_units(structure, units, x.shape)
+        mask = mask if slot.mask is None else mask & slot.mask
+        return Masked(masked_through(x, mask) if through else masked(x, mask), mask, straight=through)
+    except (ValueError, TypeError) as e:
+        raise ValueError(
+            f"{owner}: the mask of {slot.path!r} has shape {tuple(units.shape)}, which does not fit {tuple(x.shape)};"
+            " the state was made for another tree: call init with this one."
+        ) from e

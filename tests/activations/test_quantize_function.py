@@ -292,7 +292,7 @@ def test_coverage_makes_no_arrays_and_keeps_static_arguments():
     ("rules", "ranges", "error", "says"),
     [
         ({"nope": Act(8)}, {}, ValueError, "'nope' matches nothing that an earlier rule did not take; the sites are"),
-        ({".*": Act(8), "w": None}, {}, ValueError, "rule 'w' matches no site"),
+        ({".*": Act(8), "w": None}, {}, ValueError, "rule 'w' matches nothing"),
         ({"w": 8}, {}, TypeError, "rule 'w' must ask for an Act, a Float8 or None, got 8"),
         ({"w": Act(8)}, None, ValueError, "calibration never run for 'w'; call"),
         ({"w": Act(8)}, {"v": scaled(0, 1)}, ValueError, "name 'v', which this function does not have; it has 'w'"),

@@ -145,12 +145,15 @@ def test_axes_said_by_hand_are_taken() -> None:
     np.testing.assert_array_equal(got, half_of_filters(np.asarray(w), (0, 2)))
 
 
-def test_factors_know_their_own_roles() -> None:
+@pytest.mark.parametrize(("name", "axis"), [("kernel", 0), ("weight", 1)])
+def test_factors_know_their_own_roles(name, axis) -> None:
+    """``x @ u @ v`` of a kernel sums over rows of u, then of v; ``x @ v.T @ u.T`` of a weight over columns of both."""
     t = jc.chain(jc.low_rank(4), jc.prune(structure=jc.NM(2, 4)))
-    params = {"weight": normal(16, 8)}
-    seen = t.apply(t.init(params), params)["weight"]
-    assert (np.asarray(seen.u.mask).reshape(4, 4, 4).sum(1) == 2).all()  # u of (16, 4), which sums over 16
-    assert (np.asarray(seen.v.mask).sum(0) == 2).all()  # v of (4, 8), which sums over 4
+    params = {name: normal(16, 8)}
+    seen = t.apply(t.init(params), params)[name]
+    dense = jc.low_rank(4).apply(jc.low_rank(4).init(params), params)[name]
+    np.testing.assert_array_equal(seen.u.mask, n_m_along(np.asarray(dense.u), axis))
+    np.testing.assert_array_equal(seen.v.mask, n_m_along(np.asarray(dense.v), axis))
 
 
 def test_roles_choose_the_leaves_and_where_overrides_them() -> None:
@@ -158,7 +161,7 @@ def test_roles_choose_the_leaves_and_where_overrides_them() -> None:
     roles = Roles({"b": AxisRoles(("contracted", "output"))})
     assert masks_of(jc.prune(0.5, roles=roles), params).keys() == {"b"}
     assert masks_of(jc.prune(0.5, where="unused"), params).keys() == {"unused"}
-    with pytest.raises(ValueError, match=r"prune: rule named_by_roles matches nothing; the paths are 'kernel'"):
+    with pytest.raises(ValueError, match=r"prune: rule in_products matches nothing; the paths are 'kernel'"):
         jc.prune(0.5, roles=roles).init({"kernel": params["b"]})
     with pytest.raises(ValueError, match=r"prune: 'unused' is in no product of the program .* which has 'b'"):
         jc.prune(structure=jc.NM(2, 4), roles=roles, where="unused").init(params)
