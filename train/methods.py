@@ -13,7 +13,7 @@ import numpy as np
 import jaxcomp as jc
 from jaxcomp.activations import Rules
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.quantization.level_grids import APoT
+from jaxcomp.quantization import APoT
 from jaxcomp.structure import Plan, plan
 from train.data import Dataset
 from train.models import narrowed

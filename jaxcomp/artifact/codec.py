@@ -14,7 +14,7 @@ from jaxcomp.core.bits import packed_size
 from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.specs import Spec
-from jaxcomp.quantization.grids import LOG, Compander
+from jaxcomp.quantization.companding import LOG, Compander
 
 Json = Any
 Tensors = dict[str, np.ndarray]

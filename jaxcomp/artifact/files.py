@@ -21,7 +21,7 @@ from jaxcomp.artifact.codec import Json, decode_tree, encode_tree
 from jaxcomp.artifact.duplicates import all_named, held_once
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.quantization.grids import Compander
+from jaxcomp.quantization.companding import Compander
 
 FORMAT_VERSION = 2  # written only where tensors are equal: a file without a reference is of version 1
 _KEY = "jaxcomp"
