@@ -11,9 +11,10 @@ from jaxcomp.core.transform import Transform, chain
 from jaxcomp.pruning.schedules import Schedule
 from jaxcomp.pruning.transform import prune
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.level_grids import E2M1, E4M3, NF4, Float
+from jaxcomp.quantization.level_grids import E2M1, E4M3, Float
 from jaxcomp.quantization.microscaling import E8M0, Blocked
 from jaxcomp.quantization.scales import Rounding, ScaleRule
+from jaxcomp.quantization.tables import NF4
 from jaxcomp.quantization.transform import quantize
 from jaxcomp.sharing.transform import share
 

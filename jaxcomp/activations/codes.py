@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomp.core.leaves import Masked, dense, unpacked
-from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
@@ -53,16 +52,16 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
     if not isinstance(inner, Quantized):
         return f"the weight is a {type(inner).__name__}, not integer codes"
-    if not isinstance(inner.grid, Int):
+    if inner.grid.code_range is None:
         return f"{type(inner.grid).__name__} codes are not proportional to the weight"
-    shift = 128 if inner.grid.code_range[1] > 127 else 0
+    low, high = inner.grid.code_range
+    shift = 128 if high > 127 else 0
     codes: Any = inner.numbers()
     codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8) if inner.packed else codes - shift
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
         nothing = jnp.zeros((), codes.dtype) if zero is None else spread(zero, codes.shape).astype(codes.dtype)
         codes = jnp.where(unpacked(mask), codes, nothing)
-    low, high = inner.grid.code_range
     box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
     return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
 

@@ -12,7 +12,8 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import scale_gradient
 from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, int_scale, spread
+from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
+from jaxcomp.quantization.numerics.ranges import absmax_range
 from jaxcomp.quantization.numerics.rounding import HALF_CELL, round_between, round_ste
 from jaxcomp.trace.ranges import Range
 
@@ -64,14 +65,15 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
       given: the range, two scalars, where the rule takes one from outside.
     """
     if isinstance(act.range, Dynamic) or given is None:
-        scale, zero = int_scale(x, act.grid, scale_blocks(x.shape, roles, act))
+        fixed = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
+        scale, zero = act.grid.scale_of(*absmax_range(fixed, scale_blocks(x.shape, roles, act), act.symmetric))
     else:
         ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in given))
         scale, zero = grid_of_range(_trained(ends, act, x.size), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
     steps = x.astype(scale.dtype) * spread(1.0 / scale, x.shape)
     low, high = act.grid.code_range
-    apart = spread(jnp.zeros_like(scale) if act.symmetric else zero, x.shape)
+    apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
     return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)
 
 

@@ -10,31 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.artifact.older import of_today
+from jaxcomp.artifact.bitmaps import bitmap, nonzero_bits, scatter, unbitmap
+from jaxcomp.artifact.older import RETIRED, of_today
 from jaxcomp.core.bits import packed_size
+from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack, unpacked
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.specs import Spec
-from jaxcomp.core.types import Shape
-from jaxcomp.quantization.grids import LOG, Compander
+from jaxcomp.core.types import Leaf, PyTree, Shape
+from jaxcomp.quantization.companding import LOG, Compander
 
 Json = Any
-Tensors = dict[str, np.ndarray]
-
-# Fields that specs had when files were written, by class and name: dropped on reading. A grid said how many neighbours
-# share a scale; the shape of the scale in the file says it too.
-_RETIRED = {
-    ("Int", "group"),
-    ("Float", "group"),
-    ("Levels", "group"),
-    ("PoT", "group"),
-    ("APoT", "group"),
-    ("NF4", "group"),
-    ("Blocked", "group"),
-}
+"""What JSON holds: nested lists and dicts of strings, numbers, booleans and None."""
+Tensors = Mapping[str, np.ndarray]
+"""A file's tensors by name."""
+Out = dict[str, np.ndarray]
+"""Those gathered so far; encoding adds to them."""
 
 
-def encode_tree(tree: Any) -> tuple[Json, Tensors]:
+def encode_tree(tree: PyTree) -> tuple[Json, Out]:
     """A packed tree as JSON, and its tensors by path ("kernel", and "kernel.scale" for a part of a leaf).
 
     Dicts, lists, tuples and None keep their kind. Any other container (``nnx.State``, an Equinox module) becomes nested
@@ -43,18 +37,20 @@ def encode_tree(tree: Any) -> tuple[Json, Tensors]:
     Raises:
       TypeError: a leaf that is no array, number or string. The message names the path.
     """
-    tensors: Tensors = {}
+    tensors: Out = {}
     return _encode_node(tree, "", tensors), tensors
 
 
-def decode_tree(node: Json, tensors: Mapping[str, np.ndarray], companders: Iterable[Compander]) -> Any:
+def decode_tree(node: Json, tensors: Tensors, companders: Iterable[Compander]) -> PyTree:
     """The inverse of :func:`encode_tree`; arrays come back as jax arrays."""
     return _Decoder(tensors, {c.name: c for c in (LOG, *companders)}).node(node, "")
 
 
-def _encode_node(x: Any, path: str, out: Tensors) -> Json:
+def _encode_node(x: PyTree, path: str, out: Out) -> Json:
     if is_compressed(x):
-        return _encode_leaf(_packed(x, path), path, out)
+        with naming("save", path):
+            packed = pack(x)
+        return _encode_leaf(packed, path, out)
     if isinstance(x, Mapping) and not _is_custom(x):
         bad = [k for k in x if not isinstance(k, str | int) or isinstance(k, bool)]
         if bad:
@@ -69,26 +65,19 @@ def _encode_node(x: Any, path: str, out: Tensors) -> Json:
     return _encode_custom(x, path, out)
 
 
-def _packed(x: Any, path: str) -> Any:
-    try:
-        return pack(x)
-    except ValueError as e:
-        raise ValueError(f"save: {path!r} {e}.") from e
-
-
-def _is_custom(x: Mapping[Any, Any]) -> bool:
+def _is_custom(x: Mapping[str | int, PyTree]) -> bool:
     """A mapping whose values are not its pytree children, such as ``nnx.State`` over variables."""
     return type(x).__module__.startswith("flax.nnx")
 
 
-def _encode_custom(x: Any, path: str, out: Tensors) -> Json:
+def _encode_custom(x: PyTree, path: str, out: Out) -> Json:
     named, _ = leaves_with_paths(x, is_leaf=is_compressed)
     if len(named) == 1 and named[0][1] is x:
         raise TypeError(
             f"save: {path!r} is {type(x).__name__}, which a file of weights cannot hold; keep arrays only, such as"
             " equinox.filter(model, equinox.is_array)."
         )
-    nested: dict[str, Any] = {}
+    nested: dict[str, PyTree] = {}
     for leaf_path, leaf in named:
         *parents, last = leaf_path.split("/")
         inner = nested
@@ -98,11 +87,11 @@ def _encode_custom(x: Any, path: str, out: Tensors) -> Json:
     return _encode_node(nested, path, out)
 
 
-def _join(path: str, key: Any) -> str:
+def _join(path: str, key: str | int) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _host(x: Any, path: str) -> np.ndarray:
+def _host(x: jax.Array | np.ndarray, path: str) -> np.ndarray:
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"save: {path!r} is a tracer; save outside jit.")
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
@@ -110,34 +99,19 @@ def _host(x: Any, path: str) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(x)).reshape(x.shape)
 
 
-def _encode_array(x: Any, path: str, out: Tensors) -> Json:
+def _encode_array(x: jax.Array | np.ndarray, path: str, out: Out) -> Json:
     host = _host(x, path)
-    kept = _nonzero_bits(host)
+    kept = nonzero_bits(host)
     count = int(kept.sum())
     if host.size and packed_size(host.size, 1) + count * host.itemsize < host.nbytes * 0.98:
-        out[f"{path}.mask"] = _bitmap(kept)
+        out[f"{path}.mask"] = bitmap(kept)
         out[path] = host[kept]
         return {"sparse": host.shape}
     out[path] = host
     return "array"
 
 
-def _nonzero_bits(x: np.ndarray) -> np.ndarray:
-    """Where any bit is set: -0.0 counts as nonzero, so that it survives."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}.get(x.itemsize)
-    return np.ones(x.shape, bool) if unsigned is None else x.view(unsigned) != 0
-
-
-def _bitmap(mask: np.ndarray) -> np.ndarray:
-    return np.packbits(mask.reshape(-1), bitorder="little")
-
-
-def _unbitmap(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape, dtype=np.int64))
-    return np.unpackbits(data, count=count, bitorder="little").astype(bool).reshape(shape)
-
-
-def _encode_leaf(x: Any, path: str, out: Tensors) -> Json:
+def _encode_leaf(x: Leaf, path: str, out: Out) -> Json:
     if isinstance(x, Masked):
         return _encode_masked(x, path, out)
     if isinstance(x, CompressedLeaf):
@@ -145,7 +119,7 @@ def _encode_leaf(x: Any, path: str, out: Tensors) -> Json:
     return _encode_node(x, path, out)  # a gate that never opened packs as what was there before
 
 
-def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
+def _encode_masked(x: Masked, path: str, out: Out) -> Json:
     """Bitmap and survivors; or the values alone where the bitmap would not pay, and then they load without a mask."""
     values = x.values
     mask = np.asarray(unpacked(x.mask))
@@ -156,7 +130,7 @@ def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
     pays = packed_size(mask.size, 1) + kept_bytes < full_bytes and not whole
     if not pays and not np.asarray(dense(values))[~kept].any():
         return _encode_node(values, path, out)
-    out[f"{path}.mask"] = _bitmap(mask)
+    out[f"{path}.mask"] = bitmap(mask)
     if whole:
         inner = _encode_node(values, path, out)
     elif is_compressed(values):
@@ -167,7 +141,7 @@ def _encode_masked(x: Masked, path: str, out: Tensors) -> Json:
     return node if mask.shape == x.shape else {**node, "shape": x.shape}
 
 
-def _encode_fields(x: CompressedLeaf, path: str, out: Tensors, kept: np.ndarray | None) -> Json:
+def _encode_fields(x: CompressedLeaf, path: str, out: Out, kept: np.ndarray | None) -> Json:
     """Any leaf by its fields; those that are plain arrays or None are not described, only stored or left out.
 
     Of the coded field, only the codes of the ``kept`` elements are stored.
@@ -195,7 +169,7 @@ def _field_path(cls: type[CompressedLeaf], name: str, path: str) -> str:
     return path if name == cls.coded else f"{path}.{name}"
 
 
-def _codes_kept(codes: Any, kept: np.ndarray) -> Any:
+def _codes_kept(codes: jax.Array | Packed, kept: np.ndarray) -> np.ndarray | Packed:
     if isinstance(codes, Packed):
         return Packed.of(jnp.asarray(np.asarray(codes.unpack())[kept]), codes.bits, codes.low)
     return np.asarray(codes)[kept]
@@ -224,13 +198,13 @@ def _encode_static(value: Any, path: str) -> Json:
 class _Decoder:
     """Reads nodes; a node's tensors are named by its path."""
 
-    tensors: Mapping[str, np.ndarray]
+    tensors: Tensors
     companders: Mapping[str, Compander]
 
-    def node(self, node: Json, path: str) -> Any:
+    def node(self, node: Json, path: str) -> PyTree:
         if node == "array":
             return jnp.asarray(self.tensors[path])
-        decoders: dict[str, Callable[[], Any]] = {
+        decoders: dict[str, Callable[[], PyTree]] = {
             "dict": lambda: {k: self.node(v, _join(path, k)) for k, v in node["dict"]},
             "list": lambda: [self.node(v, _join(path, i)) for i, v in enumerate(node["list"])],
             "tuple": lambda: tuple(self.node(v, _join(path, i)) for i, v in enumerate(node["tuple"])),
@@ -242,17 +216,17 @@ class _Decoder:
         return decoders[next(k for k in decoders if k in node)]()
 
     def _mask(self, path: str, shape: list[int]) -> np.ndarray:
-        return _unbitmap(self.tensors[f"{path}.mask"], tuple(shape))
+        return unbitmap(self.tensors[f"{path}.mask"], tuple(shape))
 
     def _spread(self, path: str, kept: np.ndarray) -> jax.Array:
-        return jnp.asarray(_scatter(self.tensors[path], kept, 0))
+        return jnp.asarray(scatter(self.tensors[path], kept, 0))
 
     def _masked(self, node: Json, path: str) -> Masked:
         mask = self._mask(path, node["mask"])
         kept = np.broadcast_to(mask, tuple(node.get("shape", node["mask"])))
         inner = node["masked"]
         if inner == "survivors":
-            values: Any = self._spread(path, kept)
+            values: Leaf = self._spread(path, kept)
         else:
             values = self._leaf(inner["survivors"], path, kept) if "survivors" in inner else self.node(inner, path)
         return Masked(values, Packed.of(jnp.asarray(mask), 1, 0))
@@ -265,13 +239,13 @@ class _Decoder:
         values = {f: self._field(data.get(f), _field_path(cls, f, path)) for f in cls.data_fields}
 
         def shape() -> Shape:
-            return tuple(values[cls.coded].shape if kept is None else kept.shape)
+            return kept.shape if kept is not None else tuple(getattr(values[cls.coded], "shape", ()))
 
         static = of_today(name, {k: self._static(v, path) for k, v in meta.items()}, shape)
         leaf = cls(**static, **values)
         return leaf if kept is None else _with_all_codes(leaf, kept)
 
-    def _field(self, node: Json, at: str) -> Any:
+    def _field(self, node: Json, at: str) -> Leaf | Packed | None:
         if node is None:
             return jnp.asarray(self.tensors[at]) if at in self.tensors else None
         if "packed" in node:
@@ -279,7 +253,7 @@ class _Decoder:
             return Packed(jnp.asarray(self.tensors[at]), bits, low, tuple(shape))
         return self.node(node, at)
 
-    def _static(self, value: Json, path: str) -> Any:
+    def _static(self, value: Json, path: str) -> object:
         if isinstance(value, list):
             return tuple(self._static(v, path) for v in value)
         if not isinstance(value, dict):
@@ -289,7 +263,7 @@ class _Decoder:
         if "compander" in value:
             return self._compander(value["compander"], path)
         name, given = value["spec"]
-        kept = {k: self._static(v, path) for k, v in given.items() if (name, k) not in _RETIRED}
+        kept = {k: self._static(v, path) for k, v in given.items() if (name, k) not in RETIRED}
         return _known(Spec, name, path)(**kept)
 
     def _compander(self, name: str, path: str) -> Compander:
@@ -309,18 +283,9 @@ def _known(base: type, name: str, path: str) -> Any:
     raise ValueError(f"{path!r} is made of {name!r}, which is not known here; import the module that defines it")
 
 
-def _with_all_codes(leaf: Any, kept: np.ndarray) -> Any:
+def _with_all_codes(leaf: Leaf, kept: np.ndarray) -> CompressedLeaf:
     codes = getattr(leaf, leaf.coded)
     zero = np.asarray(leaf.code_of_zero(kept.shape))
-    full: Any = jnp.asarray(_scatter(np.asarray(unpacked(codes)), kept, zero))
-    if isinstance(codes, Packed):
-        full = Packed.of(full, codes.bits, codes.low)
-    return replace(leaf, **{leaf.coded: full})
-
-
-def _scatter(stored: np.ndarray, kept: np.ndarray, rest: Any) -> np.ndarray:
-    """Values at the kept places, ``rest`` elsewhere."""
-    out = np.zeros(kept.shape, stored.dtype)
-    out[...] = np.asarray(rest).astype(stored.dtype)
-    out[kept] = stored
-    return out
+    full = jnp.asarray(scatter(np.asarray(unpacked(codes)), kept, zero))
+    new = Packed.of(full, codes.bits, codes.low) if isinstance(codes, Packed) else full
+    return replace(leaf, **{leaf.coded: new})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ def held_once(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     >>> list(held), same
     (['a', 'c'], {'b': 'a'})
     """
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[tuple[np.dtype, tuple[int, ...], bytes], str] = {}
     held: dict[str, np.ndarray] = {}
     same: dict[str, str] = {}
     for name, x in tensors.items():
@@ -28,7 +27,7 @@ def held_once(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     return held, same
 
 
-def all_named(held: Mapping[str, np.ndarray], same: Any) -> dict[str, np.ndarray]:
+def all_named(held: Mapping[str, np.ndarray], same: object) -> dict[str, np.ndarray]:
     """The inverse of :func:`held_once`.
 
     Raises:

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -17,11 +16,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxcomp.artifact.codec import Json, decode_tree, encode_tree
+from jaxcomp.artifact.codec import Json, Tensors, decode_tree, encode_tree
 from jaxcomp.artifact.duplicates import all_named, held_once
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.quantization.grids import Compander
+from jaxcomp.core.types import PyTree
+from jaxcomp.quantization.companding import Compander
 
 FORMAT_VERSION = 2  # written only where tensors are equal: a file without a reference is of version 1
 _KEY = "jaxcomp"
@@ -50,7 +50,7 @@ class FileError(ValueError):
     """A file that cannot be read as a compressed tree, or written."""
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any] | None = None) -> int:
+def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
     """Writes a tree in its smallest storage; returns the file's size in bytes.
 
     Compressed leaves are packed first. A masked leaf is stored as a bitmap and its survivors where that is smaller than
@@ -93,7 +93,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any]
     return len(data)
 
 
-def load(path: str | os.PathLike[str], *, like: Any = None, companders: Iterable[Compander] = ()) -> Any:
+def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Iterable[Compander] = ()) -> PyTree:
     """Reads what :func:`save` wrote: the whole tree with its compressed leaves, packed, or an error.
 
     Args:
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, companders: Iterable
     return tree if like is None else _shaped_like(tree, like, path)
 
 
-def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
     """The metadata that :func:`save` was given. Raises :class:`FileError` as :func:`load` does."""
     return _read(path)[0]["metadata"]
 
@@ -145,7 +145,7 @@ def _text(described: Json) -> str:
     return json.dumps(described, separators=(",", ":"), allow_nan=False)
 
 
-def _digest(described: Json, tensors: Mapping[str, np.ndarray]) -> str:
+def _digest(described: Json, tensors: Tensors) -> str:
     """Of everything that the file says, but the digest itself."""
     sha = hashlib.sha256(_text({k: v for k, v in described.items() if k != "sha256"}).encode())
     for name in sorted(tensors):
@@ -155,7 +155,7 @@ def _digest(described: Json, tensors: Mapping[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Json], dict[str, np.ndarray]]:
     name = os.fspath(path)
     try:
         data = Path(path).read_bytes()
@@ -206,7 +206,7 @@ def _tensors(data: bytes, name: str) -> dict[str, np.ndarray]:
     return out
 
 
-def _shaped_like(tree: Any, like: Any, path: str | os.PathLike[str]) -> Any:
+def _shaped_like(tree: PyTree, like: PyTree, path: str | os.PathLike[str]) -> PyTree:
     name = os.fspath(path)
     found = dict(leaves_with_paths(tree, is_leaf=is_compressed)[0])
     wanted, treedef = leaves_with_paths(like, is_leaf=is_compressed)

@@ -1,4 +1,4 @@
-"""Static fields that older files name otherwise, as today's leaves have them."""
+"""What older files say otherwise: static fields of leaves and specs, as today's classes have them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import Any
 from jaxcomp.core.types import Shape
 
 Fields = Mapping[str, Any]
+
+# Fields that specs had when files were written, by class and name: dropped on reading. A grid said how many neighbours
+# share a scale; the shape of the scale in the file says it too.
+RETIRED = {
+    ("Int", "group"),
+    ("Float", "group"),
+    ("Levels", "group"),
+    ("PoT", "group"),
+    ("APoT", "group"),
+    ("NF4", "group"),
+    ("Blocked", "group"),
+}
 
 
 def of_today(name: str, fields: Fields, shape: Callable[[], Shape]) -> Fields:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.bits import pack_bits, unpack_bits
+from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
 from jaxcomp.core.roles import AxisRoles
+from jaxcomp.core.types import DType, Leaf, PyTree, Shape
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -43,7 +47,7 @@ class Packed:
     data: jax.Array
     bits: int
     low: int
-    shape: tuple[int, ...]
+    shape: Shape
 
     @staticmethod
     def of(values: jax.Array, bits: int, low: int) -> Packed:
@@ -61,17 +65,17 @@ class Packed:
         """The integers as int32, for arithmetic: each narrower type on the way to a float is one more conversion."""
         return self._stream(jnp.int32) + self.low
 
-    def _stream(self, dtype: Any) -> jax.Array:
+    def _stream(self, dtype: DType) -> jax.Array:
         count = int(np.prod(self.shape, dtype=np.int64))
         return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
 
 
-def unpacked(x: Any) -> Any:
+def unpacked(x: jax.Array | Packed) -> jax.Array:
     """``x``, unpacked if it is :class:`Packed`."""
     return x.unpack() if isinstance(x, Packed) else x
 
 
-class CompressedLeaf:
+class CompressedLeaf(ABC):
     """What every compressed leaf offers.
 
     A subclass is made with :func:`compressed_leaf` and states its invariant in its docstring.
@@ -92,10 +96,10 @@ class CompressedLeaf:
 
     @property
     def code_bits(self) -> int:
-        """Bits of a code, where there is a ``coded`` field."""
-        raise TypeError(f"{type(self).__name__} does not define code_bits.")
+        """Bits of a code of the ``coded`` field; 0 where there is none."""
+        return 0
 
-    def code_of_zero(self, shape: tuple[int, ...]) -> Any:
+    def code_of_zero(self, shape: Shape) -> int | jax.Array:
         """The packed code of the value 0: a number, or an array of codes of the dense ``shape``."""
         return 0
 
@@ -104,14 +108,14 @@ class CompressedLeaf:
         return None
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    @abstractmethod
+    def shape(self) -> Shape:
         """The shape of the array that this leaf stands for."""
-        raise TypeError(f"{type(self).__name__} does not define shape.")
 
     @property
-    def dtype(self) -> Any:
+    @abstractmethod
+    def dtype(self) -> DType:
         """The type of the array that this leaf stands for."""
-        raise TypeError(f"{type(self).__name__} does not define dtype.")
 
     @property
     def ndim(self) -> int:
@@ -123,21 +127,21 @@ class CompressedLeaf:
         """How many entries the array has that this leaf stands for."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @abstractmethod
     def materialize(self) -> jax.Array:
         """The array that this leaf stands for."""
-        raise TypeError(f"{type(self).__name__} does not define materialize.")
 
+    @abstractmethod
     def pack(self) -> CompressedLeaf:
         """The same leaf in its smallest storage; ``materialize`` gives the same bits."""
-        raise TypeError(f"{type(self).__name__} does not define pack.")
 
 
-def is_compressed(x: Any) -> bool:
+def is_compressed(x: object) -> bool:
     """Whether ``x`` is a compressed leaf; the ``is_leaf`` of a tree that holds some."""
     return isinstance(x, CompressedLeaf)
 
 
-def dense(x: Any) -> Any:
+def dense(x: Leaf) -> Leaf:
     """One leaf as an array."""
     return x.materialize() if isinstance(x, CompressedLeaf) else x
 
@@ -152,19 +156,19 @@ class Masked(CompressedLeaf):
       straight: the gradient passes the mask on its way to the values; static, and False once packed.
     """
 
-    values: Any
-    mask: Any
+    values: Leaf
+    mask: jax.Array | Packed
     straight: bool = False
 
     open: ClassVar[tuple[str, ...]] = ("values",)
     made_by: ClassVar[str] = "prune"
 
     @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
+    def shape(self) -> Shape:  # noqa: D102
         return tuple(self.values.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.values.dtype
 
     def materialize(self) -> jax.Array:
@@ -189,24 +193,24 @@ class Switch(CompressedLeaf):
     """
 
     active: jax.Array
-    on: Any
-    off: Any
+    on: Leaf
+    off: Leaf
 
     made_by: ClassVar[str] = "gate"
 
     @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
+    def shape(self) -> Shape:  # noqa: D102
         return tuple(self.on.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.off.dtype
 
     def materialize(self) -> jax.Array:
         """Selects between the two."""
         return jnp.where(self.active, dense(self.on), dense(self.off))
 
-    def pack(self) -> Any:
+    def pack(self) -> Leaf:
         """Packs the one that is active.
 
         Raises:
@@ -219,7 +223,7 @@ class Switch(CompressedLeaf):
         return pack(self.on if bool(self.active) else self.off)
 
 
-def materialize(tree: Any) -> Any:
+def materialize(tree: PyTree) -> PyTree:
     """The tree with every compressed leaf turned back into an array; other leaves are the same objects.
 
     >>> materialize({"w": Masked(jnp.array([1.0, 2.0]), jnp.array([True, False]))})
@@ -228,7 +232,7 @@ def materialize(tree: Any) -> Any:
     return jax.tree.map(dense, tree, is_leaf=is_compressed)
 
 
-def pack(tree: Any) -> Any:
+def pack(tree: PyTree) -> PyTree:
     """The tree with every compressed leaf in its smallest storage, ``materialize(pack(t)) == materialize(t)`` bitwise.
 
     Raises:
@@ -242,16 +246,14 @@ def pack(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: _packed(path_str(path), x), tree, is_leaf=is_compressed)
 
 
-def _packed(path: str, leaf: Any) -> Any:
-    if not is_compressed(leaf):
+def _packed(path: str, leaf: Leaf) -> Leaf:
+    if not isinstance(leaf, CompressedLeaf):
         return leaf
-    try:
+    with naming("pack", path) if path else nullcontext():
         return leaf.pack()
-    except ValueError as e:
-        raise ValueError(f"pack: {path!r} {e}." if path else str(e)) from e
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree) -> int:
     """Bytes of the arrays of a tree, compressed leaves as they are stored now (see :func:`pack`).
 
     >>> nbytes({"w": jnp.zeros((3, 4))})
@@ -260,7 +262,7 @@ def nbytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
 
 
-def zeros_counted(tree: Any) -> tuple[int, int]:
+def zeros_counted(tree: PyTree) -> tuple[int, int]:
     """How many entries of the materialized float arrays are zero, and how many there are."""
     arrays = [
         x for x in jax.tree.leaves(materialize(tree)) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

@@ -6,6 +6,7 @@ Axes in front that every factor shares hold layers that a scan has stacked; each
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -53,9 +54,9 @@ class FactorLeaf(CompressedLeaf):
     def dtype(self) -> DType:  # noqa: D102
         return jnp.dtype(self.factors[0].dtype)
 
+    @abstractmethod
     def product(self) -> jax.Array:
         """The dense array of factors that are arrays of the computing type."""
-        raise TypeError(f"{type(self).__name__} does not define product.")
 
     def arrays(self) -> FactorLeaf:
         """The same leaf with every factor an array."""

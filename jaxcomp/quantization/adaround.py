@@ -18,7 +18,6 @@ from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import spread
-from jaxcomp.quantization.numerics.coding import scale_of
 from jaxcomp.quantization.scales import MSE, ScaleRule, checked_rule
 
 OWNER = "adaround"
@@ -142,7 +141,7 @@ def adaround(
 
 def _leaf(x: Cut, grid: Int, rule: ScaleRule) -> SoftRounded:
     w = x.values
-    scale, zero = scale_of(*range_of(x, grid, rule), grid)
+    scale, zero = grid.scale_of(*range_of(x, grid, rule))
     steps = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
     floor = jnp.floor(steps)
     rounding = -jnp.log((ZETA - GAMMA) / (steps - floor - GAMMA) - 1)

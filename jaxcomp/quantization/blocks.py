@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,8 @@ from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.slots import Slot
 from jaxcomp.core.types import PyTree, Shape
-from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.microscaling import Blocked, Grid
-from jaxcomp.quantization.numerics.coding import find_range
-from jaxcomp.quantization.scales import AbsMax, Fixed, MeanAbs, ScaleRule
+from jaxcomp.quantization.grids import Grid
+from jaxcomp.quantization.scales import Fixed, ScaleRule
 
 
 class Cut(NamedTuple):
@@ -61,18 +60,25 @@ def fold(w: jax.Array, mask: jax.Array | None, length: int) -> tuple[jax.Array, 
     return rows, jnp.pad(real, (0, missing)).reshape(-1, length)
 
 
-def range_of(x: Cut, grid: Grid | Blocked, rule: ScaleRule | None) -> tuple[jax.Array, jax.Array | None]:
-    """The range of each block, found by the rule or given; the default is ``MeanAbs()`` of a sign, else ``AbsMax()``.
+def range_of(x: Cut, grid: Grid, rule: ScaleRule | None) -> tuple[jax.Array, jax.Array | None]:
+    """The range of each block, found by the rule or given; the default rule is the grid's.
 
     Raises:
       ValueError: the tree of a :class:`Fixed` has nothing for the path, or what does not fit.
     """
-    if rule is None:
-        rule = MeanAbs() if isinstance(grid, Int) and grid.is_sign else AbsMax()
+    rule = grid.default_rule if rule is None else rule
     if isinstance(rule, Fixed):
         top = _given(x, rule)
         return top, -top
-    return find_range(x.values, x.blocks, grid, rule, x.mask)
+    values = jax.lax.stop_gradient(x.values).astype(compute_dtype(x.values.dtype))
+    on_grid = partial(_on_grid, values, grid)
+    return rule.ends(values, x.blocks, x.mask, symmetric=not grid.asymmetric, on_grid=on_grid)
+
+
+def _on_grid(x: jax.Array, grid: Grid, top: jax.Array, bottom: jax.Array | None) -> jax.Array:
+    """The values on the grid of a range."""
+    scale, zero = grid.scale_of(top, bottom)
+    return grid.decode(grid.encode(x, scale, zero), scale, zero)
 
 
 def _given(x: Cut, rule: Fixed) -> jax.Array:

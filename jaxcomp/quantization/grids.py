@@ -1,18 +1,161 @@
-"""Uniform grids of integers, and grids that are uniform after a monotone function."""
+"""What a grid is: numbers that codes name. The uniform grid of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.specs import Spec, check_bits
+from jaxcomp.core.types import DType
+from jaxcomp.quantization.numerics.affine import affine_scale, dequantize, in_steps, positive, shifted
+from jaxcomp.quantization.numerics.levels import table_codes, to_table
+from jaxcomp.quantization.numerics.rounding import round_with
+from jaxcomp.quantization.scales import AbsMax, MeanAbs, ScaleRule
+
+ScaleAndZero = tuple[jax.Array, jax.Array | None]
+"""The scale of each block, and its zero point: integers in the scale's type and shape, or None for 0."""
+
+
+class Numbers(Spec, ABC):
+    """Numbers that codes of ``bits`` bits name; ``dense == decode(numbers, scale, zero_point)``.
+
+    In training a leaf holds the numbers, in the scale's type; packed, it holds their codes.
+    """
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Width of a code."""
+
+    @abstractmethod
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
+        """What a packed leaf keeps: integers, in any type, and the lowest of the ``2**bits`` that there may be."""
+
+    @abstractmethod
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:
+        """The inverse of :meth:`stored`: numbers in an integer type, or in ``dtype``, the type of the scale."""
+
+    def decode(self, numbers: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+        """``(numbers - zero_point) * scale``, in the scale's type."""
+        return dequantize(numbers, scale, zero_point)
+
+    @property
+    def code_of_zero(self) -> int:
+        """What :meth:`stored` gives for 0; 0 where 0 is no number."""
+        return 0
+
+    @property
+    def code_range(self) -> tuple[int, int] | None:
+        """The lowest and the highest number where they are integers and ``decode`` is linear in them; else None."""
+        return None
+
+
+class ScaleGrid(Numbers):
+    """A grid that scales may lie on."""
+
+    @abstractmethod
+    def scales_of(self, top: jax.Array, elements: Grid) -> tuple[jax.Array, jax.Array]:
+        """The scales of blocks on this grid, and the one number over all of them, in the same rank.
+
+        Args:
+          top: the largest magnitude of each block.
+          elements: the grid of the blocks' elements.
+        """
+
+
+class Grid(Numbers):
+    """A grid for weights. A new one is a class with the abstract members, here and in :class:`Numbers`.
+
+    A frozen dataclass; for a table of numbers derive from :class:`~jaxcomp.quantization.level_grids.LevelGrid`, which
+    asks for ``levels`` alone.
+    """
+
+    linear: ClassVar[bool] = True
+    """Whether ``decode`` is linear in the scale, so that the scale can be trained, or be on a grid of its own."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest number."""
+
+    @abstractmethod
+    def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:
+        """Scale and zero point with which the grid's ends meet those of a range.
+
+        Args:
+          top: the range's upper end, one a block.
+          bottom: its lower end; None means ``-top``.
+        """
+
+    @abstractmethod
+    def encode(
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        *,
+        noise: jax.Array | None = None,
+        clipped: bool = True,
+    ) -> jax.Array:
+        """The number for each weight, in the scale's type, with a straight-through gradient in ``w``.
+
+        Args:
+          w: the weights.
+          scale, zero_point: as :meth:`scale_of` gives them.
+          noise: of the weights' shape, uniform in [0, 1): round at random; None rounds to nearest.
+          clipped: whether the gradient is cut outside the range.
+        """
+
+    @property
+    def top(self) -> float:
+        """The largest magnitude that both signs have, or, of a table, that one of them has."""
+        return max(-self.ends[0], self.ends[1])
+
+    @property
+    def finest(self) -> float:
+        """The smallest magnitude beside 0."""
+        return 1.0
+
+    @property
+    def clips(self) -> bool:
+        """Whether values beyond the ends are clipped, and get no gradient."""
+        return True
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether both ends of a range matter, and there is a zero point."""
+        return False
+
+    @property
+    def default_rule(self) -> ScaleRule:
+        """How the range is found where nothing is said."""
+        return AbsMax()
+
+    @property
+    def elements(self) -> Grid:
+        """The grid that the numbers are on: this one, unless it is one of blocks."""
+        return self
+
+    @property
+    def scale_grid(self) -> ScaleGrid | None:
+        """The grid that the scales lie on, if there is one."""
+        return None
+
+    @property
+    def fraction_bits(self) -> int:
+        """How many bits of a number are behind the point in a microscaling block."""
+        return 0
+
+
+_SIGNS = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Int(Spec):
+class Int(Grid):
     """A uniform integer grid: ``dense == (codes - zero_point) * scale`` with codes of ``bits`` bits.
 
     Symmetric codes are two's complement in ``[-2**(bits-1), 2**(bits-1) - 1]`` with zero point 0 and
@@ -69,88 +212,61 @@ class Int(Spec):
         return -(2 ** (self.bits - 1)) + self.narrow, 2 ** (self.bits - 1) - 1
 
     @property
-    def low(self) -> int:
-        """The code that is stored as 0: two's complement's lowest for a symmetric grid, narrow or not."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
-
-
-@dataclass(frozen=True)
-class Compander:
-    """A monotone odd pair ``(compress, expand)``, ``expand(compress(w)) == w``, with a name that files can hold.
-
-    Args:
-      name: how a saved file refers to the pair.
-      compress: elementwise ``f``; ``f(0) == 0``, increasing, odd.
-      expand: its inverse; differentiable at 0 too, or weights whose code is 0 stop learning.
-    """
-
-    name: str
-    compress: Callable[[jax.Array], jax.Array]
-    expand: Callable[[jax.Array], jax.Array]
-
-    def __post_init__(self) -> None:
-        if not self.name or not callable(self.compress) or not callable(self.expand):
-            raise ValueError(f"Compander: wants a name and two functions, got {self!r}.")
-
-
-@jax.custom_jvp
-def _log_compress(w: jax.Array) -> jax.Array:
-    return jnp.sign(w) * jnp.log1p(jnp.abs(w))
-
-
-@jax.custom_jvp
-def _log_expand(v: jax.Array) -> jax.Array:
-    return jnp.sign(v) * jnp.expm1(jnp.abs(v))
-
-
-# Written out, for |.| has no derivative at 0 and a weight whose code is 0 must go on learning.
-_log_compress.defjvps(lambda t, _, w: t / (1 + jnp.abs(w)))
-
-
-_log_expand.defjvps(lambda t, _, v: t * jnp.exp(jnp.abs(v)))
-
-
-LOG = Compander("log1p", _log_compress, _log_expand)
-"""``f(w) = sign(w) log(1 + |w|)`` and its inverse ``sign(v) (exp(|v|) - 1)``."""
-
-
-@dataclass(frozen=True)
-class Companded(Spec):
-    """A non-uniform grid: uniform in ``f(w)``, so ``dense == f⁻¹(codes * step)``.
-
-    ``codes = round(f(w) * s)`` with ``s = (2**(bits-1) - 1) / f(max|w|)`` and ``step = 1 / s``; codes are
-    symmetric, zeros stay zero.
-
-    Args:
-      bits: width of a code with its sign, 2..8.
-      compander: the pair ``f``, ``f⁻¹``.
-
-    Raises:
-      ValueError: bits outside 2..8.
-
-    >>> Companded(4).compander.name
-    'log1p'
-
-    Source: companding as in ITU-T G.711 (μ-law, here with μ = 1 in the weight's own units).
-    """
-
-    bits: int = 8
-    compander: Compander = LOG
-
-    def __post_init__(self) -> None:
-        check_bits("Companded", self.bits)
+    def ends(self) -> tuple[int, int]:  # noqa: D102
+        return self.code_range
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """The lowest and the highest code."""
-        return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
+    def top(self) -> int:
+        """The highest code."""
+        return self.code_range[1]
 
     @property
-    def low(self) -> int:
-        """The code that is stored as 0: two's complement's lowest for a symmetric grid, narrow or not."""
-        return -(2 ** (self.bits - 1))
+    def clips(self) -> bool:  # noqa: D102
+        return not self.is_sign
 
+    @property
+    def asymmetric(self) -> bool:  # noqa: D102
+        return not self.symmetric
 
-def Log(bits: int = 8) -> Companded:
-    """The logarithmic grid, ``Companded(bits, LOG)``."""
-    return Companded(bits)
+    @property
+    def default_rule(self) -> ScaleRule:
+        """The sign's scale is a mean."""
+        return MeanAbs() if self.is_sign else AbsMax()
+
+    @property
+    def fraction_bits(self) -> int:
+        """MX's integers are fractions, ``code / 2**(bits - 2)``."""
+        return self.bits - 2
+
+    def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:  # noqa: D102
+        if not self.symmetric and bottom is not None:
+            return affine_scale(top, bottom, self.top)
+        steps = self.top if self.narrow or self.is_sign else self.top + 0.5
+        scale = positive(top * (1.0 / steps))
+        return scale, None if self.symmetric else jnp.zeros_like(scale)
+
+    def encode(
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        *,
+        noise: jax.Array | None = None,
+        clipped: bool = True,
+    ) -> jax.Array:
+        """``clip(round(w / scale) + zero_point)``."""
+        steps = in_steps(w, scale)
+        if self.is_sign:
+            return to_table(steps, _SIGNS, noise=noise, clipped=False)
+        if zero_point is not None:
+            steps = shifted(steps, zero_point, self.top)
+        return round_with(steps, *self.code_range, noise=noise, clipped=clipped)
+
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
+        """Two's complement for a symmetric grid, narrow or not; a sign is a bit."""
+        if self.is_sign:
+            return table_codes(numbers, _SIGNS), 0
+        return numbers, -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
+        return stored.astype(jnp.int8) * 2 - 1 if self.is_sign else stored

@@ -15,16 +15,12 @@ from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
 from jaxcomp.core.types import DType, Leaf, Params
 from jaxcomp.quantization.blocks import Cut, cut, range_of
-from jaxcomp.quantization.grids import Int
+from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized
-from jaxcomp.quantization.level_grids import LevelGrid
 from jaxcomp.quantization.numerics.affine import positive, spread
-from jaxcomp.quantization.numerics.coding import decode, encode, scale_of
 from jaxcomp.quantization.scales import MSE, MeanAbs, ScaleRule, checked_rule
 
 OWNER = "learned"
-TrainedGrid = Int | LevelGrid
-"""The grids whose scale can be trained: uniform ones, and tables."""
 
 
 @compressed_leaf(meta=("grid",))
@@ -47,7 +43,7 @@ class Learned(CompressedLeaf):
     latent: Leaf
     scale: jax.Array
     offset: jax.Array | None
-    grid: TrainedGrid
+    grid: Grid
 
     open: ClassVar[tuple[str, ...]] = ("latent",)
     made_by: ClassVar[str] = OWNER
@@ -64,10 +60,8 @@ class Learned(CompressedLeaf):
         """The leaf with its codes, without gradients and without the mask of the latent weights."""
         w, scale, offset = jax.lax.stop_gradient((dense(self.latent), self.scale, self.offset))
         scale = _magnitude(scale, self.grid)
-        zero = None
-        if offset is not None and isinstance(self.grid, Int):
-            zero = _zero_point(offset, scale, self.grid)
-        return Quantized(encode(w, scale, zero, self.grid), scale, zero, self.grid, self.dtype)
+        zero = None if offset is None else _zero_point(offset, scale, self.grid)
+        return Quantized(self.grid.encode(w, scale, zero), scale, zero, self.grid, self.dtype)
 
     def materialize(self) -> jax.Array:
         """The weights on their grid, with the gradients of LSQ for latent weights, scale and offset.
@@ -78,7 +72,7 @@ class Learned(CompressedLeaf):
         _check_latent(self.latent)
         leaf = self.quantized()
         numbers, scale, zero = leaf.numbers(), leaf.scale, leaf.zero_point
-        value = decode(numbers, scale, zero, self.grid)
+        value = self.grid.decode(numbers, scale, zero)
         value = straight_through(_gradient_of(self, numbers, scale, zero), value).astype(self.dtype)
         if not isinstance(self.latent, Masked):
             return value
@@ -101,8 +95,8 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
     steps = jax.lax.stop_gradient(x) * spread(1.0 / scale, shape)
     inside = jnp.ones(shape, bool)
     slope = numbers  # of the scale: for a sign the derivative itself, as in XNOR-Net
-    if not (isinstance(grid, Int) and grid.is_sign):
-        low, high = (grid.levels[0], grid.levels[-1]) if isinstance(grid, LevelGrid) else grid.code_range
+    if grid.clips:
+        low, high = grid.ends
         zero = jnp.zeros_like(scale) if zero_point is None else zero_point
         shifted, centred = steps + spread(zero, shape), numbers - spread(zero, shape)
         inside = (shifted > low) & (shifted < high)
@@ -115,7 +109,7 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
     return jnp.where(inside, x, outside) + slope * spread(trained, shape)
 
 
-def gradient_factor(grid: TrainedGrid, weights: int) -> float:
+def gradient_factor(grid: Grid, weights: int) -> float:
     """``1 / sqrt(n * q_max)`` for n weights a scale; ``q_max`` is the highest code, or level in units of the scale.
 
     >>> gradient_factor(Int(3), 12) == (12 * 3) ** -0.5
@@ -123,25 +117,19 @@ def gradient_factor(grid: TrainedGrid, weights: int) -> float:
 
     Source: Esser et al. 2020, arXiv:1902.08153, section 2.2.
     """
-    return float(weights * _highest(grid)) ** -0.5
+    return float(weights * grid.top) ** -0.5
 
 
-def _highest(grid: TrainedGrid) -> float:
-    return grid.top if isinstance(grid, LevelGrid) else grid.code_range[1]
-
-
-def _magnitude(scale: jax.Array, grid: TrainedGrid) -> jax.Array:
+def _magnitude(scale: jax.Array, grid: Grid) -> jax.Array:
     """``max(|scale|, floor)``; the gradient is that of ``|scale|``, at 0 and below the floor too: no scale dies."""
-    least = 1 / min(abs(v) for v in grid.levels if v) if isinstance(grid, LevelGrid) else 1.0
-    floor = float(jnp.finfo(scale.dtype).tiny) * max(least, 1.0)
+    floor = float(jnp.finfo(scale.dtype).tiny) * max(1 / grid.finest, 1.0)
     sign = jnp.where(scale < 0, -jnp.ones_like(scale), jnp.ones_like(scale))
     size = sign * scale
     return straight_through(size, jnp.maximum(jax.lax.stop_gradient(size), jnp.asarray(floor, scale.dtype)))
 
 
-def _zero_point(offset: jax.Array, scale: jax.Array, grid: Int) -> jax.Array:
-    low, high = grid.code_range
-    zero = jnp.clip(jnp.round(-offset / scale), low, high)
+def _zero_point(offset: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:
+    zero = jnp.clip(jnp.round(-offset / scale), *grid.ends)
     return jnp.where(zero == 0, jnp.zeros_like(zero), zero)
 
 
@@ -156,7 +144,7 @@ def _check_latent(latent: Leaf) -> None:
 
 def learned(
     params: Params,
-    grid: TrainedGrid = Int(4),  # noqa: B008 - frozen
+    grid: Grid = Int(4),  # noqa: B008 - frozen
     *,
     per: Layout = Channels(),  # noqa: B008 - frozen
     roles: Roles | None = None,
@@ -227,26 +215,25 @@ def _learned_leaves(params: Params) -> list[tuple[str, Learned]]:
 
 
 def _check_grid(grid: object, offset: bool) -> None:
-    if not isinstance(grid, TrainedGrid):
+    if not isinstance(grid, Grid) or not grid.linear:
         raise TypeError(
             f"{OWNER}: a trained scale wants a uniform grid such as Int(4) or a table such as APoT(4), got {grid!r}."
         )
-    asymmetric = isinstance(grid, Int) and not grid.symmetric
-    if offset and not asymmetric:
+    if offset and not grid.asymmetric:
         raise ValueError(
             f"{OWNER}: offset=True wants an asymmetric grid such as Int(4, symmetric=False), got {grid!r}."
         )
-    if asymmetric and not offset:
+    if grid.asymmetric and not offset:
         raise ValueError(f"{OWNER}: {grid!r} has a zero point; train it by offset=True, or take a symmetric grid.")
 
 
-def _leaf(slot: Slot, x: Cut, *, grid: TrainedGrid, rule: ScaleRule | None) -> Learned:
+def _leaf(slot: Slot, x: Cut, *, grid: Grid, rule: ScaleRule | None) -> Learned:
     latent = x.values if slot.mask is None else Masked(x.values, slot.mask)
-    if rule is None and isinstance(grid, Int) and grid.symmetric and not grid.is_sign:
+    if rule is None and grid.code_range and grid.clips and not grid.asymmetric:
         mean, _ = range_of(x, grid, MeanAbs())
         # The maximum keeps the mean's division and the product two roundings, in jit as in eager.
-        return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.code_range[1] ** -0.5)), None, grid)
+        return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.top**-0.5)), None, grid)
     if rule is None:
-        rule = MSE() if isinstance(grid, Int) and not grid.symmetric else None
-    scale, zero = scale_of(*range_of(x, grid, rule), grid)
+        rule = MSE() if grid.asymmetric else None
+    scale, zero = grid.scale_of(*range_of(x, grid, rule))
     return Learned(latent, scale, None if zero is None else -zero * scale, grid)

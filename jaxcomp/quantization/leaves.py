@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
-from jaxcomp.quantization.level_grids import LevelGrid
-from jaxcomp.quantization.microscaling import Grid
+from jaxcomp.core.types import DType, Leaf, Shape
+from jaxcomp.quantization.grids import Grid, Numbers
 from jaxcomp.quantization.numerics.affine import spread
-from jaxcomp.quantization.numerics.coding import decode, loaded_codes, stored_codes
 
 
 @compressed_leaf(meta=("grid", "dense_dtype"))
@@ -33,10 +32,10 @@ class Quantized(CompressedLeaf):
     """
 
     codes: jax.Array | Packed
-    scale: Any
+    scale: Leaf
     zero_point: jax.Array | None
-    grid: Grid
-    dense_dtype: Any
+    grid: Numbers
+    dense_dtype: DType
 
     made_by: ClassVar[str] = "quantize"
     coded: ClassVar[str] = "codes"
@@ -45,17 +44,17 @@ class Quantized(CompressedLeaf):
     def code_bits(self) -> int:  # noqa: D102
         return self.grid.bits
 
-    def code_of_zero(self, shape: tuple[int, ...]) -> Any:  # noqa: D102
-        if isinstance(self.grid, LevelGrid):
-            return int(stored_codes(jnp.zeros((), jnp.float32), self.grid)[0]) if 0.0 in self.grid.levels else 0
-        return 0 if self.zero_point is None else jnp.broadcast_to(spread(self.zero_point, shape), shape)
+    def code_of_zero(self, shape: Shape) -> int | jax.Array:  # noqa: D102
+        if self.zero_point is None:
+            return self.grid.code_of_zero
+        return jnp.broadcast_to(spread(self.zero_point, shape), shape)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
+    def shape(self) -> Shape:  # noqa: D102
         return tuple(self.codes.shape)
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.dense_dtype
 
     @property
@@ -66,26 +65,37 @@ class Quantized(CompressedLeaf):
     def numbers(self) -> jax.Array:
         """The numbers, in whatever type holds them: ``dense == expand((numbers - zero_point) * scale)``."""
         codes = self.codes.wide() if isinstance(self.codes, Packed) else self.codes
-        return loaded_codes(codes, self.grid, dense(self.scale).dtype) if self.packed else codes
+        return self.grid.loaded(codes, dense(self.scale).dtype) if self.packed else codes
 
     def materialize(self) -> jax.Array:
         """Dequantizes, in the scale's type, then casts to the dense type."""
-        return decode(self.numbers(), dense(self.scale), self.zero_point, self.grid).astype(self.dense_dtype)
+        return self.grid.decode(self.numbers(), dense(self.scale), self.zero_point).astype(self.dense_dtype)
 
     def pack(self) -> Quantized:
         """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
         if self.packed:
             return self
         self._check_numbers()
-        stored, low = stored_codes(unpacked(self.codes), self.grid)
-        narrow: Any = jnp.int8 if low < 0 else jnp.uint8
-        codes = stored.astype(narrow) if self.grid.bits == 8 else Packed.of(stored, self.grid.bits, low)
+        stored, low = self.grid.stored(unpacked(self.codes))
+        codes = (
+            stored.astype(jnp.int8 if low < 0 else jnp.uint8)
+            if self.grid.bits == 8
+            else Packed.of(stored, self.grid.bits, low)
+        )
         return replace(self, codes=codes, scale=pack(self.scale))
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
         if count_known(jnp.isnan, self.codes) or count_known(jnp.isnan, dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
+
+
+def scales_and_zero(grid: Grid, top: jax.Array, bottom: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
+    """The scale of a range as a leaf keeps it, in codes where the scales lie on a grid of their own; the zero point."""
+    if grid.scale_grid is None:
+        return grid.scale_of(top, bottom)
+    part, outer = grid.scale_grid.scales_of(top, grid.elements)
+    return Quantized(part, outer, None, grid.scale_grid, part.dtype), None
 
 
 @compressed_leaf(meta=("dense_shape",))
@@ -97,17 +107,17 @@ class Folded(CompressedLeaf):
       dense_shape: static.
     """
 
-    rows: Any
-    dense_shape: tuple[int, ...]
+    rows: Leaf
+    dense_shape: Shape
 
     made_by: ClassVar[str] = "quantize"
 
     @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
+    def shape(self) -> Shape:  # noqa: D102
         return self.dense_shape
 
     @property
-    def dtype(self) -> Any:  # noqa: D102
+    def dtype(self) -> DType:  # noqa: D102
         return self.rows.dtype
 
     def materialize(self) -> jax.Array:

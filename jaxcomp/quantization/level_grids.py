@@ -1,25 +1,102 @@
-"""Grids that are a table of at most 256 levels times a scale: minifloats, powers of two, NF4, any table; their scales.
+"""Grids that are a table of at most 256 levels times a scale: what they share, minifloats, any table.
 
-A level grid has ``bits``, ``levels`` (ascending) and ``top`` (the largest magnitude: what the range's end maps to). In
-training the codes of a :class:`~jaxcomp.quantization.leaves.Quantized` leaf are the levels themselves in
-a float type; packed, they are the levels' codes, ``bits`` each. Every grid here but a :class:`Levels` table without one
-has a zero.
+In training the codes of a :class:`~jaxcomp.quantization.leaves.Quantized` leaf are the levels themselves in a float
+type; packed, they are the levels' codes, ``bits`` each. Every one of the package but a :class:`Levels` table without
+one has a zero.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.specs import MAX_BITS, Spec, check_bits, is_integer
+from jaxcomp.core.specs import MAX_BITS, is_integer
+from jaxcomp.core.types import DType
+from jaxcomp.quantization.grids import Grid, ScaleAndZero, ScaleGrid
+from jaxcomp.quantization.numerics.affine import in_steps, positive
+from jaxcomp.quantization.numerics.levels import (
+    Minifloat,
+    minifloat_codes,
+    minifloat_values,
+    table_codes,
+    table_values,
+    to_minifloat,
+    to_table,
+)
+
+
+class LevelGrid(Grid):
+    """``dense == levels[code] * scale``: a grid that is its table.
+
+    A value halfway between two levels goes to the one nearer zero, and between a negative and a positive one to the
+    latter.
+
+    >>> @dataclass(frozen=True)
+    ... class Quarters(LevelGrid):
+    ...     @property
+    ...     def levels(self):
+    ...         return (-1.0, -0.25, 0.0, 0.25, 1.0)
+    >>> Quarters().bits, Quarters().nearest(jnp.array([0.3, -9.0]))
+    (3, Array([ 0.25, -1.  ], dtype=float32))
+    """
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple[float, ...]:
+        """All values, ascending."""
+
+    @property
+    def bits(self) -> int:  # noqa: D102
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def ends(self) -> tuple[float, float]:  # noqa: D102
+        return self.levels[0], self.levels[-1]
+
+    @property
+    def finest(self) -> float:  # noqa: D102
+        return min(abs(v) for v in self.levels if v)
+
+    @property
+    def code_of_zero(self) -> int:  # noqa: D102
+        return self.levels.index(0.0) if 0.0 in self.levels else 0
+
+    def nearest(self, x: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True) -> jax.Array:
+        """The nearest level, in units of the scale; ``noise`` and ``clipped`` as in :meth:`encode`."""
+        return to_table(x, self.levels, noise=noise, clipped=clipped)
+
+    def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:
+        """``range's end / top``, such that no level times it is subnormal."""
+        return positive(top * (1.0 / self.top), least=1 / self.finest), None
+
+    def encode(
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        *,
+        noise: jax.Array | None = None,
+        clipped: bool = True,
+    ) -> jax.Array:
+        """The level nearest to ``w / scale``."""
+        return self.nearest(in_steps(w, scale), noise=noise, clipped=clipped)
+
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
+        """The index in the table."""
+        return table_codes(numbers, self.levels), 0
+
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
+        return table_values(stored.astype(jnp.uint8), self.levels, dtype)
 
 
 @dataclass(frozen=True)
-class Float(Spec):
+class Float(LevelGrid, ScaleGrid):
     """A minifloat: a sign, ``exponent`` and ``mantissa`` bits; subnormal numbers, no infinities among the levels.
 
     The code is the format's own bit pattern, the sign on top. Values round to nearest, ties to even, and saturate.
@@ -83,12 +160,36 @@ class Float(Spec):
     @property
     def levels(self) -> tuple[float, ...]:
         """All values, ascending."""
-        return _mirrored(self.magnitudes)
+        return mirrored(self.magnitudes)
 
     @property
-    def top(self) -> float:
-        """The largest value."""
-        return self.magnitudes[-1]
+    def code_of_zero(self) -> int:  # noqa: D102
+        return 0
+
+    @property
+    def _kind(self) -> Minifloat:
+        return Minifloat(self.bits, self.mantissa, self.offset)
+
+    def nearest(self, x: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True) -> jax.Array:
+        """The nearest level, ties to even; ``noise`` and ``clipped`` as in :meth:`encode`."""
+        return to_minifloat(x, self._kind, self.levels, noise=noise, clipped=clipped)
+
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
+        """The bit pattern."""
+        return minifloat_codes(numbers, self._kind), 0
+
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
+        return minifloat_values(stored.astype(jnp.uint8), self._kind, dtype)
+
+    def scales_of(self, top: jax.Array, elements: Grid) -> tuple[jax.Array, jax.Array]:
+        """``top / elements.top`` rounded on this grid, under one scale with which the largest of them is its top.
+
+        Deviation: none is smaller than the smallest positive level, so that a block of small weights does not vanish
+        because another one is large.
+        """
+        wanted = top * (1.0 / elements.top)
+        outer = positive(jnp.max(wanted, keepdims=True) * (1.0 / self.top), least=2.0**20)
+        return self.nearest(jnp.maximum(wanted * (1.0 / outer), self.finest)), outer
 
 
 E4M3 = Float(4, 3, reserved=1)
@@ -104,11 +205,8 @@ E2M1 = Float(2, 1)
 
 
 @dataclass(frozen=True)
-class Levels(Spec):
+class Levels(LevelGrid):
     """Any table: ``dense == values[code] * scale``.
-
-    A value halfway between two levels goes to the one nearer zero, and between a negative and a positive one to the
-    latter.
 
     Args:
       values: 2 to 256 finite numbers, ascending.
@@ -134,149 +232,11 @@ class Levels(Spec):
             raise ValueError(f"Levels: values must ascend, as float32 too, got {self.values!r}.")
 
     @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return (len(self.values) - 1).bit_length()
-
-    @property
     def levels(self) -> tuple[float, ...]:
         """All values, ascending."""
         return self.values
 
-    @property
-    def top(self) -> float:
-        """The largest magnitude."""
-        return max(-self.values[0], self.values[-1])
 
-
-@dataclass(frozen=True)
-class PoT(Spec):
-    """Powers of two: ``{0, ±2**-i for i in 0 .. 2**(bits-1) - 2}``.
-
-    Args:
-      bits: width of a code with its sign, 2..6: more would only add levels below ``2**-30`` of the largest.
-
-    Raises:
-      ValueError: bits outside 2..6.
-
-    >>> PoT(3).levels
-    (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
-
-    Source: Zhou et al. 2017, arXiv:1702.03044; Li et al. 2020, arXiv:1909.13144, equation 2 (one level fewer a sign,
-    so that zero has its code).
-    """
-
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        check_bits("PoT", self.bits)
-        if self.bits > 6:
-            raise ValueError(f"PoT: bits must be an integer in 2..6, got {self.bits!r}; APoT makes use of more.")
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """All values, ascending."""
-        return _mirrored((0.0, *(2.0**-i for i in reversed(range(2 ** (self.bits - 1) - 1)))))
-
-    @property
-    def top(self) -> float:
-        """The largest value."""
-        return 1.0
-
-
-@dataclass(frozen=True)
-class APoT(Spec):
-    """Additive powers of two: a magnitude is a sum of terms, each 0 or one of three powers of two; the top is 1.
-
-    The ``bits - 1`` bits of a magnitude are cut into pairs, which choose among the four values of their term; an odd
-    bit chooses 0 or one power. The powers ``2**-1, 2**-2, …`` are dealt to the terms in turn.
-
-    Args:
-      bits: width of a code with its sign, 2..8.
-
-    Raises:
-      ValueError: bits outside 2..8.
-
-    >>> [round(v, 6) for v in APoT(4).levels[7:]]
-    [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]
-
-    Source: Li et al. 2020, arXiv:1909.13144, equations 3 to 6 with k = 2; the odd bit as in its authors' code. The
-    range's end is the clipping threshold α: give it by ``scale=Fixed(α)``, or train it by ``learned``.
-    """
-
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        check_bits("APoT", self.bits)
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """All values, ascending."""
-        return _apot_levels(self.bits)
-
-    @property
-    def top(self) -> float:
-        """The largest value."""
-        return 1.0
-
-
-@cache
-def _apot_levels(bits: int) -> tuple[float, ...]:
-    pairs, odd = divmod(bits - 1, 2)
-    terms: list[list[float]] = [[0.0] for _ in range(pairs + odd)]
-    power = 0
-    for turn in range(3):
-        dealt = terms[:pairs] if turn < 2 else [*terms[pairs:], *terms[:pairs]]
-        for term in dealt:
-            power -= 1
-            term.append(2.0**power)
-    sums = {0.0}
-    for term in terms:
-        sums = {s + t for s in sums for t in term}
-    top = max(sums)
-    return _mirrored(tuple(sorted(s / top for s in sums)))
-
-
-# Quantiles of the normal distribution: of p = 0.9677083 down to 1/2 in 8 steps above zero and in 7 below, over the
-# largest. tests/test_grids.py derives them again.
-# fmt: off
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
-
-
-@dataclass(frozen=True)
-class NF4(Spec):
-    """NormalFloat: 16 levels at quantiles of the normal distribution, -1, 0 and 1 among them.
-
-    >>> NF4().bits, NF4().levels[7]
-    (4, 0.0)
-
-    Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
-    """
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return 4
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """All values, ascending."""
-        return _NF4
-
-    @property
-    def top(self) -> float:
-        """The largest value."""
-        return 1.0
-
-
-def _mirrored(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
+def mirrored(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
+    """Magnitudes, ascending from 0, with both signs."""
     return (*(-m for m in reversed(magnitudes[1:])), *magnitudes)
-
-
-LevelGrid = Float | Levels | PoT | APoT | NF4

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from typing import ClassVar
 
-from jaxcomp.core.specs import Spec
-from jaxcomp.quantization.grids import Companded, Int
-from jaxcomp.quantization.level_grids import NF4, APoT, Float, LevelGrid, Levels, PoT
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.core.types import DType
+from jaxcomp.quantization.grids import Grid, ScaleAndZero, ScaleGrid
+from jaxcomp.quantization.numerics.levels import exponent_of, power_of_two
 
 
 @dataclass(frozen=True)
-class E8M0(Spec):
+class E8M0(ScaleGrid):
     """A power of two in a byte, ``2**(code - 127)``: the scale of a microscaling block. Without sign or zero.
 
     Deviation: the codes below 27 and 255 (NaN) are not used, so that every level times its scale is a normal number of
@@ -26,9 +29,23 @@ class E8M0(Spec):
         """Width of a code."""
         return 8
 
+    def scales_of(self, top: jax.Array, elements: Grid) -> tuple[jax.Array, jax.Array]:
+        """``2**(floor(log2(top)) - floor(log2(elements.top)))``; over them what a unit of an element's number is."""
+        unit = 2.0**-elements.fraction_bits
+        e = jnp.clip(exponent_of(top) - (math.frexp(elements.top * unit)[1] - 1), -100, 127)
+        lost = jnp.any(jnp.isnan(top))  # which a power of two cannot say
+        return power_of_two(e, top.dtype), jnp.full((1,) * top.ndim, jnp.where(lost, jnp.nan, unit), top.dtype)
+
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
+        """The biased exponent."""
+        return (exponent_of(numbers) + 127).astype(jnp.uint8), 0
+
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
+        return power_of_two(stored.astype(jnp.uint8).astype(jnp.int32) - 127, dtype)
+
 
 @dataclass(frozen=True)
-class Blocked(Spec):
+class Blocked(Grid):
     """A grid whose block scales lie on a grid of their own: one byte a block.
 
     With ``E8M0`` scales a block's is ``2**(floor(log2(absmax)) - floor(log2(top)))``; larger magnitudes than the grid
@@ -43,6 +60,7 @@ class Blocked(Spec):
       TypeError: a grid or scales of another kind.
       ValueError: an ``Int`` that is asymmetric or of one bit.
 
+    >>> from jaxcomp.quantization.grids import Int
     >>> Blocked(Int(4), E8M0()).bits
     4
 
@@ -50,16 +68,18 @@ class Blocked(Spec):
     arXiv:2305.14314, section 3.
     """
 
-    grid: Int | Float | Levels | PoT | APoT | NF4
-    scales: E8M0 | Float
+    grid: Grid
+    scales: ScaleGrid
+
+    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, Int | LevelGrid) or not isinstance(self.scales, E8M0 | Float):
+        if not isinstance(self.grid, Grid) or not self.grid.linear or not isinstance(self.scales, ScaleGrid):
             raise TypeError(
                 f"Blocked: wants a grid such as E2M1 and scales E8M0() or a Float, got {self.grid!r} and"
                 f" {self.scales!r}."
             )
-        if isinstance(self.grid, Int) and (self.grid.is_sign or not self.grid.symmetric):
+        if self.grid.asymmetric or not self.grid.clips:
             raise ValueError(f"Blocked: an Int grid must be symmetric, of two bits or more, got {self.grid!r}.")
 
     @property
@@ -68,22 +88,35 @@ class Blocked(Spec):
         return self.grid.bits
 
     @property
-    def shift(self) -> int:
-        """The power of two that an element's code counts: MX's integers are fractions, ``code / 2**(bits - 2)``."""
-        return 2 - self.grid.bits if isinstance(self.grid, Int) else 0
+    def ends(self) -> tuple[float, float]:  # noqa: D102
+        return self.grid.ends
 
-    @cached_property
-    def top_exponent(self) -> int:
-        """``floor(log2)`` of the largest element."""
-        top = math.ldexp(self.grid.code_range[1], self.shift) if isinstance(self.grid, Int) else self.grid.top
-        return math.frexp(top)[1] - 1
+    @property
+    def elements(self) -> Grid:  # noqa: D102
+        return self.grid
 
+    @property
+    def scale_grid(self) -> ScaleGrid:  # noqa: D102
+        return self.scales
 
-Grid = Int | Companded | Float | Levels | PoT | APoT | NF4 | E8M0
+    def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:  # noqa: D102
+        part, outer = self.scales.scales_of(top, self.grid)
+        return part * outer, None
 
+    def encode(
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        *,
+        noise: jax.Array | None = None,
+        clipped: bool = True,
+    ) -> jax.Array:
+        """The elements' own numbers."""
+        return self.grid.encode(w, scale, zero_point, noise=noise, clipped=clipped)
 
-def has_zero(grid: Grid) -> bool:
-    """Whether 0 is on the grid: else a zero stays zero under a mask only."""
-    if isinstance(grid, LevelGrid):
-        return 0.0 in grid.levels
-    return not isinstance(grid, E8M0) and not (isinstance(grid, Int) and grid.is_sign)
+    def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:  # noqa: D102
+        return self.grid.stored(numbers)
+
+    def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
+        return self.grid.loaded(stored, dtype)

@@ -4,32 +4,65 @@ from __future__ import annotations
 
 import math
 import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.specs import Spec
-from jaxcomp.core.types import Key, PyTree
+from jaxcomp.core.types import Key, PyTree, Shape
+from jaxcomp.quantization.numerics.ranges import Ends, absmax_range, mean_range, mse_range, percentile_range
+
+OnGrid = Callable[[jax.Array, jax.Array | None], jax.Array]
+"""The values on the grid of a range: ``on_grid(top, bottom)``."""
+
+
+class FoundRange(Spec, ABC):
+    """A rule that finds the range of each block in its values."""
+
+    @abstractmethod
+    def ends(self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid) -> Ends:
+        """The two ends, one of each a block; the lower is None for ``-top``.
+
+        Args:
+          x: the values, through which no gradient flows.
+          blocks: how many there are along each axis.
+          mask: which values count; what it hides is 0.
+          symmetric: whether the grid has one end for both signs.
+          on_grid: the values on the grid of a range.
+        """
 
 
 @dataclass(frozen=True)
-class AbsMax(Spec):
+class AbsMax(FoundRange):
     """A block's range ends at its largest magnitude, or at its two extremes for an asymmetric grid."""
 
+    def ends(  # noqa: D102
+        self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid
+    ) -> Ends:
+        return absmax_range(x, blocks, symmetric)
+
 
 @dataclass(frozen=True)
-class MeanAbs(Spec):
+class MeanAbs(FoundRange):
     """A block's range ends at its mean magnitude: the scale of a sign, least squares for it.
 
     Source: Rastegari et al. 2016, arXiv:1603.05279, equation 6.
     """
 
+    def ends(  # noqa: D102
+        self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid
+    ) -> Ends:
+        return mean_range(x, blocks, mask)
+
 
 @dataclass(frozen=True)
-class Percentile(Spec):
+class Percentile(FoundRange):
     """A block's range ends at a percentile of its magnitudes, or of its values at both sides for an asymmetric grid.
 
     It is the smallest magnitude that at least ``percent`` of the block's do not exceed; what lies beyond saturates.
@@ -48,9 +81,16 @@ class Percentile(Spec):
         if not isinstance(self.percent, numbers.Real) or not 50 < float(self.percent) <= 100:
             raise ValueError(f"Percentile: percent must be a number in (50, 100], got {self.percent!r}.")
 
+    def ends(  # noqa: D102
+        self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid
+    ) -> Ends:
+        top, bottom = percentile_range(x, blocks, mask, percent=float(self.percent), symmetric=symmetric)
+        lost = jnp.isnan(absmax_range(x, blocks, True)[0])  # a percentile may pass NaN by
+        return jnp.where(lost, jnp.nan, top), bottom
+
 
 @dataclass(frozen=True)
-class MSE(Spec):
+class MSE(FoundRange):
     """Of ``steps`` ranges from ``smallest`` times a block's largest magnitude up to it, the one of least squared error.
 
     Args:
@@ -69,6 +109,12 @@ class MSE(Spec):
             raise ValueError(f"MSE: smallest must be a fraction in (0, 1), got {self.smallest!r}.")
         if not isinstance(self.steps, numbers.Integral) or self.steps < 2:
             raise ValueError(f"MSE: steps must be an integer of at least 2, got {self.steps!r}.")
+
+    def ends(  # noqa: D102
+        self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid
+    ) -> Ends:
+        ratios = np.linspace(1.0, float(self.smallest), int(self.steps))
+        return mse_range(x, blocks, absmax_range(x, blocks, symmetric), ratios, on_grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +138,7 @@ class Fixed(Spec):
                 raise ValueError(f"Fixed: the range's end at {path!r} must be positive and finite, got {x!r}.")
 
 
-ScaleRule = AbsMax | MeanAbs | Percentile | MSE | Fixed
+ScaleRule = FoundRange | Fixed
 
 
 def checked_rule(owner: str, rule: object) -> None:

@@ -16,17 +16,15 @@ from jaxcomp.core.slots import check_finite, rewrite, slots
 from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.core.types import Key, Params, PyTree, State, Step
 from jaxcomp.quantization.blocks import Cut, cut, range_of
-from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.leaves import Folded, Quantized
-from jaxcomp.quantization.microscaling import E8M0, Blocked, Grid
-from jaxcomp.quantization.numerics.coding import block_scales, encode, scale_of
+from jaxcomp.quantization.grids import Grid, Int
+from jaxcomp.quantization.leaves import Folded, Quantized, scales_and_zero
 from jaxcomp.quantization.scales import AbsMax, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
 
 OWNER = "quantize"
 
 
 def quantize(
-    grid: Grid | Blocked = Int(8),  # noqa: B008 - frozen
+    grid: Grid = Int(8),  # noqa: B008 - frozen
     *,
     per: Layout = Channels(),  # noqa: B008 - frozen
     roles: Roles | None = None,
@@ -71,7 +69,7 @@ def quantize(
     Source: Krishnamoorthi 2018, arXiv:1806.08342; straight-through as in Bengio et al. 2013, arXiv:1308.3432; buckets
     as in Polino et al. 2018, arXiv:1802.05668.
     """
-    if not isinstance(grid, Grid | Blocked) or isinstance(grid, E8M0):
+    if not isinstance(grid, Grid):
         raise TypeError(f"{OWNER}: wants a grid such as Int(8) or Log(4), got {grid!r}.")
     checked_layout(OWNER, per)
     checked_roles(OWNER, roles)
@@ -121,18 +119,12 @@ def _leaf_key(state: State, rounding: Stochastic, path: str) -> Key:
     return key_of_leaf(jax.random.wrap_key_data(state, impl=jax.random.key_impl(rounding.key)), path)
 
 
-def _quantized(x: Cut, grid: Grid | Blocked, rule: ScaleRule | None, *, key: Key | None, clipped: bool) -> Quantized:
+def _quantized(x: Cut, grid: Grid, rule: ScaleRule | None, *, key: Key | None, clipped: bool) -> Quantized:
     """One array on its grid."""
     w, ends = x.values, range_of(x, grid, rule)
-    inner = grid.grid if isinstance(grid, Blocked) else grid
-    scale: jax.Array | Quantized
-    if isinstance(grid, Blocked):
-        part, outer = block_scales(ends[0], grid)
-        scale, zero = Quantized(part, outer, None, grid.scales, part.dtype), None
-    else:
-        scale, zero = scale_of(*ends, grid)
+    scale, zero = scales_and_zero(grid, *ends)
     noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
     # No weight is outside its own block's range, so the backward pass need not look.
-    covered = isinstance(rule, AbsMax | None) and not isinstance(grid, Blocked)
-    codes = encode(w, dense(scale), zero, inner, noise=noise, clipped=clipped and not covered)
-    return Quantized(codes, scale, zero, inner, jnp.dtype(w.dtype))
+    covered = isinstance(rule, AbsMax | None) and grid.scale_grid is None
+    codes = grid.encode(w, dense(scale), zero, noise=noise, clipped=clipped and not covered)
+    return Quantized(codes, scale, zero, grid.elements, jnp.dtype(w.dtype))

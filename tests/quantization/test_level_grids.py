@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.stats import norm
 
 import jaxcomp as jc
 from jaxcomp.quantization.level_grids import E2M1, E2M3, E3M2, E4M3, E5M2, Levels
-from jaxcomp.quantization.microscaling import E8M0, Blocked, has_zero
+from jaxcomp.quantization.microscaling import E8M0, Blocked
 
 # Every minifloat that ml_dtypes has: formats without infinities reserve NaN's code or none; those whose NaN is -0's
 # code ("fnuz") reserve none of the magnitudes.
@@ -68,19 +69,12 @@ def test_powers_of_two_are_that(bits) -> None:
     assert (np.frexp(levels[levels > 0])[0] == 0.5).all()
 
 
-def test_which_grids_have_a_zero() -> None:
-    for grid in (
-        *FORMATS.values(),
-        jc.quantization.NF4(),
-        jc.quantization.PoT(4),
-        jc.quantization.APoT(3),
-        jc.Int(4),
-        jc.Int(1, symmetric=False),
-        jc.Log(3),
-    ):
-        assert has_zero(grid), grid
-    for grid in (jc.Int(1), Levels((-1.0, 1.0)), E8M0()):
-        assert not has_zero(grid), grid
+def test_zero_has_its_code() -> None:
+    tables = jc.quantization.NF4(), jc.quantization.PoT(4), jc.quantization.APoT(3), Levels((-1.0, -0.5, 0.0, 2.0))
+    for grid in (*FORMATS.values(), *tables, jc.Int(4), jc.Int(1, symmetric=False), jc.Log(3)):
+        stored, _ = grid.stored(jnp.zeros(1, jnp.float32))
+        assert stored.tolist() == [grid.code_of_zero], grid
+        assert np.asarray(grid.loaded(stored, jnp.dtype("float32"))).tolist() == [0], grid
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import jaxcomp as jc
 from jaxcomp.activations import Rules
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, PyTree
-from jaxcomp.quantization.level_grids import APoT
-from jaxcomp.quantization.microscaling import Grid
+from jaxcomp.quantization import APoT
+from jaxcomp.quantization.grids import Grid
 from jaxcomp.structure import Plan, plan
 from train.data.sets import Dataset
 from train.networks.compressed import (

@@ -13,13 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
-from jaxcomp.core.bits import compute_dtype
-from jaxcomp.quantization.grids import Companded, Compander, Int
-from jaxcomp.quantization.numerics.rounding import round_ste
-
-Rounded = Callable[[jax.Array, int, int], jax.Array]
-"""``rounded(x, low, high)``: integers in the range, with a gradient."""
-
 
 def blocked(x: Shaped[Array, "*shape"], blocks: tuple[int, ...]) -> Shaped[Array, "*split"]:
     """Splits each axis i of size n into ``(blocks[i], n // blocks[i])``.
@@ -88,75 +81,45 @@ def positive(scale: Float[Array, "*blocks"], least: float = 1.0) -> Float[Array,
     return jnp.where(scale <= 0, jnp.ones_like(scale), jnp.maximum(scale, floor))
 
 
-def int_scale(
-    w: Float[Array, "*shape"], spec: Int, blocks: tuple[int, ...]
-) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
-    """Scale and zero point of each block, from the largest magnitude (symmetric) or the extremes (asymmetric).
+def in_steps(w: Float[Array, "*shape"], scale: Float[Array, "*blocks"]) -> Float[Array, "*shape"]:
+    """``w / scale`` in the scale's type, each number over its block.
 
-    No gradient flows into either.
+    By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
+
+    >>> in_steps(jnp.array([1.0, 3.0]), jnp.array([2.0]))
+    Array([0.5, 1.5], dtype=float32)
     """
-    x = jax.lax.stop_gradient(w).astype(compute_dtype(w.dtype))
-    if spec.symmetric:
-        return int_scale_of(block_absmax(x, blocks), None, spec)
-    return int_scale_of(block_reduce(x, blocks, jnp.max), block_reduce(x, blocks, jnp.min), spec)
+    return w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
 
 
-def int_scale_of(
-    top: Float[Array, "*blocks"], bottom: Float[Array, "*blocks"] | None, spec: Int
+def affine_scale(
+    top: Float[Array, "*blocks"], bottom: Float[Array, "*blocks"], high: int
 ) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
-    """Scale and zero point of the range ``[bottom, top]``, or ``[-top, top]`` for a symmetric grid.
+    """Scale and zero point of codes in ``[0, high]`` for the range ``[bottom, top]``, widened to hold 0.
 
     Multiplications by constants, never divisions, and a clip between each product and a sum, which a compiler would
     fuse into one rounding: so jit equals eager.
+
+    >>> affine_scale(jnp.array([2.0]), jnp.array([-1.0]), 3)
+    (Array([1.], dtype=float32), Array([1.], dtype=float32))
     """
-    low, high = spec.code_range
-    if spec.symmetric or bottom is None:
-        steps = high if spec.narrow or spec.is_sign else high + 0.5
-        scale = positive(top * (1.0 / steps))
-        return scale, jnp.zeros_like(scale)
-    step = 1.0 / (high - low)
+    step = 1.0 / high
     scale = positive(jnp.maximum(top * step, 0.0) - jnp.minimum(bottom * step, 0.0))
-    return scale, jnp.clip(jnp.round(-jnp.minimum(bottom, 0.0) / scale), low, high)
+    return scale, jnp.clip(jnp.round(-jnp.minimum(bottom, 0.0) / scale), 0, high)
 
 
-def int_codes(
-    w: Float[Array, "*shape"],
-    scale: Float[Array, "*blocks"],
-    zero_point: Float[Array, "*blocks"] | None,
-    spec: Int,
-    rounded: Rounded = round_ste,
-) -> Float[Array, "*shape"]:
-    """``clip(round(w / scale) + zero_point)``: integers in a float type, with a straight-through gradient in w."""
-    low, high = spec.code_range
-    # By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
-    x = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
-    if spec.symmetric or zero_point is None:
-        return rounded(x, low, high)
-    # The clip changes no code and keeps the product and the sum two roundings, in jit as in eager.
-    x = jnp.clip(x, -high - 1.0, high + 1.0)
-    return rounded(x + spread(zero_point, w.shape), low, high)
+def shifted(steps: Float[Array, "*shape"], zero_point: Float[Array, "*blocks"], high: int) -> Float[Array, "*shape"]:
+    """Steps counted from code 0 of codes in ``[0, high]``: ``steps + zero_point``, where it may round to a code.
 
-
-def companded_step(top: Float[Array, "*blocks"], spec: Companded) -> Float[Array, "*blocks"]:
-    """``f(top) / (2**(bits-1) - 1)`` of each block: the width of a cell in the companded domain."""
-    return positive(spec.compander.compress(top) * (1.0 / spec.code_range[1]))
-
-
-def companded_codes(
-    w: Float[Array, "*shape"], step: Float[Array, "*blocks"], spec: Companded, rounded: Rounded = round_ste
-) -> Float[Array, "*shape"]:
-    """``clip(round(f(w) / step))``; the gradient passes ``f`` and skips the rounding."""
-    low, high = spec.code_range
-    return rounded(spec.compander.compress(w.astype(step.dtype)) / spread(step, w.shape), low, high)
+    The clip changes no code and keeps the product that made the steps and the sum two roundings, in jit as in eager.
+    """
+    return jnp.clip(steps, -high - 1.0, high + 1.0) + spread(zero_point, steps.shape)
 
 
 def dequantize(
-    codes: Num[Array, "*shape"],
-    scale: Float[Array, "*blocks"],
-    zero_point: Float[Array, "*blocks"] | None = None,
-    compander: Compander | None = None,
+    codes: Num[Array, "*shape"], scale: Float[Array, "*blocks"], zero_point: Float[Array, "*blocks"] | None = None
 ) -> Float[Array, "*shape"]:
-    """``(codes - zero_point) * scale``, expanded where the grid is companded.
+    """``(codes - zero_point) * scale``.
 
     The factors are rounded once each, in this order, in the scale's type: what training computes from float codes and
     what a reader computes from packed ones are the same bits.
@@ -164,5 +127,4 @@ def dequantize(
     x = codes.astype(scale.dtype)
     if zero_point is not None:
         x = x - spread(zero_point, codes.shape)
-    x = x * spread(scale, codes.shape)
-    return x if compander is None else compander.expand(x)
+    return x * spread(scale, codes.shape)

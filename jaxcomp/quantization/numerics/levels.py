@@ -1,19 +1,19 @@
 """Rounding to a table of levels, minifloats by arithmetic and other tables by their midpoints; their codes and back.
 
 Values here are in units of the scale. A level is a number in a float type, a code its index or bit pattern in uint8.
+``levels`` are plain numbers, all that there are, ascending.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32, Num, UInt8
 
 from jaxcomp.core.gradients import straight_through
-from jaxcomp.quantization import level_grids as grids
-from jaxcomp.quantization.level_grids import LevelGrid
-from jaxcomp.quantization.microscaling import E8M0
 
 _FEW = 16  # up to so many levels a chain of comparisons, which fuses, else a search in the table
 _SLACK = 1 + 2.0**-10  # absorbs the rounding error of w / scale
@@ -42,9 +42,23 @@ def power_of_two(e: Int32[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*
     return jax.lax.bitcast_convert_type((e.astype(word) - (int(info.minexp) - 1)) << info.nmant, dtype)
 
 
-def to_levels(
+class Minifloat(NamedTuple):
+    """What a minifloat's bit patterns mean.
+
+    Fields:
+      bits: of a code, with the sign, which is on top.
+      mantissa: the lowest bits.
+      bias: of the exponent.
+    """
+
+    bits: int
+    mantissa: int
+    bias: int
+
+
+def to_table(
     x: Float[Array, "*shape"],
-    grid: LevelGrid,
+    levels: tuple[float, ...],
     *,
     noise: Float[Array, "*shape"] | None = None,
     clipped: bool = True,
@@ -53,65 +67,88 @@ def to_levels(
 
     The gradient is straight through, and where ``clipped`` cut outside the levels' cells: half the end cell beyond it.
 
-    >>> to_levels(jnp.array([0.7, -2.4, 9.0]), grids.E2M1)
-    Array([ 0.5, -2. ,  6. ], dtype=float32)
+    >>> to_table(jnp.array([0.7, -2.4, 9.0]), (-1.0, 0.0, 1.0, 4.0))
+    Array([ 1., -1.,  4.], dtype=float32)
     """
-    ends = grid.levels[0], grid.levels[-1]
-    inner = grid.levels[1], grid.levels[-2]
-    low, high = ((end + (end - near) / 2) * _SLACK for end, near in zip(ends, inner, strict=True))
     frozen = jax.lax.stop_gradient(x)
-    value = _float(frozen, grid, noise) if isinstance(grid, grids.Float) else _table(frozen, grid.levels, noise)
-    value = jnp.where(jnp.isnan(frozen), frozen, value)
+    value = _table(frozen, levels, noise)
+    return _through(x, jnp.where(jnp.isnan(frozen), frozen, value), levels, clipped)
+
+
+def to_minifloat(
+    x: Float[Array, "*shape"],
+    kind: Minifloat,
+    levels: tuple[float, ...],
+    *,
+    noise: Float[Array, "*shape"] | None = None,
+    clipped: bool = True,
+) -> Float[Array, "*shape"]:
+    """:func:`to_table` by arithmetic, for the levels of a minifloat; ties go to the even code.
+
+    >>> to_minifloat(jnp.array([0.2, 0.25, 9.0]), Minifloat(3, 1, 1), (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+    Array([0., 0., 3.], dtype=float32)
+    """
+    frozen = jax.lax.stop_gradient(x)
+    value = _minifloat(frozen, kind, levels[-1], noise)
+    return _through(x, jnp.where(jnp.isnan(frozen), frozen, value), levels, clipped)
+
+
+def _through(x: jax.Array, value: jax.Array, levels: tuple[float, ...], clipped: bool) -> jax.Array:
+    """The level with the gradient of what was rounded to it."""
+    ends = levels[0], levels[-1]
+    inner = levels[1], levels[-2]
+    low, high = ((end + (end - near) / 2) * _SLACK for end, near in zip(ends, inner, strict=True))
     return straight_through(x, value, (x >= low) & (x <= high) if clipped else None)
 
 
-def level_codes(levels: Float[Array, "*shape"], grid: LevelGrid | E8M0) -> UInt8[Array, "*shape"]:
-    """The code of each level: a minifloat's bit pattern, else the index in the ascending table."""
-    if isinstance(grid, E8M0):
-        return (exponent_of(levels) + 127).astype(jnp.uint8)
-    if isinstance(grid, grids.Float):
-        sign = (levels < 0).astype(jnp.int32) << (grid.bits - 1)
-        return (_magnitude_code(jnp.abs(levels), grid) + sign).astype(jnp.uint8)
-    return _index(levels, np.asarray(grid.levels[:-1]))
+def table_codes(numbers: Float[Array, "*shape"], levels: tuple[float, ...]) -> UInt8[Array, "*shape"]:
+    """The index of each number, which is a level."""
+    return _index(numbers, np.asarray(levels[:-1]))
 
 
-def level_values(codes: UInt8[Array, "*shape"], grid: LevelGrid | E8M0, dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """The inverse of :func:`level_codes`, bit for bit."""
-    if isinstance(grid, E8M0):
-        return power_of_two(codes.astype(jnp.int32) - 127, dtype)
-    if not isinstance(grid, grids.Float):
-        return _lookup(codes, grid.levels, dtype)
-    m, word = grid.mantissa, codes.astype(jnp.int32)
-    magnitude = word & (2 ** (grid.bits - 1) - 1)
+def table_values(codes: Num[Array, "*shape"], levels: tuple[float, ...], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The inverse of :func:`table_codes`, bit for bit."""
+    table = jnp.asarray(np.asarray(levels, np.float64), dtype)
+    return table.at[codes.astype(jnp.int32)].get(mode="clip")
+
+
+def minifloat_codes(numbers: Float[Array, "*shape"], kind: Minifloat) -> UInt8[Array, "*shape"]:
+    """The bit pattern of each number, which is a level."""
+    sign = (numbers < 0).astype(jnp.int32) << (kind.bits - 1)
+    magnitude = jnp.abs(numbers)
+    unit = _unit(magnitude, kind)
+    steps = (magnitude * power_of_two(-unit, magnitude.dtype)).astype(jnp.int32)
+    code = steps + ((unit + kind.mantissa - (1 - kind.bias)) << kind.mantissa)
+    return (code + sign).astype(jnp.uint8)
+
+
+def minifloat_values(codes: Num[Array, "*shape"], kind: Minifloat, dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """The inverse of :func:`minifloat_codes`, bit for bit."""
+    m, word = kind.mantissa, codes.astype(jnp.int32)
+    magnitude = word & (2 ** (kind.bits - 1) - 1)
     field = magnitude >> m
     whole = (magnitude & (2**m - 1)) + jnp.where(field > 0, 2**m, 0)
-    value = whole.astype(dtype) * power_of_two(jnp.maximum(field, 1) - (grid.offset + m), dtype)
+    value = whole.astype(dtype) * power_of_two(jnp.maximum(field, 1) - (kind.bias + m), dtype)
     return jnp.where(word > magnitude, -value, value)
 
 
-def _float(x: jax.Array, grid: grids.Float, noise: jax.Array | None) -> jax.Array:
+def _minifloat(x: jax.Array, kind: Minifloat, top: float, noise: jax.Array | None) -> jax.Array:
     """In units of the binade's spacing a minifloat's mantissa is an integer, and its parity that of the code."""
-    magnitude = jnp.minimum(jnp.abs(x), jnp.asarray(grid.top, x.dtype))
-    unit = _unit(magnitude, grid)
+    magnitude = jnp.minimum(jnp.abs(x), jnp.asarray(top, x.dtype))
+    unit = _unit(magnitude, kind)
     steps = magnitude * power_of_two(-unit, x.dtype)
     if noise is None:
         steps = jnp.round(steps)
     else:
         whole = jnp.floor(steps)
         steps = whole + (noise < steps - whole).astype(x.dtype)
-    value = jnp.minimum(steps * power_of_two(unit, x.dtype), jnp.asarray(grid.top, x.dtype))
+    value = jnp.minimum(steps * power_of_two(unit, x.dtype), jnp.asarray(top, x.dtype))
     return jnp.where((x < 0) & (value > 0), -value, value)
 
 
-def _unit(magnitude: jax.Array, grid: grids.Float) -> jax.Array:
+def _unit(magnitude: jax.Array, kind: Minifloat) -> jax.Array:
     """The exponent of the spacing of the levels about a magnitude."""
-    return jnp.maximum(exponent_of(magnitude), 1 - grid.offset) - grid.mantissa
-
-
-def _magnitude_code(magnitude: jax.Array, grid: grids.Float) -> jax.Array:
-    unit = _unit(magnitude, grid)
-    steps = (magnitude * power_of_two(-unit, magnitude.dtype)).astype(jnp.int32)
-    return steps + ((unit + grid.mantissa - (1 - grid.offset)) << grid.mantissa)
+    return jnp.maximum(exponent_of(magnitude), 1 - kind.bias) - kind.mantissa
 
 
 def _table(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> jax.Array:
@@ -139,7 +176,7 @@ def _below(x: np.ndarray) -> np.ndarray:
 def _chosen(x: jax.Array, edges: np.ndarray, levels: tuple[float, ...]) -> jax.Array:
     """``levels[i]`` for the i edges below x."""
     if len(levels) > _FEW:
-        return _lookup(_index(x, edges), levels, x.dtype)
+        return table_values(_index(x, edges), levels, x.dtype)
     value = jnp.full_like(x, levels[0])
     for edge, level in zip(edges, levels[1:], strict=True):
         value = jnp.where(x > edge, jnp.asarray(level, x.dtype), value)
@@ -154,8 +191,3 @@ def _index(x: jax.Array, edges: np.ndarray) -> jax.Array:
         )
     table = jnp.asarray(edges, x.dtype)
     return jnp.searchsorted(table, x, method="scan_unrolled").astype(jnp.uint8)
-
-
-def _lookup(codes: jax.Array, levels: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
-    table = jnp.asarray(np.asarray(levels, np.float64), dtype)
-    return table.at[codes.astype(jnp.int32)].get(mode="clip")

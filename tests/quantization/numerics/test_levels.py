@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 import jaxcomp as jc
 from jaxcomp.quantization.level_grids import E2M1, E4M3, Levels
 from jaxcomp.quantization.microscaling import E8M0
-from jaxcomp.quantization.numerics.levels import exponent_of, level_codes, level_values, power_of_two, to_levels
+from jaxcomp.quantization.numerics.levels import exponent_of, power_of_two
 from jaxcomp.quantization.numerics.rounding import round_with
 from tests.marks import quick
 from tests.quantization.test_level_grids import FORMATS, all_codes
@@ -27,9 +27,9 @@ TABLES = {
     "sign": Levels((-1.0, 1.0)),
 }
 GRIDS = {**FORMATS, **TABLES}
-rounds = jax.jit(to_levels, static_argnums=1)
-codes_of = jax.jit(level_codes, static_argnums=1)
-values_of = jax.jit(level_values, static_argnums=(1, 2))
+rounds = jax.jit(lambda x, grid: grid.nearest(x), static_argnums=1)
+codes_of = jax.jit(lambda x, grid: grid.stored(x)[0], static_argnums=1)
+values_of = jax.jit(lambda x, grid, dtype: grid.loaded(x, dtype), static_argnums=(1, 2))
 values = hnp.arrays(np.float32, 64, elements=st.floats(-100, 100, width=32) | st.floats(-0.125, 0.125, width=32))
 
 
@@ -94,7 +94,7 @@ def test_levels_come_back_from_their_codes(name, x) -> None:
 @pytest.mark.parametrize("name", quick(GRIDS, "float8_e4m3fn", "float4_e2m1fn", "nf4", "apot4"))
 def test_levels_are_the_same_in_and_out_of_jit(name) -> None:
     x = jnp.asarray(interesting(GRIDS[name]))
-    eager, jitted = np.asarray(to_levels(x, GRIDS[name])), np.asarray(rounds(x, GRIDS[name]))
+    eager, jitted = np.asarray(GRIDS[name].nearest(x)), np.asarray(rounds(x, GRIDS[name]))
     assert eager.tobytes() == jitted.tobytes()
 
 
@@ -103,9 +103,9 @@ def test_powers_of_two_against_ml_dtypes() -> None:
     powers = power_of_two(jnp.asarray(e, jnp.int32), jnp.dtype("float32"))
     np.testing.assert_array_equal(powers, np.ldexp(np.float32(1), e))
     assert exponent_of(powers).tolist() == e.tolist()
-    codes = level_codes(powers, E8M0())
+    codes = E8M0().stored(powers)[0]
     assert np.asarray(codes).tolist() == np.asarray(powers).astype(ml_dtypes.float8_e8m0fnu).view(np.uint8).tolist()
-    np.testing.assert_array_equal(level_values(codes, E8M0(), jnp.dtype("float32")), powers)
+    np.testing.assert_array_equal(E8M0().loaded(codes, jnp.dtype("float32")), powers)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_levels(grid) -> None:
     x = jnp.linspace(1.2 * grid.levels[0], 1.2 * grid.levels[-1], 41, dtype=jnp.float32)
     n = 4000
     noise = jax.random.uniform(jax.random.key(0), (n, x.size))
-    drawn = np.asarray(jax.jit(lambda x, u: to_levels(x, grid, noise=u))(jnp.broadcast_to(x, noise.shape), noise))
+    drawn = np.asarray(jax.jit(lambda x, u: grid.nearest(x, noise=u))(jnp.broadcast_to(x, noise.shape), noise))
     levels = np.array(grid.levels, np.float32)
     assert np.isin(drawn, levels).all()
     inside = np.clip(np.asarray(x), levels[0], levels[-1])
@@ -129,7 +129,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_levels(grid) -> None:
     bound = 5 * np.sqrt((above - inside) * (inside - below) / n) + 1e-5 * np.abs(levels).max()
     assert (np.abs(drawn.mean(0, dtype=np.float64) - inside) <= bound).all()
     top = jnp.full((64, len(levels)), 1 - 2.0**-24) * 1
-    kept = to_levels(jnp.broadcast_to(jnp.asarray(levels), top.shape), grid, noise=top)
+    kept = grid.nearest(jnp.broadcast_to(jnp.asarray(levels), top.shape), noise=top)
     np.testing.assert_array_equal(kept, jnp.broadcast_to(jnp.asarray(levels), top.shape))
 
 
@@ -147,7 +147,7 @@ def test_stochastic_integers_are_unbiased_and_stay() -> None:
 def test_the_gradient_is_cut_beyond_the_end_cells_or_nowhere(grid) -> None:
     edge = grid.top + (grid.top - grid.levels[-2]) / 2
     x = jnp.array([0.0, 0.3, grid.top, edge, 1.01 * edge, -3 * edge], jnp.float32)
-    cut = jax.grad(lambda x: to_levels(x, grid).sum())(x)
+    cut = jax.grad(lambda x: grid.nearest(x).sum())(x)
     assert cut.tolist() == [1, 1, 1, 1, 0, 0]
-    assert jax.grad(lambda x: to_levels(x, grid, clipped=False).sum())(x).tolist() == [1] * 6
+    assert jax.grad(lambda x: grid.nearest(x, clipped=False).sum())(x).tolist() == [1] * 6
     assert jax.grad(lambda x: round_with(x, -1, 1, clipped=False).sum())(x).tolist() == [1] * 6
