@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, matches, path_str
 from jaxcomp.structure.atoms import FROZEN, Atoms, Dim, Label
-from jaxcomp.structure.labelling import RULES, Product, Unknown, Walk, Walked, aval_of
+from jaxcomp.structure.labelling import RULES, Product, Unknown, Walk, Walked
 from jaxcomp.structure.rules import control as rules_control
 from jaxcomp.structure.rules import index as rules_index
 from jaxcomp.structure.rules import layout as rules_layout
 from jaxcomp.structure.rules import math as rules_math
 from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.walk import aval_of
 
 RULE_MODULES = (rules_math, rules_layout, rules_index, rules_control)
 """The modules that fill the table of rules."""
