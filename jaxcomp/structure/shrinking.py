@@ -13,12 +13,12 @@ import numpy as np
 from jax.extend import core
 
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.structure import rewrite
+from jaxcomp.structure import resizing
 from jaxcomp.structure.analysis import Analysis, analyze
 from jaxcomp.structure.atoms import FREE, Atoms, Dim, Label
 from jaxcomp.structure.labelling import Step, Walk, Walked
 from jaxcomp.structure.plans import Plan, mask
-from jaxcomp.structure.rewrite import Keep
+from jaxcomp.structure.resizing import Keep
 from jaxcomp.trace import walk
 from jaxcomp.trace.control_flow import Runner, rebuilt
 from jaxcomp.trace.nested import Closed, bind, call_body
@@ -150,7 +150,7 @@ class _Run:
     def equation(self, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
         """One equation; those with jaxprs inside are rebuilt around smaller ones."""
         if not step.inner or not self.keep.touches(*step.uses, *step.outs):
-            return rewrite.run(self.keep, eqn, step, values)
+            return resizing.run(self.keep, eqn, step, values)
 
         def run(jaxpr: Closed, part: str, operands: Values) -> list[jax.Array]:
             return self.jaxpr(jaxpr, step.inner[part], operands)
@@ -194,7 +194,7 @@ class _Run:
                 pushed, shapes, labels, (*step.outs, *step.outs), [*primals, *(tangents[i] for i in moving)]
             )
             if outs is None:
-                return jax.jvp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), primals, tangents)
+                return jax.jvp(lambda *xs: resizing.full_size(self.keep, eqn, step, xs), primals, tangents)
             return outs[: len(step.outs)], outs[len(step.outs) :]
 
         return small
@@ -221,7 +221,7 @@ class _Run:
             given = [replace(o, zero=(True,) * len(o.zero)) for o in step.outs]
             outs = self._derived(pulled, shapes, [*step.uses, *given], wanted, [*operands, *cotangents])
             if outs is None:
-                of_all = jax.vjp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), *operands)[1]
+                of_all = jax.vjp(lambda *xs: resizing.full_size(self.keep, eqn, step, xs), *operands)[1]
                 return tuple(of_all(list(cotangents)))
             gradients: list[jax.Array | None] = [None] * len(operands)
             for i, g in zip(moving, outs, strict=True):

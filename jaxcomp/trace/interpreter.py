@@ -149,7 +149,7 @@ class Evaluator:
 
     def merged(self, a: Aux, b: Mapping[str, PyTree]) -> Aux:
         """Two sets of emissions as one."""
-        both = {k: self.require_monoid().merge(a[k], b[k]) for k in a if k in b}  # in a's order, so alike in each process
+        both = {k: self.require_monoid().merge(a[k], b[k]) for k in a if k in b}  # not a set: alike each time
         return {**a, **b, **both}
 
     def may_emit(self, at: Location) -> bool:

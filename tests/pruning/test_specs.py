@@ -234,7 +234,7 @@ def test_scores_of_statistics_are_their_formulas() -> None:
 @pytest.mark.parametrize(
     ("score", "maker"),
     [
-        (jc.pruning.wanda, "jaxcomp.trace.contraction.input_norms"),
+        (jc.pruning.wanda, "jaxcomp.trace.input_norms"),
         (jc.pruning.fisher, "jaxcomp.pruning.statistics.accumulate"),
         (jc.pruning.movement, "jaxcomp.pruning.statistics.accumulate"),
         (jc.pruning.taylor, "jax.grad of the loss"),
