@@ -137,5 +137,5 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
             return None
         return lambda values: {activation_name(site, i): observe(values[i]) for i in site.activations}
 
-    found = collect(fn, observer, MERGED, Nothing("calibrate", where, "site with an activation"))
+    found = collect(fn, observer, merged=MERGED, nothing=Nothing("calibrate", where, "site with an activation"))
     return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)

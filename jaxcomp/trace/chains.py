@@ -142,7 +142,8 @@ def _follow(site: Site, op: Op, level: _Level) -> Chain | None:
             break
         steps.append(Step(user, index, moved is not None))
         where, value = moved or where, user.eqn.outvars[0]
-        axes = tuple(where.axes.index((y,)) if (y,) in where.axes else -1 for y, _ in channels)
+        # A split axis stands twice, and neither half has a place for each channel.
+        axes = tuple(where.axes.index((y,)) if where.axes.count((y,)) == 1 else -1 for y, _ in channels)
         if moved is None and -1 not in axes:
             ends = (len(steps), axes)
     kept = tuple(steps[: ends[0]])

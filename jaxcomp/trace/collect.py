@@ -40,7 +40,7 @@ class Collected(NamedTuple):
 
 
 def collect(
-    fn: Fn, observer: Callable[[Site, Op], Observer | None], merged: Monoid, nothing: Nothing
+    fn: Fn, observer: Callable[[Site, Op], Observer | None], *, merged: Monoid, nothing: Nothing
 ) -> Callable[..., Collected]:
     """What ``fn(params, *args)`` shows at some of its sites.
 

@@ -43,7 +43,8 @@ def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.A
         axes = _input_axes(site, op)
         return _moments(site, axes) if axes and matches(where, site.path, site) else None
 
-    found = collect(fn, observer, SUMMED, Nothing("input_moments", where, "site that multiplies rows by a leaf"))
+    nothing = Nothing("input_moments", where, "site that multiplies rows by a leaf")
+    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
     return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)
 
 
@@ -73,7 +74,8 @@ def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.
         like = jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype)
         return _squares(site) if matches(where, weight.leaf, like) else None
 
-    found = collect(fn, observer, SUMMED, Nothing("input_norms", where, "weight with one contracted axis"))
+    nothing = Nothing("input_norms", where, "weight with one contracted axis")
+    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
 
     @wraps(fn)
     def norms(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:

@@ -28,6 +28,7 @@ COPIES = UNCHANGED | frozenset(
 """The result is the operand, cast, rounded or placed elsewhere at most."""
 PASSES = frozenset({"device_put", "optimization_barrier"})
 """As ``COPIES``, for any number of operands: result i is operand i."""
+SAME = COPIES | PASSES
 
 RELAID = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Every element of the operand is in the result."""

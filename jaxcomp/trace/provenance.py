@@ -8,7 +8,7 @@ from dataclasses import replace
 from jax.extend import core
 
 from jaxcomp.core.types import Shape
-from jaxcomp.trace.primitives import COPIES, ELEMENTWISE, PASSES
+from jaxcomp.trace.primitives import ELEMENTWISE, SAME
 from jaxcomp.trace.tags import Origin, Tag, mixed
 from jaxcomp.trace.walk import shape_of
 
@@ -60,7 +60,7 @@ MOVES: dict[str, Move] = {
 def out_tags(eqn: core.JaxprEqn, tags: Sequence[Tag]) -> list[Tag]:
     """The tags of an equation's results, from those of its operands."""
     name = eqn.primitive.name
-    if name in COPIES | PASSES and len(eqn.outvars) == len(tags):
+    if name in SAME and len(eqn.outvars) == len(tags):
         return list(tags)
     if name in MOVES and tags[0].origin is not None:
         origin = MOVES[name](eqn, tags[0].origin)

@@ -32,7 +32,7 @@ def _zero(eqn: core.JaxprEqn, zeros: Sequence[bool], ins: Sequence[Label]) -> bo
         return zeros[0] and known[1] is not None and known[1] > 0
     if name in ZERO_ALL:
         return all(zeros)
-    return any(zeros) if name in ZERO_ANY else name in COPIES | ZERO_FIRST and zeros[0]
+    return any(zeros) if name in ZERO_ANY else (name in ZERO_FIRST or name in COPIES) and zeros[0]
 
 
 @rule(*COPIES, *ELEMENTWISE)
