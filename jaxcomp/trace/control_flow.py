@@ -15,7 +15,7 @@ from jax.extend import core
 
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.trace import nested
-from jaxcomp.trace.interpreter import Aux, Evaluator, Outcome, Sides
+from jaxcomp.trace.interpreter import Aux, Evaluator, Opened, Outcome, Sides
 from jaxcomp.trace.nested import Closed, Scan, While
 from jaxcomp.trace.primitives import JIT, REMAT
 from jaxcomp.trace.walk import Location, Value
@@ -91,26 +91,27 @@ def remat(eqn: core.JaxprEqn, body: Closed, values: Sequence[V], run: Runner[V])
     return again(*values)
 
 
-def reopen(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def reopen(run: Evaluator, opened: Opened) -> Outcome:
     """The results and emissions of an equation whose inner jaxprs are evaluated anew."""
-    name = eqn.primitive.name
+    name = opened.eqn.primitive.name
     rule = _RULES.get(name, _jit if name in JIT else _remat if name in REMAT else _call)
-    return rule(run, eqn, at, values, sides)
+    return rule(run, opened)
 
 
-def _call(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _call(run: Evaluator, opened: Opened) -> Outcome:
     """closed_call, custom_jvp and custom_vjp: what is inside, in place."""
-    body = nested.call_body(eqn)
+    body = nested.call_body(opened.eqn)
     assert body is not None
-    return run.jaxpr(body, (*at, "call"), values, sides)
+    return run.jaxpr(body, (*opened.at, "call"), opened.values, opened.sides)
 
 
-def _jit(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _jit(run: Evaluator, opened: Opened) -> Outcome:
     """jit: what is inside, in place, under its name; its shardings become constraints."""
-    with jax.named_scope(f"jit({eqn.params['name']})"):
-        values = [_constrained(v, s) for v, s in zip(values, eqn.params["in_shardings"], strict=True)]
-        results, aux = _call(run, eqn, at, values, sides)
-        return [_constrained(r, s) for r, s in zip(results, eqn.params["out_shardings"], strict=True)], aux
+    p = opened.eqn.params
+    with jax.named_scope(f"jit({p['name']})"):
+        values = [_constrained(v, s) for v, s in zip(opened.values, p["in_shardings"], strict=True)]
+        results, aux = _call(run, opened._replace(values=values))
+        return [_constrained(r, s) for r, s in zip(results, p["out_shardings"], strict=True)], aux
 
 
 def _constrained(value: Value, sharding: object) -> Value:
@@ -119,8 +120,9 @@ def _constrained(value: Value, sharding: object) -> Value:
     return value
 
 
-def _remat(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _remat(run: Evaluator, opened: Opened) -> Outcome:
     """remat: side inputs go in, and emissions come out, as one more value."""
+    eqn, at, values, sides = opened
     keys = _below(sides, at)
 
     def inner(body: Closed, part: str, inputs: list[Value]) -> list[Value]:
@@ -132,8 +134,9 @@ def _remat(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value]
     return results, cast(Aux, aux)
 
 
-def _scan(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _scan(run: Evaluator, opened: Opened) -> Outcome:
     """scan: layer scans slice side inputs and stack emissions; others carry the merged emissions along."""
+    eqn, at, values, sides = opened
     parts = nested.scan_parts(eqn)
     split = parts.consts + parts.carry
     consts, xs = values[: parts.consts], [_sliceable(run, v, parts.length) for v in values[split:]]
@@ -163,8 +166,9 @@ def _scan(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value],
     return results, {**total, **stacked}
 
 
-def _while(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _while(run: Evaluator, opened: Opened) -> Outcome:
     """while: the merged emissions are carried along; its condition emits nothing."""
+    eqn, at, values, sides = opened
     parts = nested.while_parts(eqn)
     split = parts.cond_consts + parts.body_consts
     consts = values[parts.cond_consts : split]
@@ -192,8 +196,9 @@ def _while(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value]
     return results, cast(Aux, total)
 
 
-def _cond(run: Evaluator, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+def _cond(run: Evaluator, opened: Opened) -> Outcome:
     """cond: each branch emits what any of them does, the neutral element where it does not."""
+    eqn, at, values, sides = opened
     branches = nested.branches(eqn)
     dtypes = [getattr(v.aval, "dtype", None) for v in eqn.outvars]
 

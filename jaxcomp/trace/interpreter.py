@@ -67,7 +67,18 @@ Handler = Callable[[Op], Claim | None]
 """Looks at an equation and claims it, or does not."""
 Sides = Mapping[Location, PyTree]
 Outcome = tuple[list[Value], Aux]
-Reopen = Callable[["Evaluator", core.JaxprEqn, Location, list[Value], Sides], Outcome]
+
+
+class Opened(NamedTuple):
+    """An equation whose inner jaxprs are evaluated anew: where it stands, its operands, and the side inputs."""
+
+    eqn: core.JaxprEqn
+    at: Location
+    values: list[Value]
+    sides: Sides
+
+
+Reopen = Callable[["Evaluator", Opened], Outcome]
 """Runs an equation whose inner jaxprs are evaluated anew; see ``control_flow.reopen``."""
 INLINED = (frozenset(CALLS) - CUSTOM_RULE) | {"scan"}
 
@@ -114,7 +125,7 @@ class Evaluator:
                 return self.claimed(eqn, self.claims[at], values, sides.get(at))
         if self.opens(eqn, at, values):
             with jax.named_scope(str(eqn.source_info.name_stack)):
-                return self.reopen(self, eqn, at, values, sides)
+                return self.reopen(self, Opened(eqn, at, values, sides))
         if any(v is None for v in values):
             return [None] * len(eqn.outvars), {}
         return [*nested.bind(eqn, [self.array(v) for v in values])], {}
