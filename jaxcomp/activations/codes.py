@@ -15,6 +15,7 @@ from jaxcomp.core.leaves import Masked, dense, unpacked
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import CUTS, RELAID, UNCHANGED
 from jaxcomp.trace.tags import Origin
 
 
@@ -102,10 +103,10 @@ def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
         (codes,) = op.bind(value.codes, *rest)
         return [_on_scales(value, lambda v: rule(op, v), codes)]
     full = _on_scales(value, lambda v: _only_full(v, value.codes.shape))
-    codes = op.bind(full.codes, *rest)
+    parts = op.bind(full.codes, *rest)
     scales = _cut(op, full.scale, rest)
-    zeros = [None] * len(codes) if full.zero is None else _cut(op, full.zero, rest)
-    return [replace(full, codes=c, scale=s, zero=z) for c, s, z in zip(codes, scales, zeros, strict=True)]
+    zeros = [None] * len(parts) if full.zero is None else _cut(op, full.zero, rest)
+    return [replace(full, codes=c, scale=s, zero=z) for c, s, z in zip(parts, scales, zeros, strict=True)]
 
 
 def joined(op: Op, *values: Any) -> list[Any]:
@@ -166,9 +167,9 @@ _RULES: dict[str, Callable[[Op, jax.Array], jax.Array]] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
-    **dict.fromkeys(("copy", "copy_p", "name", "stop_gradient"), _same),
+    **dict.fromkeys(UNCHANGED, _same),
 }
-LAYOUT = frozenset(_RULES) | {"convert_element_type", "dynamic_slice", "rev", "slice", "split"}
+LAYOUT = RELAID | UNCHANGED | CUTS | {"convert_element_type"}
 """The operations through which codes pass."""
 
 

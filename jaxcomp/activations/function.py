@@ -26,11 +26,11 @@ from jaxcomp.activations.thin_products import Factors
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.flow import Location
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag
+from jaxcomp.trace.walk import Location
 
 
 def quantize_function(

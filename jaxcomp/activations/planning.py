@@ -15,7 +15,7 @@ from jaxcomp.activations.specs import PerGroup, Rule
 from jaxcomp.core.paths import Where, describe, first_matches, some_paths
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.nested import CUSTOM_RULE
+from jaxcomp.trace.primitives import CUSTOM_RULE
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.ranges import Range, min_max
 from jaxcomp.trace.sites import Site, sites_of

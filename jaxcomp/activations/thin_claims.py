@@ -14,9 +14,9 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.trace import nested
-from jaxcomp.trace.flow import Location
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.program import Program
+from jaxcomp.trace.walk import Location
 
 IN_FLOAT = "its factors run in float"
 """Why a product of factors is not run on integers."""

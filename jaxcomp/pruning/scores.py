@@ -124,7 +124,7 @@ fisher = Score(
 """``F w² / 2`` with the diagonal Fisher information ``F = E[(∂L/∂w)²]``: the loss's second-order change when w goes.
 Source: LeCun et al. 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.05787 (F for the Hessian)."""
 
-wanda = Score("wanda", _wanda, ("input_norms",), "jaxcomp.trace.contraction.input_norms(fn)(params, inputs)")
+wanda = Score("wanda", _wanda, ("input_norms",), "jaxcomp.trace.input_norms(fn)(params, inputs)")
 """``|w| ‖x‖₂`` with the norm of the activation that w multiplies. The paper compares within each output:
 ``structure=NM(n, m)``, with m the axis's size for a plain sparsity. Source: Sun et al. 2023, arXiv:2306.11695."""
 

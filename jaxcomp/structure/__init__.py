@@ -20,7 +20,7 @@ from jaxcomp.structure.groups import Group, Groups, Slice, channel_groups
 from jaxcomp.structure.iterative import Pruned, composed, fraction_per_round, prune_in_rounds
 from jaxcomp.structure.plans import Plan, mask
 from jaxcomp.structure.regularize import group_lasso, group_penalty, growing_strengths, unit_norms
-from jaxcomp.structure.scores import batch_norm_scale, fisher, fpgm, gradient, l1, l2, taylor
+from jaxcomp.structure.scores import batch_norm_scale, fpgm, group_fisher, l1, l2, unit_score
 from jaxcomp.structure.shrinking import check_shrink, shrink
 from jaxcomp.structure.timing import measured_seconds
 
@@ -36,10 +36,9 @@ __all__ = [
     "check_shrink",
     "composed",
     "drop_branches",
-    "fisher",
     "fpgm",
     "fraction_per_round",
-    "gradient",
+    "group_fisher",
     "group_lasso",
     "group_penalty",
     "growing_strengths",
@@ -51,7 +50,7 @@ __all__ = [
     "prune_in_rounds",
     "residual_branches",
     "shrink",
-    "taylor",
     "unit_norms",
+    "unit_score",
     "without_branches",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,15 @@ from jax.extend import core
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, matches, path_str
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure.atoms import FROZEN, Atoms, Dim, Label
-from jaxcomp.structure.labelling import RULES, Product, Unknown, Walk, Walked, aval_of
+from jaxcomp.structure.labelling import RULES, Product, Unknown, Walk, Walked
 from jaxcomp.structure.rules import control as rules_control
 from jaxcomp.structure.rules import index as rules_index
 from jaxcomp.structure.rules import layout as rules_layout
 from jaxcomp.structure.rules import math as rules_math
 from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.walk import Fn, aval_of
 
 RULE_MODULES = (rules_math, rules_layout, rules_index, rules_control)
 """The modules that fill the table of rules."""
@@ -63,7 +64,7 @@ class Analysis:
     stacked: NDArray[np.int64]
 
 
-def analyze(fn: Callable[..., Any], options: Options, params: Any, *args: Any, **kwargs: Any) -> Analysis:
+def analyze(fn: Fn, options: Options, params: Params, *args: PyTree, **kwargs: PyTree) -> Analysis:
     """Traces ``fn(params, *args, **kwargs)`` and walks it once; makes no array."""
     program = trace(fn, params, *args, **kwargs)
     walk = Walk(options.strict, options.through_means)
@@ -100,7 +101,7 @@ def _roots(walk: Walk, found: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.unique(walk.atoms.find(np.concatenate([np.zeros(1, np.int64), *every])))
 
 
-def _input(walk: Walk, aval: Any, has_channels: bool) -> Label:
+def _input(walk: Walk, aval: jax.core.ShapedArray, has_channels: bool) -> Label:
     shape = tuple(aval.shape)
     if not has_channels or not jnp.issubdtype(aval.dtype, jnp.floating):
         return Label(shape, (FROZEN,) * len(shape), (False,) * len(shape))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,8 @@ class Fixed(enum.Enum):
 FROZEN, FREE, UNIFORM = Fixed.FROZEN, Fixed.FREE, Fixed.UNIFORM
 Dim = NDArray[np.int64] | Fixed
 """A dimension: an atom for each index, or none at all."""
+Known = NDArray[np.generic]
+"""The value of a small constant."""
 
 
 class Atoms:
@@ -98,7 +99,7 @@ class Label:
     dims: tuple[Dim, ...]
     zero: tuple[bool, ...]
     null: bool = False
-    value: NDArray[Any] | None = None
+    value: Known | None = None
     sums: tuple[int, tuple[NDArray[np.int64], ...]] | None = None
 
     def zero_at(self, d: int) -> bool:
@@ -115,7 +116,7 @@ class Label:
         return replace(self, dims=tuple(dims))
 
 
-def fixed(shape: Sequence[int], kind: Fixed, value: NDArray[Any] | None = None) -> Label:
+def fixed(shape: Sequence[int], kind: Fixed, value: Known | None = None) -> Label:
     """The label of an array that no parameter's removal shrinks."""
     null = value is not None and not np.any(value)
     return Label(tuple(shape), (kind,) * len(shape), (False,) * len(shape), null, value)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 from jax.extend import core
 
 from jaxcomp.core.paths import leaves_with_paths, path_str
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure.analysis import Options, Output, analyze
-from jaxcomp.structure.labelling import aval_of, source_of
-from jaxcomp.trace.nested import REMAT, Closed, bind, call_body
-
-Location = tuple[int, ...]
+from jaxcomp.structure.labelling import source_of
+from jaxcomp.trace import walk
+from jaxcomp.trace.evaluator import evaluate
+from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.nested import Closed, call_body
+from jaxcomp.trace.primitives import SUMS
+from jaxcomp.trace.walk import Fn, Location, Value, aval_of
 
 
 @dataclass(frozen=True)
 class Branch:
     """A residual sum ``x + f(x)`` whose ``f`` owns parameters.
 
-    ``at`` is the place of the sum in the program (equation numbers, outermost first), ``kept`` which of its two
+    ``at`` is the place of the sum in the program, ``kept`` which of its two
     operands is x, ``shapes`` the parameters that only f uses, and ``source`` the line that sums.
     """
 
@@ -43,10 +47,11 @@ class _Equation:
 
 
 class _Graph:
-    """A program's equations with its calls opened; values are numbered, operands that are literals left out (-1)."""
+    """A program's equations with its calls opened; values are numbered, a literal anew each time that it is read."""
 
     def __init__(self, jaxpr: Closed) -> None:
         self.equations: list[_Equation] = []
+        self.widths: dict[Location, int] = {}
         self._count = 0
         self.ins = self._fresh(len(jaxpr.jaxpr.invars))
         self.outs = self._open(jaxpr, self.ins, ())
@@ -56,22 +61,15 @@ class _Graph:
         return list(range(self._count - n, self._count))
 
     def _open(self, jaxpr: Closed, ins: Sequence[int], at: Location) -> list[int]:
-        body = jaxpr.jaxpr
-        env: dict[Any, int] = dict(zip(body.constvars, self._fresh(len(body.constvars)), strict=True))
-        env.update(zip(body.invars, ins, strict=True))
-
-        def read(v: Any) -> int:
-            return -1 if isinstance(v, core.Literal) else env[v]
-
-        for i, eqn in enumerate(body.eqns):
-            operands, inner = [read(v) for v in eqn.invars], call_body(eqn)
+        def equation(eqn: core.JaxprEqn, location: Location, operands: list[int]) -> list[int]:
+            inner, self.widths[location] = call_body(eqn), len(eqn.outvars)
             if inner is not None:
-                outs = self._open(inner, operands, (*at, i))
-            else:
-                outs = self._fresh(len(eqn.outvars))
-                self.equations.append(_Equation((*at, i), eqn, tuple(operands), tuple(outs)))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in body.outvars]
+                return self._open(inner, operands, (*location, "call"))
+            outs = self._fresh(len(eqn.outvars))
+            self.equations.append(_Equation(location, eqn, tuple(operands), tuple(outs)))
+            return outs
+
+        return walk.run(jaxpr, ins, equation, constant=lambda _: self._fresh(1)[0], at=at)
 
     def live(self, outs: Sequence[int], dropped: Mapping[Location, int]) -> tuple[set[int], set[Location]]:
         """The values and the equations that ``outs`` need, when the sums ``dropped`` are their operand alone."""
@@ -84,7 +82,7 @@ class _Graph:
         return needed, run
 
 
-def residual_branches(fn: Callable[..., Any]) -> Callable[..., tuple[Branch, ...]]:
+def residual_branches(fn: Fn) -> Callable[..., tuple[Branch, ...]]:
     """Finds the residual sums of ``fn(params, *args)`` whose branch owns parameters, in program order.
 
     A sum ``x + f(x)`` is found wherever f's result depends on x and f has parameters that nothing else uses; sums
@@ -96,7 +94,7 @@ def residual_branches(fn: Callable[..., Any]) -> Callable[..., tuple[Branch, ...
     dict_keys(['a'])
     """
 
-    def find(params: Any, *args: Any, **kwargs: Any) -> tuple[Branch, ...]:
+    def find(params: Params, *args: PyTree, **kwargs: PyTree) -> tuple[Branch, ...]:
         analysis = analyze(fn, Options(), params, *args, **kwargs)
         program = analysis.program
         graph = _Graph(program.jaxpr)
@@ -136,7 +134,7 @@ def _made_from(graph: _Graph, dropped: Mapping[Location, int]) -> dict[int, int]
     for e in graph.equations:
         sources = 0
         for v in [e.ins[dropped[e.at]]] if e.at in dropped else e.ins:
-            sources |= made_from.get(v, 0) | (1 << v if v >= 0 else 0)
+            sources |= made_from.get(v, 0) | 1 << v
         made_from.update(dict.fromkeys(e.outs, sources))
     return made_from
 
@@ -146,7 +144,7 @@ def _sums(graph: _Graph) -> list[tuple[_Equation, int]]:
     made_from = _made_from(graph, {})
     found = []
     for e in graph.equations:
-        if e.eqn.primitive.name not in ("add", "add_any") or -1 in e.ins:
+        if e.eqn.primitive.name not in SUMS:
             continue
         if any(aval_of(v).shape != aval_of(e.eqn.outvars[0]).shape for v in e.eqn.invars):
             continue
@@ -158,7 +156,7 @@ def _sums(graph: _Graph) -> list[tuple[_Equation, int]]:
     return found
 
 
-def without_branches(branches: Sequence[Branch]) -> Callable[[Any], Any]:
+def without_branches(branches: Sequence[Branch]) -> Callable[[Params], Params]:
     """The tree without the branches' parameters: ``without_branches(branches)(params)`` has None in their places.
 
     Raises (on call):
@@ -166,7 +164,7 @@ def without_branches(branches: Sequence[Branch]) -> Callable[[Any], Any]:
     """
     gone = {path: s for b in branches for path, s in b.shapes.items()}
 
-    def smaller(params: Any) -> Any:
+    def smaller(params: Params) -> Params:
         found = {path: getattr(leaf, "shape", None) for path, leaf in leaves_with_paths(params)[0]}
         for path, s in gone.items():
             if found.get(path) != s.shape:
@@ -179,7 +177,7 @@ def without_branches(branches: Sequence[Branch]) -> Callable[[Any], Any]:
     return smaller
 
 
-def drop_branches(fn: Callable[..., Any], branches: Sequence[Branch]) -> Callable[..., Any]:
+def drop_branches(fn: Fn, branches: Sequence[Branch]) -> Fn:
     """``fn`` with ``x`` in place of ``x + f(x)`` at each branch; what only the branches needed is not run.
 
     The result takes the tree of ``without_branches`` and equals ``fn`` with f's result set to zero. New values of
@@ -192,72 +190,49 @@ def drop_branches(fn: Callable[..., Any], branches: Sequence[Branch]) -> Callabl
     dropped = {b.at: b.kept for b in branches}
     gone = {path: s for b in branches for path, s in b.shapes.items()}
 
-    def smaller(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def smaller(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         full = jax.tree_util.tree_map_with_path(
             lambda p, leaf: gone.get(path_str(p)) if leaf is None else leaf, params, is_leaf=lambda leaf: leaf is None
         )
         analysis = analyze(fn, Options(), full, *args, **kwargs)
         program = analysis.program
         graph = _Graph(program.jaxpr)
-        sums = {e.at for e in graph.equations if e.eqn.primitive.name in ("add", "add_any")}
+        sums = {e.at for e in graph.equations if e.eqn.primitive.name in SUMS}
         for b in branches:
             if b.at not in sums:
                 raise ValueError(
                     f"drop_branches: this call of fn has no sum where {b!r} was found; find its branches with "
                     "residual_branches(fn) in the same mode."
                 )
-        wanted = [o if _stays(out, gone) else -1 for o, out in zip(graph.outs, analysis.outs, strict=True)]
-        needed, run = graph.live([o for o in wanted if o >= 0], dropped)
+        stays = [out.param not in gone for out in analysis.outs]
+        needed, run = graph.live([o for o, stay in zip(graph.outs, stays, strict=True) if stay], dropped)
         needed_gone = [p for v, p in zip(graph.ins, program.param_paths, strict=False) if v in needed and p in gone]
         if needed_gone:
             raise ValueError(f"drop_branches: {needed_gone[0]!r} is used outside the branches in this call of fn.")
         values = program.flatten(full, *args, **kwargs)
         values = [None if isinstance(v, jax.ShapeDtypeStruct) else v for v in values]
-        run |= {at[:n] for at in run for n in range(len(at))}
-        results = _run(program.jaxpr, values, (), dropped, run)
-        return program.unflatten([r if _stays(o, gone) else None for r, o in zip(results, analysis.outs, strict=True)])
+        out = evaluate(program, _claims(graph, dropped, run), values).out
+        return program.unflatten([r if stay else None for r, stay in zip(program.results(out), stays, strict=True)])
 
     return smaller
 
 
-def _stays(out: Output, gone: Mapping[str, Any]) -> bool:
-    return out.param not in gone
+def _claims(graph: _Graph, dropped: Mapping[Location, int], run: set[Location]) -> dict[Location, Claim]:
+    """The sums are one of their operands; what nothing needs is absent, in the jaxprs that are opened for a sum."""
+    opened = {at[:n] for at in dropped for n in range(1, len(at), 2)}
+    alive = {at[:n] for at in run for n in range(1, len(at) + 1, 2)}
+    claims = {at: Claim(partial(_operand, kept)) for at, kept in dropped.items() if at in run}
+    for e in graph.equations:
+        places = [e.at[:n] for n in range(1, len(e.at) + 1, 2)]
+        dead = next((i for i, at in enumerate(places) if at not in alive), None)
+        if dead is not None and set(places[:dead]) <= opened:
+            claims[places[dead]] = Claim(partial(_absent, graph.widths[places[dead]]))
+    return claims
 
 
-def _run(
-    jaxpr: Closed, values: Sequence[Any], at: Location, dropped: Mapping[Location, int], live: set[Location]
-) -> list[Any]:
-    """Evaluates the equations in ``live``, which holds those that surround them too; other values are None."""
-    body = jaxpr.jaxpr
-    env: dict[Any, Any] = dict(zip(body.constvars, jaxpr.consts, strict=True))
-    env.update(zip(body.invars, values, strict=True))
-
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, core.Literal) else env[v]
-
-    for i, eqn in enumerate(body.eqns):
-        here, operands = (*at, i), [read(v) for v in eqn.invars]
-        outs: list[Any] = [None] * len(eqn.outvars)
-        if here in live and here in dropped:
-            outs = [operands[dropped[here]]]
-        elif here in live:
-            outs = _call(eqn, operands, here, dropped, live) if call_body(eqn) is not None else bind(eqn, operands)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in body.outvars]
+def _operand(kept: int, *values: Value) -> list[Value]:
+    return [values[kept]]
 
 
-def _call(
-    eqn: core.JaxprEqn, operands: list[Any], here: Location, dropped: Mapping[Location, int], live: set[Location]
-) -> list[Any]:
-    body = call_body(eqn)
-    assert body is not None
-    if all(place[: len(here)] != here for place in dropped) and not any(v is None for v in operands):
-        return bind(eqn, operands)
-
-    def inner(*values: Any) -> list[Any]:
-        return _run(body, values, here, dropped, live)
-
-    if eqn.primitive.name in REMAT:
-        p = eqn.params
-        return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*operands)
-    return inner(*operands)
+def _absent(count: int, *values: Value) -> list[Value]:
+    return [None] * count

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, describe, matches
+from jaxcomp.core.types import Params
 from jaxcomp.structure.groups import Group, Groups
 from jaxcomp.structure.plans import Plan
-from jaxcomp.structure.scores import Score, UnitScores, l2
+from jaxcomp.structure.scores import UnitScore, UnitScores, l2
 
 _STEPS = 4096  # how finely a uniform sparsity is searched
 
 
 def plan(
     groups: Groups,
-    params: Any,
+    params: Params,
     *,
     sparsity: float | None = None,
     parameters: float | None = None,
     macs: float | None = None,
     latency: tuple[Callable[[Plan], float], float] | None = None,
-    score: Score | None = None,
+    score: UnitScore | None = None,
     scope: Literal["uniform", "global"] = "uniform",
     round_to: int | Callable[[Group], int] = 1,
     min_channels: int = 1,
@@ -71,14 +72,12 @@ def plan(
     ladder = _Ladder(groups, scores, scope, round_to, min_channels, _excluded(groups, params, exclude))
     if sparsity is not None:
         return ladder.plan(round(sparsity * ladder.top))
-    cost, limit = _cost(targets, given[0])
-    return _search(ladder, cost, limit, given[0])
-
-
-def _cost(targets: dict[str, Any], name: str) -> tuple[Callable[[Plan], float], float]:
-    if name == "latency":
-        return targets[name]
-    return (lambda p: p.parameters if name == "parameters" else p.macs), targets[name]
+    if latency is not None:
+        return _search(ladder, *latency, "latency")
+    if parameters is not None:
+        return _search(ladder, lambda p: p.parameters, parameters, "parameters")
+    assert macs is not None
+    return _search(ladder, lambda p: p.macs, macs, "macs")
 
 
 def _search(ladder: _Ladder, cost: Callable[[Plan], float], limit: float, name: str) -> Plan:
@@ -169,7 +168,7 @@ def _multiple(group: Group, round_to: int | Callable[[Group], int]) -> int:
     return multiple // math.gcd(multiple, math.gcd(*(s.width for s in group.slices)))
 
 
-def _excluded(groups: Groups, params: Any, exclude: Where | None) -> list[bool]:
+def _excluded(groups: Groups, params: Params, exclude: Where | None) -> list[bool]:
     if exclude is None:
         return [False] * len(groups)
     out = [any(matches(exclude, path, None) for path in g.paths) for g in groups]

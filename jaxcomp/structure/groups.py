@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure.analysis import Analysis, Options, analyze, layer_count
 from jaxcomp.structure.labelling import Unknown
+from jaxcomp.trace.walk import Fn
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class Groups:
 
 
 def channel_groups(
-    fn: Callable[..., Any], *, free_outputs: Where | None = None, through_means: bool = False, strict: bool = False
+    fn: Fn, *, free_outputs: Where | None = None, through_means: bool = False, strict: bool = False
 ) -> Callable[..., Groups]:
     """Finds the channels of ``fn(params, *args)`` that can be removed, and what each owns.
 
@@ -156,7 +157,7 @@ def channel_groups(
     """
     options = Options(free_outputs, through_means, strict)
 
-    def groups_of(params: Any, *args: Any, **kwargs: Any) -> Groups:
+    def groups_of(params: Params, *args: PyTree, **kwargs: PyTree) -> Groups:
         return _collect(analyze(fn, options, params, *args, **kwargs), options)
 
     return groups_of

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxcomp.core.types import Params, PyTree, State
 from jaxcomp.structure.groups import Group, Groups, channel_groups
 from jaxcomp.structure.plans import Plan
 from jaxcomp.structure.shrinking import shrink
+from jaxcomp.trace.walk import Fn
 
-Fn = Callable[..., Any]
-Choose = Callable[[Groups, Any, Fn], Plan]
+Choose = Callable[[Groups, Params, Fn], Plan]
 """From the groups, the parameters and the function at their present size to what goes next."""
-Tune = Callable[[Plan, Any, Any], tuple[Any, Any]]
+Tune = Callable[[Plan, Params, State], tuple[Params, State]]
 """From the plan over the full-size tree and the parameters and the state that it leaves to tuned ones."""
 
 
@@ -29,19 +30,19 @@ class Pruned(NamedTuple):
     """
 
     fn: Fn
-    params: Any
-    state: Any
+    params: Params
+    state: State
     plan: Plan
 
 
 def prune_in_rounds(
     fn: Fn,
-    params: Any,
-    *args: Any,
+    params: Params,
+    *args: PyTree,
     rounds: Sequence[Choose],
     tune: Tune,
-    state: Any = None,
-    trained: Callable[[Any], Any] = lambda params: params,
+    state: State = None,
+    trained: Callable[[Params], Params] = lambda params: params,
 ) -> Pruned:
     """Prunes and fine-tunes in turns; each round really shrinks, so the next is trained and scored at its size.
 

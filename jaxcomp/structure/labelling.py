@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core, source_info_util
 from numpy.typing import NDArray
 
-from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Atoms, Dim, Label, arrays, fixed, weakest
+from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Atoms, Dim, Known, Label, arrays, fixed, weakest
+from jaxcomp.trace import walk
 from jaxcomp.trace.nested import Closed, bind, is_open
+from jaxcomp.trace.walk import Location, aval_of
 
 Dims = tuple[Dim, ...]
 _SMALL = 4096  # constants up to this many elements are followed by value, so that an index can be known
@@ -20,11 +21,11 @@ _SMALL = 4096  # constants up to this many elements are followed by value, so th
 
 @dataclass(frozen=True)
 class Step:
-    """One equation's labels: its operands as it uses them, its results, and the walks of the jaxprs inside it."""
+    """One equation's labels: its operands as it uses them, its results, and the walks of its inner jaxprs by part."""
 
     uses: tuple[Label, ...]
     outs: tuple[Label, ...]
-    inner: tuple[Walked, ...] = ()
+    inner: Mapping[str, Walked] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Unknown:
     source: str
 
 
-Result = tuple[Sequence[Label], Sequence[Label]] | tuple[Sequence[Label], Sequence[Label], Sequence[Walked]]
+Result = tuple[Sequence[Label], Sequence[Label]] | tuple[Sequence[Label], Sequence[Label], Mapping[str, Walked]]
 """What a rule gives: the operands as used, the results, and the walks inside."""
 Rule = Callable[["Walk", core.JaxprEqn, list[Label]], Result]
 RULES: dict[str, Rule] = {}
@@ -129,35 +130,29 @@ class Walk:
 
     def run(self, jaxpr: Closed, ins: Sequence[Label]) -> tuple[Walked, list[Label]]:
         """Walks ``jaxpr`` from the labels of its inputs; gives its steps and the labels of its results."""
-        body = jaxpr.jaxpr
-        env: dict[Any, Label] = dict(zip(body.constvars, map(_constant, jaxpr.consts), strict=True))
-        env.update(zip(body.invars, ins, strict=True))
+        steps: list[Step] = []
 
-        def read(v: Any) -> Label:
-            return _constant(v.val) if isinstance(v, core.Literal) else env[v]
+        def equation(eqn: core.JaxprEqn, location: Location, labels: list[Label]) -> Sequence[Label]:
+            steps.append(self._step(eqn, labels))
+            return steps[-1].outs
 
-        steps = []
-        self.jaxprs.append(body)
-        for eqn in body.eqns:
-            step, outs = self._step(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-            steps.append(step)
+        self.jaxprs.append(jaxpr.jaxpr)
+        results = walk.run(jaxpr, ins, equation, constant=_constant)
         self.jaxprs.pop()
-        results = [read(v) for v in body.outvars]
         return Walked(tuple(steps), tuple(i.dims for i in ins), tuple(r.dims for r in results)), results
 
-    def _step(self, eqn: core.JaxprEqn, ins: list[Label]) -> tuple[Step, Sequence[Label]]:
+    def _step(self, eqn: core.JaxprEqn, ins: list[Label]) -> Step:
         self.open.append(eqn)
         found = RULES.get(eqn.primitive.name, unknown)(self, eqn, ins)
         self.open.pop()
         uses, outs = found[0], list(found[1])
-        inner = tuple(found[2]) if len(found) == 3 else ()
+        inner = found[2] if len(found) == 3 else {}
         if self.depth != 1 and not is_open(eqn):
             for use in uses:
                 self.mark(*use.dims)
         if not inner and (value := _fold(eqn, ins)) is not None:
             outs = [fixed(value.shape, FREE, value)]
-        return Step(tuple(uses), tuple(outs), inner), outs
+        return Step(tuple(uses), tuple(outs), inner)
 
 
 def unknown(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
@@ -177,11 +172,6 @@ def unknown(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     return ins, [fixed(aval_of(v).shape, kind) for v in eqn.outvars]
 
 
-def aval_of(v: Any) -> Any:
-    """The shape and type of a jaxpr's variable or literal."""
-    return v.aval
-
-
 def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
     """The shape of an equation's first result."""
     return tuple(aval_of(eqn.outvars[0]).shape)
@@ -193,7 +183,7 @@ def source_of(*eqns: core.JaxprEqn) -> str:
     return next((line for line in lines if line), "an unknown line")
 
 
-def _constant(value: Any) -> Label:
+def _constant(value: jax.Array) -> Label:
     known = None
     if not isinstance(value, jax.core.Tracer) and not _is_key(value):
         shape = np.shape(value)
@@ -202,11 +192,11 @@ def _constant(value: Any) -> Label:
     return fixed(np.shape(value), FREE, known)
 
 
-def _is_key(value: Any) -> bool:
+def _is_key(value: jax.Array) -> bool:
     return hasattr(value, "dtype") and jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
 
 
-def _fold(eqn: core.JaxprEqn, ins: list[Label]) -> NDArray[Any] | None:
+def _fold(eqn: core.JaxprEqn, ins: list[Label]) -> Known | None:
     """The value of an equation over known constants, if it is small and one that an index could be made of."""
     if len(eqn.outvars) != 1 or eqn.effects or is_open(eqn) or any(i.value is None for i in ins):
         return None

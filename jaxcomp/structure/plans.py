@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from jaxcomp.core.optimizers import map_owned
 from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
+from jaxcomp.core.types import Leaf, Params, PyTree, Shape, State
 from jaxcomp.structure.groups import Groups
 
 Array = NDArray[np.int64]
@@ -62,7 +62,7 @@ class Plan:
         }
 
     @cached_property
-    def widths(self) -> Mapping[str, tuple[int, ...]]:
+    def widths(self) -> Mapping[str, Shape]:
         """Every parameter's new shape by path: the widths at which to build the same model again."""
         shapes = {path: list(shape) for path, shape in self.groups.shapes.items()}
         for (path, axis), kept in self.indices.items():
@@ -84,7 +84,7 @@ class Plan:
         """How many multiply-adds of the traced call stay."""
         return self.groups.macs(self.counts)
 
-    def take(self, params: Any) -> Any:
+    def take(self, params: Params) -> Params:
         """The smaller tree: ``params`` without the slices of removed units. Leaves may be shapes.
 
         Raises:
@@ -93,7 +93,7 @@ class Plan:
         self.check(params, self.groups.shapes)
         return self._map(params, self._take_leaf)
 
-    def take_like(self, tree: Any, params: Any) -> Any:
+    def take_like(self, tree: State, params: Params) -> State:
         """The smaller optimizer state: leaves of ``tree`` that belong to a parameter are sliced as it is.
 
         A leaf belongs to the parameter whose path its own path ends with ("0/mu/Dense_0/kernel").
@@ -108,7 +108,7 @@ class Plan:
         named = jax.tree_util.tree_leaves_with_path(params)
         owners = {at: self._owner(path_str(at), leaf) for at, leaf in named if hasattr(leaf, "shape")}
 
-        def smaller(path: str, leaf: Any, mine: str) -> Any:
+        def smaller(path: str, leaf: Leaf, mine: str) -> Leaf:
             if not hasattr(leaf, "shape") or math.prod(leaf.shape) <= 1:
                 return leaf
             if tuple(leaf.shape) != self.groups.shapes[mine]:
@@ -121,7 +121,7 @@ class Plan:
 
         return map_owned(smaller, tree, owners)
 
-    def full(self, params: Any) -> Any:
+    def full(self, params: Params) -> Params:
         """The shapes of the tree before shrinking, from the smaller tree.
 
         Raises:
@@ -130,13 +130,13 @@ class Plan:
         self.check(params, self.widths)
         shapes = self.groups.shapes
 
-        def grown(path: str, leaf: Any) -> Any:
+        def grown(path: str, leaf: Leaf) -> Leaf:
             dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
             return jax.ShapeDtypeStruct(shapes[path], dtype) if path in shapes else leaf
 
         return self._map(params, grown)
 
-    def check(self, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, params: Params, shapes: Mapping[str, Shape]) -> None:
         """Raises ValueError unless the array leaves of ``params`` have these shapes."""
         named, _ = leaves_with_paths(params)
         found = {path: np.shape(leaf) if not hasattr(leaf, "shape") else tuple(leaf.shape) for path, leaf in named}
@@ -152,11 +152,11 @@ class Plan:
                     "tree, or the tree was shrunk already."
                 )
 
-    def take_leaf(self, path: str, leaf: Any) -> Any:
+    def take_leaf(self, path: str, leaf: Leaf) -> Leaf:
         """One full-size array of the shape of the parameter ``path``, without what goes."""
         return self._take_leaf(path, leaf)
 
-    def _take_leaf(self, path: str, leaf: Any) -> Any:
+    def _take_leaf(self, path: str, leaf: Leaf) -> Leaf:
         if path not in self.widths or not hasattr(leaf, "shape"):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -170,7 +170,7 @@ class Plan:
                 leaf = jnp.take_along_axis(leaf, jnp.asarray(kept.reshape(spread)), axis)
         return leaf
 
-    def _owner(self, path: str, leaf: Any) -> str:
+    def _owner(self, path: str, leaf: Leaf) -> str:
         found = [p for p in self.groups.shapes if p == path or p.endswith("/" + path)]
         if path in found:
             found = [path]
@@ -182,7 +182,7 @@ class Plan:
             )
         return found[0]
 
-    def _map(self, tree: Any, f: Callable[[str, Any], Any]) -> Any:
+    def _map(self, tree: PyTree, f: Callable[[str, Leaf], Leaf]) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: f(path_str(path), leaf), tree)
 
     def __repr__(self) -> str:
@@ -202,17 +202,17 @@ def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "none"
 
 
-def mask(plan: Plan) -> Callable[[Any], Any]:
+def mask(plan: Plan) -> Callable[[Params], Params]:
     """The masked network's parameters: ``mask(plan)(params)`` has zeros in every slice of every removed unit.
 
     Raises (on call):
       ValueError: the tree is not the one that the plan was made for.
     """
 
-    def masked(params: Any) -> Any:
+    def masked(params: Params) -> Params:
         plan.check(params, plan.groups.shapes)
 
-        def zeroed(path: str, leaf: Any) -> Any:
+        def zeroed(path: str, leaf: Leaf) -> Leaf:
             for axis in range(np.ndim(leaf)):
                 stays = plan.masks.get((path, axis))
                 if stays is None:

@@ -2,77 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.pruning.scores import Score, magnitude, norm
 from jaxcomp.structure.groups import Group, Groups, Slice
 
 UnitScores = tuple[NDArray[np.float64], ...]
 """One array a group: shape (units,), or (layers, units) where each layer of a stack keeps its own."""
-Score = Callable[[Groups, Any], UnitScores]
+UnitScore = Callable[[Groups, Params], UnitScores]
 """From groups and the parameter tree to a score for each unit."""
 Reduce = Literal["sum", "mean"]
+Values = NDArray[np.float32]
 
 
-def l1(*, reduce: Reduce = "sum", where: Where = matrices) -> Score:
-    """``sum |w|`` over a unit's slices. Li et al. 2017, arXiv:1608.08710, over whole groups as in DepGraph.
+def unit_score(score: Score, *, reduce: Reduce = "sum", where: Where = matrices, **statistics: PyTree) -> UnitScore:
+    """The sum of a pruning score over a unit's slices: ``unit_score(jc.pruning.taylor, grads=grads)``.
 
     Args:
+      score: what an element scores, such as ``magnitude``, ``taylor`` or ``norm(2)`` of ``jaxcomp.pruning``.
       reduce: how the slices of a group combine: their sum, or their mean over slices.
       where: the parameters that count; a group in which it selects none is scored by all of its parameters.
+      statistics: what the score needs, each a tree like the parameters (at least where it selects).
+
+    Raises:
+      ValueError: the score is of whole units already or is normalized, or is not given what it needs; when called, a
+        statistic that lacks a parameter or has it in another shape.
+
+    >>> from jaxcomp.structure.groups import channel_groups
+    >>> params = {"up": jnp.array([[1.0, -2.0]]), "down": jnp.array([[3.0], [0.5]])}
+    >>> groups = channel_groups(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"])(params, jnp.ones((1, 1)))
+    >>> unit_score(magnitude)(groups, params)[0].tolist()
+    [4.0, 2.5]
     """
-    return _elementwise(lambda w, _: np.abs(w), reduce, where)
+    if score.of_units or score.normalize is not None or "structure" in score.takes:
+        raise ValueError(
+            f"unit_score: {score.name!r} scores or compares whole units itself, and there is nothing to sum; "
+            "take a score of elements, or fpgm() for distances between units."
+        )
+    if set(statistics) != set(score.needs):
+        raise ValueError(
+            f"unit_score: {score.name!r} needs {', '.join(score.needs) or 'no statistic'}, got "
+            f"{', '.join(statistics) or 'none'}" + (f"; it comes from {score.maker}." if score.maker else ".")
+        )
+
+    def of(path: str, w: Values, given: Mapping[str, Values]) -> Values:
+        known = {"path": path, "step": 0}
+        also = {name: known[name] for name in score.takes}
+        scores = score.fn(jnp.asarray(w), **{name: jnp.asarray(g) for name, g in given.items()}, **also)
+        return np.asarray(scores, np.float32)
+
+    return _summed(of, reduce, where, statistics)
 
 
-def l2(*, reduce: Reduce = "sum", where: Where = matrices) -> Score:
-    """``sqrt(sum w^2)`` over a unit's slices; arguments as ``l1``. DepGraph, Fang et al. 2023, arXiv:2301.12900."""
-    squares = _elementwise(lambda w, _: np.square(w), reduce, where)
+def l1(*, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
+    """``sum |w|`` over a unit's slices; arguments as ``unit_score``. Li et al. 2017, arXiv:1608.08710, over whole
+    groups as in DepGraph.
+    """
+    return unit_score(magnitude, reduce=reduce, where=where)
+
+
+def l2(*, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
+    """``sqrt(sum w^2)`` over a unit's slices; arguments as ``unit_score``. DepGraph, Fang et al. 2023,
+    arXiv:2301.12900.
+    """
+    squares = unit_score(norm(2), reduce=reduce, where=where)
     return lambda groups, params: tuple(np.sqrt(s) for s in squares(groups, params))
 
 
-def gradient(grads: Any, *, reduce: Reduce = "sum", where: Where = matrices) -> Score:
-    """``sum |∂L/∂w|`` over a unit's slices; ``grads`` is a tree like the parameters (at least where it selects)."""
-    return _elementwise(lambda _, g: np.abs(g), reduce, where, grads)
-
-
-def taylor(grads: Any, *, reduce: Reduce = "sum", where: Where = matrices) -> Score:
-    """``sum |w · ∂L/∂w|`` over a unit's slices. Molchanov et al. 2016, arXiv:1611.06440; arguments as ``gradient``."""
-    return _elementwise(lambda w, g: np.abs(w * g), reduce, where, grads)
-
-
-def fisher(example_grads: Any, *, reduce: Reduce = "sum", where: Where = matrices) -> Score:
+def group_fisher(example_grads: PyTree, *, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
     """``mean_n (sum w · ∂L_n/∂w)^2``: the square is of a unit's whole sum, for each example n.
 
     Args:
       example_grads: the gradients of single examples (or batches): a tree like the parameters with one more axis,
         the examples, in front of every leaf.
+      reduce, where: as in ``unit_score``.
 
     Source: group Fisher pruning, Liu et al. 2021, arXiv:2108.00708.
     """
     named = dict(leaves_with_paths(example_grads)[0])
 
-    def score(groups: Groups, params: Any) -> UnitScores:
+    def score(groups: Groups, params: Params) -> UnitScores:
         count = min(len(g) for g in named.values())
         sums = []
         for n in range(count):
-            one = {path: np.asarray(g)[n] for path, g in named.items()}
-            sums.append(_elementwise(lambda w, g: w * g, reduce, where, one)(groups, params))
+            one = {"grads": {path: np.asarray(g)[n] for path, g in named.items()}}
+            sums.append(_summed(lambda _, w, given: w * given["grads"], reduce, where, one)(groups, params))
         return tuple(np.mean([np.square(s[i]) for s in sums], axis=0) for i in range(len(groups)))
 
     return score
 
 
-def batch_norm_scale(where: Where, *, reduce: Reduce = "sum") -> Score:
+def batch_norm_scale(where: Where, *, reduce: Reduce = "sum") -> UnitScore:
     """``|γ|`` of the scales that ``where`` selects; network slimming, Liu et al. 2017, arXiv:1708.06519.
 
     A group without such a scale gets infinite scores: it is pruned last.
     """
 
-    def score(groups: Groups, params: Any) -> UnitScores:
+    def score(groups: Groups, params: Params) -> UnitScores:
         leaves = _leaves(groups, params)
         if not any(matches(where, path, leaf) for path, leaf in leaves.items()):
             raise ValueError(
@@ -88,13 +122,13 @@ def batch_norm_scale(where: Where, *, reduce: Reduce = "sum") -> Score:
     return score
 
 
-def fpgm(*, where: Where = matrices) -> Score:
+def fpgm(*, where: Where = matrices) -> UnitScore:
     """``sum_j ||w_i - w_j||``: a unit near all others is replaceable. He et al. 2019, arXiv:1811.00250.
 
     A unit is the vector of all its weights that ``where`` selects; in a stack each layer is measured by itself.
     """
 
-    def score(groups: Groups, params: Any) -> UnitScores:
+    def score(groups: Groups, params: Params) -> UnitScores:
         leaves = _leaves(groups, params)
         scores = []
         for group in groups:
@@ -108,7 +142,7 @@ def fpgm(*, where: Where = matrices) -> Score:
     return score
 
 
-def _distances(group: Group, s: Slice, leaf: NDArray[Any]) -> NDArray[np.float64]:
+def _distances(group: Group, s: Slice, leaf: Values) -> NDArray[np.float64]:
     """Squared distances between units along one slice, shape (layers or 1, units, units)."""
     w = leaf if group.layers else leaf[None]
     axis = s.axis if group.layers else s.axis + 1
@@ -119,22 +153,23 @@ def _distances(group: Group, s: Slice, leaf: NDArray[Any]) -> NDArray[np.float64
     return norm[:, :, None] + norm[:, None, :] - 2 * rows @ rows.swapaxes(1, 2)
 
 
-def _elementwise(f: Callable[[Any, Any], NDArray[Any]], reduce: Reduce, where: Where, grads: Any = None) -> Score:
-    """A score that is a sum over a unit's elements of ``f(weight, gradient)``."""
+def _summed(
+    of: Callable[[str, Values, Mapping[str, Values]], Values],
+    reduce: Reduce,
+    where: Where,
+    statistics: Mapping[str, PyTree],
+) -> UnitScore:
+    """A score that is a sum over a unit's elements of ``of(path, weights, statistics)``."""
     if reduce not in ("sum", "mean"):
         raise ValueError(f"score: reduce must be 'sum' or 'mean', got {reduce!r}.")
+    given = {name: dict(leaves_with_paths(tree)[0]) for name, tree in statistics.items()}
 
-    def score(groups: Groups, params: Any) -> UnitScores:
+    def score(groups: Groups, params: Params) -> UnitScores:
         leaves = _leaves(groups, params)
-        given = None if grads is None else dict(leaves_with_paths(grads)[0])
 
-        def value(path: str) -> NDArray[Any]:
-            g = None
-            if given is not None:
-                if path not in given or np.shape(given[path]) != leaves[path].shape:
-                    raise ValueError(f"score: there is no gradient of shape {leaves[path].shape} for {path!r}.")
-                g = np.asarray(given[path], np.float32)
-            return f(leaves[path], g)
+        def value(path: str) -> Values:
+            w = leaves[path]
+            return of(path, w, {name: _given(name, tree, path, w) for name, tree in given.items()})
 
         return tuple(
             _combine(group, [(s, value(s.path)) for s in _selected(group, leaves, where)], reduce) for group in groups
@@ -143,7 +178,15 @@ def _elementwise(f: Callable[[Any, Any], NDArray[Any]], reduce: Reduce, where: W
     return score
 
 
-def _leaves(groups: Groups, params: Any) -> dict[str, NDArray[np.float32]]:
+def _given(name: str, tree: Mapping[str, jax.Array], path: str, w: Values) -> Values:
+    """One leaf's statistic: of the weights' shape, or 1 along some axes."""
+    found = np.shape(tree[path]) if path in tree else None
+    if found is None or len(found) != w.ndim or any(n not in (1, m) for n, m in zip(found, w.shape, strict=True)):
+        raise ValueError(f"score: {name} must have an entry of shape {w.shape} for {path!r}, found {found or 'none'}.")
+    return np.asarray(tree[path], np.float32)
+
+
+def _leaves(groups: Groups, params: Params) -> dict[str, Values]:
     touched = dict.fromkeys(s.path for group in groups for s in group.slices)
     named = dict(leaves_with_paths(params)[0])
     for path in touched:
@@ -153,7 +196,7 @@ def _leaves(groups: Groups, params: Any) -> dict[str, NDArray[np.float32]]:
     return {path: np.asarray(named[path], np.float32) for path in named if path in touched}
 
 
-def _selected(group: Group, leaves: dict[str, NDArray[np.float32]], where: Where) -> Sequence[Slice]:
+def _selected(group: Group, leaves: dict[str, Values], where: Where) -> Sequence[Slice]:
     return [s for s in group.slices if matches(where, s.path, leaves[s.path])] or group.slices
 
 
@@ -161,7 +204,7 @@ def _shape(group: Group) -> tuple[int, ...]:
     return (group.layers, group.units) if group.layers else (group.units,)
 
 
-def _combine(group: Group, parts: list[tuple[Slice, NDArray[Any]]], reduce: Reduce) -> NDArray[np.float64]:
+def _combine(group: Group, parts: list[tuple[Slice, Values]], reduce: Reduce) -> NDArray[np.float64]:
     """Sums elementwise scores over each unit's indices, and over or across slices."""
     total = np.zeros(_shape(group))
     for s, value in parts:

@@ -6,26 +6,32 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core
 
-from jaxcomp.structure import rewrite
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.structure import resizing
 from jaxcomp.structure.analysis import Analysis, analyze
-from jaxcomp.structure.atoms import Atoms, Dim, Label
-from jaxcomp.structure.labelling import Step, Walk, Walked, aval_of
+from jaxcomp.structure.atoms import FREE, Atoms, Dim, Label
+from jaxcomp.structure.labelling import Step, Walk, Walked
 from jaxcomp.structure.plans import Plan, mask
-from jaxcomp.structure.rewrite import Keep
-from jaxcomp.trace.nested import REMAT, Closed, branches, call_body, scan_parts, while_parts
+from jaxcomp.structure.resizing import Keep
+from jaxcomp.trace import walk
+from jaxcomp.trace.control_flow import Runner, rebuilt
+from jaxcomp.trace.nested import Closed, bind, call_body
+from jaxcomp.trace.primitives import CUSTOM_RULE
+from jaxcomp.trace.walk import Fn, Location, aval_of, shapes_of
 
-Values = Sequence[Any]
+Values = Sequence[jax.Array]
+_Small = Callable[..., list[jax.Array]]
+_Sized = tuple[jax.Array, tuple[Dim, ...]]
+"""An array, and what its dimensions are: those that are whole may yet have to shrink."""
 
 
-def shrink(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+def shrink(fn: Fn, plan: Plan) -> Fn:
     """``fn`` over the smaller tree: ``shrink(fn, plan)(plan.take(params), *args) == fn(mask(plan)(params), *args)``.
 
     Traces ``fn`` at its full shapes for the arguments at hand, then evaluates the program with the smaller
@@ -38,7 +44,7 @@ def shrink(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         together (it was made from another function or in another mode); names the path.
     """
 
-    def small(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def small(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         analysis = _again(fn, plan, plan.full(params), args, kwargs)
         program = analysis.program
         return program.unflatten(_results(plan, analysis, program.flatten(params, *args, **kwargs)))
@@ -46,7 +52,7 @@ def shrink(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     return small
 
 
-def check_shrink(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs: Any) -> float:
+def check_shrink(fn: Fn, plan: Plan, params: Params, *args: PyTree, **kwargs: PyTree) -> float:
     """The largest absolute difference between the shrunken network's outputs and the masked network's; NaN shows.
 
     Args:
@@ -64,8 +70,8 @@ def check_shrink(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **
     for m, s, out in zip(masked, small, analysis.outs, strict=True):
         if jax.dtypes.issubdtype(s.dtype, jax.dtypes.extended):
             continue
-        whole = (None,) * len(out.dims)
-        m = plan.take_leaf(out.param, m) if out.param else keep.fit(m, whole, out.dims)  # type: ignore[arg-type]
+        whole = (FREE,) * len(out.dims)
+        m = plan.take_leaf(out.param, m) if out.param else keep.fit(m, whole, out.dims)
         m, s = np.asarray(m), np.asarray(s)
         wide = np.complex128 if np.iscomplexobj(m) else np.float64
         with np.errstate(invalid="ignore"):  # infinities that agree differ by nothing
@@ -74,7 +80,7 @@ def check_shrink(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **
     return worst
 
 
-def _results(plan: Plan, analysis: Analysis, values: Values) -> list[Any]:
+def _results(plan: Plan, analysis: Analysis, values: Values) -> list[jax.Array]:
     """The program's results from the smaller arrays."""
     keep = keep_of(plan, analysis)
     outs = _Run(keep, analysis.atoms).jaxpr(analysis.program.jaxpr, analysis.walked, values)
@@ -82,7 +88,7 @@ def _results(plan: Plan, analysis: Analysis, values: Values) -> list[Any]:
     return [keep.fit(v, have, out.dims) for v, have, out in wanted]
 
 
-def _again(fn: Callable[..., Any], plan: Plan, params: Any, args: Any, kwargs: Any) -> Analysis:
+def _again(fn: Fn, plan: Plan, params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> Analysis:
     return analyze(fn, replace(plan.groups.options, strict=False), params, *args, **kwargs)
 
 
@@ -127,95 +133,60 @@ class _Run:
         self.keep = keep
         self.atoms = atoms
 
-    def jaxpr(self, jaxpr: Closed, walked: Walked, values: Values) -> list[Any]:
+    def jaxpr(self, jaxpr: Closed, walked: Walked, values: Values) -> list[jax.Array]:
         """The results, as ``walked.outs`` has them."""
-        body = jaxpr.jaxpr
-        env: dict[Any, tuple[Any, tuple[Dim, ...]]] = {}
-        for v, c in zip(body.constvars, jaxpr.consts, strict=True):
-            env[v] = (c, (None,) * np.ndim(c))  # type: ignore[assignment]
-        env.update(zip(body.invars, zip(values, walked.ins, strict=True), strict=True))
+        steps = iter(walked.steps)
 
-        def read(v: Any, want: Sequence[Dim]) -> Any:
-            if isinstance(v, core.Literal):
-                return v.val
-            value, have = env[v]
-            return self.keep.fit(value, have, want)
-
-        for eqn, step in zip(body.eqns, walked.steps, strict=True):
-            operands = [read(v, use.dims) for v, use in zip(eqn.invars, step.uses, strict=True)]
+        def equation(eqn: core.JaxprEqn, location: Location, read: list[_Sized]) -> list[_Sized]:
+            step = next(steps)
+            operands = [self.keep.fit(v, have, use.dims) for (v, have), use in zip(read, step.uses, strict=True)]
             outs = self.equation(eqn, step, operands)
-            env.update(zip(eqn.outvars, zip(outs, (o.dims for o in step.outs), strict=True), strict=True))
-        return [read(v, want) for v, want in zip(body.outvars, walked.outs, strict=True)]
+            return [(v, o.dims) for v, o in zip(outs, step.outs, strict=True)]
 
-    def equation(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        given = list(zip(values, walked.ins, strict=True))
+        results = walk.run(jaxpr, given, equation, constant=lambda c: (c, (FREE,) * np.ndim(c)))
+        return [self.keep.fit(v, have, want) for (v, have), want in zip(results, walked.outs, strict=True)]
+
+    def equation(self, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
         """One equation; those with jaxprs inside are rebuilt around smaller ones."""
         if not step.inner or not self.keep.touches(*step.uses, *step.outs):
-            return rewrite.run(self.keep, eqn, step, values)
-        control = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(eqn.primitive.name, self._call)
-        return control(eqn, step, values)
+            return resizing.run(self.keep, eqn, step, values)
 
-    def _call(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
+        def run(jaxpr: Closed, part: str, operands: Values) -> list[jax.Array]:
+            return self.jaxpr(jaxpr, step.inner[part], operands)
+
+        if eqn.primitive.name in CUSTOM_RULE:
+            return self._custom(eqn, step, run)(*values)
+        with jax.named_scope(str(eqn.source_info.name_stack)):
+            return rebuilt(eqn, values, run)
+
+    def _custom(self, eqn: core.JaxprEqn, step: Step, run: Runner[jax.Array]) -> _Small:
+        """A custom_jvp or custom_vjp with its own derivative."""
         body = call_body(eqn)
         assert body is not None
 
-        def inner(*operands: Any) -> list[Any]:
-            return self.jaxpr(body, step.inner[0], operands)
+        def inner(*operands: jax.Array) -> list[jax.Array]:
+            return run(body, "call", [*operands])
 
-        if eqn.primitive.name == "custom_jvp_call":
-            return self._custom_jvp(eqn, step, inner)(*values)
-        if eqn.primitive.name == "custom_vjp_call":
-            return self._custom_vjp(eqn, step, inner)(*values)
-        if eqn.primitive.name in REMAT:
-            p = eqn.params
-            return jax.checkpoint(inner, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
-        with jax.named_scope(str(eqn.source_info.name_stack)):
-            return inner(*values)
+        again = self._custom_jvp if eqn.primitive.name == "custom_jvp_call" else self._custom_vjp
+        return again(eqn, step, inner)
 
-    def _scan(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
-        parts = scan_parts(eqn)
-        consts, rest = values[: parts.consts], values[parts.consts :]
-
-        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            outs = self.jaxpr(parts.body, step.inner[0], [*consts, *carry, *xs])
-            return outs[: parts.carry], outs[parts.carry :]
-
-        carry, ys = lax.scan(body, rest[: parts.carry], rest[parts.carry :], parts.length, parts.reverse, parts.unroll)
-        return [*carry, *ys]
-
-    def _while(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
-        parts = while_parts(eqn)
-        tests, values = values[: parts.cond_consts], values[parts.cond_consts :]
-        consts, carry = values[: parts.body_consts], values[parts.body_consts :]
-        test, body = step.inner
-        return lax.while_loop(
-            lambda state: self.jaxpr(parts.cond, test, [*tests, *state])[0],
-            lambda state: self.jaxpr(parts.body, body, [*consts, *state]),
-            carry,
-        )
-
-    def _cond(self, eqn: core.JaxprEqn, step: Step, values: list[Any]) -> list[Any]:
-        options = [
-            (lambda *operands, b=b, w=w: self.jaxpr(b, w, operands))
-            for b, w in zip(branches(eqn), step.inner, strict=True)
-        ]
-        return lax.switch(values[0], options, *values[1:])
-
-    def _custom_jvp(self, eqn: core.JaxprEqn, step: Step, primal: Callable[..., Any]) -> Callable[..., Any]:
+    def _custom_jvp(self, eqn: core.JaxprEqn, step: Step, primal: _Small) -> _Small:
         """The call with its own derivative: the rule's program is shrunk too."""
         exact = [jnp.issubdtype(aval_of(v).dtype, jnp.inexact) for v in eqn.invars]
-        full = rewrite.shapes_of(eqn.invars)
+        full = shapes_of(eqn.invars)
 
-        def pushed(primals: Values, tangents: Values) -> Any:
+        def pushed(primals: Values, tangents: Values) -> PyTree:
             given = iter(tangents)
             all_tangents = [
                 next(given) if e else np.zeros(s.shape, jax.dtypes.float0) for e, s in zip(exact, full, strict=True)
             ]
-            return jax.jvp(lambda *xs: rewrite.bind(eqn, xs), list(primals), all_tangents)
+            return jax.jvp(lambda *xs: bind(eqn, xs), list(primals), all_tangents)
 
         small = jax.custom_jvp(primal)
 
         @small.defjvp
-        def rule(primals: Values, tangents: Values) -> Any:
+        def rule(primals: Values, tangents: Values) -> tuple[list[jax.Array], list[jax.Array]]:
             moving = [i for i, e in enumerate(exact) if e]
             labels = [*step.uses, *(step.uses[i] for i in moving)]
             shapes = (full, [full[i] for i in moving])
@@ -223,36 +194,36 @@ class _Run:
                 pushed, shapes, labels, (*step.outs, *step.outs), [*primals, *(tangents[i] for i in moving)]
             )
             if outs is None:
-                return jax.jvp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), primals, tangents)
+                return jax.jvp(lambda *xs: resizing.full_size(self.keep, eqn, step, xs), primals, tangents)
             return outs[: len(step.outs)], outs[len(step.outs) :]
 
         return small
 
-    def _custom_vjp(self, eqn: core.JaxprEqn, step: Step, primal: Callable[..., Any]) -> Callable[..., Any]:
+    def _custom_vjp(self, eqn: core.JaxprEqn, step: Step, primal: _Small) -> _Small:
         """The call with its own derivative: the rule's program is shrunk too."""
         moving = [i for i, v in enumerate(eqn.invars) if jnp.issubdtype(aval_of(v).dtype, jnp.inexact)]
-        full = rewrite.shapes_of(eqn.invars)
+        full = shapes_of(eqn.invars)
 
-        def pulled(operands: Values, cotangents: Values) -> Any:
-            def of_moving(*xs: Any) -> list[Any]:
+        def pulled(operands: Values, cotangents: Values) -> tuple[jax.Array, ...]:
+            def of_moving(*xs: jax.Array) -> list[jax.Array]:
                 merged = list(operands)
                 for i, x in zip(moving, xs, strict=True):
                     merged[i] = x
-                return rewrite.bind(eqn, merged)
+                return bind(eqn, merged)
 
             return jax.vjp(of_moving, *(operands[i] for i in moving))[1](list(cotangents))
 
         small = jax.custom_vjp(primal)
 
-        def backward(operands: Values, cotangents: Values) -> tuple[Any, ...]:
-            shapes = (full, rewrite.shapes_of(eqn.outvars))
+        def backward(operands: Values, cotangents: Values) -> tuple[jax.Array | None, ...]:
+            shapes = (full, shapes_of(eqn.outvars))
             wanted = [step.uses[i] for i in moving]
             given = [replace(o, zero=(True,) * len(o.zero)) for o in step.outs]
             outs = self._derived(pulled, shapes, [*step.uses, *given], wanted, [*operands, *cotangents])
             if outs is None:
-                of_all = jax.vjp(lambda *xs: rewrite.full_size(self.keep, eqn, step, xs), *operands)[1]
+                of_all = jax.vjp(lambda *xs: resizing.full_size(self.keep, eqn, step, xs), *operands)[1]
                 return tuple(of_all(list(cotangents)))
-            gradients: list[Any] = [None] * len(operands)
+            gradients: list[jax.Array | None] = [None] * len(operands)
             for i, g in zip(moving, outs, strict=True):
                 gradients[i] = g
             return tuple(gradients)
@@ -261,8 +232,8 @@ class _Run:
         return small
 
     def _derived(
-        self, f: Callable[..., Any], shapes: Any, ins: Sequence[Label], outs: Sequence[Label], values: Values
-    ) -> list[Any] | None:
+        self, f: Fn, shapes: PyTree, ins: Sequence[Label], outs: Sequence[Label], values: Values
+    ) -> list[jax.Array] | None:
         """Runs another program over arrays of this one, shrunk; None if it ties together what the plan separates."""
         program = jax.make_jaxpr(f)(*shapes)
         walk = Walk(through_means=True, atoms=copy.deepcopy(self.atoms))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure.plans import Plan
 from jaxcomp.structure.shrinking import shrink
+from jaxcomp.trace.walk import Fn
 
 
-def measured_seconds(fn: Callable[..., Any], params: Any, *args: Any, runs: int = 5) -> Callable[[Plan], float]:
+def measured_seconds(fn: Fn, params: Params, *args: PyTree, runs: int = 5) -> Callable[[Plan], float]:
     """The ``measure`` of ``plan(..., latency=(measure, target))``: the median seconds of a compiled call, here and now.
 
     Each new plan is compiled, so a search takes about a dozen compilations; plans of equal widths are timed once.
@@ -42,7 +43,7 @@ def measured_seconds(fn: Callable[..., Any], params: Any, *args: Any, runs: int 
     return seconds
 
 
-def _timed(call: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> float:
+def _timed(call: Fn, params: Params, args: tuple[PyTree, ...]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call(params, *args))
     return time.perf_counter() - start

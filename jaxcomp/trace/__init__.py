@@ -10,9 +10,9 @@
 from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, merge, merge_all
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
 from jaxcomp.trace.evaluator import rewrite
-from jaxcomp.trace.fold import Folded, fold_batch_norm
+from jaxcomp.trace.fold import FoldedFunction, fold_batch_norm
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
-from jaxcomp.trace.moments import input_moments
+from jaxcomp.trace.moments import input_moments, input_norms
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
 from jaxcomp.trace.roles import roles
@@ -27,7 +27,7 @@ __all__ = [
     "Cost",
     "Device",
     "Emitted",
-    "Folded",
+    "FoldedFunction",
     "Monoid",
     "Operand",
     "Program",
@@ -42,6 +42,7 @@ __all__ = [
     "entropy",
     "fold_batch_norm",
     "input_moments",
+    "input_norms",
     "merge",
     "merge_all",
     "min_max",

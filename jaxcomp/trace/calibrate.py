@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce, wraps
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomp.core.paths import Where, describe, matches, some_paths
-from jaxcomp.trace.evaluator import evaluate
+from jaxcomp.core.paths import Where, matches, some_paths
+from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
-from jaxcomp.trace.program import trace
-from jaxcomp.trace.sites import Site, sites_of
+from jaxcomp.trace.interpreter import Monoid, zeros
+from jaxcomp.trace.sites import Site
+from jaxcomp.trace.walk import Fn
 
 LOWEST, HIGHEST = -40, 24
 _MANTISSA_BITS = 4
@@ -43,12 +42,12 @@ class Stats:
       batches: (…), how often the site was reached.
     """
 
-    counts: Any
-    low: Any
-    high: Any
-    low_sum: Any
-    high_sum: Any
-    batches: Any
+    counts: jax.Array
+    low: jax.Array
+    high: jax.Array
+    low_sum: jax.Array
+    high_sum: jax.Array
+    batches: jax.Array
 
 
 def observe(x: jax.Array) -> Stats:
@@ -80,8 +79,8 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def _zero(shapes: Stats) -> Stats:
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return Stats(zeros.counts, zeros.low + jnp.inf, zeros.high - jnp.inf, zeros.low_sum, zeros.high_sum, zeros.batches)
+    z: Stats = zeros(shapes)
+    return Stats(z.counts, z.low + jnp.inf, z.high - jnp.inf, z.low_sum, z.high_sum, z.batches)
 
 
 MERGED = Monoid(_zero, merge)
@@ -111,7 +110,7 @@ def activation_name(site: Site, operand: int) -> str:
     return site.path if len(site.activations) == 1 else f"{site.path}:{operand}"
 
 
-def calibrate(fn: Callable[..., Any], where: Where = r".*") -> Callable[..., dict[str, Stats]]:
+def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
     """Statistics of the activations that enter the dots and convolutions of ``fn(params, *args)``.
 
     Runs under ``jit`` and on sharded inputs; ``merge_all`` joins the results of batches in any order. Sites in a
@@ -131,26 +130,12 @@ def calibrate(fn: Callable[..., Any], where: Where = r".*") -> Callable[..., dic
     {'a': -3.0, 'b': -0.995}
     """
 
-    @wraps(fn)
-    def calibrated(params: Any, *args: Any, **kwargs: Any) -> dict[str, Stats]:
-        program = trace(fn, params, *args, **kwargs)
-        ops = {op.location: op for op in program.flow.ops}
-        every = sites_of(program)
-        chosen = [s for s in every if s.kind != "embed" and "while_cond" not in s.inside and s.activations]
-        chosen = [s for s in chosen if matches(where, s.path, s)]
-        if not chosen:
-            raise ValueError(
-                f"calibrate: {describe(where)} matches no site with an activation; there are "
-                f"{some_paths(s.path for s in every) or 'none'}."
-            )
-        claims = {s.location: Claim(_observing(s, ops[s.location])) for s in chosen}
-        return evaluate(program, claims, program.flatten(params, *args, **kwargs), collect=MERGED).aux
+    def observer(site: Site, op: Op) -> Observer | None:
+        if site.kind == "embed" or "while_cond" in site.inside or not site.activations:
+            return None
+        if not matches(where, site.path, site):
+            return None
+        return lambda values: {activation_name(site, i): observe(values[i]) for i in site.activations}
 
-    return calibrated
-
-
-def _observing(site: Site, op: Op) -> Callable[..., Emitted]:
-    def run(*values: Any) -> Emitted:
-        return Emitted(op.bind(*values), {activation_name(site, i): observe(values[i]) for i in site.activations})
-
-    return run
+    found = collect(fn, observer, merged=MERGED, nothing=Nothing("calibrate", where, "site with an activation"))
+    return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
 
 from jaxcomp.core.roles import BATCH, OUTPUT
 from jaxcomp.trace import nested
-from jaxcomp.trace.flow import Location, Op
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.nested import Closed
+from jaxcomp.trace.primitives import AFFINE, ELEMENTWISE, RELAID, REMAT
 from jaxcomp.trace.program import Program
-from jaxcomp.trace.provenance import ELEMENTWISE, MOVES
+from jaxcomp.trace.provenance import MOVES
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.tags import Origin
-
-_LAYOUT = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim"})
-_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "neg"})
+from jaxcomp.trace.walk import Location, aval_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def _foldable(site: Site, op: Op) -> bool:
     """The product runs at every step, and its weight is a whole leaf with one slice for each layer around."""
     if site.kind == "embed" or len(site.activations) != 1 or op.eqn.params.get("batch_group_count", 1) != 1:
         return False
-    if not set(op.inside) <= {"scan", *nested.REMAT} or site.weight is None:
+    if not set(op.inside) <= {"scan", *REMAT} or site.weight is None:
         return False
     origin = op.tags[site.weight].origin
     if origin is None or not (origin.whole and origin.exact):
@@ -93,8 +91,8 @@ class _Level:
     """The equations of one jaxpr: who makes and who uses each value."""
 
     def __init__(self, program: Program, ops: dict[Location, Op], at: Location) -> None:
-        self.users: dict[Any, list[Op]] = {}
-        self.makers: dict[Any, Op] = {}
+        self.users: dict[core.Var, list[Op]] = {}
+        self.makers: dict[core.Var, Op] = {}
         part = _part(program, ops, at)
         results = part.jaxpr.outvars if part is not None else ()
         self.outputs = {v for v in results if not isinstance(v, core.Literal)}
@@ -105,22 +103,22 @@ class _Level:
                 self.users.setdefault(v, []).append(op)
         self.makers |= dict.fromkeys(op.eqn.outvars, op)
 
-    def varying(self, v: Any) -> set[int]:
+    def varying(self, v: core.Var | core.Literal) -> set[int]:
         """Axes along which a value may change."""
         if isinstance(v, core.Literal):
             return set()
-        wide = {i for i, size in enumerate(v.aval.shape) if size != 1}
+        wide = {i for i, size in enumerate(shape_of(v)) if size != 1}
         op = self.makers.get(v)
         if op is not None and op.name == "broadcast_in_dim":
             inner = self.varying(op.eqn.invars[0])
             return wide & {op.eqn.params["broadcast_dimensions"][i] for i in inner}
         if op is not None and (op.name in ELEMENTWISE or op.name == "convert_element_type"):
-            operands: list[Any] = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
-            return wide & set().union(*(self.varying(u) for u in operands if u.aval.shape))
+            operands = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
+            return wide & set().union(*(self.varying(u) for u in operands if shape_of(u)))
         return wide
 
 
-def _part(program: Program, ops: dict[Location, Op], at: Location) -> Any:
+def _part(program: Program, ops: dict[Location, Op], at: Location) -> Closed | None:
     """The jaxpr at a location prefix; None inside loops and branches that may not run."""
     if not at:
         return program.jaxpr
@@ -131,7 +129,7 @@ def _part(program: Program, ops: dict[Location, Op], at: Location) -> Any:
 def _follow(site: Site, op: Op, level: _Level) -> Chain | None:
     """Walks from the product's result along its only user, as long as that is affine by channel."""
     channels = _channels(op, site)
-    value: Any = op.eqn.outvars[0]
+    value = op.eqn.outvars[0]
     steps: list[Step] = []
     ends: tuple[int, tuple[int, ...]] = (0, ())
     shape = site.out_shape
@@ -144,7 +142,8 @@ def _follow(site: Site, op: Op, level: _Level) -> Chain | None:
             break
         steps.append(Step(user, index, moved is not None))
         where, value = moved or where, user.eqn.outvars[0]
-        axes = tuple(where.axes.index((y,)) if (y,) in where.axes else -1 for y, _ in channels)
+        # A split axis stands twice, and neither half has a place for each channel.
+        axes = tuple(where.axes.index((y,)) if where.axes.count((y,)) == 1 else -1 for y, _ in channels)
         if moved is None and -1 not in axes:
             ends = (len(steps), axes)
     kept = tuple(steps[: ends[0]])
@@ -168,22 +167,21 @@ def _channels(op: Op, site: Site) -> tuple[tuple[int, int], ...]:
 
 def _moved(user: Op, where: Origin) -> Origin | None:
     """Where the product's axes lie after a layout or a cast between floats; None if it is neither."""
-    before: Any = user.eqn.invars[0].aval
-    after: Any = user.eqn.outvars[0].aval
+    before, after = aval_of(user.eqn.invars[0]), aval_of(user.eqn.outvars[0])
     if user.name == "convert_element_type":
         floats = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (before, after))
         return where if floats else None
-    if user.name in _LAYOUT and math.prod(before.shape) == math.prod(after.shape):
+    if user.name in RELAID and math.prod(before.shape) == math.prod(after.shape):
         return MOVES[user.name](user.eqn, where)
     return None
 
 
 def _computes(user: Op, index: int, where: Origin, channels: set[int], level: _Level) -> bool:
     """Whether ``user`` scales or shifts the channels by what parameters alone make."""
-    operands: Sequence[Any] = user.eqn.invars
-    if user.name not in _ARITHMETIC or (user.name == "div" and index == 1):
+    operands = user.eqn.invars
+    if user.name not in AFFINE or (user.name == "div" and index == 1):
         return False
-    if operands[index].aval.shape != user.eqn.outvars[0].aval.shape:  # type: ignore[attr-defined]
+    if shape_of(operands[index]) != shape_of(user.eqn.outvars[0]):
         return False
     for i, v in enumerate(operands):
         if i == index:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.sites import Operand, Site, sites
+from jaxcomp.trace.walk import Fn
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ Bits = tuple[int | None, int | None]
 """Widths of (weight, activation); None keeps the type's own width."""
 
 
-def cost(fn: Callable[..., Any], *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Callable[..., Cost]:
+def cost(fn: Fn, *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Callable[..., Cost]:
     """The cost of ``fn(params, *args)`` at given widths of weights and activations.
 
     ``bops = Σ macs · b_w · b_a``, a product of two activations having ``b_a²``; results are written in their own type.
@@ -140,7 +141,7 @@ def cost(fn: Callable[..., Any], *, bits: Bits | Callable[[Site], Bits] = (None,
     """
 
     @wraps(fn)
-    def costed(params: Any, *args: Any, **kwargs: Any) -> Cost:
+    def costed(params: Params, *args: PyTree, **kwargs: PyTree) -> Cost:
         found = sites(fn)(params, *args, **kwargs)
         return Cost(tuple(_site_cost(s, bits(s) if callable(bits) else bits) for s in found))
 
@@ -166,7 +167,7 @@ def _elements(operand: Operand) -> int:
     return operand.bytes * 8 // _own_bits(operand)
 
 
-def reuse_of(fn: Callable[..., Any]) -> Callable[..., dict[str, float]]:
+def reuse_of(fn: Fn) -> Callable[..., dict[str, float]]:
     """How often each parameter of a leaf is multiplied in one run of ``fn(params, *args)``, by path.
 
     The weight of a parameter in ``Budget(macs=…)``. A convolution's count is that of its output positions, so the first
@@ -178,7 +179,7 @@ def reuse_of(fn: Callable[..., Any]) -> Callable[..., dict[str, float]]:
     """
 
     @wraps(fn)
-    def counted(params: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def counted(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, float]:
         found: dict[str, float] = {}
         for site in sites(fn)(params, *args, **kwargs):
             if site.leaf is not None and site.weight is not None:

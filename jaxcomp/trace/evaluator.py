@@ -38,12 +38,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+
+import jax
 
 from jaxcomp.core.paths import some_paths
-from jaxcomp.trace.flow import Location
-from jaxcomp.trace.interpreter import _INLINED, Claim, Evaluator, Handler, Monoid, Result
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.trace.control_flow import reopen
+from jaxcomp.trace.interpreter import Claim, Evaluator, Handler, Monoid, Result
 from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.walk import Fn, Location, Value
 
 
 def claims_of(program: Program, handler: Handler) -> dict[Location, Claim]:
@@ -51,7 +54,7 @@ def claims_of(program: Program, handler: Handler) -> dict[Location, Claim]:
     return {op.location: claim for op in program.flow.ops if (claim := handler(op)) is not None}
 
 
-def rewrite(fn: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
+def rewrite(fn: Fn, handler: Handler) -> Fn:
     """``fn`` with the equations that ``handler`` claims done otherwise.
 
     Args:
@@ -68,7 +71,7 @@ def rewrite(fn: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
     """
 
     @wraps(fn)
-    def rewritten(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def rewritten(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         program = trace(fn, params, *args, **kwargs)
         return evaluate(program, claims_of(program, handler), program.flatten(params, *args, **kwargs)).out
 
@@ -78,10 +81,10 @@ def rewrite(fn: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
 def evaluate(
     program: Program,
     claims: Mapping[Location, Claim],
-    values: Sequence[Any],
+    values: Sequence[Value],
     *,
     collect: Monoid | None = None,
-    to_array: Callable[[Any], Any] | None = None,
+    to_array: Callable[[Value], jax.Array] | None = None,
     inline: bool = False,
 ) -> Result:
     """Runs ``program`` on ``values`` with some equations done otherwise.
@@ -99,7 +102,7 @@ def evaluate(
       ValueError: a claim stands at no equation, emissions cannot be merged, or a claim gives a wrong number of results.
       TypeError: an unclaimed equation meets a value that is no array, and ``to_array`` is not given.
     """
-    run = Evaluator(program, claims, collect, to_array, _INLINED if inline else frozenset())
+    run = Evaluator(program, claims, reopen, collect=collect, to_array=to_array, inline=inline)
     results, aux = run.jaxpr(program.jaxpr, (), values, {at: c.side for at, c in claims.items() if c.side is not None})
     unused = [at for at in claims if at not in run.met]
     if unused:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import jax
 from jax.extend import core
 
-from jaxcomp.trace import nested
+from jaxcomp.trace import nested, walk
 from jaxcomp.trace.provenance import out_tags
 from jaxcomp.trace.tags import ACTIVATION, CONSTANT, Origin, Tag, joined
-
-Location = tuple[int | str, ...]
-"""Where an equation stands: its index, and for each jaxpr around it the outer equation's index and the part's name."""
+from jaxcomp.trace.walk import Location, Value
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Op:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The operands' shapes, as traced."""
-        return tuple(tuple(getattr(v.aval, "shape", ())) for v in self.eqn.invars)
+        return tuple(map(walk.shape_of, self.eqn.invars))
 
     @property
     def opaque(self) -> bool:
@@ -79,7 +77,7 @@ class Op:
             product *= 1 if loop.length is None else loop.length
         return product
 
-    def bind(self, *values: Any, **params: Any) -> list[Any]:
+    def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs this equation on ``values``, with some of its parameters replaced; gives the list of its results."""
         return nested.bind(self.eqn, values, params)
 
@@ -107,12 +105,12 @@ def flow(jaxpr: core.ClosedJaxpr, param_paths: Sequence[str]) -> Flow:
     """
     tags = [leaf_tag(path, aval) for path, aval in zip(param_paths, jaxpr.in_avals, strict=False)]
     tags += [ACTIVATION] * (len(jaxpr.in_avals) - len(tags))
-    walk = _Walk()
-    results = walk.run(jaxpr, tags, _Place((), "", (), ()), walk.ops.append)
-    return Flow(tuple(walk.ops), tuple(results))
+    ops: list[Op] = []
+    results = _run(jaxpr, tags, _Place((), "", (), ()), ops.append)
+    return Flow(tuple(ops), tuple(results))
 
 
-def leaf_tag(path: str, aval: Any) -> Tag:
+def leaf_tag(path: str, aval: jax.core.ShapedArray) -> Tag:
     """The tag of a parameter leaf itself."""
     axes = tuple((i,) for i in range(len(aval.shape)))
     return Tag(params=frozenset({path}), origin=Origin(path, tuple(aval.shape), str(aval.dtype), axes))
@@ -137,81 +135,76 @@ def _ignore(op: Op) -> None:
     """Visits nothing: for the passes that look for a loop's fixed point."""
 
 
-class _Walk:
-    def __init__(self) -> None:
-        self.ops: list[Op] = []
+def _run(jaxpr: nested.Closed, tags: Sequence[Tag], place: _Place, visit: Visit) -> list[Tag]:
+    """The tags of a jaxpr's results; every equation in it, and in those inside it, is visited."""
 
-    def run(self, jaxpr: nested.Closed, tags: Sequence[Tag], place: _Place, visit: Visit) -> list[Tag]:
-        env: dict[core.Var, Tag] = dict.fromkeys(jaxpr.jaxpr.constvars, CONSTANT)
-        env |= dict(zip(jaxpr.jaxpr.invars, tags, strict=True))
+    def equation(eqn: core.JaxprEqn, location: Location, operands: list[Tag]) -> list[Tag]:
+        scope = "/".join(s for s in (place.scope, str(eqn.source_info.name_stack)) if s)
+        op = Op(eqn, location, tuple(operands), scope, place.loops, place.inside)
+        visit(op)
+        return _results(op, place, visit)
 
-        def read(v: Any) -> Tag:
-            return CONSTANT if isinstance(v, core.Literal) else env[v]
+    return walk.run(jaxpr, tags, equation, constant=lambda _: CONSTANT, at=place.location)
 
-        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-            scope = "/".join(s for s in (place.scope, str(eqn.source_info.name_stack)) if s)
-            operands = tuple(read(v) for v in eqn.invars)
-            op = Op(eqn, (*place.location, i), operands, scope, place.loops, place.inside)
-            visit(op)
-            env |= dict(zip(eqn.outvars, self.step(op, place, visit), strict=True))
-        return [read(v) for v in jaxpr.jaxpr.outvars]
 
-    def step(self, op: Op, place: _Place, visit: Visit) -> list[Tag]:
-        match op.name:
-            case "scan":
-                return self.scan(op, place, visit)
-            case "while":
-                return self.while_loop(op, place, visit)
-            case "cond":
-                return self.cond(op, place, visit)
-        body = nested.call_body(op.eqn)
-        if body is not None:
-            return self.run(body, op.tags, place.into(op, "call"), visit)
-        return out_tags(op.eqn, op.tags)
+def _results(op: Op, place: _Place, visit: Visit) -> list[Tag]:
+    match op.name:
+        case "scan":
+            return _scan(op, place, visit)
+        case "while":
+            return _while(op, place, visit)
+        case "cond":
+            return _cond(op, place, visit)
+    body = nested.call_body(op.eqn)
+    if body is not None:
+        return _run(body, op.tags, place.into(op, "call"), visit)
+    return out_tags(op.eqn, op.tags)
 
-    def scan(self, op: Op, place: _Place, visit: Visit) -> list[Tag]:
-        parts = nested.scan_parts(op.eqn)
-        split = parts.consts + parts.carry
-        consts, carry, xs = op.tags[: parts.consts], list(op.tags[parts.consts : split]), op.tags[split:]
-        loop = Loop(op.location, parts.length, any(t.is_weight for t in xs))
-        inner = place.into(op, "body", loop=loop)
-        steps = [_one_step(t) for t in xs]
 
-        def body(carried: list[Tag], seen: Visit) -> list[Tag]:
-            return self.run(parts.body, [*consts, *carried, *steps], inner, seen)
+def _scan(op: Op, place: _Place, visit: Visit) -> list[Tag]:
+    parts = nested.scan_parts(op.eqn)
+    split = parts.consts + parts.carry
+    consts, carry, xs = op.tags[: parts.consts], list(op.tags[parts.consts : split]), op.tags[split:]
+    loop = Loop(op.location, parts.length, any(t.is_weight for t in xs))
+    inner = place.into(op, "body", loop=loop)
+    steps = [_one_step(t) for t in xs]
 
-        carry = _fixed_point(lambda c: body(c, _ignore)[: parts.carry], carry)
-        results = body(carry, visit)
-        return [*carry, *(replace(t, origin=None) for t in results[parts.carry :])]
+    def body(carried: list[Tag], seen: Visit) -> list[Tag]:
+        return _run(parts.body, [*consts, *carried, *steps], inner, seen)
 
-    def while_loop(self, op: Op, place: _Place, visit: Visit) -> list[Tag]:
-        parts = nested.while_parts(op.eqn)
-        split = parts.cond_consts + parts.body_consts
-        cond_consts, body_consts = op.tags[: parts.cond_consts], op.tags[parts.cond_consts : split]
-        loop = Loop(op.location, None, False)
-        body_at = place.into(op, "body", loop=loop)
-        cond_at = place.into(op, "cond", name="while_cond", loop=loop)
+    carry = _fixed_point(lambda c: body(c, _ignore)[: parts.carry], carry)
+    results = body(carry, visit)
+    return [*carry, *(replace(t, origin=None) for t in results[parts.carry :])]
 
-        def body(carried: list[Tag]) -> list[Tag]:
-            return self.run(parts.body, [*body_consts, *carried], body_at, _ignore)
 
-        carry = _fixed_point(body, list(op.tags[split:]))
-        (proceed,) = self.run(parts.cond, [*cond_consts, *carry], cond_at, visit)
-        self.run(parts.body, [*body_consts, *carry], body_at, visit)
-        before, after = parts.body.jaxpr.invars[parts.body_consts :], parts.body.jaxpr.outvars
-        kept = [a is b for a, b in zip(before, after, strict=True)]
-        return [t if same or not proceed.args else ACTIVATION for t, same in zip(carry, kept, strict=True)]
+def _while(op: Op, place: _Place, visit: Visit) -> list[Tag]:
+    parts = nested.while_parts(op.eqn)
+    split = parts.cond_consts + parts.body_consts
+    cond_consts, body_consts = op.tags[: parts.cond_consts], op.tags[parts.cond_consts : split]
+    loop = Loop(op.location, None, False)
+    body_at = place.into(op, "body", loop=loop)
+    cond_at = place.into(op, "cond", name="while_cond", loop=loop)
 
-    def cond(self, op: Op, place: _Place, visit: Visit) -> list[Tag]:
-        choice, *operands = op.tags
-        results = [
-            self.run(branch, operands, place.into(op, f"branch{i}"), visit)
-            for i, branch in enumerate(nested.branches(op.eqn))
-        ]
-        merged = results[0]
-        for other in results[1:]:
-            merged = [joined(a, b) for a, b in zip(merged, other, strict=True)]
-        return [joined(t, replace(t, args=True)) if choice.args else t for t in merged]
+    def body(carried: list[Tag]) -> list[Tag]:
+        return _run(parts.body, [*body_consts, *carried], body_at, _ignore)
+
+    carry = _fixed_point(body, list(op.tags[split:]))
+    (proceed,) = _run(parts.cond, [*cond_consts, *carry], cond_at, visit)
+    _run(parts.body, [*body_consts, *carry], body_at, visit)
+    before, after = parts.body.jaxpr.invars[parts.body_consts :], parts.body.jaxpr.outvars
+    kept = [a is b for a, b in zip(before, after, strict=True)]
+    return [t if same or not proceed.args else ACTIVATION for t, same in zip(carry, kept, strict=True)]
+
+
+def _cond(op: Op, place: _Place, visit: Visit) -> list[Tag]:
+    choice, *operands = op.tags
+    results = [
+        _run(branch, operands, place.into(op, f"branch{i}"), visit) for i, branch in enumerate(nested.branches(op.eqn))
+    ]
+    merged = results[0]
+    for other in results[1:]:
+        merged = [joined(a, b) for a, b in zip(merged, other, strict=True)]
+    return [joined(t, replace(t, args=True)) if choice.args else t for t in merged]
 
 
 def _one_step(tag: Tag) -> Tag:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.types import Params, PyTree, Shape
 from jaxcomp.trace import nested
 from jaxcomp.trace.chains import Chain, Step, find_chains
 from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.flow import Location
-from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
-from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.interpreter import Aux, Claim, Emitted, Monoid, zeros
+from jaxcomp.trace.program import Program, is_array_like, trace
+from jaxcomp.trace.tags import Tag
+from jaxcomp.trace.walk import Fn, Location, Value
 
 
 class Fold(NamedTuple):
@@ -26,7 +28,7 @@ class Fold(NamedTuple):
     gone: tuple[str, ...]
 
 
-class Folded(NamedTuple):
+class FoldedFunction(NamedTuple):
     """A folded function and its parameters.
 
     Attributes:
@@ -36,12 +38,12 @@ class Folded(NamedTuple):
       folds: what became of each folded site.
     """
 
-    params: Any
-    fn: Callable[..., Any]
+    params: Params
+    fn: Fn
     folds: tuple[Fold, ...]
 
 
-def fold_batch_norm(fn: Callable[..., Any]) -> Callable[..., Folded]:
+def fold_batch_norm(fn: Fn) -> Callable[..., FoldedFunction]:
     """Folds what scales and shifts the output channels of dots and convolutions into their kernels.
 
     ``(x * w) a + b == x * (w a) + b`` for a chain of additions, subtractions, products and quotients with per-channel
@@ -53,8 +55,8 @@ def fold_batch_norm(fn: Callable[..., Any]) -> Callable[..., Folded]:
       fn: a pure function ``fn(params, *args)`` in inference mode.
 
     Returns:
-      A function of ``(params, *args)`` that gives :class:`Folded`; the values of ``args`` do not matter, and its
-      ``fn`` takes other shapes of them.
+      A function of ``(params, *args)`` that gives :class:`FoldedFunction`; the values of ``args`` do not matter, and
+      its ``fn`` takes other shapes of them.
 
     Raises (the folded function):
       ValueError: the parameters given are not those that folding returned.
@@ -71,12 +73,12 @@ def fold_batch_norm(fn: Callable[..., Any]) -> Callable[..., Folded]:
     """
 
     @wraps(fn)
-    def fold(params: Any, *args: Any, **kwargs: Any) -> Folded:
+    def fold(params: Params, *args: PyTree, **kwargs: PyTree) -> FoldedFunction:
         program = _inlined(fn, params, *args, **kwargs)
         plan = _plan(program)
         leaves, tree = jax.tree.flatten(params)
-        named = dict(zip(program.param_paths, (i for i, leaf in enumerate(leaves) if _is_array(leaf)), strict=True))
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf for leaf in leaves]
+        named = dict(zip(program.param_paths, (i for i, leaf in enumerate(leaves) if is_array_like(leaf)), strict=True))
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else leaf for leaf in leaves]
         for f, coefficients in zip(plan, _coefficients(program, plan, params, args, kwargs), strict=True):
             kernel, scale, shift = named[f.chain.site.leaf or ""], *coefficients
             leaves[kernel] = (leaves[kernel] * _as_leaf(f.chain, scale)).astype(leaves[kernel].dtype)
@@ -85,7 +87,7 @@ def fold_batch_norm(fn: Callable[..., Any]) -> Callable[..., Folded]:
             if f.fold.bias is not None:
                 leaves[named[f.fold.bias]] = shift.astype(shapes[named[f.fold.bias]].dtype)
         folded_params = jax.tree.unflatten(tree, leaves)
-        return Folded(folded_params, _folded(fn, jax.tree.unflatten(tree, shapes)), tuple(f.fold for f in plan))
+        return FoldedFunction(folded_params, _folded(fn, jax.tree.unflatten(tree, shapes)), tuple(f.fold for f in plan))
 
     return fold
 
@@ -96,14 +98,10 @@ class _Planned:
     fold: Fold
 
 
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _inlined(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
+def _inlined(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
     """The program with every jit opened, so that a layer and its norm stand side by side."""
 
-    def opened(inner_params: Any, *inner_args: Any, **inner_kwargs: Any) -> Any:
+    def opened(inner_params: Params, *inner_args: PyTree, **inner_kwargs: PyTree) -> PyTree:
         program = trace(fn, inner_params, *inner_args, **inner_kwargs)
         return evaluate(program, {}, program.flatten(inner_params, *inner_args, **inner_kwargs), inline=True).out
 
@@ -122,7 +120,7 @@ def _plan(program: Program) -> tuple[_Planned, ...]:
         chains = [p.chain for p in planned]
 
 
-def _assigned(chains: Sequence[Chain], uses: dict[str, list[Location]], shapes: dict[str, Any]) -> list[_Planned]:
+def _assigned(chains: Sequence[Chain], uses: dict[str, list[Location]], shapes: dict[str, Shape]) -> list[_Planned]:
     """Gives each chain a leaf for its bias; chains that need one and find none are left out."""
     folded = {step.op.location for chain in chains for step in chain.steps if not step.moves}
     taken: set[str] = set()
@@ -151,7 +149,7 @@ def _uses(program: Program) -> dict[str, list[Location]]:
     """Where each leaf, or what is made of leaves alone, meets a value that is not; ``()`` for the result."""
     uses: dict[str, list[Location]] = {}
 
-    def used(tags: Sequence[Any], at: Location) -> None:
+    def used(tags: Sequence[Tag], at: Location) -> None:
         for path in {p for tag in tags for p in tag.params | ({tag.origin.path} if tag.origin else set())}:
             uses.setdefault(path, []).append(at)
 
@@ -170,12 +168,12 @@ def _uses(program: Program) -> dict[str, list[Location]]:
 class _AtZero:
     """A chain's value and derivative where the product is 0."""
 
-    value: Any
-    slope: Any
+    value: jax.Array
+    slope: jax.Array
 
 
 def _coefficients(
-    program: Program, plan: Sequence[_Planned], params: Any, args: Any, kwargs: Any
+    program: Program, plan: Sequence[_Planned], params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
 ) -> list[tuple[jax.Array, jax.Array]]:
     """(scale, shift) of each chain, in the shape ``Chain.shape``."""
     claims: dict[Location, Claim] = {}
@@ -185,43 +183,46 @@ def _coefficients(
         for step in chain.steps:
             claims[step.op.location] = Claim(_stepped(step))
         claims[chain.steps[-1].op.location] = Claim(_ending(str(i), chain))
-    last = Monoid(lambda s: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), s), lambda a, b: b)
+    last = Monoid(zeros, lambda a, b: b)
 
-    def run(real_params: Any) -> dict[str, Any]:
-        others = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) if _is_array(a) else a, (args, kwargs))
+    def run(real_params: Params) -> Aux:
+        others = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) if is_array_like(a) else a, (args, kwargs))
         values = program.flatten(real_params, *others[0], **others[1])
         return evaluate(program, claims, values, collect=last).aux
 
     arrays, tree = jax.tree.flatten(params)
-    traced = [leaf for leaf in arrays if _is_array(leaf)]
+    traced = [leaf for leaf in arrays if is_array_like(leaf)]
 
-    def filled(values: Sequence[Any]) -> Any:
+    def filled(values: Sequence[jax.Array]) -> Params:
         rest = iter(values)
-        return jax.tree.unflatten(tree, [next(rest) if _is_array(leaf) else leaf for leaf in arrays])
+        return jax.tree.unflatten(tree, [next(rest) if is_array_like(leaf) else leaf for leaf in arrays])
 
     aux = jax.jit(lambda values: run(filled(values)))(traced)
     return [aux[str(i)] for i in range(len(plan))]
 
 
-def _zero(chain: Chain) -> Callable[..., list[Any]]:
+def _zero(chain: Chain) -> Callable[..., list[Value]]:
     shape, dtype = chain.site.out_shape, chain.site.out_dtype
     return lambda *values: [_AtZero(jnp.zeros(shape, dtype), jnp.ones(shape, dtype))]
 
 
-def _stepped(step: Step) -> Callable[..., list[Any]]:
-    def run(*values: Any) -> list[Any]:
-        def at(value: Any) -> Any:
+def _stepped(step: Step) -> Callable[..., list[_AtZero]]:
+    def run(*values: Value) -> list[_AtZero]:
+        def at(value: jax.Array) -> jax.Array:
             return step.op.bind(*values[: step.index], value, *values[step.index + 1 :])[0]
 
         box = values[step.index]
+        assert isinstance(box, _AtZero)
         return [_AtZero(*jax.jvp(at, (box.value,), (box.slope,)))]
 
     return run
 
 
 def _ending(name: str, chain: Chain) -> Callable[..., Emitted]:
-    def run(*values: Any) -> Emitted:
-        (box,) = _stepped(chain.steps[-1])(*values)
+    stepped = _stepped(chain.steps[-1])
+
+    def run(*values: Value) -> Emitted:
+        (box,) = stepped(*values)
         return Emitted([box.value], {name: (_by_channel(box.slope, chain.axes), _by_channel(box.value, chain.axes))})
 
     return run
@@ -245,11 +246,11 @@ def _as_leaf(chain: Chain, scale: jax.Array) -> jax.Array:
     return ordered.reshape([size if a in names else 1 for a, size in enumerate(origin.shape)])
 
 
-def _folded(fn: Callable[..., Any], shapes: Any) -> Callable[..., Any]:
+def _folded(fn: Fn, shapes: Params) -> Fn:
     """``fn`` over folded parameters: products with their bias, chains skipped, vanished leaves absent."""
 
     @wraps(fn)
-    def folded(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def folded(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         program = _inlined(fn, _shaped(params, shapes), *args, **kwargs)
         values = program.flatten(params, *args, **kwargs)
         place = {path: i for i, path in enumerate(program.param_paths)}
@@ -266,25 +267,25 @@ def _folded(fn: Callable[..., Any], shapes: Any) -> Callable[..., Any]:
     return folded
 
 
-def _shaped(params: Any, shapes: Any) -> Any:
+def _shaped(params: Params, shapes: Params) -> Params:
     """The folded parameters with a shape in the place of every leaf, those that are gone included."""
     likes = jax.tree.leaves(shapes)
-    tree: Any = jax.tree.structure(shapes)
+    tree: jax.tree_util.PyTreeDef = jax.tree.structure(shapes)
     try:
         given = tree.flatten_up_to(params)
     except ValueError as e:
         raise ValueError(f"fold_batch_norm: the folded function takes the folded parameters; {e}.") from e
     now = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else like
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else like
         for leaf, like in zip(given, likes, strict=True)
     ]
     return jax.tree.unflatten(tree, now)
 
 
-def _biased(chain: Chain) -> Callable[..., list[Any]]:
+def _biased(chain: Chain) -> Callable[..., list[Value]]:
     shape = [size if i in {y for y, _ in chain.channels} else 1 for i, size in enumerate(chain.site.out_shape)]
     return lambda bias, *values: [y + bias.reshape(shape).astype(y.dtype) for y in chain.op.bind(*values)]
 
 
-def _skipped(step: Step) -> Callable[..., list[Any]]:
+def _skipped(step: Step) -> Callable[..., list[Value]]:
     return lambda *values: [values[step.index]]

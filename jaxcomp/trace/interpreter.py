@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcomp.trace import control_flow, nested
-from jaxcomp.trace.flow import Location, Op
+from jaxcomp.core.types import PyTree
+from jaxcomp.trace import nested, walk
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import CALLS, CUSTOM_RULE
 from jaxcomp.trace.program import Program
+from jaxcomp.trace.walk import Location, Value
+
+Aux = dict[str, PyTree]
+"""Emissions by name."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,15 @@ class Claim:
       side: a pytree of arrays handed to ``run``, sliced by the layer scans around.
     """
 
-    run: Callable[..., Any]
-    side: Any = None
+    run: Callable[..., Sequence[Value] | Emitted]
+    side: PyTree = None
 
 
 class Emitted(NamedTuple):
     """The results of a claimed equation, and named values to be gathered beside them."""
 
-    results: Sequence[Any]
-    aux: Mapping[str, Any]
+    results: Sequence[Value]
+    aux: Mapping[str, PyTree]
 
 
 class Monoid(NamedTuple):
@@ -41,68 +47,77 @@ class Monoid(NamedTuple):
     ``zero`` gets a tree of ``jax.ShapeDtypeStruct`` and gives arrays of these shapes and types.
     """
 
-    zero: Callable[[Any], Any]
-    merge: Callable[[Any, Any], Any]
+    zero: Callable[[PyTree], PyTree]
+    merge: Callable[[PyTree, PyTree], PyTree]
+
+
+def zeros(shapes: PyTree) -> PyTree:
+    """Arrays of zeros of the shapes and types of a tree of ``jax.ShapeDtypeStruct``."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 class Result(NamedTuple):
     """What an evaluation gives: the function's result, and what claims emitted, by name."""
 
-    out: Any
-    aux: dict[str, Any]
+    out: PyTree
+    aux: Aux
 
 
 Handler = Callable[[Op], Claim | None]
 """Looks at an equation and claims it, or does not."""
+Sides = Mapping[Location, PyTree]
+Outcome = tuple[list[Value], Aux]
 
 
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "scan", "remat2", "checkpoint"})
+class Opened(NamedTuple):
+    """An equation whose inner jaxprs are evaluated anew: where it stands, its operands, and the side inputs."""
+
+    eqn: core.JaxprEqn
+    at: Location
+    values: list[Value]
+    sides: Sides
 
 
-Sides = Mapping[Location, Any]
-
-
-Outcome = tuple[list[Any], dict[str, Any]]
+Reopen = Callable[["Evaluator", Opened], Outcome]
+"""Runs an equation whose inner jaxprs are evaluated anew; see ``control_flow.reopen``."""
+INLINED = (frozenset(CALLS) - CUSTOM_RULE) | {"scan"}
 
 
 class Evaluator:
-    """The walk behind ``evaluate``; the rules in ``control_flow`` call back into ``jaxpr``."""
+    """What one run of a program needs to know; ``reopen`` calls back into ``jaxpr``."""
 
     def __init__(
         self,
         program: Program,
         claims: Mapping[Location, Claim],
+        reopen: Reopen,
+        *,
         collect: Monoid | None,
-        to_array: Callable[[Any], Any] | None,
-        inlined: frozenset[str],
+        to_array: Callable[[Value], jax.Array] | None,
+        inline: bool,
     ) -> None:
         self.claims = claims
-        self.inlined = inlined
+        self.reopen = reopen
+        self.inlined = INLINED if inline else frozenset()
         self.layer_scans = {loop.location for op in program.flow.ops for loop in op.loops if loop.layers}
         self.collect = collect
         self.to_array = to_array
         self.around = {at[:i] for at in claims for i in range(1, len(at))}
         self.met: set[Location] = set()
 
-    def jaxpr(self, jaxpr: nested.Closed, at: Location, values: Sequence[Any], sides: Sides) -> Outcome:
+    def jaxpr(self, jaxpr: nested.Closed, at: Location, values: Sequence[Value], sides: Sides) -> Outcome:
         """The results and emissions of a jaxpr that stands at ``at``."""
-        env: dict[core.Var, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-        env |= dict(zip(jaxpr.jaxpr.invars, values, strict=True))
-        last = _last_uses(jaxpr)
+        aux: Aux = {}
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, core.Literal) else env[v]
-
-        aux: dict[str, Any] = {}
-        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-            results, emitted = self.equation(eqn, (*at, i), [read(v) for v in eqn.invars], sides)
-            env |= dict(zip(eqn.outvars, results, strict=True))
+        def equation(eqn: core.JaxprEqn, here: Location, operands: list[Value]) -> list[Value]:
+            nonlocal aux
+            results, emitted = self.equation(eqn, here, operands, sides)
             aux = self.merged(aux, emitted)
-            for v in last.get(i, ()):
-                del env[v]
-        return [read(v) for v in jaxpr.jaxpr.outvars], aux
+            return results
 
-    def equation(self, eqn: core.JaxprEqn, at: Location, values: list[Any], sides: Sides) -> Outcome:
+        return walk.run(jaxpr, values, equation, constant=_itself, at=at, free=True), aux
+
+    def equation(self, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
         """One equation: claimed, opened, or re-bound."""
         if at in self.claims:
             self.met.add(at)
@@ -110,19 +125,19 @@ class Evaluator:
                 return self.claimed(eqn, self.claims[at], values, sides.get(at))
         if self.opens(eqn, at, values):
             with jax.named_scope(str(eqn.source_info.name_stack)):
-                return control_flow.reopen(self, eqn, at, values, sides)
+                return self.reopen(self, Opened(eqn, at, values, sides))
         if any(v is None for v in values):
             return [None] * len(eqn.outvars), {}
-        return nested.bind(eqn, [self.array(v) for v in values]), {}
+        return [*nested.bind(eqn, [self.array(v) for v in values])], {}
 
-    def opens(self, eqn: core.JaxprEqn, at: Location, values: list[Any]) -> bool:
+    def opens(self, eqn: core.JaxprEqn, at: Location, values: list[Value]) -> bool:
         """Whether the jaxprs inside an unclaimed equation are evaluated one equation at a time."""
         if not nested.is_open(eqn):
             return False
         inside = at in self.around or eqn.primitive.name in self.inlined
         return inside or not all(map(_as_traced, eqn.invars, values))
 
-    def claimed(self, eqn: core.JaxprEqn, claim: Claim, values: list[Any], side: Any) -> Outcome:
+    def claimed(self, eqn: core.JaxprEqn, claim: Claim, values: list[Value], side: PyTree) -> Outcome:
         """A claim's own results."""
         outcome = claim.run(*values) if claim.side is None else claim.run(side, *values)
         results, aux = outcome if isinstance(outcome, Emitted) else (outcome, {})
@@ -132,7 +147,7 @@ class Evaluator:
             )
         return list(results), dict(aux)
 
-    def array(self, value: Any) -> Any:
+    def array(self, value: Value) -> jax.Array | None:
         """``value`` as an array that any equation takes; an absent one stays absent."""
         if value is None or _is_array(value):
             return value
@@ -143,10 +158,10 @@ class Evaluator:
             )
         return self.to_array(value)
 
-    def merged(self, a: dict[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    def merged(self, a: Aux, b: Mapping[str, PyTree]) -> Aux:
         """Two sets of emissions as one."""
-        both = a.keys() & b.keys()
-        return {**a, **b, **{k: self.require_monoid().merge(a[k], b[k]) for k in both}}
+        both = {k: self.require_monoid().merge(a[k], b[k]) for k in a if k in b}  # not a set: alike each time
+        return {**a, **b, **both}
 
     def may_emit(self, at: Location) -> bool:
         """Whether a claim inside the equation at ``at`` could emit."""
@@ -161,26 +176,20 @@ class Evaluator:
         return self.collect
 
 
-def _is_array(value: Any) -> bool:
+def _itself(value: Value) -> Value:
+    return value
+
+
+def _is_array(value: Value) -> TypeGuard[jax.Array]:
+    """Whether an equation takes ``value`` as it is: an array of JAX or NumPy, or a number."""
     return isinstance(value, jax.Array | int | float | complex) or (
         hasattr(value, "dtype") and hasattr(value, "__array__")
     )
 
 
-def _as_traced(v: Any, value: Any) -> bool:
+def _as_traced(v: core.Var | core.Literal, value: Value) -> bool:
     """Whether a value has the shape and type that its variable was traced with."""
-    aval = v.aval
+    aval = walk.aval_of(v)
     if not hasattr(aval, "shape"):
         return True
     return _is_array(value) and jnp.shape(value) == aval.shape and jax.typeof(value).dtype == aval.dtype
-
-
-def _last_uses(jaxpr: nested.Closed) -> dict[int, list[core.Var]]:
-    """Which variables are read for the last time by each equation."""
-    kept = {v for v in jaxpr.jaxpr.outvars if not isinstance(v, core.Literal)}
-    last = {v: i for i, eqn in enumerate(jaxpr.jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
-    uses: dict[int, list[core.Var]] = {}
-    for v, i in last.items():
-        if v not in kept:
-            uses.setdefault(i, []).append(v)
-    return uses

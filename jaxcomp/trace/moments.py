@@ -1,32 +1,25 @@
-"""``input_moments``: second moments of the inputs that each leaf multiplies, for errors weighted by the data."""
+"""What enters the sites: second moments of the inputs that each leaf multiplies, and their norms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.paths import Where, describe, matches, some_paths
+from jaxcomp.core.paths import Where, matches, matrices
 from jaxcomp.core.roles import BATCH, CONTRACTED, SPATIAL, STACKED
-from jaxcomp.trace.evaluator import evaluate
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.trace.collect import SUMMED, Nothing, Observer, collect
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
-from jaxcomp.trace.nested import CUSTOM_RULE
-from jaxcomp.trace.program import trace
-from jaxcomp.trace.sites import Site, sites_of
-
-SUMMED = Monoid(
-    lambda shapes: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-    lambda a, b: jax.tree.map(jnp.add, a, b),
-)
-"""Moments as emissions: they add."""
+from jaxcomp.trace.primitives import CUSTOM_RULE
+from jaxcomp.trace.sites import Operand, Site
+from jaxcomp.trace.walk import Fn
 
 
-def input_moments(fn: Callable[..., Any], where: Where = r".*") -> Callable[..., dict[str, jax.Array]]:
+def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.Array]]:
     """``Σ xᵀ x`` over the rows ``x`` that each leaf multiplies in ``fn(params, *args)``, by the leaf's path.
 
     Of a dot, ``x`` runs over the axes in front of the leaf that are summed over; of a convolution over the input
@@ -46,24 +39,54 @@ def input_moments(fn: Callable[..., Any], where: Where = r".*") -> Callable[...,
     [[1.0, 2.0], [2.0, 5.0]]
     """
 
-    @wraps(fn)
-    def collected(params: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        program = trace(fn, params, *args, **kwargs)
-        ops = {op.location: op for op in program.flow.ops}
-        every = sites_of(program)
-        claims = {}
-        for site in every:
-            axes = _input_axes(site, ops[site.location])
-            if axes and matches(where, site.path, site):
-                claims[site.location] = Claim(_observing(site, ops[site.location], axes))
-        if not claims:
-            raise ValueError(
-                f"input_moments: {describe(where)} matches no site that multiplies rows by a leaf; there are "
-                f"{some_paths(s.path for s in every) or 'none'}."
-            )
-        return evaluate(program, claims, program.flatten(params, *args, **kwargs), collect=SUMMED).aux
+    def observer(site: Site, op: Op) -> Observer | None:
+        axes = _input_axes(site, op)
+        return _moments(site, axes) if axes and matches(where, site.path, site) else None
 
-    return collected
+    nothing = Nothing("input_moments", where, "site that multiplies rows by a leaf")
+    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
+    return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)
+
+
+def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.Array]]:
+    """ℓ2 norms of what each weight multiplies, one for each index of its contraction axis: the statistic of ``wanda``.
+
+    They have the weight's rank, and 1 along all its other axes but those of stacked layers. Several batches together
+    have ``jax.tree.map(jnp.hypot, a, b)``. Covered are weights of dots and convolutions with one contracted axis
+    (beside the window) and no batch axes or feature groups; a leaf with several sites has all their inputs together.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+      where: which leaves.
+
+    Raises:
+      ValueError: no site is left.
+
+    >>> p = {"kernel": jnp.ones((2, 3))}
+    >>> input_norms(lambda p, x: x @ p["kernel"])(p, jnp.array([[3.0, 1.0], [4.0, 0.0]]))["kernel"].tolist()
+    [[5.0], [1.0]]
+    """
+
+    def observer(site: Site, op: Op) -> Observer | None:
+        weight = _plain_weight(site)
+        if weight is None or weight.leaf is None:
+            return None
+        like = jax.ShapeDtypeStruct(weight.leaf_shape, weight.leaf_dtype)
+        return _squares(site) if matches(where, weight.leaf, like) else None
+
+    nothing = Nothing("input_norms", where, "weight with one contracted axis")
+    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
+
+    @wraps(fn)
+    def norms(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
+        chosen, squares = found(params, *args, **kwargs)
+        total: dict[str, jax.Array] = {}
+        for site in chosen:
+            path, here = site.leaf or "", _at_leaf(site, squares[site.path])
+            total[path] = total[path] + here if path in total else here
+        return {path: jnp.sqrt(x) for path, x in total.items()}
+
+    return norms
 
 
 def _input_axes(site: Site, op: Op) -> list[int]:
@@ -94,10 +117,43 @@ def _paired(site: Site, op: Op) -> list[tuple[tuple[int, ...], int]]:
     return [(origin.axes[i], j) for i, j in pairs]
 
 
-def _observing(site: Site, op: Op, axes: list[int]) -> Callable[..., Emitted]:
-    def run(*values: Any) -> Emitted:
+def _moments(site: Site, axes: Sequence[int]) -> Observer:
+    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
         x = jnp.moveaxis(values[site.activations[0]], axes, range(-len(axes), 0))
         rows = x.reshape(-1, math.prod(x.shape[-len(axes) :])).astype(jnp.float32)
-        return Emitted(op.bind(*values), {str(site.leaf): jnp.einsum("ni,nj->ij", rows, rows, precision="highest")})
+        return {str(site.leaf): jnp.einsum("ni,nj->ij", rows, rows, precision="highest")}
 
-    return run
+    return look
+
+
+def _plain_weight(site: Site) -> Operand | None:
+    """The weight of a site whose inputs have norms: one axis is summed over, and each layer of a stack is met once."""
+    weight = None if site.weight is None else site.operands[site.weight]
+    if weight is None or weight.leaf is None or site.groups != 1 or len(site.activations) != 1:
+        return None
+    x = site.operands[site.activations[0]]
+    alone = len(weight.leaf_axes(CONTRACTED)) == 1 and x.roles.count(CONTRACTED) == 1
+    layers = tuple(weight.leaf_shape[i] for i in weight.leaf_axes(STACKED)) == site.layer_steps
+    return weight if alone and layers and BATCH not in weight.roles and "while_cond" not in site.inside else None
+
+
+def _squares(site: Site) -> Observer:
+    operand = site.activations[0]
+    axis = site.operands[operand].roles.index(CONTRACTED)
+
+    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        x = values[operand].astype(jnp.float32)
+        others = tuple(i for i in range(x.ndim) if i != axis)
+        return {site.path: jnp.sum(x * x, axis=others)}
+
+    return look
+
+
+def _at_leaf(site: Site, x: jax.Array) -> jax.Array:
+    """Sums with the layers' axes in front, at the rank of the site's weight."""
+    weight = site.operands[site.weight or 0]
+    stacked, (contracted,) = weight.leaf_axes(STACKED), weight.leaf_axes(CONTRACTED)
+    x = x.reshape(*(weight.leaf_shape[i] for i in stacked), weight.leaf_shape[contracted])
+    axes = (*stacked, contracted)
+    x = jnp.transpose(x, sorted(range(len(axes)), key=axes.__getitem__))
+    return x.reshape([size if i in axes else 1 for i, size in enumerate(weight.leaf_shape)])

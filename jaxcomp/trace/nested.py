@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import jax
 from jax.extend import core
 
+from jaxcomp.trace.primitives import CALLS, CONTROL, HEAVY
+
 Closed = core.ClosedJaxpr
 """A jaxpr with its constants."""
-
-# Equations that run one inner jaxpr on exactly their operands.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-REMAT = frozenset({"remat2", "checkpoint"})
-CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
-_HEAVY = frozenset({"dot_general", "conv_general_dilated", "gather", "pallas_call"})
 
 
 class Scan(NamedTuple):
@@ -47,14 +34,14 @@ class While(NamedTuple):
     body_consts: int
 
 
-def closed(jaxpr: Any) -> Closed:
+def closed(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Closed:
     """``jaxpr`` with its constants; an open one (as remat holds) has none."""
-    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
 def call_body(eqn: core.JaxprEqn) -> Closed | None:
     """The inner jaxpr of jit, remat, custom_jvp, custom_vjp and closed calls; None for any other equation."""
-    key = _CALLS.get(eqn.primitive.name)
+    key = CALLS.get(eqn.primitive.name)
     return closed(eqn.params[key]) if key in eqn.params else None
 
 
@@ -84,7 +71,7 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> list[Closed]:
     return [closed(v) for v in _flat(eqn.params.values()) if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
 
 
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
+def _flat(values: Iterable[object]) -> Iterable[object]:
     for v in values:
         if isinstance(v, tuple | list):
             yield from _flat(v)
@@ -94,7 +81,7 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
 
 def is_open(eqn: core.JaxprEqn) -> bool:
     """Whether the evaluator can look into this equation."""
-    return eqn.primitive.name in {"scan", "while", "cond"} or call_body(eqn) is not None
+    return eqn.primitive.name in CONTROL or call_body(eqn) is not None
 
 
 def is_opaque(eqn: core.JaxprEqn) -> bool:
@@ -105,21 +92,21 @@ def is_opaque(eqn: core.JaxprEqn) -> bool:
 
 
 def _holds_heavy_work(jaxpr: Closed) -> bool:
-    return any(e.primitive.name in _HEAVY or any(map(_holds_heavy_work, inner_jaxprs(e))) for e in jaxpr.jaxpr.eqns)
+    return any(e.primitive.name in HEAVY or any(map(_holds_heavy_work, inner_jaxprs(e))) for e in jaxpr.jaxpr.eqns)
 
 
-def bind(eqn: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+def bind(eqn: core.JaxprEqn, values: Sequence[object], params: Mapping[str, object] | None = None) -> list[jax.Array]:
     """Runs one equation on ``values`` (one for each operand, literals too); gives the list of its results.
 
     ``params`` replaces some of the equation's parameters. Goes through a one-equation jaxpr, which hides
     how each release binds a primitive and keeps the equation's name stack and source line.
     """
-    operands: list[Any] = [core.Var(v.aval) for v in eqn.invars]
+    operands: list[core.Var | core.Literal] = [core.Var(v.aval) for v in eqn.invars]
     changed = eqn.replace(invars=operands, params={**eqn.params, **params} if params else eqn.params)
     kept = [i for i, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
     debug = core.DebugInfo("jaxcomp", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     one = core.Jaxpr((), operands, [eqn.outvars[i] for i in kept], [changed], eqn.effects, debug)
-    results: list[Any] = [None] * len(eqn.outvars)
+    results: list[jax.Array | None] = [None] * len(eqn.outvars)
     for i, result in zip(kept, jax.core.eval_jaxpr(one, (), *values), strict=True):
         results[i] = result
-    return results
+    return cast(list[jax.Array], results)  # None stands where no one reads a result

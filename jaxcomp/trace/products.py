@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.extend import core
 
 from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, OUTPUT, SINGLE, SPATIAL, STACKED
 from jaxcomp.trace.tags import Origin
+from jaxcomp.trace.walk import shape_of
 
 
 class Product(NamedTuple):
@@ -36,7 +37,7 @@ def product_of(eqn: core.JaxprEqn) -> Product | None:
 
 
 def _dot(eqn: core.JaxprEqn) -> Product:
-    lhs, rhs = _shape(eqn.invars[0]), _shape(eqn.invars[1])
+    lhs, rhs = shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
     contract, batch = eqn.params["dimension_numbers"]
     roles = tuple(
         tuple(CONTRACTED if i in contract[side] else BATCH if i in batch[side] else OUTPUT for i in range(len(shape)))
@@ -50,7 +51,7 @@ def _conv(eqn: core.JaxprEqn) -> Product:
     """MACs count taps on padding, as is customary; of a dilated (transposed) input only taps on its elements."""
     p = eqn.params
     numbers = p["dimension_numbers"]
-    image, kernel, out = _shape(eqn.invars[0]), _shape(eqn.invars[1]), _shape(eqn.outvars[0])
+    image, kernel, out = shape_of(eqn.invars[0]), shape_of(eqn.invars[1]), shape_of(eqn.outvars[0])
     lhs_roles = _placed(len(out), numbers.lhs_spec, (OUTPUT, CONTRACTED))
     rhs_roles = _placed(len(out), numbers.rhs_spec, (OUTPUT, CONTRACTED))
     taps = 1
@@ -78,7 +79,7 @@ def _placed(rank: int, spec: Sequence[int], first_two: tuple[str, str]) -> tuple
 
 def _lookup(eqn: core.JaxprEqn) -> Product | None:
     """A gather that takes whole rows of a table of two or more axes."""
-    table = _shape(eqn.invars[0])
+    table = shape_of(eqn.invars[0])
     numbers = eqn.params["dimension_numbers"]
     sizes = eqn.params["slice_sizes"]
     if len(table) < 2 or len(numbers.start_index_map) != 1:
@@ -104,7 +105,3 @@ def leaf_roles(origin: Origin, roles: Sequence[str]) -> tuple[str, ...]:
         STACKED if a in origin.stacked and not names else MIXED if len(names) > 1 else next(iter(names), SINGLE)
         for a, names in enumerate(found)
     )
-
-
-def _shape(v: Any) -> tuple[int, ...]:
-    return tuple(v.aval.shape)

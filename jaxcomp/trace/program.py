@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.extend import core
 
 from jaxcomp.core.paths import leaves_with_paths, some_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.flow import Flow, flow
+from jaxcomp.trace.walk import Fn, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +30,9 @@ class Program:
     in_tree: jax.tree_util.PyTreeDef
     is_array: tuple[bool, ...]
     out_tree: jax.tree_util.PyTreeDef
-    out_static: tuple[Any, ...]
+    out_static: tuple[Leaf, ...]
 
-    def flatten(self, params: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    def flatten(self, params: Params, *args: PyTree, **kwargs: PyTree) -> list[Leaf]:
         """The values of the jaxpr's inputs; a subtree at a leaf's place (a compressed leaf) stays one value.
 
         Raises:
@@ -46,11 +47,16 @@ class Program:
             ) from e
         return [leaf for leaf, keep in zip(leaves, self.is_array, strict=True) if keep]
 
-    def unflatten(self, results: Sequence[Any]) -> Any:
+    def unflatten(self, results: Sequence[Value]) -> PyTree:
         """The function's result from the list of the jaxpr's outputs."""
         arrays = iter(results)
         leaves = [next(arrays) if static is _ARRAY else static for static in self.out_static]
         return jax.tree.unflatten(self.out_tree, leaves)
+
+    def results(self, out: PyTree) -> list[Value]:
+        """The list of the jaxpr's outputs from the function's result: what ``unflatten`` was given."""
+        leaves = self.out_tree.flatten_up_to(out)
+        return [leaf for leaf, static in zip(leaves, self.out_static, strict=True) if static is _ARRAY]
 
 
 class _Array:
@@ -60,7 +66,7 @@ class _Array:
 _ARRAY = _Array()
 
 
-def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:
+def trace(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
     """Traces ``fn(params, *args, **kwargs)`` without running it.
 
     Args:
@@ -86,9 +92,9 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Pro
         )
     leaves, in_tree = jax.tree.flatten((params, args, kwargs))
     is_array = tuple(map(is_array_like, leaves))
-    out: dict[str, Any] = {}
+    out: dict[str, PyTree] = {}
 
-    def flat(*arrays: Any) -> list[Any]:
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
         values = iter(arrays)
         filled = [next(values) if keep else leaf for leaf, keep in zip(leaves, is_array, strict=True)]
         inner_params, inner_args, inner_kwargs = jax.tree.unflatten(in_tree, filled)
@@ -100,6 +106,6 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Pro
     return Program(jaxpr, param_paths, flow(jaxpr, param_paths), in_tree, is_array, out["tree"], out["static"])
 
 
-def is_array_like(leaf: Any) -> bool:
+def is_array_like(leaf: Leaf) -> bool:
     """Whether ``leaf`` is traced: an array, a shape of one, or a tracer; Python numbers are constants."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -7,32 +7,12 @@ from dataclasses import replace
 
 from jax.extend import core
 
+from jaxcomp.core.types import Shape
+from jaxcomp.trace.primitives import ELEMENTWISE, SAME
 from jaxcomp.trace.tags import Origin, Tag, mixed
+from jaxcomp.trace.walk import shape_of
 
 Move = Callable[[core.JaxprEqn, Origin], Origin]
-
-# Result i is operand i, moved or cast at most.
-_SAME = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "device_put",
-        "layout_constraint",
-        "name",
-        "optimization_barrier",
-        "pvary",
-        "reduce_precision",
-        "sharding_constraint",
-        "stop_gradient",
-    }
-)
-
-_NAMES = """abs add add_any and atan atan2 cbrt ceil clamp cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round rsqrt select_n
-sign sin sinh sqrt square sub tan tanh xor"""
-ELEMENTWISE = frozenset(_NAMES.split())
-"""Primitives whose result at an index depends on the operands at that index only."""
 
 
 def _transpose(eqn: core.JaxprEqn, o: Origin) -> Origin:
@@ -44,7 +24,7 @@ def _broadcast_in_dim(eqn: core.JaxprEqn, o: Origin) -> Origin:
 
 
 def _reshape(eqn: core.JaxprEqn, o: Origin) -> Origin:
-    return o.reshaped(_shape(eqn.invars[0]), eqn.params["new_sizes"])
+    return o.reshaped(shape_of(eqn.invars[0]), eqn.params["new_sizes"])
 
 
 def _squeeze(eqn: core.JaxprEqn, o: Origin) -> Origin:
@@ -52,12 +32,12 @@ def _squeeze(eqn: core.JaxprEqn, o: Origin) -> Origin:
 
 
 def _part(eqn: core.JaxprEqn, o: Origin) -> Origin:
-    return o if _shape(eqn.invars[0]) == _shape(eqn.outvars[0]) else _cut(eqn, o)
+    return o if shape_of(eqn.invars[0]) == shape_of(eqn.outvars[0]) else _cut(eqn, o)
 
 
 def _cut(eqn: core.JaxprEqn, o: Origin) -> Origin:
     """A slice that takes one index of an axis still holds its slice whole."""
-    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     return o if all(a == b or b == 1 for a, b in zip(before, after, strict=True)) else o.sliced()
 
 
@@ -80,27 +60,23 @@ MOVES: dict[str, Move] = {
 def out_tags(eqn: core.JaxprEqn, tags: Sequence[Tag]) -> list[Tag]:
     """The tags of an equation's results, from those of its operands."""
     name = eqn.primitive.name
-    if name in _SAME and len(eqn.outvars) == len(tags):
+    if name in SAME and len(eqn.outvars) == len(tags):
         return list(tags)
     if name in MOVES and tags[0].origin is not None:
         origin = MOVES[name](eqn, tags[0].origin)
         return [mixed(*tags, origin=origin)] * len(eqn.outvars)
-    return [mixed(*tags, origin=_elementwise_origin(eqn, tags, _shape(v))) for v in eqn.outvars]
+    return [mixed(*tags, origin=_elementwise_origin(eqn, tags, shape_of(v))) for v in eqn.outvars]
 
 
-def _elementwise_origin(eqn: core.JaxprEqn, tags: Sequence[Tag], shape: tuple[int, ...]) -> Origin | None:
+def _elementwise_origin(eqn: core.JaxprEqn, tags: Sequence[Tag], shape: Shape) -> Origin | None:
     """The leaf that weight arithmetic follows: the first operand that is a leaf of the result's shape."""
     if eqn.primitive.name not in ELEMENTWISE or any(t.args for t in tags):
         return None
     for v, tag in zip(eqn.invars, tags, strict=True):
-        if tag.origin is not None and _shape(v) == shape and _covers(tag.origin, shape):
+        if tag.origin is not None and shape_of(v) == shape and _covers(tag.origin, shape):
             return replace(tag.origin, exact=False)
     return None
 
 
-def _covers(origin: Origin, shape: tuple[int, ...]) -> bool:
+def _covers(origin: Origin, shape: Shape) -> bool:
     return all(axes or size == 1 for axes, size in zip(origin.axes, shape, strict=True))
-
-
-def _shape(v: core.Var | core.Literal) -> tuple[int, ...]:
-    return tuple(getattr(v.aval, "shape", ()))

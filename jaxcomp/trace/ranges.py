@@ -23,7 +23,7 @@ class Range(NamedTuple):
     high: jax.Array
 
 
-Method = Callable[[Stats], Range]
+RangeOf = Callable[[Stats], Range]
 """Derives a range from statistics."""
 
 
@@ -45,7 +45,7 @@ def averaged(stats: Stats) -> Range:
     return Range(stats.low_sum / stats.batches, stats.high_sum / stats.batches)
 
 
-def percentile(q: float) -> Method:
+def percentile(q: float) -> RangeOf:
     """The interval without the ``100 - q`` percent at each end, interpolated in the histogram's bins.
 
     Raises:
@@ -63,7 +63,7 @@ def percentile(q: float) -> Method:
     return lambda stats: _by_layer(one, stats)
 
 
-def mse(bits: int) -> Method:
+def mse(bits: int) -> RangeOf:
     """The symmetric range with the least expected squared error of a uniform grid of ``bits`` bits.
 
     ``Σ n(x) e(x)`` with ``e = (|x| - a)²`` beyond the range ``a``, ``x²`` below half a step, ``step²/12`` between; the
@@ -89,7 +89,7 @@ def mse(bits: int) -> Method:
     return lambda stats: _by_layer(one, stats)
 
 
-def entropy(bits: int) -> Method:
+def entropy(bits: int) -> RangeOf:
     """The symmetric range whose quantized distribution of magnitudes has the least divergence from the clipped one.
 
     ``argmin KL(P || Q)``: ``P`` the histogram with what is clipped put in its last bin, ``Q`` each of the

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.roles import INDEXED, MIXED, SINGLE, STACKED, AxisRoles, Roles
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Site, sites_of
+from jaxcomp.trace.walk import Fn
 
 
-def roles(fn: Callable[..., Any]) -> Callable[..., Roles]:
+def roles(fn: Fn) -> Callable[..., Roles]:
     """The roles of the axes of every parameter that a product of ``fn(params, *args)`` multiplies or looks up.
 
     Made once, it is what the ``roles=`` of ``quantize``, ``prune``, ``share`` and ``low_rank`` wants: scales, groups,
@@ -38,7 +39,7 @@ def roles(fn: Callable[..., Any]) -> Callable[..., Roles]:
     """
 
     @wraps(fn)
-    def found(params: Any, *args: Any, **kwargs: Any) -> Roles:
+    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> Roles:
         every = sites_of(trace(fn, params, *args, **kwargs))
         merged: dict[str, tuple[str, ...]] = {}
         for products in (True, False):  # a lookup says something only of leaves that no product multiplies

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcomp.trace.flow import Location, Op
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import Product, leaf_roles, product_of
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.tags import Tag
+from jaxcomp.trace.walk import Fn, Location, aval_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Site:
         return self.steps * math.prod(self.out_shape) * jnp.dtype(self.out_dtype).itemsize
 
 
-def sites(fn: Callable[..., Any]) -> Callable[..., tuple[Site, ...]]:
+def sites(fn: Fn) -> Callable[..., tuple[Site, ...]]:
     """The sites of ``fn(params, *args)``, in the order of the program; an einsum shows as its dots.
 
     Nothing is computed: leaves may be ``jax.ShapeDtypeStruct``.
@@ -130,7 +131,7 @@ def sites(fn: Callable[..., Any]) -> Callable[..., tuple[Site, ...]]:
     """
 
     @wraps(fn)
-    def found(params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> tuple[Site, ...]:
         return sites_of(trace(fn, params, *args, **kwargs))
 
     return found
@@ -156,7 +157,7 @@ def _site(op: Op, product: Product, taken: dict[str, int]) -> Site:
     operands = tuple(_operand(op, i, roles) for i, roles in enumerate(product.roles))
     weights = [i for i, operand in enumerate(operands) if operand.is_weight]
     weight = weights[-1] if weights else None
-    out: Any = op.eqn.outvars[0].aval
+    out = aval_of(op.eqn.outvars[0])
     return Site(
         path=_unique(op, product, None if weight is None else operands[weight], taken),
         kind=product.kind,
@@ -176,7 +177,7 @@ def _site(op: Op, product: Product, taken: dict[str, int]) -> Site:
 
 def _operand(op: Op, index: int, roles: tuple[str, ...]) -> Operand:
     tag: Tag = op.tags[index]
-    aval: Any = op.eqn.invars[index].aval
+    aval = aval_of(op.eqn.invars[index])
     origin = tag.origin
     return Operand(
         shape=tuple(aval.shape),

@@ -119,11 +119,6 @@ class Tag:
         """Depends on parameters, and on no argument."""
         return not self.args and bool(self.params)
 
-    @property
-    def is_constant(self) -> bool:
-        """Depends on neither parameters nor arguments."""
-        return not self.args and not self.params
-
 
 CONSTANT = Tag()
 ACTIVATION = Tag(args=True)

@@ -17,7 +17,7 @@ from jaxcomp.pruning.masks.nm import is_n_m
 from jaxcomp.pruning.scores import importance, lamp, norm, redundancy
 from jaxcomp.pruning.specs import Given, Heuristic, StraightThrough, Tied
 from jaxcomp.pruning.transform import masked_by
-from jaxcomp.trace.contraction import input_norms
+from jaxcomp.trace import input_norms
 from tests.marks import quick
 from tests.pruning.test_transform import masks
 
@@ -234,7 +234,7 @@ def test_scores_of_statistics_are_their_formulas() -> None:
 @pytest.mark.parametrize(
     ("score", "maker"),
     [
-        (jc.pruning.wanda, "jaxcomp.trace.contraction.input_norms"),
+        (jc.pruning.wanda, "jaxcomp.trace.input_norms"),
         (jc.pruning.fisher, "jaxcomp.pruning.statistics.accumulate"),
         (jc.pruning.movement, "jaxcomp.pruning.statistics.accumulate"),
         (jc.pruning.taylor, "jax.grad of the loss"),

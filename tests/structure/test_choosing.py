@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxcomp.pruning import lamp, redundancy, sensitivity, taylor
 from jaxcomp.structure import (
     batch_norm_scale,
     channel_groups,
-    fisher,
     fpgm,
-    gradient,
+    group_fisher,
     group_lasso,
     group_penalty,
     growing_strengths,
     l1,
     l2,
     plan,
-    taylor,
     unit_norms,
+    unit_score,
 )
 from tests.structure.models import normal, plain, resnet, stack
 
@@ -43,14 +43,15 @@ def test_scores_are_what_they_say():
     grads = jax.grad(loss)(PARAMS)
     ga, gb = (np.asarray(grads[k], np.float64) for k in ("w1", "w2"))
     first = {name: s(GROUPS, PARAMS)[0] for name, s in {
-        "l1": l1(), "mean": l1(reduce="mean"), "l2": l2(), "gradient": gradient(grads), "taylor": taylor(grads),
+        "l1": l1(), "mean": l1(reduce="mean"), "l2": l2(), "sensitivity": unit_score(sensitivity, grads=grads),
+        "taylor": unit_score(taylor, grads=grads),
         "only w1": l1(where="w1"),
     }.items()}  # fmt: skip
     np.testing.assert_allclose(first["l1"], abs(A).sum(0) + abs(B).sum(1), rtol=1e-5)
     np.testing.assert_allclose(first["mean"], first["l1"] / 2)
     np.testing.assert_allclose(first["only w1"], abs(A).sum(0), rtol=1e-5)
     np.testing.assert_allclose(first["l2"], np.sqrt((A**2).sum(0) + (B**2).sum(1)), rtol=1e-5)
-    np.testing.assert_allclose(first["gradient"], abs(ga).sum(0) + abs(gb).sum(1), rtol=1e-4)
+    np.testing.assert_allclose(first["sensitivity"], abs(ga).sum(0) + abs(gb).sum(1), rtol=1e-4)
     np.testing.assert_allclose(first["taylor"], abs(ga * A).sum(0) + abs(gb * B).sum(1), rtol=1e-4)
 
 
@@ -58,7 +59,7 @@ def test_fisher_squares_a_unit_of_each_example():
     grads = jax.vmap(jax.grad(lambda p, x: jnp.sum(net(p, x[None]) ** 2)), (None, 0))(PARAMS, X)
     ga, gb = (np.asarray(grads[k], np.float64) for k in ("w1", "w2"))
     want = np.mean([((ga[n] * A).sum(0) + (gb[n] * B).sum(1)) ** 2 for n in range(4)], axis=0)
-    np.testing.assert_allclose(fisher(grads)(GROUPS, PARAMS)[0], want, rtol=1e-4)
+    np.testing.assert_allclose(group_fisher(grads)(GROUPS, PARAMS)[0], want, rtol=1e-4)
 
 
 def test_fpgm_sums_distances():
@@ -161,8 +162,8 @@ def test_bad_targets():
     least = 3 * 4 + 4 * 4 + 4 * 2
     with pytest.raises(ValueError, match=f"cannot be met: the smallest reachable is {least}"):
         plan(GROUPS, PARAMS, parameters=10, min_channels=4)
-    with pytest.raises(ValueError, match=r"no gradient of shape \(3, 32\) for 'w1'"):
-        plan(GROUPS, PARAMS, sparsity=0.5, score=taylor({}))
+    with pytest.raises(ValueError, match=r"grads must have an entry of shape \(3, 32\) for 'w1', found none"):
+        plan(GROUPS, PARAMS, sparsity=0.5, score=unit_score(taylor, grads={}))
     with pytest.raises(ValueError, match=r"must have shape \(32,\) and no NaN"):
         plan(GROUPS, PARAMS, sparsity=0.5, score=lambda *_: (np.full(32, np.nan), np.ones(16)))
     with pytest.raises(ValueError, match=r"score: 'w[123]' must have shape .*no such leaf"):
@@ -175,6 +176,11 @@ def test_bad_targets():
         plan(channel_groups(plain_sum)(PARAMS, X), PARAMS, sparsity=0.5)
     with pytest.raises(ValueError, match="reduce must be"):
         l1(reduce="max")
+    with pytest.raises(ValueError, match="unit_score: 'taylor' needs grads, got none; it comes from jax"):
+        unit_score(taylor)
+    for of_units in (redundancy, lamp()):
+        with pytest.raises(ValueError, match="scores or compares whole units itself"):
+            unit_score(of_units)
 
 
 def test_penalty_is_decay_of_each_unit():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxcomp.pruning import taylor
 from jaxcomp.structure import (
     channel_groups,
     composed,
@@ -16,7 +17,7 @@ from jaxcomp.structure import (
     plan,
     prune_in_rounds,
     shrink,
-    taylor,
+    unit_score,
 )
 from tests.structure.models import ResNet, normal, plain, resnet, stack
 
@@ -76,7 +77,7 @@ def test_rounds_with_fine_tuning_keep_the_optimizer():
         return run(p, state)
 
     def choose(groups, p, fn):
-        score = taylor(jax.grad(partial(loss, fn))(p))
+        score = unit_score(taylor, grads=jax.grad(partial(loss, fn))(p))
         return plan(groups, p, sparsity=fraction_per_round(0.75, 2), score=score)
 
     params, state = tuned(net, PARAMS, tx.init(PARAMS))

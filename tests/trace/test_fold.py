@@ -177,9 +177,17 @@ def branched(p, x):
     return jax.lax.cond(x.sum() > 0, lambda: (x @ p["w"]) * p["s"], lambda: jnp.ones((2, 4)))
 
 
+def scaled_in_heads(p, x):
+    return (x @ p["w"]).reshape(2, 2, 2) / 8.0
+
+
 @pytest.mark.parametrize(
-    "fn", [tied, doubly_used, returned, decayed, masked, by_row, by_argument, just_a_bias, squared, branched]
-)
+    "fn",
+    [
+        tied, doubly_used, returned, decayed, masked, by_row, by_argument, just_a_bias, squared, branched,
+        scaled_in_heads,
+    ],
+)  # fmt: skip
 def test_what_must_not_be_folded_stays(fn):
     p = {"w": normal(1, 3, 4), "s": normal(2, 4), "b": normal(3, 4)}
     x = normal(4, 2, 3)

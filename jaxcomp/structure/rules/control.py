@@ -11,16 +11,17 @@ from jax.extend import core
 from jaxcomp.structure.atoms import FREE, FROZEN, Dim, Label, arrays
 from jaxcomp.structure.labelling import Product, Result, Walk, Walked, rule, unknown
 from jaxcomp.trace.nested import Closed, branches, call_body, scan_parts, while_parts
+from jaxcomp.trace.primitives import CALLS
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+@rule(*CALLS)
 def call(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """A call is its body."""
     body = call_body(eqn)
     if body is None:
         return unknown(walk, eqn, ins)
     walked, outs = walk.run(body, ins)
-    return ins, outs, [walked]
+    return ins, outs, {"call": walked}
 
 
 def _carried(walk: Walk, carry: Sequence[Label]) -> list[Label]:
@@ -85,7 +86,7 @@ def scan(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     for y in ys:
         walk.mark(*y.dims)
     uses = [*consts, *(c.with_dims(s.dims) for c, s in zip(carry, state, strict=True)), *stacked]
-    return uses, outs, [walked]
+    return uses, outs, {"body": walked}
 
 
 @rule("while")
@@ -97,7 +98,7 @@ def while_(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     walked, state, _ = _fixpoint(walk, parts.body, consts, ins[parts.cond_consts + parts.body_consts :], ())
     test, _ = walk.run(parts.cond, [*tests, *state])
     walk.depth -= 2
-    return [*tests, *consts, *state], state, [test, walked]
+    return [*tests, *consts, *state], state, {"cond": test, "body": walked}
 
 
 @rule("cond")
@@ -115,7 +116,7 @@ def cond(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     walk.products.extend(best)
     outs = [_either(walk, options) for options in zip(*results, strict=True)]
     ends = tuple(o.dims for o in outs)
-    return ins, outs, [replace(w, outs=ends) for w in inner]
+    return ins, outs, {f"branch{i}": replace(w, outs=ends) for i, w in enumerate(inner)}
 
 
 def _either(walk: Walk, options: Sequence[Label]) -> Label:

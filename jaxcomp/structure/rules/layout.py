@@ -10,10 +10,12 @@ from jax.extend import core
 from numpy.typing import NDArray
 
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed, weakest
-from jaxcomp.structure.labelling import Result, Walk, aval_of, out_shape, rule, unknown
+from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
+from jaxcomp.trace.primitives import COPIES
+from jaxcomp.trace.walk import aval_of
 
 _TAKES_APART = frozenset({"slice", "split", "squeeze", "dynamic_slice", "gather", "unstack"})
-_MOVES = frozenset({"transpose", "convert_element_type", "copy", "sharding_constraint"})
+_MOVES = COPIES | {"transpose"}
 
 
 @rule("transpose")

@@ -9,25 +9,9 @@ import numpy as np
 from jax.extend import core
 
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed
-from jaxcomp.structure.labelling import Result, Walk, aval_of, out_shape, rule, unknown
-
-# Zero where their first operand is zero.
-_ZERO_FIRST = frozenset(
-    {"neg", "sign", "floor", "ceil", "round", "expm1", "log1p", "sin", "tan", "asin", "atan", "sinh", "tanh",
-    "asinh", "atanh", "erf", "erf_inv", "sqrt", "cbrt", "abs", "square", "real", "imag", "conj",
-    "convert_element_type", "reduce_precision", "stop_gradient", "copy", "copy_p", "name",
-    "sharding_constraint", "div", "rem", "integer_pow", "pow", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "bitcast_convert_type"}
-)  # fmt: skip
-# Zero where all, or where any, of their operands are.
-_ZERO_ALL = frozenset({"add", "sub", "add_any", "max", "min", "complex", "atan2", "or", "xor"})
-_ZERO_ANY = frozenset({"mul", "and"})
-_OTHER = frozenset(
-    {"nextafter", "not", "is_finite", "exp", "exp2", "log", "logistic", "cos", "acos", "cosh", "acosh", "erfc",
-    "lgamma", "digamma", "igamma", "igammac", "regularized_incomplete_beta", "bessel_i0e", "bessel_i1e",
-    "polygamma", "zeta", "rsqrt", "population_count", "clz", "eq", "ne", "lt", "le", "gt", "ge", "eq_to",
-    "lt_to", "le_to", "select_n", "clamp", "igamma_grad_a", "random_gamma_grad"}
-)  # fmt: skip
+from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
+from jaxcomp.trace.primitives import COPIES, ELEMENTWISE, PASSES, ZERO_ALL, ZERO_ANY, ZERO_FIRST
+from jaxcomp.trace.walk import aval_of
 
 
 def _zero(eqn: core.JaxprEqn, zeros: Sequence[bool], ins: Sequence[Label]) -> bool:
@@ -46,12 +30,12 @@ def _zero(eqn: core.JaxprEqn, zeros: Sequence[bool], ins: Sequence[Label]) -> bo
         return zeros[0] and eqn.params["y"] > 0
     if name == "pow":
         return zeros[0] and known[1] is not None and known[1] > 0
-    if name in _ZERO_ALL:
+    if name in ZERO_ALL:
         return all(zeros)
-    return any(zeros) if name in _ZERO_ANY else name in _ZERO_FIRST and zeros[0]
+    return any(zeros) if name in ZERO_ANY else (name in ZERO_FIRST or name in COPIES) and zeros[0]
 
 
-@rule(*_ZERO_FIRST, *_ZERO_ALL, *_ZERO_ANY, *_OTHER)
+@rule(*COPIES, *ELEMENTWISE)
 def elementwise(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """Atoms of equal positions are one; a dimension of one broadcasts, and scalars go with anything."""
     shape = out_shape(eqn)
@@ -72,7 +56,7 @@ def elementwise(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         for d, n in enumerate(shape)
     )
     null = _zero(eqn, [i.null for i in ins], ins)
-    sums = ins[0].sums if eqn.primitive.name in ("convert_element_type", "copy", "stop_gradient") else None
+    sums = ins[0].sums if eqn.primitive.name in COPIES else None
     _find_mean(walk, eqn, ins)
     return uses, [Label(tuple(shape), tuple(dims), zero, null, None, sums)]
 
@@ -93,7 +77,7 @@ def _find_mean(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> None:
             walk.freeze(*summed)
 
 
-@rule("optimization_barrier", "device_put")
+@rule(*PASSES)
 def same(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """Each result is its operand."""
     return ins, ins

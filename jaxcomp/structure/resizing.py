@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from jax import lax
 from jax.extend import core
 from numpy.typing import NDArray
 
-from jaxcomp.structure.atoms import Dim, Label
-from jaxcomp.structure.labelling import Step, aval_of
+from jaxcomp.structure.atoms import FREE, Dim, Label
+from jaxcomp.structure.labelling import Step
 from jaxcomp.structure.rules.index import clamp_start, constant_take
 from jaxcomp.trace.nested import bind
 
@@ -44,7 +43,7 @@ class Keep:
         """Whether any of the arrays is smaller than it was."""
         return any(self.mask(d) is not None for label in labels for d in label.dims)
 
-    def fit(self, value: Any, have: Sequence[Dim], want: Sequence[Dim]) -> Any:
+    def fit(self, value: jax.Array, have: Sequence[Dim], want: Sequence[Dim]) -> jax.Array:
         """Slices dimensions that are still whole down to what is wanted of them."""
         for axis, (h, w) in enumerate(zip(have, want, strict=True)):
             stays = self.mask(w)
@@ -52,7 +51,7 @@ class Keep:
                 value = pick(value, axis, np.flatnonzero(stays))
         return value
 
-    def grow(self, value: Any, label: Label) -> Any:
+    def grow(self, value: jax.Array, label: Label) -> jax.Array:
         """Puts zeros where indices went, so that ``value`` has its full shape again."""
         for axis, (d, n) in enumerate(zip(label.dims, label.shape, strict=True)):
             stays = self.mask(d)
@@ -63,48 +62,49 @@ class Keep:
         return value
 
 
-def pick(value: Any, axis: int, positions: NDArray[np.int64]) -> Any:
+def pick(value: jax.Array, axis: int, positions: NDArray[np.int64]) -> jax.Array:
     """The indices ``positions`` of an axis: a slice where they are neighbours."""
     if len(positions) and (np.diff(positions) == 1).all():
         return lax.slice_in_dim(value, int(positions[0]), int(positions[-1]) + 1, axis=axis)
     return jnp.take(value, jnp.asarray(positions), axis=axis)
 
 
-Rewrite = Callable[[Keep, core.JaxprEqn, Step, Sequence[Any]], list[Any]]
+Values = Sequence[jax.Array]
+Rewrite = Callable[[Keep, core.JaxprEqn, Step, Values], list[jax.Array]]
 
 
-def run(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def run(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     """Runs one equation without jaxprs inside on smaller operands."""
     if not keep.touches(*step.uses, *step.outs):
         return bind(eqn, values)
     return _REWRITES.get(eqn.primitive.name, _unchanged)(keep, eqn, step, values)
 
 
-def _unchanged(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _unchanged(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     return bind(eqn, values)
 
 
-def _broadcast(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _broadcast(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     return bind(eqn, values, {"shape": keep.shape(step.outs[0])})
 
 
-def _reshape(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _reshape(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     return bind(eqn, values, {"new_sizes": keep.shape(step.outs[0])})
 
 
-def _split(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _split(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     axis = eqn.params["axis"]
     return bind(eqn, values, {"sizes": tuple(keep.shape(o)[axis] for o in step.outs)})
 
 
-def _conv(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _conv(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     groups, feature = eqn.params["feature_group_count"], eqn.params["dimension_numbers"].lhs_spec[1]
     x = step.uses[0]
     kept = groups * keep.size(x.dims[feature], x.shape[feature]) // x.shape[feature] if groups > 1 else 1
     return bind(eqn, values, {"feature_group_count": kept})
 
 
-def _pad(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _pad(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     config = []
     for (low, high, interior), dim in zip(eqn.params["padding_config"], step.outs[0].dims, strict=True):
         stays = keep.mask(dim)
@@ -114,7 +114,7 @@ def _pad(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> l
     return bind(eqn, values, {"padding_config": tuple(config)})
 
 
-def _parts(keep: Keep, x: Label, out: Label, parts: Sequence[slice | None], value: Any) -> Any:
+def _parts(keep: Keep, x: Label, out: Label, parts: Sequence[slice | None], value: jax.Array) -> jax.Array:
     """Slices dimensions of which some indices went: ``parts`` are the slices of the full ones."""
     for axis, part in enumerate(parts):
         stays, wanted = keep.mask(x.dims[axis]), keep.mask(out.dims[axis])
@@ -126,7 +126,7 @@ def _parts(keep: Keep, x: Label, out: Label, parts: Sequence[slice | None], valu
     return value
 
 
-def _slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     p, x = eqn.params, step.uses[0]
     strides = p["strides"] or (1,) * len(x.shape)
     parts = [slice(*b) for b in zip(p["start_indices"], p["limit_indices"], strides, strict=True)]
@@ -135,7 +135,7 @@ def _slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) ->
     return [_parts(keep, x, step.outs[0], parts, values[0][rest])]
 
 
-def _dynamic_slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _dynamic_slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     x, starts, sizes = step.uses[0], list(values[1:]), list(eqn.params["slice_sizes"])
     parts: list[slice | None] = [None] * len(sizes)
     for d, dim in enumerate(x.dims):
@@ -146,7 +146,7 @@ def _dynamic_slice(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[
     return [_parts(keep, x, step.outs[0], parts, lax.dynamic_slice(values[0], starts, sizes))]
 
 
-def _gather(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def _gather(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     x, index = step.uses
     taken = constant_take(eqn, x, index)
     if taken is not None and (stays := keep.mask(x.dims[taken[0]])) is not None:
@@ -173,15 +173,7 @@ _REWRITES: dict[str, Rewrite] = {
 }
 
 
-def full_size(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Sequence[Any]) -> list[Any]:
+def full_size(keep: Keep, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
     """Runs an equation that cannot be rewritten at full size, with zeros where indices went; exact, not faster."""
     grown = [keep.grow(v, use) for v, use in zip(values, step.uses, strict=True)]
-    return [
-        keep.fit(v, (None,) * len(o.dims), o.dims)  # type: ignore[arg-type]
-        for v, o in zip(bind(eqn, grown), step.outs, strict=True)
-    ]
-
-
-def shapes_of(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of a jaxpr's variables."""
-    return [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in variables]
+    return [keep.fit(v, (FREE,) * len(o.dims), o.dims) for v, o in zip(bind(eqn, grown), step.outs, strict=True)]

@@ -1,0 +1,63 @@
+"""Facts about primitives, by name, each said once; what reads or changes programs takes them from here."""
+
+from __future__ import annotations
+
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+"""Equations that run one inner jaxpr on exactly their operands, and the parameter that holds it."""
+JIT = frozenset({"jit", "pjit"})
+REMAT = frozenset({"remat2", "checkpoint"})
+CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+CONTROL = frozenset({"scan", "while", "cond"})
+"""Equations that run inner jaxprs several times, or one of several."""
+HEAVY = frozenset({"dot_general", "conv_general_dilated", "gather", "pallas_call"})
+
+UNCHANGED = frozenset({"copy", "copy_p", "name", "stop_gradient"})
+"""The result is the operand."""
+COPIES = UNCHANGED | frozenset(
+    {"convert_element_type", "layout_constraint", "pvary", "reduce_precision", "sharding_constraint"}
+)
+"""The result is the operand, cast, rounded or placed elsewhere at most."""
+PASSES = frozenset({"device_put", "optimization_barrier"})
+"""As ``COPIES``, for any number of operands: result i is operand i."""
+SAME = COPIES | PASSES
+
+RELAID = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
+"""Every element of the operand is in the result."""
+CUTS = frozenset({"dynamic_slice", "rev", "slice", "split"})
+"""The results hold elements of the operand, each axis cut or turned round."""
+SUMS = frozenset({"add", "add_any"})
+"""Sums of two."""
+AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
+"""Affine in each operand, of a quotient's the first."""
+
+
+def _named(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+ZERO_FIRST = _named(
+    """abs asin asinh atan atanh bitcast_convert_type cbrt ceil conj div erf erf_inv expm1 floor imag integer_pow log1p
+    neg pow real rem round shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh"""
+)
+"""Elementwise, and zero where the first operand is; the two powers, if the exponent is positive."""
+ZERO_ALL = _named("add add_any atan2 complex max min or sub xor")
+"""Elementwise, and zero where all operands are."""
+ZERO_ANY = _named("and mul")
+"""Elementwise, and zero where any operand is."""
+NOT_ZERO = _named(
+    """acos acosh bessel_i0e bessel_i1e clamp clz cos cosh digamma eq eq_to erfc exp exp2 ge gt igamma igamma_grad_a
+    igammac is_finite le le_to lgamma log logistic lt lt_to ne nextafter not polygamma population_count
+    random_gamma_grad regularized_incomplete_beta rsqrt select_n zeta"""
+)
+"""Elementwise, and of other values where operands are zero, or of values that depend on the others."""
+ELEMENTWISE = ZERO_FIRST | ZERO_ALL | ZERO_ANY | NOT_ZERO
+"""The result at an index depends on the operands at that index only."""
