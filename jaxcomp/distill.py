@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,7 +34,7 @@ def soft_targets(student_logits: jax.Array, teacher_logits: jax.Array, temperatu
     return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(student, teacher))
 
 
-def hint(student: jax.Array, teacher: jax.Array, projection: Any = None) -> jax.Array:
+def hint(student: jax.Array, teacher: jax.Array, projection: jax.Array | None = None) -> jax.Array:
     """The mean squared difference of features, the student's projected first where widths differ.
 
     Args:

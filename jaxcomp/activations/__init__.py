@@ -1,9 +1,10 @@
 """Quantized activations: ``quantize_function``, what its rules say, and the report of what it does."""
 
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
+from jaxcomp.activations.demands import NotOnIntegers
 from jaxcomp.activations.function import factored, quantize_function
 from jaxcomp.activations.planning import Rules, ranges_of
-from jaxcomp.activations.specs import LSQ, PACT, Act, Backward, Dynamic, Float8, PerGroup, PerTensor, PerToken, Static
+from jaxcomp.activations.specs import LSQ, PACT, Act, Backward, Dynamic, Float8, Static
 
 __all__ = [
     "LSQ",
@@ -14,9 +15,7 @@ __all__ = [
     "Covered",
     "Dynamic",
     "Float8",
-    "PerGroup",
-    "PerTensor",
-    "PerToken",
+    "NotOnIntegers",
     "Rules",
     "Static",
     "coverage",

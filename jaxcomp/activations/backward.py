@@ -7,32 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.fake import scale_blocks
+from jaxcomp.activations.avals import operands_of
+from jaxcomp.activations.codes import Value
+from jaxcomp.activations.fake import Names, scale_blocks
 from jaxcomp.activations.integer_products import Factor, integer_product, refusal
-from jaxcomp.activations.specs import Act, Backward, Dynamic, PerToken
+from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.layouts import Tokens
+from jaxcomp.core.types import Key, PyTree
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
 from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.products import product_of
+from jaxcomp.trace.ranges import Range
 
-_PER_INDEX = Act(range=Dynamic(), per=PerToken())
 _NOISE_BITS = 16
+
+Operands = tuple[Value, ...]
+Ranges = dict[int, Range]
+Pair = tuple[Factor, Factor]
+Kept = tuple[Callable[[tuple[jax.Array, jax.Array]], tuple[PyTree, PyTree]], Key | None, Pair]
+"""What waits for the backward pass of a product on codes: how operands' gradients are pulled back, and the codes."""
+Drawn = tuple[Key | None, jax.Array, jax.Array]
+"""What waits for that of a product of values: the key and the two values."""
+Values = tuple[jax.Array, jax.Array, jax.Array]
+"""Both operands of a product, and the gradient of its result."""
 
 
 class Gradients(NamedTuple):
     """How gradients are rounded in one call: the spec, if they are, and the key where it is stochastic."""
 
     spec: Backward | None = None
-    key: jax.Array | None = None
+    key: Key | None = None
 
-    def key_of(self, index: int, op: Op) -> jax.Array | None:
+    def key_of(self, index: int, op: Op) -> Key | None:
         """The key of the site with this index; one for each step of the layer scans around it."""
         if self.key is None:
             return None
@@ -40,16 +54,16 @@ class Gradients(NamedTuple):
         return jax.random.split(key, op.layer_steps) if op.layer_steps else key
 
 
-def checked_key(owner: str, spec: Backward, args: tuple[Any, ...]) -> jax.Array | None:
+def checked_key(owner: str, spec: Backward, args: tuple[object, ...]) -> Key | None:
     """The key at the head of the arguments.
 
     Raises:
       TypeError: something else stands there.
     """
-    key: Any = args[0] if args else "nothing"
+    key = args[0] if args else "nothing"
     if key is None and not spec.stochastic:
         return None
-    if not spec.stochastic or not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not spec.stochastic or not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         wanted = "jax.random.key(...)" if spec.stochastic else "None, for nothing is stochastic"
         found = key if isinstance(key, str) else type(key).__name__
         raise TypeError(
@@ -71,55 +85,52 @@ def integer_product_with_gradient(
       spec: how the gradient is rounded, if at all.
       rounded: gives the two values from ``(operands, ranges)``, and with them the gradient in both.
     """
-    avals: list[Any] = [var.aval for var in op.eqn.invars]
-    dtypes = [aval.dtype for aval in avals]
+    dtypes = [operand.dtype for operand in operands_of(op)]
 
     @jax.custom_vjp
-    def product(operands: Any, ranges: Any, key: Any, factors: tuple[Factor, Factor]) -> jax.Array:
+    def product(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> jax.Array:
         return integer_product(op, *factors)
 
-    def forward(operands: Any, ranges: Any, key: Any, factors: tuple[Factor, Factor]) -> tuple[jax.Array, Any]:
+    def forward(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> tuple[jax.Array, Kept]:
         _, pull = jax.vjp(rounded, operands, ranges)
         return integer_product(op, *factors), (pull, key, factors)
 
-    def backward(kept: Any, g: jax.Array) -> tuple[Any, Any, None, None]:
+    def backward(kept: Kept, g: jax.Array) -> tuple[PyTree, PyTree, None, None]:
         pull, key, factors = kept
         # Or XLA makes the values while it goes forward, and all of them wait.
         factors, g = jax.lax.optimization_barrier((factors, g))
         a, b = (f.value().astype(dtype) for f, dtype in zip(factors, dtypes, strict=True))
-        return *pull(_both(op, spec, key, a, b, g)), None, None
+        return *pull(_both(op, (a, b, g), Gradients(spec, key))), None, None
 
     product.defvjp(forward, backward)
     return product
 
 
-def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Key | None, jax.Array, jax.Array], jax.Array]:
     """``product(key, a, b)``: the equation's result, whose gradients in ``a`` and ``b`` are products of rounded codes.
 
     Only reverse-mode differentiation goes through it.
     """
 
     @jax.custom_vjp
-    def product(key: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    def product(key: Key | None, a: jax.Array, b: jax.Array) -> jax.Array:
         return op.bind(a, b)[0]
 
-    def forward(key: Any, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+    def forward(key: Key | None, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Drawn]:
         return op.bind(a, b)[0], (key, a, b)
 
-    def backward(kept: Any, g: jax.Array) -> tuple[None, jax.Array, jax.Array]:
+    def backward(kept: Drawn, g: jax.Array) -> tuple[None, jax.Array, jax.Array]:
         key, a, b = kept
-        return None, *_both(op, spec, key, a, b, g)
+        return None, *_both(op, (a, b, g), Gradients(spec, key))
 
     product.defvjp(forward, backward)
     return product
 
 
-def _both(
-    op: Op, spec: Backward | None, key: jax.Array | None, a: jax.Array, b: jax.Array, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _both(op: Op, values: Values, how: Gradients) -> tuple[jax.Array, jax.Array]:
     """The gradients of both operands."""
-    keys = [None, None] if key is None else list(_stepped(key, op, g))
-    return _pulled(op, 0, a, b, g, spec, keys[0]), _pulled(op, 1, b, a, g, spec, keys[1])
+    keys = [None, None] if how.key is None else list(_stepped(how.key, op, values[2]))
+    return _pulled(op, 0, values, Gradients(how.spec, keys[0])), _pulled(op, 1, values, Gradients(how.spec, keys[1]))
 
 
 def _stepped(key: jax.Array, op: Op, g: jax.Array) -> jax.Array:
@@ -134,13 +145,13 @@ def _stepped(key: jax.Array, op: Op, g: jax.Array) -> jax.Array:
     return jax.random.split(key)
 
 
-def _pulled(
-    op: Op, index: int, like: jax.Array, other: jax.Array, g: jax.Array, spec: Backward | None, key: jax.Array | None
-) -> jax.Array:
+def _pulled(op: Op, index: int, values: Values, how: Gradients) -> jax.Array:
     """The gradient of operand ``index``: the transposed product of ``g`` and the other operand, on codes if asked."""
+    like, other, g = values[index], values[1 - index], values[2]
+    spec, key = how
 
-    def transposed(factors: tuple[jax.Array, jax.Array]) -> jax.Array:
-        fixed, cotangent = factors
+    def transposed(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        fixed, cotangent = pair
 
         def linear(v: jax.Array) -> jax.Array:
             return op.bind(*((v, fixed) if index == 0 else (fixed, v)))[0]
@@ -156,31 +167,32 @@ def _pulled(
     return rewrite(transposed, rounding)((other, g))
 
 
-def _product(op: Op, spec: Backward, key: jax.Array | None, *values: jax.Array) -> list[jax.Array]:
+def _product(op: Op, spec: Backward, key: Key | None, *values: jax.Array) -> list[jax.Array]:
     """A dot or convolution of two values on codes."""
     product = product_of(op.eqn)
     assert product is not None
     keys = [None, None] if key is None else list(jax.random.split(key))
-    a, b = (_rounded(x, roles, spec, k) for x, roles, k in zip(values, product.roles, keys, strict=True))
+    a, b = (_rounded(x, roles, Gradients(spec, k)) for x, roles, k in zip(values, product.roles, keys, strict=True))
 
     # XLA on CPU has a fast int8 convolution for the layouts of a forward pass alone.
     slow = product.kind == "conv" and jax.default_backend() == "cpu"
-    if slow or refusal(op, a, b):
+    if slow or refusal(op, a, b) is not None:
         return op.bind(*(dequantize(f.codes, f.scale).astype(x.dtype) for f, x in zip((a, b), values, strict=True)))
     return [integer_product(op, a, b)]
 
 
-def _rounded(x: jax.Array, roles: tuple[str, ...], spec: Backward, key: jax.Array | None) -> Factor:
+def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     """Codes with a scale for each index that is not summed over; a scale that is no number makes the result none."""
-    _, top = spec.grid.code_range
+    assert how.spec is not None
+    _, top = how.spec.grid.code_range
     x = x.astype(compute_dtype(x.dtype))
-    largest = block_absmax(x, scale_blocks(x.shape, roles, _PER_INDEX)) * (1.0 / top)
+    largest = block_absmax(x, scale_blocks(x.shape, roles, Tokens())) * (1.0 / top)
     scale = jnp.where(largest == 0, jnp.ones_like(largest), jnp.maximum(largest, jnp.finfo(x.dtype).tiny))
     # The clip changes nothing but keeps the product apart from the difference below, in jit as in eager.
     steps = jnp.clip(x * spread(1.0 / scale, x.shape), -top, top)
     codes = jnp.round(steps)
-    if key is not None:
+    if how.key is not None:
         codes = jnp.floor(steps)
-        noise = jax.random.bits(key, x.shape, jnp.uint16).astype(x.dtype)
+        noise = jax.random.bits(how.key, x.shape, jnp.uint16).astype(x.dtype)
         codes = codes + (noise + 0.5 < (steps - codes) * 2.0**_NOISE_BITS).astype(x.dtype)
     return Factor(codes.astype(jnp.int8), scale, None, top)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.core.leaves import Masked, dense, unpacked
+from jaxcomp.activations.reasons import TO_INT, Why
+from jaxcomp.core.leaves import CompressedLeaf, Masked, dense, unpacked
+from jaxcomp.core.types import DType, Leaf, Shape
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
@@ -35,7 +36,7 @@ class Codes:
     codes: jax.Array
     scale: jax.Array
     zero: jax.Array | None
-    dtype: Any
+    dtype: DType
     reach: int
 
     def dense(self) -> jax.Array:
@@ -43,7 +44,11 @@ class Codes:
         return dequantize(self.codes, self.scale, self.zero).astype(self.dtype)
 
 
-def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
+Value = jax.Array | Codes
+"""What stands in a program where a leaf that may have codes came by."""
+
+
+def codes_of(leaf: CompressedLeaf, stepped: frozenset[int] = frozenset()) -> Codes | Why:
     """The codes of a compressed leaf, or why it has none; ``stepped`` are axes that a scan steps over.
 
     The codes of other grids than Int index levels that are no integers: such weights run in fake mode.
@@ -52,12 +57,12 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
     """
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
     if not isinstance(inner, Quantized):
-        return f"the weight is a {type(inner).__name__}, not integer codes"
+        return Why(f"the weight is a {type(inner).__name__}, not integer codes", TO_INT)
     if inner.grid.code_range is None:
-        return f"{type(inner.grid).__name__} codes are not proportional to the weight"
+        return Why(f"{type(inner.grid).__name__} codes are not proportional to the weight", TO_INT)
     low, high = inner.grid.code_range
     shift = 128 if high > 127 else 0
-    codes: Any = inner.numbers()
+    codes = inner.numbers()
     codes = (codes.astype(jnp.int32) - shift).astype(jnp.int8) if inner.packed else codes - shift
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
@@ -70,14 +75,14 @@ def codes_of(leaf: Any, stepped: frozenset[int] = frozenset()) -> Codes | str:
 FLOAT8 = frozenset({jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
 
 
-def of_float8(leaf: Any) -> Any:
-    """A leaf that is a float8 array as codes with scale 1; any other as it is."""
+def of_float8(leaf: Leaf) -> Codes | None:
+    """A leaf that is a float8 array as codes with scale 1; None of any other."""
     if getattr(leaf, "dtype", None) not in FLOAT8:
-        return leaf
+        return None
     return Codes(leaf, jnp.ones((1,) * leaf.ndim, jnp.float32), None, leaf.dtype, 0)
 
 
-def _filled(v: jax.Array, shape: tuple[int, ...], axes: frozenset[int]) -> jax.Array:
+def _filled(v: jax.Array, shape: Shape, axes: frozenset[int]) -> jax.Array:
     """A scale made full along ``axes``."""
     target = [shape[i] if i in axes else b for i, b in enumerate(v.shape)]
     repeats = [n // b if b != 1 else 1 for n, b in zip(target, v.shape, strict=True)]
@@ -91,7 +96,7 @@ def _on_scales(box: Codes, move: Callable[[jax.Array], jax.Array], codes: jax.Ar
     return replace(box, codes=box.codes if codes is None else codes, scale=move(box.scale), zero=zero)
 
 
-def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
+def moved(op: Op, value: Value, *rest: jax.Array) -> Sequence[Value]:
     """The results of a layout operation on a value that may be codes; ``rest`` are its other operands."""
     if not isinstance(value, Codes):
         return op.bind(value, *rest)
@@ -109,7 +114,7 @@ def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
     return [replace(full, codes=c, scale=s, zero=z) for c, s, z in zip(parts, scales, zeros, strict=True)]
 
 
-def joined(op: Op, *values: Any) -> list[Any]:
+def joined(op: Op, *values: Value) -> Sequence[Value]:
     """The result of a concatenation, in codes where all of its operands are; each keeps its own scales."""
     boxes = [v for v in values if isinstance(v, Codes)]
     alike = len({(box.zero is None, box.dtype, box.codes.dtype) for box in boxes}) == 1
@@ -173,12 +178,12 @@ LAYOUT = RELAID | UNCHANGED | CUTS | {"convert_element_type"}
 """The operations through which codes pass."""
 
 
-def _only_full(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _only_full(v: jax.Array, shape: Shape) -> jax.Array:
     """A scale whose axes are whole or 1: groups are spread, for a cut may go through one."""
     return _filled(v, shape, frozenset(i for i, b in enumerate(v.shape) if b not in (1, shape[i])))
 
 
-def _cut(op: Op, v: jax.Array, rest: tuple[Any, ...]) -> list[jax.Array]:
+def _cut(op: Op, v: jax.Array, rest: tuple[jax.Array, ...]) -> list[jax.Array]:
     """What the operation takes of a scale; all of an axis along which the scale is one."""
     p, one = op.eqn.params, [i for i, b in enumerate(v.shape) if b == 1]
     match op.name:
@@ -195,13 +200,18 @@ def _cut(op: Op, v: jax.Array, rest: tuple[Any, ...]) -> list[jax.Array]:
     return [lax.slice(v, begin, end, p["strides"])]
 
 
-def rows(op: Op, box: Codes, rest: tuple[Any, ...]) -> jax.Array:
+def rows(op: Op, box: Codes, rest: tuple[jax.Array, ...]) -> jax.Array:
     """The rows that a lookup takes of a table of codes; only they are dequantized."""
-    (codes,) = op.bind(box.codes, *rest)
+
+    def taken(table: jax.Array, fill: int) -> jax.Array:
+        """What the lookup fills in out of bounds is the scale's, times 1: integers hold no NaN."""
+        fills = op.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        return op.bind(table, *rest, **({"fill_value": fill} if fills else {}))[0]
+
     (scale,) = op.bind(_full(box.scale, box.codes.shape), *rest)
-    zero = None if box.zero is None else op.bind(_full(box.zero, box.codes.shape), *rest)[0]
+    codes, zero = taken(box.codes, 1), None if box.zero is None else taken(_full(box.zero, box.codes.shape), 0)
     return dequantize(codes, scale, zero).astype(box.dtype)
 
 
-def _full(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _full(v: jax.Array, shape: Shape) -> jax.Array:
     return jnp.broadcast_to(spread(v, shape), shape)

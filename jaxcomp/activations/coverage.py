@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.activations.demands import Seen, put
 from jaxcomp.activations.execution import Mode
-from jaxcomp.activations.function import run, shapes_of
-from jaxcomp.activations.planning import Planned, Rules, plan
+from jaxcomp.activations.function import Call
+from jaxcomp.activations.planning import Planned, Rules
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.trace.program import Program, is_array_like, trace
+from jaxcomp.trace.program import is_array_like
 from jaxcomp.trace.ranges import Range
 
 
@@ -62,7 +63,7 @@ class Coverage:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def coverage(fn: Callable[..., Any], rules: Rules, *, integer: bool = False) -> Callable[..., Coverage]:
+def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) -> Callable[..., Coverage]:
     """What ``quantize_function(fn, rules, integer=integer)`` does with ``(params, *args)``, site by site.
 
     Nothing is computed and no ranges are needed; leaves may be ``jax.ShapeDtypeStruct``.
@@ -79,56 +80,47 @@ def coverage(fn: Callable[..., Any], rules: Rules, *, integer: bool = False) -> 
     """
 
     @wraps(fn)
-    def covered(params: Any, *args: Any, **kwargs: Any) -> Coverage:
-        program = trace(fn, shapes_of(params), *args, **kwargs)
-        planned = plan(program, rules)
-        seen: dict[str, tuple[str, str]] = {}
-        _run_abstractly(program, planned, params, (args, kwargs), integer, seen)
+    def covered(params: Params, *args: PyTree, **kwargs: PyTree) -> Coverage:
+        call = Call.of(fn, rules, params, args, kwargs)
+        seen = _seen(call, integer)
         leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
-        rows = [_covered(p, seen, leaves) for p in planned]
+        rows = [_covered(p, seen, leaves) for p in call.planned]
         why = "nothing can look into it"
-        opaque = [Covered(op.scope, op.name, "exact", "", "", why) for op in program.flow.ops if op.opaque]
+        opaque = [Covered(op.scope, op.name, "exact", "", "", why) for op in call.program.flow.ops if op.opaque]
         return Coverage((*rows, *opaque))
 
     return covered
 
 
-def _run_abstractly(
-    program: Program,
-    planned: tuple[Planned, ...],
-    params: Any,
-    inputs: tuple[Any, Any],
-    integer: bool,
-    seen: dict[str, tuple[str, str]],
-) -> None:
-    """Runs the quantized function on shapes; ``seen`` learns what was done, by path."""
-    leaves, tree = jax.tree.flatten((params, inputs))
+def _seen(call: Call, integer: bool) -> Seen:
+    """What is done at each site, found by running the quantized function on shapes."""
+    leaves, tree = jax.tree.flatten((call.params, call.args, call.kwargs))
     arrays = [leaf for leaf in leaves if is_array_like(leaf)]
+    seen: Seen = {}
 
-    def record(path: str, done: str, why: str) -> None:
-        seen[path] = done, why
-
-    def flat(values: list[Any]) -> Any:
+    def flat(values: list[jax.Array]) -> PyTree:
         left = iter(values)
         filled = [next(left) if is_array_like(leaf) else leaf for leaf in leaves]
-        full_params, full_inputs = jax.tree.unflatten(tree, filled)
+        params, args, kwargs = jax.tree.unflatten(tree, filled)
         ranges = {}
-        for p in planned:
+        for p in call.planned:
             for name in p.ranges.values():
                 end = jnp.zeros(p.site.layer_steps, jnp.float32)
                 ranges[name] = Range(end, end)
-        run(program, planned, ranges, full_params, full_inputs, Mode(integer), record)
+        given = replace(call, params=params, args=args, kwargs=kwargs)
+        return given.run(ranges, Mode(integer), partial(put, seen))
 
     jax.eval_shape(flat, arrays)
+    return seen
 
 
-def _covered(p: Planned, seen: dict[str, tuple[str, str]], leaves: dict[str, Any]) -> Covered:
+def _covered(p: Planned, seen: Seen, leaves: dict[str, Leaf]) -> Covered:
     done, why = seen.get(p.site.path, ("exact", p.why))
     acts = "" if p.act is None else str(p.act)
-    return Covered(p.site.path, p.site.kind, done, _weight(p, leaves), acts, why)
+    return Covered(p.site.path, p.site.kind, done, _weight(p, leaves), acts, "" if why is None else why.reason)
 
 
-def _weight(p: Planned, leaves: dict[str, Any]) -> str:
+def _weight(p: Planned, leaves: dict[str, Leaf]) -> str:
     """What the tree holds for a site."""
     if p.site.weight is None:
         return ""
@@ -138,7 +130,7 @@ def _weight(p: Planned, leaves: dict[str, Any]) -> str:
     return _leaf(leaf)
 
 
-def _leaf(leaf: Any) -> str:
+def _leaf(leaf: Leaf) -> str:
     if isinstance(leaf, Masked):
         return f"Masked {_leaf(leaf.values)}"
     if isinstance(leaf, Quantized):

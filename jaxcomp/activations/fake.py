@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import singledispatch
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.specs import LSQ, PACT, Act, Dynamic, Float8, PerGroup, PerTensor, Rule
+from jaxcomp.activations.specs import LSQ, PACT, Act, ActLayout, ActSpec, Float8, RangeKind
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.gradients import scale_gradient
-from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT
+from jaxcomp.core.gradients import scale_gradient, straight_through
+from jaxcomp.core.roles import AxisRoles
+from jaxcomp.core.types import Shape
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
 from jaxcomp.quantization.numerics.ranges import absmax_range
@@ -26,33 +28,28 @@ class Coded(NamedTuple):
     zero: jax.Array | None
 
 
-def scale_blocks(shape: tuple[int, ...], roles: tuple[str, ...], act: Rule) -> tuple[int, ...]:
-    """The shape of the scale of an operand whose axes have these ``roles``.
+Names = tuple[str, ...]
+"""What a site does with each axis of an operand, as ``Operand.roles`` has it."""
 
-    Raises:
-      ValueError: groups that do not divide the last contracted axis.
 
-    >>> from jaxcomp.activations.specs import PerToken
-    >>> scale_blocks((2, 5, 8), (BATCH, OUTPUT, CONTRACTED), Act(range=Dynamic(), per=PerGroup(4)))
+class Entry(NamedTuple):
+    """How a value enters its site: what the site does with each axis, and the range, two scalars; None is its own."""
+
+    roles: Names
+    given: Range | None = None
+
+
+def scale_blocks(shape: Shape, roles: Names, per: ActLayout) -> Shape:
+    """The shape of the scale of an operand whose axes have these ``roles``; groups divide what they lie along.
+
+    >>> from jaxcomp.core.layouts import Groups
+    >>> scale_blocks((2, 5, 8), ("batch", "output", "contracted"), Groups(4))
     (2, 5, 2)
     """
-    if isinstance(act.per, PerTensor):
-        return (1,) * len(shape)
-    blocks = [n if role in (OUTPUT, BATCH) else 1 for n, role in zip(shape, roles, strict=True)]
-    if isinstance(act.per, PerGroup):
-        contracted = [i for i, role in enumerate(roles) if role == CONTRACTED]
-        n = shape[contracted[-1]]
-        if n % act.per.size:
-            raise ValueError(
-                f"has {n} elements along its contracted axis, which groups of {act.per.size} do not divide"
-            )
-        for i in contracted[:-1]:
-            blocks[i] = shape[i]
-        blocks[contracted[-1]] = n // act.per.size
-    return tuple(blocks)
+    return per.layout(shape, lambda: AxisRoles(roles)).shape
 
 
-def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) -> Coded:
+def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
     """An activation in steps of its grid, ``clip(round(x / scale), low - zero, high - zero)``.
 
     The gradient is straight through and cut outside the range. ONNX's QuantizeLinear rounds so too: before it adds the
@@ -61,15 +58,15 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
     Args:
       x: the value.
       act: the rule.
-      roles: what the site does with each axis of ``x``.
-      given: the range, two scalars, where the rule takes one from outside.
+      at: the axes' roles, and the range where the rule takes one from outside.
     """
-    if isinstance(act.range, Dynamic) or given is None:
+    if at.given is None:
         fixed = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
-        scale, zero = act.grid.scale_of(*absmax_range(fixed, scale_blocks(x.shape, roles, act), act.symmetric))
+        blocks = scale_blocks(x.shape, at.roles, act.per)
+        scale, zero = act.grid.scale_of(*absmax_range(fixed, blocks, act.symmetric))
     else:
-        ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in given))
-        scale, zero = grid_of_range(_trained(ends, act, x.size), act.grid)
+        ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in at.given))
+        scale, zero = grid_of_range(_trained(act.range, ends, float(x.size * act.grid.code_range[1])), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
     steps = x.astype(scale.dtype) * spread(1.0 / scale, x.shape)
     low, high = act.grid.code_range
@@ -77,44 +74,57 @@ def encode(x: jax.Array, act: Act, roles: tuple[str, ...], given: Range | None) 
     return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)
 
 
-def float8_codes(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> tuple[jax.Array, jax.Array]:
+def float8_codes(x: jax.Array, act: Float8, at: Entry) -> tuple[jax.Array, jax.Array]:
     """Float8 codes and scale of an activation; arguments as of :func:`encode`. No gradient flows."""
     x = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
-    if given is None:
-        end = block_absmax(x, scale_blocks(x.shape, roles, act))
+    if at.given is None:
+        end = block_absmax(x, scale_blocks(x.shape, at.roles, act.per))
     else:
-        low, high = (jax.lax.stop_gradient(jnp.asarray(v, x.dtype)) for v in given)
+        low, high = (jax.lax.stop_gradient(jnp.asarray(v, x.dtype)) for v in at.given)
         end = jnp.maximum(-low, high).reshape((1,) * x.ndim)
     scale = _positive(end * (1.0 / act.top))
     return jnp.clip(x * spread(1.0 / scale, x.shape), -act.top, act.top).astype(act.dtype), scale
 
 
-def _fake_float8(x: jax.Array, act: Float8, roles: tuple[str, ...], given: Range | None) -> jax.Array:
-    codes, scale = float8_codes(x, act, roles, given)
+def _fake_float8(x: jax.Array, act: Float8, at: Entry) -> jax.Array:
+    codes, scale = float8_codes(x, act, at)
     end = spread(scale, x.shape) * (act.top * (1 + 2.0**-10))  # what rounds to the top without being clipped learns
     passing = jnp.where(jnp.abs(x) <= end.astype(x.dtype), x, jax.lax.stop_gradient(x))
-    return _value_of(dequantize(codes, scale).astype(x.dtype), passing)
+    return straight_through(passing, dequantize(codes, scale).astype(x.dtype))
 
 
-def fake_quantize(x: jax.Array, act: Rule, roles: tuple[str, ...], given: Range | None) -> jax.Array:
+def fake_quantize(x: jax.Array, act: ActSpec, at: Entry) -> jax.Array:
     """The value rounded to its grid, in its own type; arguments as of :func:`encode`.
 
     >>> act = Act(2, range=LSQ())
-    >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, (OUTPUT,), Range(jnp.float32(0), jnp.float32(3)))
+    >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, Entry(("output",), Range(jnp.float32(0), jnp.float32(3))))
     Array([0., 0., 3.], dtype=float32)
     """
     if isinstance(act, Float8):
-        return _fake_float8(x, act, roles, given)
-    if isinstance(act.range, PACT) and given is not None:
-        high = jnp.asarray(given.high, x.dtype)
-        clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
-        coded = encode(jax.lax.stop_gradient(x), act, roles, jax.lax.stop_gradient(given))
-        return _value_of(_value(coded, x), clipped)
-    if isinstance(act.range, LSQ):
-        return _value(encode(x, act, roles, given), x)
+        return _fake_float8(x, act, at)
+    return _rounded(act.range, x, act, at)
+
+
+@singledispatch
+def _rounded(source: RangeKind, x: jax.Array, act: Act, at: Entry) -> jax.Array:
     # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
-    coded = encode(jax.lax.stop_gradient(x), act, roles, given)
-    return _value_of(_value(coded, x), x if given is None else _within(x, coded, act.grid))
+    coded = encode(jax.lax.stop_gradient(x), act, at)
+    value = _value(coded, x)
+    return straight_through(x if at.given is None else _within(x, coded, act.grid), value)
+
+
+@_rounded.register(LSQ)
+def _(source: LSQ, x: jax.Array, act: Act, at: Entry) -> jax.Array:
+    return _value(encode(x, act, at), x)
+
+
+@_rounded.register(PACT)
+def _(source: PACT, x: jax.Array, act: Act, at: Entry) -> jax.Array:
+    assert at.given is not None
+    high = jnp.asarray(at.given.high, x.dtype)
+    clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
+    coded = encode(jax.lax.stop_gradient(x), act, at._replace(given=jax.lax.stop_gradient(at.given)))
+    return straight_through(clipped, _value(coded, x))
 
 
 def _value(coded: Coded, like: jax.Array) -> jax.Array:
@@ -158,21 +168,17 @@ def _positive(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, jnp.maximum(scale, tiny), jnp.ones_like(scale))
 
 
-def _trained(given: Range, act: Act, size: int) -> Range:
-    """The range with the gradient that the rule gives it."""
-    if isinstance(act.range, LSQ):
-        factor = float(size * act.grid.code_range[1]) ** -0.5
-        return Range(*(scale_gradient(end, factor) for end in given))
-    low = jnp.zeros_like(given.low) if isinstance(act.range, PACT) else given.low
-    return jax.lax.stop_gradient(Range(low, given.high))
+@singledispatch
+def _trained(source: RangeKind, given: Range, weight: float) -> Range:
+    """The range with the gradient that its kind gives it; ``weight`` is the value's size times its largest code."""
+    return jax.lax.stop_gradient(given)
 
 
-@jax.custom_jvp
-def _value_of(value: jax.Array, gradient_of: jax.Array) -> jax.Array:
-    """``value``, with the gradient of ``gradient_of``."""
-    return value
+@_trained.register(LSQ)
+def _(source: LSQ, given: Range, weight: float) -> Range:
+    return Range(*(scale_gradient(end, weight**-0.5) for end in given))
 
 
-@_value_of.defjvp
-def _value_of_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+@_trained.register(PACT)
+def _(source: PACT, given: Range, weight: float) -> Range:
+    return jax.lax.stop_gradient(Range(jnp.zeros_like(given.low), given.high))

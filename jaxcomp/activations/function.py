@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
 
 import jax
 
 from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
-from jaxcomp.activations.execution import Mode, Record, claim_of
-from jaxcomp.activations.planning import BARRED, OWNER, Planned, Rules, checked_ranges, plan
+from jaxcomp.activations.demands import Seen, demand, put, unmet
+from jaxcomp.activations.execution import Around, Mode, claim_of
+from jaxcomp.activations.planning import BARRED, OWNER, Planned, Rules, assigned, checked_ranges
+from jaxcomp.activations.reasons import IN_FLOAT, MULTIPLIED_OUT, Record, Why
 from jaxcomp.activations.specs import Backward
 from jaxcomp.activations.thin_claims import (
-    IN_FLOAT,
     joins,
     kept_factors,
     stepped_axes,
@@ -22,9 +23,10 @@ from jaxcomp.activations.thin_claims import (
     thin_products,
     thinned,
 )
-from jaxcomp.activations.thin_products import Factors
+from jaxcomp.activations.thin_products import ThinFactors
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.program import Program, trace
@@ -34,16 +36,23 @@ from jaxcomp.trace.walk import Location
 
 
 def quantize_function(
-    fn: Callable[..., Any], rules: Rules, *, integer: bool = False, backward: Backward | None = None
-) -> Callable[..., Any]:
+    fn: Callable[..., PyTree],
+    rules: Rules,
+    *,
+    integer: bool = False,
+    strict: bool = False,
+    backward: Backward | None = None,
+) -> Callable[..., PyTree]:
     """``q(params, ranges, *args)``: ``fn`` with the activations that enter its products quantized.
 
     The tree says what the weights are: compressed leaves are run as they are. The rules say what the activations are.
     In fake mode both are rounded in float, with straight-through gradients. With ``integer=True`` a product of a
     ``Quantized`` leaf, or of two activations, runs on int8 codes with sums in int32, zero points exact, and one
     rescale; it equals the fake mode within rounding, and its gradient is the fake mode's, in reverse mode alone, so
-    that a tree which is not packed trains on integers. What cannot is run as in fake mode; ``coverage`` says so.
-    Leaves of factors (``LowRank``, …) run as thin products in float, in both modes.
+    that a tree which is not packed trains on integers. A site that was asked for (a rule quantizes its activations, and
+    its weight is quantized or it has none) and cannot is run as in fake mode, with one warning, or an error where
+    ``strict``; ``coverage`` lists them all. Leaves of factors (``LowRank``, …) run as thin products in float, in both
+    modes.
 
     Args:
       fn: a pure function ``fn(params, *args, **kwargs)``.
@@ -51,13 +60,19 @@ def quantize_function(
         no match, leaves a site's activations alone (weight-only). Products of two activations (``"attn/dot_0"``)
         quantize both.
       integer: run on integers.
+      strict: raise where a site that was asked for does not run on integers; else warn once of each such site and
+        reason (:class:`NotOnIntegers`).
       backward: run the products of the gradient on rounded codes too, at the sites whose activations a rule quantizes.
         The quantized function is then ``q(params, ranges, key, *args)``, and differentiable in reverse mode alone;
         ``key`` is None where nothing is stochastic.
 
+    Raises:
+      ValueError: ``strict`` without ``integer``.
+
     Raises (the quantized function):
       TypeError: a rule, a range or a key of another kind.
-      ValueError: a rule that matches no site, groups that do not divide, or ranges that are missing or foreign.
+      ValueError: a rule that matches no site, groups that do not divide, ranges that are missing or foreign, or, with
+        ``strict``, sites that do not run on integers.
 
     >>> import jax.numpy as jnp
     >>> from jaxcomp.activations.specs import Act, Dynamic
@@ -69,71 +84,101 @@ def quantize_function(
     Source: Jacob et al. 2018, arXiv:1712.05877, sections 2.2 and 3.
     """
 
+    if strict and not integer:
+        raise ValueError(f"{OWNER}: strict=True asks that sites run on integers, which needs integer=True.")
+    told: set[tuple[str, Why]] = set()
+
     @wraps(fn)
-    def quantized(params: Any, ranges: Mapping[str, Range] | None, *args: Any, **kwargs: Any) -> Any:
+    def quantized(params: Params, ranges: Mapping[str, Range] | None, *args: PyTree, **kwargs: PyTree) -> PyTree:
         gradients = Gradients()
         if backward is not None:
             gradients, args = Gradients(backward, checked_key(OWNER, backward, args)), args[1:]
-        program = trace(fn, shapes_of(params), *args, **kwargs)
-        planned = plan(program, rules)
-        given = checked_ranges(planned, ranges)
-        return run(program, planned, given, params, (args, kwargs), Mode(integer, gradients), lambda *_: None)
+        call = Call.of(fn, rules, params, args, kwargs)
+        given = checked_ranges(call.planned, ranges)
+        seen: Seen = {}
+        result = call.run(given, Mode(integer, gradients), partial(put, seen))
+        if integer:
+            demand(unmet(call.planned, seen, params), told, strict=strict)
+        return result
 
     return quantized
 
 
-def shapes_of(params: Any) -> Any:
+@dataclass(frozen=True)
+class Call:
+    """One call of the quantized function: the program, what is asked of its sites, and what it is called with."""
+
+    program: Program
+    planned: tuple[Planned, ...]
+    params: Params
+    args: tuple[PyTree, ...]
+    kwargs: dict[str, PyTree]
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[..., PyTree],
+        rules: Rules,
+        params: Params,
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+    ) -> Call:
+        """Traces the function and reads the rules."""
+        program = trace(fn, _shapes_of(params), *args, **kwargs)
+        return cls(program, assigned(program, rules), params, args, kwargs)
+
+    def run(self, ranges: Mapping[str, Range], mode: Mode, record: Record) -> PyTree:
+        """The result; ``record`` learns what was done at each site."""
+        program = self.program
+        factors = kept_factors(program, self.params, mode.gradients.spec is not None)
+        planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
+        tree, reasons = _placed(program, self.params, factors.kept, mode.integer)
+        around = Around(mode, ranges, reasons, record)
+        found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
+        claims = {p.site.location: claim for p, claim in found if claim is not None}
+        if mode.integer:
+            claims |= _layout_claims(program)
+        claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
+        apart = joins(program, factors.kept)
+        claims = {at: claim for at, claim in claims.items() if at not in apart}
+        values = program.flatten(tree, *self.args, **self.kwargs)
+        return evaluate(program, claims, values, to_array=_dense).out
+
+
+def _shapes_of(params: Params) -> Params:
     """The tree with a shape in the place of each compressed leaf."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x, params, is_leaf=is_compressed
     )
 
 
-def run(
-    program: Program,
-    planned: tuple[Planned, ...],
-    ranges: Mapping[str, Range],
-    params: Any,
-    inputs: tuple[Any, Any],
-    mode: Mode,
-    record: Record,
-) -> Any:
-    """The quantized function's result; ``record`` learns what was done at each site."""
-    kept, thick = kept_factors(program, params, mode.gradients.spec is not None)
-    planned = thinned(planned, kept, thick, mode.integer, record)
-    tree, reasons = _placed(program, params, kept, mode.integer)
-    found = ((p, claim_of(p, i, ranges, mode, reasons, record)) for i, p in enumerate(planned))
-    claims = {p.site.location: claim for p, claim in found if claim is not None}
-    if mode.integer:
-        claims |= _layout_claims(program)
-    claims = {**thin_products(planned), **claims, **thin_layouts(program, kept)}
-    apart = joins(program, kept)
-    claims = {at: claim for at, claim in claims.items() if at not in apart}
-    values = program.flatten(tree, *inputs[0], **inputs[1])
-    return evaluate(program, claims, values, to_array=_dense).out
+def _dense(value: Leaf | Codes | ThinFactors) -> jax.Array:
+    return value.dense() if isinstance(value, Codes | ThinFactors) else dense(value)
 
 
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, Codes | Factors) else dense(value)
-
-
-def _placed(program: Program, params: Any, kept: Mapping[str, Factors], integer: bool) -> tuple[Any, dict[str, str]]:
-    """The tree with factors and, for integers, codes where leaves have them; and why other leaves have no codes."""
+def _placed(
+    program: Program, params: Params, kept: Mapping[str, ThinFactors], integer: bool
+) -> tuple[PyTree, dict[str, Why]]:
+    """The tree with factors and, for integers, codes where leaves have them; and why others reach no site as codes."""
     stepped = stepped_axes(program) if integer else {}
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-    leaves: list[Any] = []
-    reasons: dict[str, str] = {}
-    found: Any
+    leaves: list[Leaf | Codes | ThinFactors] = []
+    reasons: dict[str, Why] = {}
     for path, leaf in named:
+        found: Codes | Why | None = None
         if path in kept:
-            reasons[path], found = IN_FLOAT, kept[path]
-        elif integer:
+            leaves.append(kept[path])
+            reasons[path] = IN_FLOAT
+            continue
+        if integer:
             found = codes_of(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else of_float8(leaf)
-        else:
-            found = dense(leaf)
-        if isinstance(found, str):
-            reasons[path], found = found, dense(leaf)
-        leaves.append(found)
+        if isinstance(found, Codes):
+            leaves.append(found)
+            reasons[path] = MULTIPLIED_OUT
+            continue
+        leaves.append(dense(leaf))
+        if found is not None:
+            reasons[path] = found
     return treedef.unflatten(leaves), reasons
 
 
@@ -155,7 +200,7 @@ def _is_exact(tag: Tag) -> bool:
     return tag.origin is not None and tag.origin.exact
 
 
-def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
+def factored(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """``fn`` run on leaves of factors as they are: thin dots, chains of convolutions, lookups in thin tables.
 
     Other compressed leaves are materialized. Where factors cannot be kept apart (a sum over rows and columns at once, a
@@ -175,7 +220,7 @@ def factored(fn: Callable[..., Any]) -> Callable[..., Any]:
     run_thin = quantize_function(fn, {})
 
     @wraps(fn)
-    def thin(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def thin(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return run_thin(params, None, *args, **kwargs)
 
     return thin

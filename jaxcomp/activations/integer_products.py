@@ -6,12 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.reasons import (
+    CUT_WINDOW,
+    GROUPED_BATCH,
+    LARGE_SUM,
+    MIXED_KINDS,
+    SHIFTED_KERNEL,
+    Why,
+    short_blocks,
+)
+from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
 
@@ -45,25 +55,34 @@ class Factor:
         return dequantize(self.codes, self.scale, None if self.zero is None else self.zero.astype(self.scale.dtype))
 
 
-def refusal(op: Op, a: Factor, b: Factor) -> str:
-    """Why this product cannot be run on codes; empty if it can."""
+def refusal(op: Op, a: Factor, b: Factor) -> Why | None:
+    """Why this product cannot be run on codes; None if it can."""
     pairs = _summed(op)
     if (a.codes.dtype == jnp.int8) != (b.codes.dtype == jnp.int8):
-        return "one operand is integers, the other float8"
+        return MIXED_KINDS
     if math.prod(b.codes.shape[j] for _, j in pairs) * a.reach * b.reach >= 2**31:
-        return "the sum may leave int32"
+        return LARGE_SUM
+    if op.name == "dot_general":
+        return _blocks_refusal(a, b, pairs)
+    if any(max(a.scale.shape[i], b.scale.shape[j]) > 1 for i, j in pairs):
+        return CUT_WINDOW
+    if op.eqn.params["batch_group_count"] != 1:
+        return GROUPED_BATCH
+    return None if b.zero is None else SHIFTED_KERNEL
+
+
+def _blocks_refusal(a: Factor, b: Factor, pairs: list[tuple[int, int]]) -> Why | None:
+    """Why the scales along the axes that a dot sums over do not let it run on codes.
+
+    What counts is how many elements a block has over all these axes: one head of 64 is as good as 64 of one axis.
+    """
+    block, length, most = 1, 1, 1
     for i, j in pairs:
-        if op.name == "dot_general":
-            n, counts = a.codes.shape[i], sorted((a.scale.shape[i], b.scale.shape[j]))
-            if counts[1] > 1 and (n // counts[1] < SMALLEST_BLOCK or counts[1] % counts[0]):
-                return f"the contracted axis of {n} has {counts[1]} scales; blocks need {SMALLEST_BLOCK} elements"
-        elif max(a.scale.shape[i], b.scale.shape[j]) > 1:
-            return "a scale varies along what the convolution sums over"
-    if op.name == "conv_general_dilated" and op.eqn.params["batch_group_count"] != 1:
-        return "the convolution groups its batch"
-    if op.name == "conv_general_dilated" and b.zero is not None:
-        return "a convolution's weight needs a symmetric grid"
-    return ""
+        n, (few, many) = a.codes.shape[i], sorted((a.scale.shape[i], b.scale.shape[j]))
+        block, length, most = block * (n // many), length * n, most * many
+        if many % few:
+            return short_blocks(n, many, SMALLEST_BLOCK)
+    return short_blocks(length, most, SMALLEST_BLOCK) if most > 1 and block < SMALLEST_BLOCK else None
 
 
 def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
@@ -72,11 +91,10 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
     ``Σ (a - za) sa (b - zb) sb == sa sb (Σ a b - za Σ b - zb Σ a + n za zb)``, all in int32 up to the rescale.
     """
     product = _dot if op.name == "dot_general" else _conv
-    out: Any = op.eqn.outvars[0].aval
-    return product(op, a, b).astype(out.dtype)
+    return product(op, a, b).astype(result_of(op).dtype)
 
 
-def _sum_type(a: Factor) -> Any:
+def _sum_type(a: Factor) -> DType:
     return jnp.int32 if a.codes.dtype == jnp.int8 else jnp.float32
 
 
@@ -145,7 +163,7 @@ def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]
 def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     p = op.eqn.params
     numbers = p["dimension_numbers"]
-    changed: dict[str, Any] = {"preferred_element_type": _sum_type(x)}
+    changed: dict[str, object] = {"preferred_element_type": _sum_type(x)}
     if x.zero is not None:
         # What a convolution pads with is the code 0, which is not the value 0 here: pad by hand, holes too.
         edges = [(0, 0, 0)] * x.codes.ndim

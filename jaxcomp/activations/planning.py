@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.activations.fake import scale_blocks
-from jaxcomp.activations.specs import PerGroup, Rule
+from jaxcomp.activations.reasons import LEAVE, LEFT, UNMATCHED, Why, barred
+from jaxcomp.activations.specs import ActSpec
+from jaxcomp.core.layouts import Groups
 from jaxcomp.core.paths import Where, describe, first_matches, some_paths
+from jaxcomp.core.roles import AxisRoles
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CUSTOM_RULE
@@ -20,7 +21,7 @@ from jaxcomp.trace.program import Program
 from jaxcomp.trace.ranges import Range, min_max
 from jaxcomp.trace.sites import Site, sites_of
 
-Rules = Mapping[Where, Rule | None]
+Rules = Mapping[Where, ActSpec | None]
 """An ordered table from sites, by path or as a predicate of ``(path, site)``, to what their activations are."""
 
 OWNER = "quantize_function"
@@ -35,13 +36,18 @@ class Planned:
     Attributes:
       site, op: the site and its equation.
       act: what its activations become; None leaves them.
-      why: why they are left; empty where they are not.
+      why: why they are left; None where they are not.
     """
 
     site: Site
     op: Op
-    act: Rule | None
-    why: str
+    act: ActSpec | None
+    why: Why | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a rule asks for its activations to be quantized, be it in vain."""
+        return self.why not in (UNMATCHED, LEFT)
 
     @property
     def ranges(self) -> dict[int, str]:
@@ -51,7 +57,7 @@ class Planned:
         return {i: activation_name(self.site, i) for i in self.site.activations}
 
 
-def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
+def assigned(program: Program, rules: Rules) -> tuple[Planned, ...]:
     """What a table of rules asks of each site, the first rule that matches its path deciding.
 
     Raises:
@@ -60,7 +66,7 @@ def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
     """
     table = list(rules.items())
     for where, act in table:
-        if not isinstance(act, Rule | None):
+        if not isinstance(act, ActSpec | None):
             raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act, a Float8 or None, got {act!r}.")
     every = sites_of(program)
     ops = {op.location: op for op in program.flow.ops}
@@ -68,36 +74,42 @@ def plan(program: Program, rules: Rules) -> tuple[Planned, ...]:
     planned = []
     for site, first in zip(every, firsts, strict=True):
         act = None if first is None else table[first][1]
-        why = "no rule matches it" if first is None else "the rule leaves it" if act is None else declined(site)
-        if not why:
+        why = UNMATCHED if first is None else LEFT if act is None else declined(site)
+        if why is None:
             _check_groups(site, act)
         planned.append(Planned(site, ops[site.location], None if why else act, why))
     return tuple(planned)
 
 
-def declined(site: Site) -> str:
-    """Why a site's activations cannot be quantized; empty if they can."""
+def declined(site: Site) -> Why | None:
+    """Why a site's activations cannot be quantized; None if they can."""
     around = [name for name in site.inside if name in BARRED]
     if around:
-        return f"it is inside a {around[0]}, where nothing is rewritten"
+        return barred(around[0])
     if site.kind == "embed":
-        return "a lookup has no activation to quantize"
+        return Why("a lookup has no activation to quantize")
     if not site.activations:
-        return "no operand depends on an argument"
+        return Why("no operand depends on an argument", LEAVE)
     odd = [operand.dtype for operand in site.operands if not jnp.issubdtype(operand.dtype, jnp.floating)]
-    return f"an operand is {odd[0]}" if odd else ""
+    return Why(f"an operand is {odd[0]}") if odd else None
 
 
-def _check_groups(site: Site, act: Rule | None) -> None:
-    if act is None or not isinstance(act.per, PerGroup):
+def _check_groups(site: Site, act: ActSpec | None) -> None:
+    if act is None or not isinstance(act.per, Groups):
         return
-    if site.kind != "dot" or any("contracted" not in site.operands[i].roles for i in site.activations):
-        raise ValueError(f"{OWNER}: {site.path!r} is a {site.kind}; PerGroup needs a dot that sums over an axis.")
-    for i in site.activations:
-        try:
-            scale_blocks(site.operands[i].shape, site.operands[i].roles, act)
-        except ValueError as e:
-            raise ValueError(f"{OWNER}: {site.path!r} {e}; take a divisor, or another rule for this site.") from e
+    inputs = [AxisRoles(site.operands[i].roles).inputs for i in site.activations]
+    if site.kind != "dot" or not all(inputs):
+        raise ValueError(
+            f"{OWNER}: {site.path!r} is a {site.kind}, and per={act.per!r} needs a dot that sums over an axis; take"
+            " another rule for this site."
+        )
+    for i, axes in zip(site.activations, inputs, strict=True):
+        n = site.operands[i].shape[axes[-1]]
+        if n % act.per.size:
+            raise ValueError(
+                f"{OWNER}: {site.path!r} has {n} elements along its contracted axis, which groups of {act.per.size} do"
+                f" not divide; take a divisor of {n}, or another rule for this site."
+            )
 
 
 def checked_ranges(planned: tuple[Planned, ...], ranges: Mapping[str, Range] | None) -> dict[str, Range]:
@@ -125,7 +137,7 @@ def checked_ranges(planned: tuple[Planned, ...], ranges: Mapping[str, Range] | N
     return {name: _layered(name, given[name], layers) for name, layers in needed.items()}
 
 
-def _layered(name: str, given: Any, layers: tuple[int, ...]) -> Range:
+def _layered(name: str, given: object, layers: tuple[int, ...]) -> Range:
     if isinstance(given, Stats):
         raise TypeError(f"{OWNER}: ranges[{name!r}] are statistics; turn them into ranges with ranges_of(stats).")
     if not isinstance(given, Range):

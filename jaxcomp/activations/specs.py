@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcomp.core.layouts import Groups, Tensor, Tokens, checked_layout
 from jaxcomp.core.specs import check_bits
+from jaxcomp.core.types import DType
 from jaxcomp.quantization.grids import Int
 
 
@@ -43,33 +43,10 @@ class PACT:
     """
 
 
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole value."""
-
-
-@dataclass(frozen=True)
-class PerToken:
-    """One scale for each index of the axes that are not summed over: a row of a dot, an image of a convolution."""
-
-
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale for each row and each ``size`` neighbours along the last axis that a dot sums over.
-
-    Raises:
-      ValueError: a size below 1.
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.size, numbers.Integral) or isinstance(self.size, bool) or self.size < 1:
-            raise ValueError(f"PerGroup: size must be a positive integer, got {self.size!r}.")
-
-
 RangeKind = Static | Dynamic | LSQ | PACT
-Sharing = PerTensor | PerToken | PerGroup
+ActLayout = Tensor | Tokens | Groups
+"""What of an activation can share a scale; the groups lie along the last axis that the site sums over."""
+_WHOLE = Tensor()
 
 
 @dataclass(frozen=True)
@@ -80,30 +57,31 @@ class Act:
       bits: width of a code, 2..8.
       symmetric: whether the zero point is 0.
       range: where the range comes from.
-      per: what shares a scale; anything finer than the tensor needs ``Dynamic``.
+      per: what shares a scale: ``Tensor()``, ``Tokens()`` or ``Groups(size)``; anything finer than the tensor needs
+        ``Dynamic``.
 
     Raises:
       TypeError: range or per is something else.
       ValueError: bits outside 2..8, or fields that do not go together.
 
-    >>> Act(8).grid, Act(4, symmetric=True, range=Dynamic(), per=PerToken()).per
-    (Int(bits=8, symmetric=False, narrow=False), PerToken())
-    >>> Act(per=PerToken())
+    >>> Act(8).grid, Act(4, symmetric=True, range=Dynamic(), per=Tokens()).per
+    (Int(bits=8, symmetric=False, narrow=False), Tokens())
+    >>> Act(per=Tokens())
     Traceback (most recent call last):
     ...
-    ValueError: Act: per=PerToken() needs range=Dynamic(), got Static(); ranges given from outside are per tensor.
+    ValueError: Act: per=Tokens() needs range=Dynamic(), got Static(); ranges given from outside are per tensor.
     """
 
     bits: int = 8
     symmetric: bool = False
     range: RangeKind = Static()
-    per: Sharing = PerTensor()
+    per: ActLayout = _WHOLE
 
     def __post_init__(self) -> None:
         check_bits("Act", self.bits)
         if not isinstance(self.range, RangeKind):
             raise TypeError(f"Act: range must be Static(), Dynamic(), LSQ() or PACT(), got {self.range!r}.")
-        _check_sharing("Act", self.per, self.range)
+        _check_layout("Act", self.per, self.range)
         if isinstance(self.range, PACT) and self.symmetric:
             raise ValueError("Act: PACT's range begins at 0, so it needs symmetric=False.")
 
@@ -132,7 +110,8 @@ class Float8:
     Args:
       exponent: bits of the exponent: 4 for e4m3 (top 448, no infinities), 5 for e5m2 (top 57344).
       range: ``Static()`` or ``Dynamic()``.
-      per: what shares a scale; anything finer than the tensor needs ``Dynamic``.
+      per: what shares a scale: ``Tensor()``, ``Tokens()`` or ``Groups(size)``; anything finer than the tensor needs
+        ``Dynamic``.
 
     Raises:
       TypeError: range or per is something else.
@@ -146,17 +125,17 @@ class Float8:
 
     exponent: int = 4
     range: Static | Dynamic = Dynamic()
-    per: Sharing = PerTensor()
+    per: ActLayout = _WHOLE
 
     def __post_init__(self) -> None:
         if self.exponent not in (4, 5):
             raise ValueError(f"Float8: exponent must be 4 (e4m3) or 5 (e5m2), got {self.exponent!r}.")
         if not isinstance(self.range, Static | Dynamic):
             raise TypeError(f"Float8: range must be Static() or Dynamic(), got {self.range!r}.")
-        _check_sharing("Float8", self.per, self.range)
+        _check_layout("Float8", self.per, self.range)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         """The type of the codes."""
         return jnp.dtype(jnp.float8_e4m3fn if self.exponent == 4 else jnp.float8_e5m2)
 
@@ -174,7 +153,7 @@ class Float8:
         return _words("float8_e4m3" if self.exponent == 4 else "float8_e5m2", self.per, self.range)
 
 
-Rule = Act | Float8
+ActSpec = Act | Float8
 """What a rule may ask of activations."""
 
 
@@ -213,15 +192,19 @@ class Backward:
         return Int(self.bits, narrow=True)
 
 
-def _check_sharing(owner: str, per: Any, source: Any) -> None:
-    if not isinstance(per, Sharing):
-        raise TypeError(f"{owner}: per must be PerTensor(), PerToken() or PerGroup(size), got {per!r}.")
-    if not isinstance(per, PerTensor) and not isinstance(source, Dynamic):
+def _check_layout(owner: str, per: object, source: RangeKind) -> None:
+    checked_layout(owner, per, (Tensor, Tokens, Groups))
+    if isinstance(per, Groups) and per.axis is not None:
+        raise ValueError(
+            f"{owner}: per={per!r} names an axis, and the groups of an activation lie along the last axis that its site"
+            f" sums over; take Groups({per.size})."
+        )
+    if not isinstance(per, Tensor) and not isinstance(source, Dynamic):
         raise ValueError(
             f"{owner}: per={per!r} needs range=Dynamic(), got {source!r}; ranges given from outside are per tensor."
         )
 
 
-def _words(grid: str, per: Sharing, source: RangeKind) -> str:
+def _words(grid: str, per: ActLayout, source: RangeKind) -> str:
     words = [grid, type(source).__name__]
-    return ", ".join(words if isinstance(per, PerTensor) else [*words, repr(per)])
+    return ", ".join(words if isinstance(per, Tensor) else [*words, repr(per)])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from jaxcomp.activations.codes import LAYOUT
-from jaxcomp.activations.execution import Record
 from jaxcomp.activations.planning import BARRED, Planned
-from jaxcomp.activations.thin_products import Factors, ThinOp, factors_of, moved
+from jaxcomp.activations.reasons import IN_FLOAT, OF_FACTORS, Record, Why, barred
+from jaxcomp.activations.thin_products import ThinFactors, ThinOp, factors_of, moved
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.factorization.leaves import FactorLeaf
@@ -17,9 +18,6 @@ from jaxcomp.trace import nested
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
-
-IN_FLOAT = "its factors run in float"
-"""Why a product of factors is not run on integers."""
 
 
 def stepped_axes(program: Program) -> dict[str, set[int]]:
@@ -34,13 +32,21 @@ def stepped_axes(program: Program) -> dict[str, set[int]]:
     return stepped
 
 
-def kept_factors(program: Program, params: object, rounded: bool) -> tuple[dict[str, Factors], dict[str, str]]:
-    """The leaves that run as factors, by path, and why the other leaves of factors do not.
+class FactorLeaves(NamedTuple):
+    """The leaves of factors by path: those that run as factors, and why the others are multiplied out."""
+
+    kept: dict[str, ThinFactors]
+    thick: dict[str, str]
+
+
+def kept_factors(program: Program, params: object, rounded: bool) -> FactorLeaves:
+    """Which leaves run as factors, and why the other leaves of factors do not.
 
     ``rounded`` says that gradients are rounded, which needs the dense weight.
     """
     stepped = stepped_axes(program)
-    kept, thick = {}, {}
+    kept: dict[str, ThinFactors] = {}
+    thick: dict[str, str] = {}
     for path, leaf in leaves_with_paths(params, is_leaf=is_compressed)[0]:
         found = factors_of(leaf)
         if found is None or not isinstance(leaf, FactorLeaf):
@@ -52,29 +58,24 @@ def kept_factors(program: Program, params: object, rounded: bool) -> tuple[dict[
             thick[path] = f"a scan steps over axis {min(over)} of it; decompose it with stacked={min(over) + 1}"
         else:
             kept[path] = found
-    return kept, thick
+    return FactorLeaves(kept, thick)
 
 
-def thinned(
-    planned: Iterable[Planned], kept: Mapping[str, Factors], thick: Mapping[str, str], integer: bool, record: Record
-) -> tuple[Planned, ...]:
-    """The plan with the products of factors run thin; ``record`` learns which were, and why others were not."""
-    return tuple(_thin(p, kept, thick, IN_FLOAT if integer and p.act is not None else "", record) for p in planned)
-
-
-def _thin(p: Planned, kept: Mapping[str, Factors], thick: Mapping[str, str], at_best: str, record: Record) -> Planned:
+def thinned(p: Planned, factors: FactorLeaves, *, integer: bool, record: Record) -> Planned:
+    """A site with the product of factors run thin; ``record`` learns whether it was, and why no more was done."""
     leaf = p.site.leaf
-    if leaf is None or (leaf not in kept and leaf not in thick):
+    if leaf is None or (leaf not in factors.kept and leaf not in factors.thick):
         return p
     acts = "exact" if p.act is None else "fake"
-    barred = [name for name in p.site.inside if name in BARRED]
-    why = f"it is inside a {barred[0]}, where nothing is rewritten" if barred else thick.get(leaf, "")
+    at_best = IN_FLOAT if integer and p.act is not None else None
+    around = [name for name in p.site.inside if name in BARRED]
+    why = barred(around[0]).reason if around else factors.thick.get(leaf, "")
     if p.site.weight is not None and not p.site.operands[p.site.weight].exact:
         why = why or "the weight is computed from the factors' product"
 
     def note(found: str) -> None:
         done = acts if found else "factored" if p.act is None else f"{acts}, factored"
-        record(p.site.path, done, found or at_best)
+        record(p.site.path, done, Why(found, OF_FACTORS) if found else at_best)
 
     note(why)
     return replace(p, op=ThinOp.of(p.op, note, why))
@@ -86,7 +87,7 @@ def thin_products(planned: Iterable[Planned]) -> dict[Location, Claim]:
     return {p.site.location: Claim(p.op.bind) for p in thin}
 
 
-def thin_layouts(program: Program, kept: Mapping[str, Factors]) -> dict[Location, Claim]:
+def thin_layouts(program: Program, kept: Mapping[str, ThinFactors]) -> dict[Location, Claim]:
     """Claims on the layout operations between a leaf of factors and its product."""
     found = {}
     for op in program.flow.ops:
@@ -96,7 +97,7 @@ def thin_layouts(program: Program, kept: Mapping[str, Factors]) -> dict[Location
     return found
 
 
-def joins(program: Program, kept: Mapping[str, Factors]) -> set[Location]:
+def joins(program: Program, kept: Mapping[str, ThinFactors]) -> set[Location]:
     """The concatenations that factors enter, which multiply them out."""
     return {
         op.location

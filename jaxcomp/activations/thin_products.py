@@ -9,22 +9,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomp.activations.avals import result_of
+from jaxcomp.core.types import DType, Leaf
 from jaxcomp.factorization.leaves import Depthwise, FactorLeaf, LowRank, Separable, Tucker
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.walk import Value
 
 Labels = list[int]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["order", "dtype"])
 @dataclass(frozen=True)
-class Factors:
+class ThinFactors:
     """A leaf of factors, moved and cast: the value is the dense leaf in another order of axes.
 
     Attributes:
@@ -33,9 +36,9 @@ class Factors:
       dtype: the value's type, static.
     """
 
-    leaf: Any
+    leaf: FactorLeaf
     order: tuple[int, ...] | None
-    dtype: Any
+    dtype: DType
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -53,14 +56,18 @@ class Factors:
         return x.astype(self.dtype)
 
 
-def factors_of(leaf: Any) -> Factors | None:
+ThinValue = jax.Array | ThinFactors
+"""What stands in a program where a leaf of factors came by."""
+
+
+def factors_of(leaf: Leaf) -> ThinFactors | None:
     """A compressed leaf as factors, or None if it has none."""
-    return Factors(leaf.arrays(), None, leaf.dtype) if isinstance(leaf, FactorLeaf) else None
+    return ThinFactors(leaf.arrays(), None, leaf.dtype) if isinstance(leaf, FactorLeaf) else None
 
 
-def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
+def moved(op: Op, value: ThinValue, *rest: jax.Array) -> Sequence[ThinValue]:
     """The results of a layout operation on a value that may be factors; what they cannot follow multiplies them out."""
-    if not isinstance(value, Factors):
+    if not isinstance(value, ThinFactors):
         return op.bind(value, *rest)
     p = op.eqn.params
     found = None
@@ -72,13 +79,13 @@ def moved(op: Op, value: Any, *rest: Any) -> list[Any]:
         case "transpose":
             found = _transposed(value, p["permutation"])
         case "squeeze" | "reshape":
-            found = _reshaped(value, tuple(op.eqn.outvars[0].aval.shape))  # type: ignore[attr-defined]
+            found = _reshaped(value, result_of(op).shape)
         case "slice" | "dynamic_slice":
             found = _sliced(op, value, rest)
     return op.bind(value.dense(), *rest) if found is None else [found]
 
 
-def _transposed(value: Factors, permutation: Sequence[int]) -> Factors | None:
+def _transposed(value: ThinFactors, permutation: Sequence[int]) -> ThinFactors | None:
     """Stacked axes stay in front, where a scan finds them."""
     s = value.leaf.stacked
     if list(permutation[:s]) != list(range(s)):
@@ -86,7 +93,7 @@ def _transposed(value: Factors, permutation: Sequence[int]) -> Factors | None:
     return replace(value, order=tuple(value.own[i - s] for i in permutation[s:]))
 
 
-def _reshaped(value: Factors, shape: tuple[int, ...]) -> Factors | None:
+def _reshaped(value: ThinFactors, shape: tuple[int, ...]) -> ThinFactors | None:
     """Rows stay rows and columns columns; stacked axes of one element may go."""
     leaf, s = value.leaf, value.leaf.stacked
     front, gone = leaf.shape[:s], 0
@@ -107,10 +114,10 @@ def _reshaped(value: Factors, shape: tuple[int, ...]) -> Factors | None:
     return None
 
 
-def _sliced(op: Op, value: Factors, rest: tuple[Any, ...]) -> Factors | None:
+def _sliced(op: Op, value: ThinFactors, rest: tuple[jax.Array, ...]) -> ThinFactors | None:
     """A choice among stacked layers is made in every factor."""
     s, p = value.leaf.stacked, op.eqn.params
-    before, after = op.shapes[0], tuple(op.eqn.outvars[0].aval.shape)  # type: ignore[attr-defined]
+    before, after = op.shapes[0], result_of(op).shape
     if before[s:] != after[s:]:
         return None
 
@@ -143,26 +150,30 @@ class ThinOp(Op):
         """The same equation in the same place."""
         return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, note, why)
 
-    def bind(self, *values: Any, **params: Any) -> list[Any]:
+    def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs the equation, on thin factors if one operand is some."""
-        thick = [i for i, v in enumerate(values) if isinstance(v, Factors)]
+        thick = [i for i, v in enumerate(values) if isinstance(v, ThinFactors)]
         if len(thick) != 1:
             self.note(self.why or "it was multiplied out on the way, by an operation that factors cannot follow")
-            return nested.bind(self.eqn, [v.dense() if isinstance(v, Factors) else v for v in values], params)
-        found = thin_product(self, thick[0], values)
+            return nested.bind(self.eqn, [v.dense() if isinstance(v, ThinFactors) else v for v in values], params)
+        found = thin_product(self, thick[0], cast(Sequence[ThinValue], values))
         if isinstance(found, str):
             self.note(found)
-            return nested.bind(self.eqn, [v.dense() if isinstance(v, Factors) else v for v in values], params)
+            return nested.bind(self.eqn, [v.dense() if isinstance(v, ThinFactors) else v for v in values], params)
         self.note("")
         return [found]
 
 
-def thin_product(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+def thin_product(op: Op, index: int, values: Sequence[ThinValue]) -> jax.Array | str:
     """The result of a product whose operand ``index`` is factors, or why they must be multiplied out."""
-    rule = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _lookup}[op.name]
-    out: Any = op.eqn.outvars[0].aval
-    found = rule(op, index, values)
-    return found if isinstance(found, str) else found.astype(out.dtype)
+    rules: dict[str, Callable[..., jax.Array | str]]
+    rules = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _lookup}
+    w = values[index]
+    assert isinstance(w, ThinFactors)
+    found = rules[op.name](
+        op, index, w, *(v for i, v in enumerate(values) if i != index and not isinstance(v, ThinFactors))
+    )
+    return found if isinstance(found, str) else found.astype(result_of(op).dtype)
 
 
 def _einsum(op: Op, a: jax.Array, a_axes: Labels, b: jax.Array, b_axes: Labels, out: Labels) -> jax.Array:
@@ -171,9 +182,7 @@ def _einsum(op: Op, a: jax.Array, a_axes: Labels, b: jax.Array, b_axes: Labels, 
     return jnp.einsum(a, a_axes, b, b_axes, out, precision=p["precision"], preferred_element_type=kind)
 
 
-def _dot(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
-    w: Factors = values[index]
-    x = values[1 - index]
+def _dot(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:
     if not isinstance(w.leaf, LowRank):
         return f"a dot needs a matrix of low rank, not the factors of a {type(w.leaf).__name__} kernel"
     s, rows = w.leaf.stacked, w.leaf.row_axes
@@ -201,53 +210,55 @@ def _dot(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
     return _einsum(op, inner, middle, w.cast(second), second_axes, out)
 
 
-def _conv(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+def _conv(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:
     p, numbers = op.eqn.params, op.eqn.params["dimension_numbers"]
     if index != 1:
         return "the factors are the image of a convolution, not its kernel"
     if p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
         return "the convolution is grouped"
-    x, w = values
-    if w.leaf.stacked:
+    leaf = w.leaf
+    if leaf.stacked:
         return "the kernel is a stack of layers"
-    if isinstance(w.leaf, LowRank):
+    if isinstance(leaf, LowRank):
         return _conv_of_matrix(op, x, w)
+    if not isinstance(leaf, Tucker | Depthwise | Separable):
+        return f"no chain of convolutions is known for {type(leaf).__name__}"
     features, out = numbers.lhs_spec[1], numbers.out_spec[1]
-    narrow = _on_features(op, x, features, w.cast(w.leaf.u))
-    match w.leaf:
+    narrow = _on_features(op, x, features, w.cast(leaf.u))
+    match leaf:
         case Tucker():
-            inner = _bind(op, narrow, _laid(w, w.leaf.core))
+            inner = _bind(op, narrow, _laid(w, leaf.core))
         case Depthwise():
-            inner = _bind(op, narrow, _laid(w, w.leaf.taps[..., None, :]), feature_group_count=w.leaf.rank)
+            inner = _bind(op, narrow, _laid(w, leaf.taps[..., None, :]), feature_group_count=leaf.rank)
         case Separable():
             inner = _separable(op, narrow, w)
-        case _:
-            return f"no chain of convolutions is known for {type(w.leaf).__name__}"
-    return _on_features(op, inner, out, w.cast(w.leaf.v))
+    return _on_features(op, inner, out, w.cast(leaf.v))
 
 
-def _conv_of_matrix(op: Op, x: jax.Array, w: Factors) -> jax.Array | str:
+def _conv_of_matrix(op: Op, x: jax.Array, w: ThinFactors) -> jax.Array | str:
     """A convolution into the rank, then a 1x1 one, where one factor has the output features alone."""
+    leaf = w.leaf
+    assert isinstance(leaf, LowRank)
     numbers = op.eqn.params["dimension_numbers"]
     features = w.own[numbers.rhs_spec[0]]
-    rows = list(range(w.leaf.row_axes))
-    cols = list(range(w.leaf.row_axes, w.leaf.ndim))
+    rows = list(range(leaf.row_axes))
+    cols = list(range(leaf.row_axes, leaf.ndim))
     if cols == [features]:
-        down, axes, up = w.leaf.u, [*rows, features], w.leaf.v
+        down, axes, up = leaf.u, [*rows, features], leaf.v
     elif rows == [features]:
-        down, axes, up = w.leaf.v, [features, *cols], w.leaf.u.T
+        down, axes, up = leaf.v, [features, *cols], leaf.u.T
     else:
         return "neither factor has the output features alone; decompose with other cols"
     kernel = jnp.transpose(w.cast(down), [axes.index(a) for a in w.own])
     return _on_features(op, _bind(op, x, kernel), numbers.out_spec[1], w.cast(up))
 
 
-def _laid(w: Factors, kernel: jax.Array) -> jax.Array:
+def _laid(w: ThinFactors, kernel: jax.Array) -> jax.Array:
     """A small kernel in the order of the value's axes."""
     return w.cast(kernel if w.order is None else jnp.transpose(kernel, w.order))
 
 
-def _bind(op: Op, x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
+def _bind(op: Op, x: jax.Array, kernel: jax.Array, **params: object) -> jax.Array:
     return nested.bind(op.eqn, (x, kernel), params)[0].astype(x.dtype)
 
 
@@ -258,30 +269,36 @@ def _on_features(op: Op, x: jax.Array, axis: int, m: jax.Array) -> jax.Array:
     return _einsum(op, x, axes, m, [axis, x.ndim], out).astype(x.dtype)
 
 
-def _separable(op: Op, x: jax.Array, w: Factors) -> jax.Array:
+def _separable(op: Op, x: jax.Array, w: ThinFactors) -> jax.Array:
     """Two depthwise convolutions, each with the stride, padding and holes of its own axis."""
+    leaf = w.leaf
+    assert isinstance(leaf, Separable)
     spatial = [w.own[a] for a in op.eqn.params["dimension_numbers"].rhs_spec[2:]]
-    taps = w.leaf.rows[:, None, None, :], w.leaf.cols[None, :, None, :]
+    taps = leaf.rows[:, None, None, :], leaf.cols[None, :, None, :]
     for leaf_axis, kernel in enumerate(taps):
         at = spatial.index(leaf_axis)
         own = {
             name: tuple(v if i == at else none for i, v in enumerate(op.eqn.params[name]))
             for name, none in (("window_strides", 1), ("padding", (0, 0)), ("lhs_dilation", 1), ("rhs_dilation", 1))
         }
-        x = _bind(op, x, _laid(w, kernel), feature_group_count=w.leaf.rank, **own)
+        x = _bind(op, x, _laid(w, kernel), feature_group_count=leaf.rank, **own)
     return x
 
 
-def _lookup(op: Op, index: int, values: Sequence[Any]) -> jax.Array | str:
+NO_ROWS = "the lookup is not of whole rows of the factors"
+
+
+def _lookup(op: Op, index: int, table: ThinFactors, *rest: jax.Array) -> jax.Array | str:
     """Rows of the thin table, then a dot."""
-    table, *rest = values
     numbers, leaf = op.eqn.params["dimension_numbers"], table.leaf
-    out: Any = op.eqn.outvars[0].aval
+    out = result_of(op)
     cols = leaf.ndim - 1
-    plain = isinstance(leaf, LowRank) and leaf.stacked == 0 and leaf.row_axes == 1 and table.order is None
+    if not isinstance(leaf, LowRank):
+        return NO_ROWS
+    plain = leaf.stacked == 0 and leaf.row_axes == 1 and table.order is None
     last = tuple(range(len(out.shape) - cols, len(out.shape)))
     if not plain or numbers.collapsed_slice_dims != (0,) or tuple(numbers.offset_dims) != last:
-        return "the lookup is not of whole rows of the factors"
+        return NO_ROWS
     thin = numbers._replace(offset_dims=last[:1])
     sizes = (1, leaf.u.shape[-1])
     (found,) = nested.bind(op.eqn, (table.cast(leaf.u), *rest), {"dimension_numbers": thin, "slice_sizes": sizes})

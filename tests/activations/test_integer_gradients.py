@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 import jaxcomp as jc
-from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, PerGroup, quantize_function, ranges_of
+from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, quantize_function, ranges_of
+from jaxcomp.core import Groups
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
 from tests.activations.digits import Net, learned
@@ -42,7 +43,7 @@ CASES = {
 ACTS = {
     "static": Act(8),
     "symmetric": Act(4, symmetric=True),
-    "groups": Act(8, symmetric=True, range=Dynamic(), per=PerGroup(8)),
+    "groups": Act(8, symmetric=True, range=Dynamic(), per=Groups(8)),
     "LSQ": Act(4, range=LSQ()),
     "PACT": Act(4, range=PACT()),
 }

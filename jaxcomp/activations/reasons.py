@@ -1,0 +1,52 @@
+"""Why no more is done at a site, and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Why(NamedTuple):
+    """Why no more was done, and what to do about it; an empty mend where nothing was asked for, or nothing can be."""
+
+    reason: str
+    mend: str = ""
+
+
+Record = Callable[[str, str, Why | None], None]
+"""Called with a site's path, what was done ("integer", "float8", "fake", "lookup"), and why no more was done."""
+
+TO_INT = "quantize it with Int(bits), or give the site the rule None"
+LEAVE = "give the site the rule None"
+KEPT_AXES = (
+    "put the weight's scales on axes that the product keeps: per=Channels(axes), or roles=jaxcomp.roles(fn)(params,"
+    " *args), of quantize"
+)
+FEWER_BITS = "take fewer bits for the weight or for the activations"
+
+UNMATCHED = Why("no rule matches it")
+LEFT = Why("the rule leaves it")
+COMPUTED = Why("the weight is computed, not a leaf", "compute it before, so that it is a leaf, or " + LEAVE)
+MULTIPLIED_OUT = Why("its codes were multiplied out on the way, by an operation that they cannot follow", LEAVE)
+UNQUANTIZED = Why("the weight is not quantized", "quantize it")
+MIXED_KINDS = Why("one operand is integers, the other float8", "ask for Act(8) beside integer weights, or " + LEAVE)
+LARGE_SUM = Why("the sum may leave int32", FEWER_BITS)
+CUT_WINDOW = Why("a scale varies along what the convolution sums over", KEPT_AXES)
+GROUPED_BATCH = Why("the convolution groups its batch", LEAVE)
+SHIFTED_KERNEL = Why("a convolution's weight needs a symmetric grid", "quantize it with Int(bits), whose zero is 0")
+WIDENED = Why("the CPU backend widens float8 before it multiplies")
+OF_FACTORS = "merge the factors with materialize and quantize the result, or " + LEAVE
+IN_FLOAT = Why("its factors run in float", OF_FACTORS)
+
+
+def barred(primitive: str) -> Why:
+    """A site inside of an equation that nothing rewrites."""
+    return Why(f"it is inside a {primitive}, where nothing is rewritten", LEAVE)
+
+
+def short_blocks(length: int, count: int, least: int) -> Why:
+    """Scales along a summed axis that serve too few elements, or do not fit those of the other operand."""
+    return Why(
+        f"the contracted axis of {length} has {count} scales; blocks need {least} elements",
+        f"{KEPT_AXES}; or groups of {least} elements or more, alike in both operands",
+    )
