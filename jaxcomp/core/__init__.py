@@ -18,7 +18,7 @@ from jaxcomp.core.leaves import (
 from jaxcomp.core.optimizers import MaskState, WrapState, dense_value_and_grad, reset_regrown, wrap_optax
 from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
 from jaxcomp.core.roles import AxisRoles, Roles
-from jaxcomp.core.slots import Slot, rewrite, slots, weight_mask
+from jaxcomp.core.slots import Slot, replace_slots, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
 from jaxcomp.core.transform import Transform, by_path, chain, identity, stateless
 from jaxcomp.core.types import Params, State
@@ -66,8 +66,8 @@ __all__ = [
     "once",
     "pack",
     "path_str",
+    "replace_slots",
     "reset_regrown",
-    "rewrite",
     "slots",
     "stateless",
     "weight_mask",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,11 @@ class CompressedLeaf(ABC):
     def size(self) -> int:
         """How many entries the array has that this leaf stands for."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    def with_fields(self, fields: Mapping[str, Leaf]) -> Self:
+        """The same leaf with some of its fields replaced."""
+        own = {name: getattr(self, name) for name in (*self.data_fields, *self.meta_fields)}
+        return type(self)(**{**own, **fields})
 
     @abstractmethod
     def materialize(self) -> jax.Array:

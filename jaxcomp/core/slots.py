@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,10 @@ from jaxcomp.core.layouts import Blocks, Layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, is_compressed, unpacked
 from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
 from jaxcomp.core.roles import AxisRoles, Roles, roles_of
+from jaxcomp.core.types import Leaf, Params, PyTree
+
+S = TypeVar("S")
+L = TypeVar("L", bound=CompressedLeaf)
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class Slot:
 
     path: str
     leaf_path: str
-    array: Any
-    mask: Any
+    array: jax.Array
+    mask: jax.Array | None
     known: AxisRoles | None = None
 
     @property
-    def full_mask(self) -> Any:
+    def full_mask(self) -> jax.Array | None:
         """The mask at the array's own shape, or None."""
         return None if self.mask is None else jnp.broadcast_to(self.mask, self.array.shape)
 
@@ -53,7 +57,7 @@ class Slot:
             return per.layout(tuple(self.array.shape), lambda: self.axes(roles))
 
 
-def slots(tree: Any, where: Where, owner: str) -> dict[str, Slot]:
+def slots(tree: Params, where: Where, owner: str) -> dict[str, Slot]:
     """The slots that ``where`` selects, by path, in the tree's order.
 
     A rule is tried on the parameter's path and, inside a compressed leaf, on the slot's path.
@@ -81,13 +85,13 @@ def slots(tree: Any, where: Where, owner: str) -> dict[str, Slot]:
     return found
 
 
-def rewrite(tree: Any, new: Mapping[str, Any]) -> Any:
+def replace_slots(tree: Params, new: Mapping[str, Leaf]) -> Params:
     """The tree with the leaves at the given slot paths replaced; all others are the same objects."""
     named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
-    return treedef.unflatten([_rewrite(path, leaf, new) for path, leaf in named])
+    return treedef.unflatten([_replaced(path, leaf, new) for path, leaf in named])
 
 
-def state_of(state: Mapping[str, Any], path: str, owner: str) -> Any:
+def state_of(state: Mapping[str, S], path: str, owner: str) -> S:
     """What a transform's state holds for a path.
 
     Raises:
@@ -106,7 +110,7 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
 
 
-def weight_mask(params: Any, where: Where = matrices) -> Any:
+def weight_mask(params: Params, where: Where = matrices) -> PyTree:
     """A tree of booleans like the parameters: True where an array is a weight, which weight decay may shrink.
 
     False are what ``where`` leaves out (the default: vectors, biases, a norm's scales) and, inside a compressed leaf,
@@ -129,17 +133,17 @@ def weight_mask(params: Any, where: Where = matrices) -> Any:
     return treedef.unflatten(masks)
 
 
-def _marked(path: str, leaf: Any, chosen: Mapping[str, bool]) -> Any:
+def _marked(path: str, leaf: Leaf, chosen: Mapping[str, bool]) -> Leaf:
     """The leaf with booleans for arrays: True at the chosen slots, which bear the path of what holds the array."""
     if isinstance(leaf, Masked):
         return replace(_all_false(leaf), values=_marked(path, leaf.values, chosen))
     if isinstance(leaf, CompressedLeaf):
         inner = {name: _marked(f"{path}/{name}", getattr(leaf, name), chosen) for name in leaf.open}
-        return replace(cast(Any, _all_false(leaf)), **inner)
+        return _all_false(leaf).with_fields(inner)
     return chosen.get(path, False)
 
 
-def _all_false(leaf: Any) -> Any:
+def _all_false(leaf: L) -> L:
     return jax.tree.map(lambda _: False, leaf)
 
 
@@ -159,7 +163,9 @@ def check_finite(found: Mapping[str, Slot], owner: str) -> None:
             )
 
 
-def _open_slots(path: str, leaf_path: str, leaf: Any, mask: Any, known: AxisRoles | None = None) -> list[Slot]:
+def _open_slots(
+    path: str, leaf_path: str, leaf: Leaf, mask: jax.Array | None, known: AxisRoles | None = None
+) -> list[Slot]:
     if isinstance(leaf, Masked) and not _closed(leaf.values):
         return _open_slots(path, leaf_path, leaf.values, unpacked(leaf.mask), known)
     if isinstance(leaf, CompressedLeaf) and leaf.open and not isinstance(leaf, Masked):
@@ -168,7 +174,7 @@ def _open_slots(path: str, leaf_path: str, leaf: Any, mask: Any, known: AxisRole
     return [Slot(path, leaf_path, leaf, mask, known)]
 
 
-def _closed(leaf: Any) -> bool:
+def _closed(leaf: Leaf) -> bool:
     return isinstance(leaf, CompressedLeaf) and not leaf.open
 
 
@@ -191,16 +197,16 @@ def _check(slot: Slot, owner: str) -> None:
         raise ValueError(f"{owner}: {slot.path!r} is empty (shape {tuple(x.shape)}); leave it out by a rule.")
 
 
-def _rewrite(path: str, leaf: Any, new: Mapping[str, Any]) -> Any:
+def _replaced(path: str, leaf: Leaf, new: Mapping[str, Leaf]) -> Leaf:
     if path in new:
         inner = new[path]
         keeps = isinstance(leaf, Masked) and leaf.straight and isinstance(inner, Masked)
         return replace(inner, straight=True) if keeps else inner
     if isinstance(leaf, Masked):
-        values = _rewrite(path, leaf.values, new)
+        values = _replaced(path, leaf.values, new)
         return leaf if values is leaf.values else replace(leaf, values=values)
     if isinstance(leaf, CompressedLeaf) and leaf.open:
-        inner = {name: _rewrite(f"{path}/{name}", getattr(leaf, name), new) for name in leaf.open}
+        inner = {name: _replaced(f"{path}/{name}", getattr(leaf, name), new) for name in leaf.open}
         if any(inner[name] is not getattr(leaf, name) for name in leaf.open):
-            return replace(cast(Any, leaf), **inner)
+            return leaf.with_fields(inner)
     return leaf

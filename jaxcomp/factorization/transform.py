@@ -26,7 +26,7 @@ from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import check_group
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Leaf, Params, State, Step
@@ -109,7 +109,9 @@ def low_rank(
 
     def apply(state: State, params: Params) -> Params:
         found = select(params)
-        return rewrite(params, {p: leaf_of(found[p].at, basis, found[p].slot.array) for p, basis in state.items()})
+        return replace_slots(
+            params, {p: leaf_of(found[p].at, basis, found[p].slot.array) for p, basis in state.items()}
+        )
 
     return Transform(init, update, apply)
 
@@ -139,7 +141,7 @@ def factorize(
     t = low_rank(rank, method=method, roles=roles, where=where, moments=moments, reuse=reuse, max_rank=max_rank)
     state = t.init(params)
     leaves = dict(leaves_with_paths(t.apply(state, params), is_leaf=is_compressed)[0])
-    return rewrite(params, {path: balanced(leaves[path]) for path in state})
+    return replace_slots(params, {path: balanced(leaves[path]) for path in state})
 
 
 def choose_ranks(

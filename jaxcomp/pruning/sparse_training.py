@@ -16,7 +16,7 @@ from jaxcomp.core.gates import every, when
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import Where, key_of_leaf, matrices
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
+from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, PyTree, Step
@@ -124,7 +124,9 @@ def regrow(
 
     def apply(state: MaskState, params: Params) -> Params:
         found, _ = selected(params)
-        return rewrite(params, {p: _masked(slot, state_of(state.masks, p, "regrow")) for p, slot in found.items()})
+        return replace_slots(
+            params, {p: _masked(slot, state_of(state.masks, p, "regrow")) for p, slot in found.items()}
+        )
 
     return Transform(init, update, apply)
 

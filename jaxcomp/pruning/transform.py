@@ -12,7 +12,7 @@ from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import Slot, broadcasts, check_finite, rewrite, slots, state_of
+from jaxcomp.core.slots import Slot, broadcasts, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import Global, Local
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Params, PyTree, Step
@@ -111,7 +111,7 @@ def prune(
         for path, slot in found(params).items():
             units = state_of(state, path, "prune")
             new[path] = _masked("prune", slot, units, structure=structure, through=through)
-        return rewrite(params, new)
+        return replace_slots(params, new)
 
     return Transform(init, update, apply)
 
@@ -153,7 +153,7 @@ def masked_by(masks: PyTree) -> Transform:
 
     def apply(state: Masks, params: Params) -> Params:
         new = {p: _masked("masked_by", slot, state[p]) for p, slot in found(params).items()}
-        return rewrite(params, new)
+        return replace_slots(params, new)
 
     return Transform(init, lambda state, params, *, step, **stats: state, apply)
 

@@ -12,7 +12,7 @@ from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checke
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, is_compressed
 from jaxcomp.core.paths import Where
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import check_finite, rewrite, slots
+from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params, PyTree
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
@@ -136,7 +136,7 @@ def adaround(
     for path, slot in found.items():
         leaf = _leaf(cut(slot, per, roles=roles, owner=OWNER), grid, scale)
         new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
-    return rewrite(params, new)
+    return replace_slots(params, new)
 
 
 def _leaf(x: Cut, grid: Int, rule: ScaleRule) -> SoftRounded:

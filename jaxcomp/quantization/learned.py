@@ -12,7 +12,7 @@ from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checke
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, is_compressed, unpacked
 from jaxcomp.core.paths import Where, leaves_with_paths
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots
+from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
@@ -206,7 +206,7 @@ def learned(
     for path, slot in found.items():
         x = cut(slot, per, roles=roles, owner=OWNER)
         new[path] = _leaf(slot, x, grid=grid, rule=scale)
-    return rewrite(params, new)
+    return replace_slots(params, new)
 
 
 def _learned_leaves(params: Params) -> list[tuple[str, Learned]]:

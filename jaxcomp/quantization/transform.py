@@ -12,7 +12,7 @@ from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import Masked, dense
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import check_finite, rewrite, slots
+from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.core.types import Key, Params, PyTree, State, Step
 from jaxcomp.quantization.blocks import Cut, cut, range_of
@@ -86,7 +86,7 @@ def quantize(
             if x.folded:
                 leaf = Folded(leaf, tuple(slot.array.shape))
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
-        return rewrite(params, new)
+        return replace_slots(params, new)
 
     if isinstance(rounding, Nearest):
         inner = stateless(lambda params: apply((), params))

@@ -15,7 +15,7 @@ from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tens
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
+from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import Global, check_key, is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, Step
@@ -171,7 +171,7 @@ class _Sharing:
             table = self.table(path, one, state.tables)
             leaf = Codebook(table, codes, slot.array, shape, row, self.gradient, self.zero_first)
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
-        return rewrite(params, new)
+        return replace_slots(params, new)
 
     def laid(self, params: Params) -> dict[str, _Laid]:
         """The selected slots with their blocks, checked."""

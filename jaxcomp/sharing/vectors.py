@@ -13,7 +13,7 @@ from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.roles import Roles, checked_roles, selecting
-from jaxcomp.core.slots import Slot, check_finite, rewrite, slots, state_of
+from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, State, Step
@@ -81,7 +81,7 @@ def share_vectors(
 
     def apply(state: State, params: Params) -> Params:
         every = cut(params)
-        return rewrite(params, {path: one.leaf(state_of(state, path, OWNER)) for path, one in every.items()})
+        return replace_slots(params, {path: one.leaf(state_of(state, path, OWNER)) for path, one in every.items()})
 
     return Transform(init, update, apply)
 
