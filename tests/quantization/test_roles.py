@@ -226,13 +226,15 @@ def test_learned_scales_and_rounding_follow_the_roles() -> None:
         assert tree.head.bias is params.head.bias
 
 
-def test_factors_know_their_own_axes() -> None:
-    """What a factor's axes do follows from the factoring, not from the layout of what was factored."""
-    params = {"weight": normal(6, 8)}
+@pytest.mark.parametrize(
+    ("name", "u", "v"), [("kernel", (1, 2), (1, 8)), ("weight", (6, 1), (2, 1))], ids=["outputs last", "outputs first"]
+)
+def test_factors_know_their_own_axes(name, u, v) -> None:
+    """``x @ u @ v``, or ``x @ v.T @ u.T`` where the outputs are first: each sums over its inputs, then over the rank."""
+    params = {name: normal(6, 8)}
     t = jc.chain(jc.low_rank(2), jc.quantize(jc.Int(8)))
-    leaf = t.apply(t.init(params), params)["weight"]
-    assert leaf.u.scale.shape == (1, 2)
-    assert leaf.v.scale.shape == (1, 8)
+    leaf = t.apply(t.init(params), params)[name]
+    assert (leaf.u.scale.shape, leaf.v.scale.shape) == (u, v)
 
 
 def test_recipes_are_a_grid_and_groups() -> None:
