@@ -100,7 +100,7 @@ def size_at(at: Placed, shape: Shape, rank: Count) -> int:
     return layers * rank * sum(sizes)
 
 
-def basis_of(at: Placed, w: jax.Array, rank: Count, moment: jax.Array | None = None) -> Basis:
+def basis_of(at: Placed, w: jax.Array, rank: Count, *, moment: jax.Array | None = None) -> Basis:
     """The basis of an array, found from its values.
 
     Args:

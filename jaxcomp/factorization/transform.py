@@ -88,7 +88,7 @@ def low_rank(
     given = dict(moments or {})
 
     def select(params: Params) -> dict[str, Selected]:
-        return _selected(_found(params, rank, where, axes), method, axes)
+        return _selected(_found(params, rank, where=where, roles=axes), method, axes)
 
     def bases(found: Mapping[str, Selected], ranks: Ranks, weights: Mapping[str, jax.Array]) -> State:
         return {path: _basis(found[path], ranks[path], weights.get(path)) for path in ranks}
@@ -174,7 +174,7 @@ def choose_ranks(
         raise TypeError(f"choose_ranks: wants Energy(fraction) or Budget(…), got {target!r}.")
     _check(method, target, max_rank)
     axes = checked_roles(OWNER, roles)
-    found = _selected(_found(params, target, where, axes), method, axes)
+    found = _selected(_found(params, target, where=where, roles=axes), method, axes)
     given = dict(moments or {})
     _check_values(found, given)
     return chosen_ranks(found, target, moments=given, reuse=reuse, max_rank=max_rank)
@@ -190,7 +190,7 @@ def _check(method: object, rank: object, max_rank: object) -> None:
     check_group(OWNER, max_rank, "max_rank")
 
 
-def _found(params: Params, rank: Wanted, where: Where | None, roles: Roles | None) -> dict[str, Slot]:
+def _found(params: Params, rank: Wanted, *, where: Where | None, roles: Roles | None) -> dict[str, Slot]:
     """The selected slots, each a whole leaf that nobody took before."""
     rule = selecting(where, roles)
     if isinstance(rank, Mapping):
@@ -256,4 +256,4 @@ def _given_ranks(found: Mapping[str, Selected], rank: Rank | Mapping[str, Rank])
 
 def _basis(one: Selected, rank: Count, moment: jax.Array | None) -> Basis:
     with naming(OWNER, one.slot.path):
-        return basis_of(one.at, one.slot.array, rank, moment)
+        return basis_of(one.at, one.slot.array, rank, moment=moment)

@@ -113,7 +113,6 @@ def share(
 
     Source: Han et al. 2015, arXiv:1510.00149, section 3; there the tables' gradients are sums over their members.
     """
-    _check(clusters, init, gradient, key, iterations)
     how = _Sharing(
         clusters=clusters,
         start=init,
@@ -131,7 +130,7 @@ def share(
 
 @dataclass(frozen=True, eq=False)
 class _Sharing:
-    """The arguments of :func:`share`, checked, and its three functions."""
+    """The arguments of :func:`share`, checked here once, and its three functions."""
 
     clusters: int
     start: Init
@@ -143,6 +142,24 @@ class _Sharing:
     key: Key | None
     iterations: int
     where: Where
+
+    def __post_init__(self) -> None:
+        if not is_integer(self.clusters) or not 2 <= self.clusters <= MAX_CLUSTERS:
+            raise ValueError(f"share: clusters must be an integer in 2..{MAX_CLUSTERS}, got {self.clusters!r}.")
+        if not isinstance(self.start, Init):
+            raise TypeError(f"share: init must be an Init such as near_optimal, got {self.start!r}.")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(
+                f"share: gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {self.gradient!r}."
+            )
+        if self.start.random and self.key is None:
+            raise ValueError(
+                f"share: init {self.start.name!r} draws, and wants a key: share(..., key=jax.random.key(0))."
+            )
+        if self.key is not None:
+            check_key("share", self.key)
+        if not is_integer(self.iterations) or self.iterations < 0:
+            raise ValueError(f"share: iterations must be an integer that is not negative, got {self.iterations!r}.")
 
     def init(self, params: Params) -> Shared:
         every = self.laid(params)
@@ -235,21 +252,6 @@ class _Sharing:
         if rows.counted is not None:
             codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
         return from_rows(codes, tuple(one.slot.array.shape), one.blocks)
-
-
-def _check(clusters: object, init: object, gradient: object, key: object, iterations: object) -> None:
-    if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
-        raise ValueError(f"share: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
-    if not isinstance(init, Init):
-        raise TypeError(f"share: init must be an Init such as near_optimal, got {init!r}.")
-    if gradient not in GRADIENTS:
-        raise ValueError(f"share: gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}.")
-    if init.random and key is None:
-        raise ValueError(f"share: init {init.name!r} draws, and wants a key: share(..., key=jax.random.key(0)).")
-    if key is not None:
-        check_key("share", key)
-    if not is_integer(iterations) or iterations < 0:
-        raise ValueError(f"share: iterations must be an integer that is not negative, got {iterations!r}.")
 
 
 def _joined(rows: list[_Rows]) -> _Rows:

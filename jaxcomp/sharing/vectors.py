@@ -61,12 +61,14 @@ def share_vectors(
 
     Source: Gong et al. 2014, arXiv:1412.6115, section 3.3 (product quantization, here one table for all sub-spaces).
     """
-    _check(clusters, size, key, axis)
+    _check(clusters=clusters, size=size, key=key, axis=axis)
     rule = selecting(where, checked_roles(OWNER, roles))
 
     def cut(params: Params) -> dict[str, _Vectors]:
         found = slots(params, rule, OWNER)
-        return {path: _cut(slot, _axis(slot, axis, roles), size, clusters) for path, slot in found.items()}
+        return {
+            path: _cut(slot, _axis(slot, axis, roles), size=size, clusters=clusters) for path, slot in found.items()
+        }
 
     def init(params: Params) -> State:
         every = cut(params)
@@ -103,7 +105,7 @@ class _Vectors(NamedTuple):
         return leaf if slot.mask is None else Masked(leaf, slot.mask)
 
 
-def _cut(slot: Slot, axis: int, size: int, clusters: int) -> _Vectors:
+def _cut(slot: Slot, axis: int, *, size: int, clusters: int) -> _Vectors:
     shape = tuple(slot.array.shape)
     with naming(OWNER, slot.path):
         if shape[axis] % size:
@@ -139,7 +141,7 @@ def _axis(slot: Slot, axis: int | None, roles: Roles | None) -> int:
         return axis % len(shape)
 
 
-def _check(clusters: object, size: object, key: object, axis: object) -> None:
+def _check(*, clusters: object, size: object, key: object, axis: object) -> None:
     if not is_integer(clusters) or not 2 <= clusters <= MAX_CLUSTERS:
         raise ValueError(f"{OWNER}: clusters must be an integer in 2..{MAX_CLUSTERS}, got {clusters!r}.")
     if not is_integer(size) or size < 1:
