@@ -226,7 +226,7 @@ def transforms() -> dict[str, jc.Transform]:
         "share_global": jc.share(4, per=jc.Global()),
         "share_kept": jc.share(4, recluster=False),
         "low_rank": jc.low_rank(2),
-        "regrow": jc.pruning.regrow(0.8, key=jax.random.key(2), due=jc.every(1)),
+        "regrow": jc.pruning.regrow(0.8, key=jax.random.key(2)),
         "gate": jc.gate(jc.prune(0.5), jc.every(2)),
         "once": jc.once(jc.prune(0.5, score=jc.pruning.sensitivity)),
         "chain": jc.chain(jc.prune(0.5), jc.share(4)),

@@ -15,7 +15,7 @@ from jax import lax
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, coverage, quantize_function
-from jaxcomp.core.layouts import Groups
+from jaxcomp.core import Channels, Groups, leaves_with_paths
 from jaxcomp.trace.program import trace
 from tests.trace.models import filled, normal, variables_of
 
@@ -30,14 +30,10 @@ def jax_defaults():
         yield
 
 
-def on_grid(params, axes, bits=8, group=None):
-    """The leaves on integer grids, each with scales along its own axes; ``group`` is (size, axis)."""
-    size, axis = (None, -2) if group is None else group
-
-    def to_grid(own):
-        return jc.quantize(jc.Int(bits, group=size), channel_axes=own, group_axis=axis)
-
-    t = jc.by_path({where: to_grid(own) for where, own in axes.items()})
+def on_grid(params, layouts, bits=8):
+    """The leaves on integer grids: scales along the axes, or of the groups, that each is given."""
+    per = {where: own if isinstance(own, Groups) else Channels(own) for where, own in layouts.items()}
+    t = jc.by_path({where: jc.quantize(jc.Int(bits), per=own) for where, own in per.items()})
     return t.apply(t.init(params), params)
 
 
@@ -174,7 +170,7 @@ def test_scales_on_the_axes_that_are_kept_run_on_integers(case):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_out_of_bounds_are_filled_as_those_of_a_float_table(symmetric):
-    t = jc.quantize(jc.Int(8, symmetric=symmetric), channel_axes=(0,), where=jc.core.everything)
+    t = jc.quantize(jc.Int(8, symmetric=symmetric), per=Channels(0), where=jc.core.everything)
     tree, tokens = t.apply((), {"w": normal(1, 7, 16)}), jnp.array([2, 11, 6])
     for given in (None, 2.5):
         fn = partial(lambda p, at, given: jnp.take(p["w"], at, axis=0, fill_value=given), given=given)
@@ -183,23 +179,32 @@ def test_rows_out_of_bounds_are_filled_as_those_of_a_float_table(symmetric):
         assert np.isnan(real[1]).all() if given is None else (real[1] == 2.5).all()
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda make: make.__name__)
+def test_what_the_program_says_of_its_axes_puts_scales_there(case):
+    fn, params, x, axes = case()
+    roles = jc.roles(fn)(params, x)
+    t = jc.quantize(jc.Int(8), roles=roles)
+    tree = t.apply(t.init(params), params)
+    check(fn, {".*": ACT}, jc.pack(tree), x)
+    if case is not heads_apart:
+        named, said = (leaves_with_paths(t, is_leaf=jc.core.is_compressed)[0] for t in (on_grid(params, axes), tree))
+        pairs = [(a, b) for (_, a), (path, b) in zip(named, said, strict=True) if path in roles]
+        assert pairs
+        for a, b in pairs:
+            np.testing.assert_array_equal(a.scale, b.scale)
+
+
 GROUPED = {
-    "x @ w.T": (lambda p, x: x @ p["w"].T, (6, 32), (5, 32), (0,), 1),
-    "out of heads": (lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["w"]), (4, 16, 6), (5, 4, 16), (0, 2), 1),
-    "scanned": (
-        lambda p, x: lax.scan(lambda h, w: (h + x @ w, None), 0 * x, p["w"])[0],
-        (3, 16, 16),
-        (5, 16),
-        (0, 2),
-        1,
-    ),
+    "x @ w.T": (lambda p, x: x @ p["w"].T, (6, 32), (5, 32), 1),
+    "out of heads": (lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["w"]), (4, 16, 6), (5, 4, 16), 1),
+    "scanned": (lambda p, x: lax.scan(lambda h, w: (h + x @ w, None), 0 * x, p["w"])[0], (3, 16, 16), (5, 16), 1),
 }
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_along_the_summed_axis_run_on_integers(name):
-    fn, w, x, axes, axis = GROUPED[name]
-    tree = jc.pack(on_grid({"w": normal(1, *w)}, {"w": axes}, 4, (8, axis)))
+    fn, w, x, axis = GROUPED[name]
+    tree = jc.pack(on_grid({"w": normal(1, *w)}, {"w": Groups(8, axis)}, 4))
     groups = Act(8, symmetric=True, range=Dynamic(), per=Groups(8))
     for act in (ACT, groups):
         assert check(fn, {"w": act}, tree, normal(2, *x)) == {"integer"}
