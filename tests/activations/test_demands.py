@@ -40,12 +40,12 @@ guarded.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kep
 
 
 def on_log(p):
-    t = jc.quantize(jc.Log(4))
+    t = jc.quantize(jc.Log(4), per=jc.Channels(-1))
     return t.apply(t.init(p), p)
 
 
 def asymmetric(p):
-    t = jc.quantize(jc.Int(8, symmetric=False))
+    t = jc.quantize(jc.Int(8, symmetric=False), per=jc.Channels(-1))
     return t.apply(t.init(p), p)
 
 

@@ -230,7 +230,7 @@ def test_learned_scales_and_rounding_follow_the_roles() -> None:
     ("name", "u", "v"), [("kernel", (1, 2), (1, 8)), ("weight", (6, 1), (2, 1))], ids=["outputs last", "outputs first"]
 )
 def test_factors_know_their_own_axes(name, u, v) -> None:
-    """``x @ u @ v``, or ``x @ v.T @ u.T`` where the outputs are first: each sums over its inputs, then over the rank."""
+    """``x @ u @ v``, or ``x @ v.T @ u.T`` where outputs are first: each sums over its inputs, then over the rank."""
     params = {name: normal(6, 8)}
     t = jc.chain(jc.low_rank(2), jc.quantize(jc.Int(8)))
     leaf = t.apply(t.init(params), params)[name]
