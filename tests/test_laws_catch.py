@@ -68,7 +68,7 @@ def stateful(init, update) -> jc.Transform:
 
 
 def int4(w: jax.Array):
-    return jc.quantize(jc.Int(4), where=jc.core.everything).apply((), {"w": w})["w"]
+    return jc.quantize(jc.Int(4), per=jc.core.Channels(-1), where=jc.core.everything).apply((), {"w": w})["w"]
 
 
 counter = itertools.count()
