@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
     row: int = 0
 
 
-class Layout(Spec):
+class Layout(Spec, ABC):
     """What shares one number or table; a frozen value."""
 
     @abstractmethod

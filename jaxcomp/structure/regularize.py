@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxcomp.core.paths import Where, leaves_with_paths, matches, matrices
+from jaxcomp.core.paths import Where, leaves_with_paths, matches
 from jaxcomp.core.types import Params
 from jaxcomp.structure.groups import Group, Groups, Slice
+from jaxcomp.structure.scores import weights
 
 
-def unit_norms(groups: Groups, params: Params, *, where: Where = matrices) -> tuple[Float[Array, "*units"], ...]:
+def unit_norms(groups: Groups, params: Params, *, where: Where = weights) -> tuple[Float[Array, "*units"], ...]:
     """``||w_u||^2`` of every unit: one array a group, shape (units,) or (layers, units). Runs under jit and grad.
 
     Args:
@@ -47,7 +48,7 @@ def _squares(group: Group, s: Slice, w: jax.Array) -> jax.Array:
 
 
 def group_penalty(
-    groups: Groups, params: Params, strengths: Sequence[ArrayLike] | float = 1.0, *, where: Where = matrices
+    groups: Groups, params: Params, strengths: Sequence[ArrayLike] | float = 1.0, *, where: Where = weights
 ) -> Float[Array, ""]:
     """``sum_u strength_u · ||w_u||^2 / 2``: its gradient is weight decay of its own strength for every unit.
 
@@ -69,7 +70,7 @@ def group_lasso(
     params: Params,
     strengths: Sequence[ArrayLike] | float = 1.0,
     *,
-    where: Where = matrices,
+    where: Where = weights,
     eps: float = 1e-12,
 ) -> Float[Array, ""]:
     """``sum_u strength_u · ||w_u||``, which makes units exactly zero under a proximal step. Yuan and Lin 2006.
@@ -83,7 +84,7 @@ def group_lasso(
 
 
 def growing_strengths(
-    groups: Groups, params: Params, *, base: float = 1e-4, alpha: float = 4.0, where: Where = matrices
+    groups: Groups, params: Params, *, base: float = 1e-4, alpha: float = 4.0, where: Where = weights
 ) -> tuple[Float[Array, "*units"], ...]:
     """``base · 2^(alpha · (max I - I_u) / (max I - min I))`` with ``I_u = ||w_u||``: the weaker, the stronger pushed.
 

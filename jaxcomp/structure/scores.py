@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, matrices
-from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.pruning.scores import Score, magnitude, norm
 from jaxcomp.structure.groups import Group, Groups, Slice
 
@@ -23,7 +23,13 @@ Reduce = Literal["sum", "mean"]
 Values = NDArray[np.float32]
 
 
-def unit_score(score: Score, *, reduce: Reduce = "sum", where: Where = matrices, **statistics: PyTree) -> UnitScore:
+def weights(path: str, leaf: Leaf) -> bool:
+    """The default rule: :func:`~jaxcomp.core.paths.matrices`, and those called "b" too: groups know channels."""
+    named_b = path.rsplit("/", 1)[-1] == "b" and is_float_array(leaf) and len(leaf.shape) >= 2
+    return named_b or matrices(path, leaf)
+
+
+def unit_score(score: Score, *, reduce: Reduce = "sum", where: Where = weights, **statistics: PyTree) -> UnitScore:
     """The sum of a pruning score over a unit's slices: ``unit_score(jc.pruning.taylor, grads=grads)``.
 
     Args:
@@ -62,14 +68,14 @@ def unit_score(score: Score, *, reduce: Reduce = "sum", where: Where = matrices,
     return _summed(of, reduce, where, statistics)
 
 
-def l1(*, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
+def l1(*, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
     """``sum |w|`` over a unit's slices; arguments as ``unit_score``. Li et al. 2017, arXiv:1608.08710, over whole
     groups as in DepGraph.
     """
     return unit_score(magnitude, reduce=reduce, where=where)
 
 
-def l2(*, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
+def l2(*, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
     """``sqrt(sum w^2)`` over a unit's slices; arguments as ``unit_score``. DepGraph, Fang et al. 2023,
     arXiv:2301.12900.
     """
@@ -77,7 +83,7 @@ def l2(*, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
     return lambda groups, params: tuple(np.sqrt(s) for s in squares(groups, params))
 
 
-def group_fisher(example_grads: PyTree, *, reduce: Reduce = "sum", where: Where = matrices) -> UnitScore:
+def group_fisher(example_grads: PyTree, *, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
     """``mean_n (sum w · ∂L_n/∂w)^2``: the square is of a unit's whole sum, for each example n.
 
     Args:
@@ -122,7 +128,7 @@ def batch_norm_scale(where: Where, *, reduce: Reduce = "sum") -> UnitScore:
     return score
 
 
-def fpgm(*, where: Where = matrices) -> UnitScore:
+def fpgm(*, where: Where = weights) -> UnitScore:
     """``sum_j ||w_i - w_j||``: a unit near all others is replaceable. He et al. 2019, arXiv:1811.00250.
 
     A unit is the vector of all its weights that ``where`` selects; in a stack each layer is measured by itself.

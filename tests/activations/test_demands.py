@@ -40,7 +40,7 @@ guarded.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kep
 
 
 def on_log(p):
-    t = jc.quantize(jc.Log(4), per=jc.Channels(-1))
+    t = jc.quantize(jc.Log(4))
     return t.apply(t.init(p), p)
 
 

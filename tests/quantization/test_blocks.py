@@ -226,7 +226,12 @@ def test_zeros_of_a_mask_stay_zero_and_files_keep_them(grid, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [*GRIDS, mx(E4M3, 4), jc.quantize(Blocked(jc.quantization.NF4(), E4M3), per=jc.Groups(4))], ids=str
+    "grid",
+    [
+        *(pytest.param(grid, id=str(grid)) for grid in GRIDS),
+        pytest.param(mx(E4M3, 4), id="mx"),
+        pytest.param(jc.quantize(Blocked(jc.quantization.NF4(), E4M3), per=jc.Groups(4)), id="nf4 blocked"),
+    ],
 )
 @pytest.mark.parametrize("value", quick([0.0, 2.5, -1e-30], 0.0))
 def test_constant_leaves_are_finite(grid, value) -> None:

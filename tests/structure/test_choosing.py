@@ -218,3 +218,11 @@ def test_training_with_the_penalty_makes_units_that_can_go():
         p = step(p)
     size = np.sqrt(np.asarray(unit_norms(GROUPS, p)[0]))
     assert (size < 1e-2 * size.max()).sum() >= 8
+
+
+def test_a_matrix_called_b_counts() -> None:
+    """``matrices`` alone would not know it from a bias of stacked layers; the groups do."""
+    params = {"a": jnp.array([[1.0, 2.0, 3.0]]), "b": jnp.array([[9.0], [1.0], [1.0]])}
+    groups = channel_groups(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])(params, jnp.ones((1, 1)))
+    kept = plan(groups, params, sparsity=1 / 3).take(params)
+    assert kept["a"].tolist() == [[1.0, 3.0]]  # norms (1, 9), (2, 1), (3, 1): the second goes
