@@ -48,7 +48,10 @@ def stateless(apply: Callable[[Params], Params]) -> Transform:
     """A transform without a state; ``init`` runs ``apply`` on shapes alone, so that a misfit is found at once."""
 
     def init(params: Params) -> State:
-        jax.eval_shape(lambda: apply(params))
+        def run() -> None:  # its result may hold functions, as an Equinox module does, which no jit gives back
+            apply(params)
+
+        jax.eval_shape(run)
         return ()
 
     def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
