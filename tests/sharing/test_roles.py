@@ -171,7 +171,7 @@ REFUSED = {
         (4, 6),
     ),
     r"share: 'w' has shape \(4, 6\), and no product sums over an axis of it": (
-        jc.share(2, per=Groups(2), roles=Roles({"w": AxisRoles(("indexed", "output"))})),
+        jc.share(2, per=Groups(2), roles=Roles({"w": AxisRoles(("output", "output"))})),
         (4, 6),
     ),
     r"share_vectors: 'w' has shape \(4, 6\), and no product sums over an axis of it \(indexed, output\)": (
