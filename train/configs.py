@@ -33,7 +33,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd has Nesterov momentum 0.9."""
     weight_decay: float = 1e-4
-    """Decoupled (adamw) or added to the gradient (sgd); on weights only, see jaxcomp.weight_mask."""
+    """Decoupled (adamw) or added to the gradient (sgd); on weights only, see jaxcomp.core.weight_mask."""
 
 
 @dataclass(frozen=True)
