@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import check_group
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Leaf, Params, State, Step
+from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 from jaxcomp.factorization.axes import Selected, placed
 from jaxcomp.factorization.bases import Basis, Count, Rank, basis_of, checked_rank, leaf_of, rank_in
 from jaxcomp.factorization.leaves import balanced
@@ -102,16 +101,15 @@ def low_rank(
             ranks = _given_ranks(found, rank)
         return bases(found, ranks, given)
 
-    def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
+    def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         weights = given if stats.get("moments") is None else stats["moments"]
         ranks = {path: rank_in(method, basis) for path, basis in state.items()}
         return bases(select(params), ranks, weights)
 
     def apply(state: State, params: Params) -> Params:
         found = select(params)
-        return replace_slots(
-            params, {p: leaf_of(found[p].at, basis, found[p].slot.array) for p, basis in state.items()}
-        )
+        new = {path: leaf_of(found[path].at, basis, found[path].slot.array) for path, basis in state.items()}
+        return replace_slots(params, new)
 
     return Transform(init, update, apply)
 
