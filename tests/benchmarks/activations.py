@@ -24,6 +24,7 @@ from tests.benchmarks.peers import peers, training
 from tests.benchmarks.timing import Report, Row, measure
 from train.networks import ResNet18, ViT
 
+PER = jc.Channels(-1)  # a scale for each output feature of a Flax kernel, whatever the kernel is called
 TIME, BYTES, SPEED = "<= 1.08", "<= 1.15", ">= 2"
 FLOAT, CONTROL = "float", "float again (control)"
 
@@ -50,7 +51,7 @@ def cases(model: nn.Module) -> tuple[dict[str, Case], list[str]]:
         q = quantize_activations(apply, {r".*": act}, integer=integer, backward=backward)
         call = q if backward else lambda variables, ranges, key, images: q(variables, ranges, images)
         learned = isinstance(act.range, LSQ | PACT)
-        return Case(call, jc.quantize(jc.Int(bits)), act.needs_range, learned, integer, target)
+        return Case(call, jc.quantize(jc.Int(bits), per=PER), act.needs_range, learned, integer, target)
 
     def other(peer: Callable[..., Any]) -> Case:
         return Case(lambda variables, ranges, key, images: peer(variables, images))
@@ -161,7 +162,7 @@ def inference(*, width: int, batch: int, rounds: int) -> Report:
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     folded = fold_batch_norm(model.apply)(variables, images)
     fn, params = folded.fn, folded.params
-    compress = jc.quantize(jc.Int(8))
+    compress = jc.quantize(jc.Int(8), per=PER)
     tree = jc.pack(compress.apply(compress.init(params), params))
     ranges = ranges_of(jax.jit(calibrate(fn))(params, images[:8]))
 
