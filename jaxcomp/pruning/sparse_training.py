@@ -124,9 +124,8 @@ def regrow(
 
     def apply(state: MaskState, params: Params) -> Params:
         found, _ = selected(params)
-        return replace_slots(
-            params, {p: _masked(slot, state_of(state.masks, p, "regrow")) for p, slot in found.items()}
-        )
+        new = {path: _masked(slot, state_of(state.masks, path, "regrow")) for path, slot in found.items()}
+        return replace_slots(params, new)
 
     return Transform(init, update, apply)
 
