@@ -9,16 +9,16 @@
 4
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from jaxcomp import (
     activations,
     artifact,
     core,
-    distill,
     factorization,
-    federated,
     pruning,
     quantization,
-    recipes,
     sharing,
     structure,
     trace,
@@ -88,3 +88,15 @@ __all__ = [
     "sites",
     "wrap_optax",
 ]
+
+_LATER = ("distill", "federated", "recipes")  # rooms that nothing here stands on: imported when they are first named
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LATER:
+        return import_module(f"jaxcomp.{name}")
+    raise AttributeError(f"module 'jaxcomp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
