@@ -32,7 +32,7 @@ TABLE = [
 ]
 RULES = {r".*": Act(8)}
 # What integers cannot do here, and why; everything else must run on them.
-EXPLAINED = {"weight-standardized": {"a", "b"}, "einsum": {"w", "v+w"}}
+EXPLAINED = {"weight-standardized": {"a", "d"}, "einsum": {"w", "v+w"}}
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
