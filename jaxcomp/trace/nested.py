@@ -101,8 +101,8 @@ def bind(eqn: core.JaxprEqn, values: Sequence[object], params: Mapping[str, obje
     ``params`` replaces some of the equation's parameters. Goes through a one-equation jaxpr, which hides
     how each release binds a primitive and keeps the equation's name stack and source line.
     """
-    operands: list[core.Var | core.Literal] = [core.Var(v.aval) for v in eqn.invars]
-    changed = eqn.replace(invars=operands, params={**eqn.params, **params} if params else eqn.params)
+    operands = [core.Var(v.aval) for v in eqn.invars]
+    changed = eqn.replace(invars=[*operands], params={**eqn.params, **params} if params else eqn.params)
     kept = [i for i, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
     debug = core.DebugInfo("jaxcomp", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     one = core.Jaxpr((), operands, [eqn.outvars[i] for i in kept], [changed], eqn.effects, debug)
