@@ -23,10 +23,10 @@ def check_bits(owner: str, bits: object, least: int = 2) -> None:
         raise ValueError(f"{owner}: bits must be an integer in {least}..{MAX_BITS}, got {bits!r}.")
 
 
-def check_group(owner: str, group: object, name: str = "group") -> None:
-    """Raises ValueError where ``group`` is neither None nor a positive integer."""
-    if group is not None and (not is_integer(group) or group < 1):
-        raise ValueError(f"{owner}: {name} must be a positive integer or None, got {group!r}.")
+def check_positive(owner: str, value: object, name: str) -> None:
+    """Raises ValueError where ``value`` is neither None nor a positive integer."""
+    if value is not None and (not is_integer(value) or value < 1):
+        raise ValueError(f"{owner}: {name} must be a positive integer or None, got {value!r}.")
 
 
 def check_key(owner: str, key: object) -> None:

@@ -26,7 +26,7 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
-from jaxcomp.core.specs import check_group
+from jaxcomp.core.specs import check_positive
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 from jaxcomp.factorization.axes import Selected, placed
@@ -185,7 +185,7 @@ def _check(method: object, rank: object, max_rank: object) -> None:
         raise TypeError(f"{OWNER}: rank must be a number, a pair, Energy, Budget, or ranks by path, got {rank!r}.")
     if isinstance(rank, Mapping) and not rank:
         raise ValueError(f"{OWNER}: the ranks by path are empty; nothing would be factored.")
-    check_group(OWNER, max_rank, "max_rank")
+    check_positive(OWNER, max_rank, "max_rank")
 
 
 def _found(params: Params, rank: Wanted, *, where: Where | None, roles: Roles | None) -> dict[str, Slot]:
