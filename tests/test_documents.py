@@ -84,7 +84,7 @@ def test_notebook_runs(notebook, tmp_path) -> None:
     code = """
 import sys, jupytext, nbclient
 book = jupytext.read(sys.argv[1])
-nbclient.NotebookClient(book, timeout=200, kernel_name="python3").execute()
+nbclient.NotebookClient(book, timeout=None, kernel_name="python3").execute()
 pictures = sum("image/png" in o.get("data", {}) for c in book.cells for o in c.get("outputs", []))
 assert pictures > 0, "no picture was drawn"
 """

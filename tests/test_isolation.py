@@ -5,6 +5,7 @@ This file is also the program of the fresh processes: ``python -m tests.test_iso
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -82,13 +83,16 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.nd
     """What each version gives in a process of its own."""
     folder = tmp_path_factory.mktemp("fresh")
     root = Path(__file__).resolve().parents[1]
-    running = {}
-    for version in VERSIONS:
-        command = [sys.executable, "-m", "tests.test_isolation", version, str(folder / f"{version}.npz")]
-        running[version] = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
-    for process in running.values():
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    with contextlib.ExitStack() as stack:
+        running = []
+        for version in VERSIONS:
+            command = [sys.executable, "-m", "tests.test_isolation", version, str(folder / f"{version}.npz")]
+            process = stack.enter_context(subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True))
+            stack.callback(process.kill)  # of one that has ended it is nothing
+            running.append(process)
+        for process in running:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
     return {version: dict(np.load(folder / f"{version}.npz")) for version in VERSIONS}
 
 

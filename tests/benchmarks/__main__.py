@@ -10,7 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-NAMES = ("qat_step", "global_mask", "nm_mask", "quantize_bandwidth", "activations", "shrink", "kmeans", "low_rank")
+NAMES = (
+    "qat_step",
+    "global_mask",
+    "nm_mask",
+    "quantize_bandwidth",
+    "activations",
+    "shrink",
+    "kmeans",
+    "low_rank",
+    "analysis",
+)
 
 
 def main() -> None:

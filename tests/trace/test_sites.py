@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 
 import flax.linen as nn
 import jax
@@ -165,7 +164,6 @@ def test_a_billion_parameters_by_shape_alone():
                 x = Layer()(x)
             return nn.Dense(32000, use_bias=False)(x)
 
-    start = time.perf_counter()
     x = shape(1, tokens, dtype="int32")
     variables = jax.eval_shape(Gpt().init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) > 1e9
@@ -173,7 +171,6 @@ def test_a_billion_parameters_by_shape_alone():
     live = len(jax.live_arrays())
     found = sites(Gpt().apply)(variables, x)
     assert len(jax.live_arrays()) <= live
-    assert time.perf_counter() - start < 30
     weights = depth * 12 * width**2 + 32000 * width
     assert sum(s.macs for s in found) == tokens * weights + depth * 2 * tokens**2 * width
     assert len(found) == 1 + depth * 8 + 1
