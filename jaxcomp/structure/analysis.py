@@ -19,10 +19,12 @@ from jaxcomp.structure.rules import control as rules_control
 from jaxcomp.structure.rules import index as rules_index
 from jaxcomp.structure.rules import layout as rules_layout
 from jaxcomp.structure.rules import math as rules_math
+from jaxcomp.structure.rules import mixing as rules_mixing
+from jaxcomp.structure.splits import Reason
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.walk import Fn, aval_of
 
-RULE_MODULES = (rules_math, rules_layout, rules_index, rules_control)
+RULE_MODULES = (rules_math, rules_layout, rules_index, rules_control, rules_mixing)
 """The modules that fill the table of rules."""
 assert RULES, "the rule modules register themselves when imported"
 
@@ -48,8 +50,9 @@ class Output:
 class Analysis:
     """A walked program.
 
-    ``dims`` holds every parameter's dimensions by path, ``outs`` what the results become; ``positional`` are the
-    sets of atoms whose place mattered, ``stacked`` those that a scan slices layer by layer.
+    ``dims`` holds every parameter's dimensions by path, ``outs`` what the results become; ``reasons`` say why atoms
+    stay, by number, and the last why those do that are not read; ``positional`` are the sets of atoms whose place mattered, ``stacked`` those that a scan slices
+    layer by layer.
     """
 
     program: Program
@@ -60,6 +63,7 @@ class Analysis:
     outs: tuple[Output, ...]
     products: tuple[Product, ...]
     unknown: tuple[Unknown, ...]
+    reasons: tuple[Reason, ...]
     positional: NDArray[np.int64]
     stacked: NDArray[np.int64]
 
@@ -69,12 +73,11 @@ def analyze(fn: Fn, options: Options, params: Params, *args: PyTree, **kwargs: P
     program = trace(fn, params, *args, **kwargs)
     walk = Walk(options.strict, options.through_means)
     jaxpr = program.jaxpr.jaxpr
-    used = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, core.Literal)}
     ins, dims, shapes = [], {}, {}
     paths = iter(program.param_paths)
     for var in jaxpr.invars:
         path = next(paths, None)
-        label = _input(walk, aval_of(var), path is not None and var in used)
+        label = _input(walk, aval_of(var), path is not None)
         ins.append(label)
         if path is not None:
             dims[path], shapes[path] = label.dims, label.shape
@@ -82,6 +85,7 @@ def analyze(fn: Fn, options: Options, params: Params, *args: PyTree, **kwargs: P
     outs = tuple(
         _output(walk, options, out, r, dims, shapes) for out, r in zip(_named_outputs(program), results, strict=True)
     )
+    walk.settle()
     return Analysis(
         program,
         walked,
@@ -91,6 +95,7 @@ def analyze(fn: Fn, options: Options, params: Params, *args: PyTree, **kwargs: P
         outs,
         tuple(walk.products),
         tuple(walk.unknown),
+        (*walk.reasons, Reason((), "this call does not read it, or not all that goes with it")),
         _roots(walk, walk.positional),
         _roots(walk, walk.stacked),
     )
@@ -132,7 +137,7 @@ def _output(
     if options.free_outputs is not None and matches(options.free_outputs, path, jax.ShapeDtypeStruct(shape, float)):
         walk.mark(*label.dims)
         return Output(label.dims)
-    walk.freeze(*label.dims)
+    walk.freeze(*label.dims, why=f"it is in the result{f' {path!r}' * bool(path)} of the function")
     return Output((FROZEN,) * len(shape))
 
 

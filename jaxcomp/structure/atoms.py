@@ -25,21 +25,27 @@ Known = NDArray[np.generic]
 """The value of a small constant."""
 
 
+_MOVES = np.iinfo(np.int64).max  # the reason of what may go
+
+
 class Atoms:
     """Disjoint sets of integers, with whole arrays united at once; 0 is the set of what stays.
 
     The walk asks which atoms are already one while it unites others (a reshape needs it), so the components
-    are kept up to date rather than computed once at the end.
+    are kept up to date rather than computed once at the end. Each set that stays knows the first reason why, by
+    number.
 
     >>> atoms = Atoms()
     >>> a, b = atoms.fresh(3), atoms.fresh(3)
-    >>> atoms.union(a, b); atoms.freeze(b[:1])
-    >>> atoms.find(a).tolist() == atoms.find(b).tolist(), atoms.find(a)[0]
-    (True, np.int64(0))
+    >>> atoms.union(a, b); atoms.freeze(b[:1], 7)
+    >>> atoms.find(a).tolist() == atoms.find(b).tolist(), atoms.find(a)[0], atoms.reason(a[:1])
+    (True, np.int64(0), array([7]))
     """
 
     def __init__(self) -> None:
         self._parent = np.zeros(1024, np.int64)
+        self._reason = np.full(1024, _MOVES)
+        self._reason[0] = 0
         self._size = 1
 
     def __len__(self) -> int:
@@ -49,14 +55,14 @@ class Atoms:
         """``n`` new atoms, each a set of its own."""
         start, self._size = self._size, self._size + n
         if self._size > len(self._parent):
-            grown = np.zeros(2 * self._size, np.int64)
-            grown[:start] = self._parent[:start]
-            self._parent = grown
+            more = 2 * self._size - start
+            self._parent = np.concatenate([self._parent[:start], np.zeros(more, np.int64)])
+            self._reason = np.concatenate([self._reason[:start], np.full(more, _MOVES)])
         new = np.arange(start, self._size)
         self._parent[start : self._size] = new
         return new
 
-    def find(self, atoms: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _root(self, atoms: NDArray[np.int64]) -> NDArray[np.int64]:
         """The smallest-numbered member of each atom's set."""
         root = self._parent[atoms]
         while True:
@@ -67,23 +73,36 @@ class Atoms:
         self._parent[atoms] = root
         return root
 
+    def find(self, atoms: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The smallest-numbered member of each atom's set; 0 where it stays."""
+        root = self._root(atoms)
+        return np.where(self._reason[root] == _MOVES, root, 0)
+
+    def reason(self, atoms: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the first reason why each atom stays; a very large one where it may go."""
+        return self._reason[self._root(atoms)]
+
     def union(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> None:
         """Makes ``a[i]`` and ``b[i]`` one set, for every i."""
         if a is b:
             return
         a, b = np.broadcast_arrays(a, b)
+        low, high = self._root(a), self._root(b)
+        first, reason = low, np.minimum(self._reason[low], self._reason[high])
         while True:
-            low, high = self.find(a), self.find(b)
             apart = low != high
             if not apart.any():
-                return
+                break
             low, high = low[apart], high[apart]
             self._parent[np.maximum(low, high)] = np.minimum(low, high)
-            a, b = a[apart], b[apart]
+            low, high = self._root(low), self._root(high)
+        if (reason != _MOVES).any():
+            np.minimum.at(self._reason, self._root(first), reason)
 
-    def freeze(self, a: NDArray[np.int64]) -> None:
-        """Makes every ``a[i]`` stay."""
-        self.union(a, np.zeros_like(a))
+    def freeze(self, a: NDArray[np.int64], reason: int) -> None:
+        """Makes every ``a[i]`` stay, by the reason of this number."""
+        root = self._root(a)
+        self._reason[root] = np.minimum(self._reason[root], reason)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from jaxcomp.core.paths import Where
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure.analysis import Analysis, Options, analyze, layer_count
-from jaxcomp.structure.labelling import Unknown
+from jaxcomp.structure.labelling import Unknown, source_of
+from jaxcomp.structure.reading import every, read
 from jaxcomp.trace.walk import Fn
 
 
@@ -59,6 +60,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """Indices of a parameter's dimension that stay, and why: ``primitive`` at ``source`` wants them, if one does."""
+
+    path: str
+    axis: int
+    indices: int
+    why: str
+    primitive: str = ""
+    source: str = ""
+
+    def __repr__(self) -> str:
+        by = f" ({self.primitive} at {self.source})" if self.primitive else ""
+        return f"{self.path}:{self.axis}, {self.indices} indices: {self.why}{by}"
+
+
+@dataclass(frozen=True)
 class Term:
     """``count`` times a product of widths; a width is ``fixed + sum(per_unit * kept[group])``."""
 
@@ -72,10 +89,15 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """What ``channel_groups`` found: the groups, the shapes of the tree, and what the analysis did not know."""
+    """What ``channel_groups`` found: the groups, the shapes of the tree, what stays, and what was not known.
+
+    ``frozen`` says of each dimension of a parameter that is no channel, or of the part of it that is none, why; for
+    the primitives in ``unknown`` the analysis has no rule.
+    """
 
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    frozen: tuple[Frozen, ...]
     unknown: tuple[Unknown, ...]
     options: Options
     parameter_terms: tuple[Term, ...]
@@ -158,9 +180,36 @@ def channel_groups(
     options = Options(free_outputs, through_means, strict)
 
     def groups_of(params: Params, *args: PyTree, **kwargs: PyTree) -> Groups:
-        return _collect(analyze(fn, options, params, *args, **kwargs), options)
+        return _collect(_kept(analyze(fn, options, params, *args, **kwargs)), options)
 
     return groups_of
+
+
+def _kept(analysis: Analysis) -> Analysis:
+    """Makes what the call does not read stay: a call that does may need it, and nothing says with what it goes."""
+    jaxpr = analysis.program.jaxpr
+    live = read(jaxpr, analysis.walked, [every(v) for v in jaxpr.jaxpr.outvars])
+    for (path, dims), found in zip(analysis.dims.items(), live, strict=False):
+        for axis, d in enumerate(dims):
+            if isinstance(d, np.ndarray):
+                analysis.atoms.freeze(d if found is None else d[~found[axis]], len(analysis.reasons) - 1)
+    return analysis
+
+
+def _frozen(analysis: Analysis) -> Iterator[Frozen]:
+    """Why each dimension of each parameter stays, as far as it does."""
+    for path, dims in analysis.dims.items():
+        for axis, (d, n) in enumerate(zip(dims, analysis.shapes[path], strict=True)):
+            if not isinstance(d, np.ndarray):
+                if n > 1:
+                    yield Frozen(path, axis, n, "it is not of a floating type, so no weight")
+                continue
+            found, counts = np.unique(analysis.atoms.reason(d), return_counts=True)
+            for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+                if number < len(analysis.reasons):
+                    eqns, why = analysis.reasons[number]
+                    made_by = (eqns[-1].primitive.name, source_of(*reversed(eqns))) if eqns else ()
+                    yield Frozen(path, axis, count, why, *made_by)
 
 
 def _collect(analysis: Analysis, options: Options) -> Groups:
@@ -200,7 +249,8 @@ def _collect(analysis: Analysis, options: Options) -> Groups:
         Term(p.count, tuple(_width(number, units, analysis.atoms.find(d), len(d)) for d in p.dims))
         for p in analysis.products
     )
-    return Groups(groups, dict(analysis.shapes), analysis.unknown, options, parameters, macs)
+    frozen = tuple(_frozen(analysis))
+    return Groups(groups, dict(analysis.shapes), frozen, analysis.unknown, options, parameters, macs)
 
 
 def _families(roots: Mapping[tuple[str, int], NDArray[np.int64]], n: int) -> NDArray[np.int64]:

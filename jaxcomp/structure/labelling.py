@@ -10,10 +10,11 @@ import numpy as np
 from jax.extend import core, source_info_util
 from numpy.typing import NDArray
 
-from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Atoms, Dim, Known, Label, arrays, fixed, weakest
+from jaxcomp.structure.atoms import FREE, FROZEN, Atoms, Dim, Known, Label, arrays, fixed, weakest
+from jaxcomp.structure.splits import Reason, Split, settle
 from jaxcomp.trace import walk
 from jaxcomp.trace.nested import Closed, bind, is_open
-from jaxcomp.trace.walk import Location, aval_of
+from jaxcomp.trace.walk import Location, aval_of, shape_of
 
 Dims = tuple[Dim, ...]
 _SMALL = 4096  # constants up to this many elements are followed by value, so that an index can be known
@@ -53,6 +54,8 @@ class Unknown:
     source: str
 
 
+ONE = "it has one index, which is stretched, dropped or merged"
+"""Why what broadcasts or goes away stays."""
 Result = tuple[Sequence[Label], Sequence[Label]] | tuple[Sequence[Label], Sequence[Label], Mapping[str, Walked]]
 """What a rule gives: the operands as used, the results, and the walks inside."""
 Rule = Callable[["Walk", core.JaxprEqn, list[Label]], Result]
@@ -84,7 +87,8 @@ class Walk:
       stacked: atoms of what the outermost scans slice layer by layer.
       depth: how many loops surround the equation; 1 in a layer's body.
       repeat: how often the equation runs.
-      jaxprs: the jaxpr being walked, after those around it.
+      splits: the reshapes so far that took channels apart, or put them together.
+      reasons: why something stays, by number.
       open: the equation being walked, after those around it.
     """
 
@@ -97,14 +101,15 @@ class Walk:
     stacked: list[NDArray[np.int64]] = field(default_factory=list)
     depth: int = 0
     repeat: int = 1
-    jaxprs: list[core.Jaxpr] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
     open: list[core.JaxprEqn] = field(default_factory=list)
 
     def join(self, *dims: Dim) -> Dim:
         """Makes the dimensions one: equal positions are removed together."""
         with_atoms = arrays(dims)
         if FROZEN in [d for d in dims if not isinstance(d, np.ndarray)]:
-            self.freeze(*with_atoms)
+            self.freeze(*with_atoms, why="it meets a dimension that stays, as an input's does")
             return FROZEN
         if not with_atoms:
             return weakest(dims)
@@ -114,10 +119,36 @@ class Walk:
             self.atoms.union(with_atoms[0], other)
         return with_atoms[0]
 
-    def freeze(self, *dims: Dim) -> None:
-        """Keeps every index of the dimensions."""
-        for d in arrays(dims):
-            self.atoms.freeze(d)
+    def freeze(self, *dims: Dim, why: str) -> None:
+        """Keeps every index of the dimensions, and notes the reason."""
+        with_atoms = arrays(dims)
+        if with_atoms:
+            reason = self.because(why)
+            for d in with_atoms:
+                self.atoms.freeze(d, reason)
+
+    def still(self, n: int, dims: Sequence[Dim], *, why: str) -> Dim:
+        """A dimension of ``n`` of which nothing goes, made from what stays: with the reason, where atoms went in."""
+        if not arrays(dims):
+            return FROZEN if weakest(dims) is FROZEN else FREE
+        new = self.atoms.fresh(n)
+        self.freeze(new, why=why)
+        return new
+
+    def because(self, why: str) -> int:
+        """The number of a reason that the equation at hand gives."""
+        self.reasons.append(Reason(tuple(self.open), why))
+        return len(self.reasons) - 1
+
+    def regrid(self, flat: Dim, shape: Sequence[int], axes: Sequence[Dim]) -> None:
+        """Notes that the dimension ``flat`` runs over the grid of ``axes``, of which one holds its units."""
+        why = "a reshape merges it with other channels, or splits it off them"
+        self.splits.append(Split(arrays([flat])[0], tuple(shape), tuple(axes), self.because(why)))
+
+    def settle(self) -> None:
+        """Decides along which axes the units of all reshapes lie; once, after the walk."""
+        settle(self.atoms, self.splits)
+        self.splits.clear()
 
     def mark(self, *dims: Dim) -> None:
         """Notes that an index's place matters here, so that layers of a stack cannot keep different ones."""
@@ -136,9 +167,7 @@ class Walk:
             steps.append(self._step(eqn, labels))
             return steps[-1].outs
 
-        self.jaxprs.append(jaxpr.jaxpr)
         results = walk.run(jaxpr, ins, equation, constant=_constant)
-        self.jaxprs.pop()
         return Walked(tuple(steps), tuple(i.dims for i in ins), tuple(r.dims for r in results)), results
 
     def _step(self, eqn: core.JaxprEqn, ins: list[Label]) -> Step:
@@ -166,10 +195,10 @@ def unknown(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
                 "without strict=True the dimensions it touches are frozen and it is listed in groups.unknown."
             )
         walk.unknown[named] = None
-    walk.freeze(*touched)
-    kind = weakest([d for i in ins for d in i.dims])
-    kind = FREE if kind is UNIFORM else kind
-    return ins, [fixed(aval_of(v).shape, kind) for v in eqn.outvars]
+    why, dims = "the analysis has no rule for this primitive", [d for i in ins for d in i.dims]
+    walk.freeze(*touched, why=why)
+    made = [[walk.still(n, dims, why=why) for n in shape_of(v)] for v in eqn.outvars]
+    return ins, [Label(shape_of(v), tuple(m), (False,) * len(m)) for v, m in zip(eqn.outvars, made, strict=True)]
 
 
 def out_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:

@@ -240,6 +240,7 @@ class _Run:
         known = len(walk.atoms)
         walked, results = walk.run(program, ins)
         dims = [tuple(map(walk.join, o.dims, r.dims)) for o, r in zip(outs, results, strict=True)]
+        walk.settle()
         root = walk.atoms.find(np.arange(len(walk.atoms)))
         old = self.keep.stays
         stays = np.full(len(walk.atoms), True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from functools import cache
+from typing import NamedTuple, Protocol, cast
 
 import jax
 from jax.extend import core
 
-from jaxcomp.trace.primitives import CALLS, CONTROL, HEAVY
+from jaxcomp.trace.primitives import CALLS, CONTROL, EXPANDS, HEAVY
 
 Closed = core.ClosedJaxpr
 """A jaxpr with its constants."""
@@ -23,6 +24,15 @@ class Scan(NamedTuple):
     length: int
     reverse: bool
     unroll: int | bool
+
+
+class Expands(Protocol):
+    """A primitive that says what it is in terms of others."""
+
+    in_tree: jax.tree_util.PyTreeDef
+
+    def expand(self, *operands: object) -> object:
+        """The same results, by other primitives."""
 
 
 class While(NamedTuple):
@@ -40,9 +50,29 @@ def closed(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Closed:
 
 
 def call_body(eqn: core.JaxprEqn) -> Closed | None:
-    """The inner jaxpr of jit, remat, custom_jvp, custom_vjp and closed calls; None for any other equation."""
+    """The jaxpr that an equation runs once: of jit, remat, custom rules, calls, expansions; None for any other."""
+    if eqn.primitive.name in EXPANDS:
+        return _expansion(eqn.params["_prim"], tuple(v.aval for v in eqn.invars))
     key = CALLS.get(eqn.primitive.name)
     return closed(eqn.params[key]) if key in eqn.params else None
+
+
+@cache
+def _expansion(primitive: Expands, avals: tuple[jax.core.AbstractValue, ...]) -> Closed | None:
+    """What a primitive that is a program of others expands to, as ``jnp.searchsorted`` on JAX 0.12; None if it cannot.
+
+    ``avals`` belong to the key: primitives of one kind are equal whatever their shapes.
+    """
+    if not all(hasattr(aval, "shape") and hasattr(aval, "dtype") for aval in avals):
+        return None
+
+    def expanded(*operands: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(primitive.expand(*primitive.in_tree.unflatten(operands)))
+
+    try:
+        return jax.make_jaxpr(expanded)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))  # type: ignore[attr-defined]
+    except NotImplementedError:
+        return None
 
 
 def scan_parts(eqn: core.JaxprEqn) -> Scan:

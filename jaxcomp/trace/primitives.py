@@ -13,6 +13,8 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 """Equations that run one inner jaxpr on exactly their operands, and the parameter that holds it."""
+EXPANDS = frozenset({"call_hi_primitive"})
+"""Equations that are a program of other primitives, which their parameter ``_prim`` expands to."""
 JIT = frozenset({"jit", "pjit"})
 REMAT = frozenset({"remat2", "checkpoint"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -51,11 +53,12 @@ ZERO_FIRST = _named(
 """Elementwise, and zero where the first operand is; the two powers, if the exponent is positive."""
 ZERO_ALL = _named("add add_any atan2 complex max min or sub xor")
 """Elementwise, and zero where all operands are."""
-ZERO_ANY = _named("and mul")
+ZERO_ANY = _named("and mul mulhi")
 """Elementwise, and zero where any operand is."""
 NOT_ZERO = _named(
     """acos acosh bessel_i0e bessel_i1e clamp clz cos cosh digamma eq eq_to erfc exp exp2 ge gt igamma igamma_grad_a
-    igammac is_finite le le_to lgamma log logistic lt lt_to ne nextafter not polygamma population_count
+    igammac is_finite le le_to lgamma log log2 logistic lt lt_to ne nextafter not one_minus_square polygamma polynomial
+    population_count
     random_gamma_grad regularized_incomplete_beta rsqrt select_n zeta"""
 )
 """Elementwise, and of other values where operands are zero, or of values that depend on the others."""

@@ -9,12 +9,12 @@ import numpy as np
 from jax.extend import core
 
 from jaxcomp.structure.atoms import FREE, FROZEN, Dim, Label, arrays
-from jaxcomp.structure.labelling import Product, Result, Walk, Walked, rule, unknown
+from jaxcomp.structure.labelling import ONE, Product, Result, Walk, Walked, rule, unknown
 from jaxcomp.trace.nested import Closed, branches, call_body, scan_parts, while_parts
-from jaxcomp.trace.primitives import CALLS
+from jaxcomp.trace.primitives import CALLS, EXPANDS
 
 
-@rule(*CALLS)
+@rule(*CALLS, *EXPANDS)
 def call(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """A call is its body."""
     body = call_body(eqn)
@@ -32,7 +32,7 @@ def _carried(walk: Walk, carry: Sequence[Label]) -> list[Label]:
         for d, n in zip(c.dims, c.shape, strict=True):
             walk.mark(d)
             if n == 1:
-                walk.freeze(d)
+                walk.freeze(d, why=ONE)
             dims.append(FROZEN if n == 1 or d is FROZEN else d if isinstance(d, np.ndarray) else walk.atoms.fresh(n))
         zero = tuple(c.zero_at(k) for k in range(len(dims)))
         labels.append(Label(c.shape, tuple(dims), zero, c.null))
@@ -72,7 +72,7 @@ def scan(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     consts, carry = ins[: parts.consts], ins[parts.consts : parts.consts + parts.carry]
     stacked = ins[parts.consts + parts.carry :]
     for x in stacked:
-        walk.freeze(x.dims[0])
+        walk.freeze(x.dims[0], why="a scan steps over it")
         walk.stacked.extend(arrays(x.dims[1:]))
         if walk.depth or not x.shape[1:]:
             walk.mark(*x.dims)

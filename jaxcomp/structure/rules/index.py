@@ -8,9 +8,12 @@ import numpy as np
 from jax.extend import core
 from numpy.typing import NDArray
 
-from jaxcomp.structure.atoms import FREE, FROZEN, Dim, Label, arrays, weakest
+from jaxcomp.structure.atoms import FREE, FROZEN, Dim, Label, weakest
 from jaxcomp.structure.labelling import Result, Walk, out_shape, rule
 from jaxcomp.structure.rules.layout import cut
+
+COMPUTED = "it is indexed by what is computed, so any index may be asked for"
+WRITTEN = "a part of it is written in place"
 
 
 @rule("dynamic_slice")
@@ -21,7 +24,7 @@ def dynamic_slice(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     for d, n, size, start in zip(x.dims, x.shape, sizes, starts, strict=True):
         at = clamp_start(start, n, size)
         if isinstance(d, np.ndarray) and at is None:
-            walk.freeze(d)
+            walk.freeze(d, why=COMPUTED)
         dims.append(d if at is None and not isinstance(d, np.ndarray) else _part(walk, d, n, at, size))
     return ins, [replace(x, shape=tuple(sizes), dims=tuple(dims), value=None, sums=None)]
 
@@ -46,7 +49,7 @@ def dynamic_update_slice(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Re
         if n == size:
             dims[d] = used[d] = walk.join(x.dims[d], update.dims[d])
         else:
-            walk.freeze(x.dims[d], update.dims[d])
+            walk.freeze(x.dims[d], update.dims[d], why=WRITTEN)
             dims[d] = weakest((FREE, x.dims[d], update.dims[d]))
     zero = tuple(x.zero_at(d) and update.zero_at(d) for d in range(len(dims)))
     out = Label(x.shape, tuple(dims), zero, x.null and update.null)
@@ -80,19 +83,19 @@ def gather(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         if sizes[d] == x.shape[d]:
             dims[e], zero[e] = x.dims[d], x.zero[d]
         else:
-            walk.freeze(x.dims[d])
+            walk.freeze(x.dims[d], why=COMPUTED)
             dims[e] = weakest((FREE, x.dims[d], *index.dims))
     used = list(index.dims)
     for e, d in zip(batch, range(len(index.shape) - 1), strict=True):
         dims[e] = index.dims[d]
     for d, e in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
-        walk.freeze(x.dims[d], index.dims[e])
+        walk.freeze(x.dims[d], index.dims[e], why=COMPUTED)
     for d in numbers.collapsed_slice_dims:
         if taken is not None and isinstance(x.dims[d], np.ndarray):
             walk.mark(x.dims[d])
             dims[batch[0]], zero[batch[0]] = x.dims[d][taken[1]], x.zero[d]
         else:
-            walk.freeze(x.dims[d])
+            walk.freeze(x.dims[d], why=COMPUTED)
     return [x, index.with_dims(used)], [Label(tuple(shape), tuple(dims), tuple(zero), x.null)]
 
 
@@ -110,9 +113,10 @@ def scatter(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
             whole[d] = e
     for d in range(len(dims)):
         if d not in whole:
-            walk.freeze(x.dims[d])
+            walk.freeze(x.dims[d], why=WRITTEN)
             dims[d] = weakest((FREE, x.dims[d]))
-    walk.freeze(*(updates.dims[e] for e in range(len(used)) if e not in whole.values()), *arrays(index.dims))
+    part = [updates.dims[e] for e in range(len(used)) if e not in whole.values()]
+    walk.freeze(*part, *index.dims, why=WRITTEN)
     if any(d is FROZEN for d in (*updates.dims, *index.dims)):
         dims = [d if isinstance(d, np.ndarray) else FROZEN for d in dims]
     zero = tuple(d in whole and x.zero_at(d) and updates.zero_at(whole[d]) for d in range(len(dims)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -10,13 +11,8 @@ from jax.extend import core
 from numpy.typing import NDArray
 
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed, weakest
-from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
-from jaxcomp.trace.primitives import COPIES
+from jaxcomp.structure.labelling import ONE, Result, Walk, out_shape, rule, unknown
 from jaxcomp.trace.walk import aval_of
-
-_TAKES_APART = frozenset({"slice", "split", "squeeze", "dynamic_slice", "gather", "unstack"})
-_MOVES = COPIES | {"transpose"}
-
 
 @rule("transpose")
 def transpose(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
@@ -29,7 +25,7 @@ def squeeze(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """A dropped dimension's only index stays."""
     (x,) = ins
     dropped = [d % len(x.shape) for d in eqn.params["dimensions"]]
-    walk.freeze(*(x.dims[d] for d in dropped))
+    walk.freeze(*(x.dims[d] for d in dropped), why=ONE)
     return ins, [x.select([d for d in range(len(x.shape)) if d not in dropped])]
 
 
@@ -43,7 +39,7 @@ def broadcast_in_dim(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result
         if x.shape[d] == shape[e]:
             dims[e], zero[e] = x.dims[d], x.zero[d]
         else:
-            walk.freeze(x.dims[d])
+            walk.freeze(x.dims[d], why=ONE)
     return ins, [Label(tuple(shape), tuple(dims), tuple(zero), x.null, None, x.sums)]
 
 
@@ -105,11 +101,52 @@ def concatenate(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     return uses, [Label(out_shape(eqn), tuple(dims), zero, all(i.null for i in ins))]
 
 
+@rule("stack")
+def stack(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """The operands' dimensions go together; the new one has an index for each operand."""
+    axis = eqn.params["axis"]
+    dims = [walk.join(*(i.dims[d] for i in ins)) for d in range(len(ins[0].shape))]
+    zero = [all(i.zero_at(d) for i in ins) for d in range(len(dims))]
+    made = [FREE if d is UNIFORM else d for d in dims]
+    new = FROZEN if arrays(dims) or FROZEN in dims else FREE
+    out = Label(
+        out_shape(eqn), (*made[:axis], new, *made[axis:]), (*zero[:axis], False, *zero[axis:]), all(i.null for i in ins)
+    )
+    return [i.with_dims(dims) for i in ins], [out]
+
+
+@rule("unstack")
+def unstack(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """The dimension taken apart stays; each piece has the others."""
+    (x,), axis = ins, eqn.params["axis"]
+    walk.freeze(x.dims[axis], why="each of its indices is taken apart from the others")
+    return ins, [x.select([d for d in range(len(x.shape)) if d != axis])] * len(eqn.outvars)
+
+
+@rule("tile")
+def tile(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """A repeated dimension has its atoms several times; one index repeated is uniform."""
+    (x,), reps = ins, eqn.params["reps"]
+    dims: list[Dim] = []
+    for d, n, times in zip(x.dims, x.shape, reps, strict=True):
+        if n == 1 and times > 1:
+            walk.freeze(d, why=ONE)
+            dims.append(UNIFORM)
+            continue
+        if isinstance(d, np.ndarray) and times > 1:
+            walk.mark(d)
+        dims.append(np.tile(d, times) if isinstance(d, np.ndarray) else d)
+    return ins, [Label(out_shape(eqn), tuple(dims), x.zero, x.null)]
+
+
 def materialize(walk: Walk, dim: Dim, n: int) -> NDArray[np.int64]:
     """Atoms for a dimension that may have none."""
     if isinstance(dim, np.ndarray):
         return dim
-    return np.zeros(n, np.int64) if dim is FROZEN else walk.atoms.fresh(n)
+    new = walk.atoms.fresh(n)
+    if dim is FROZEN:
+        walk.freeze(new, why="it lies beside a dimension that stays")
+    return new
 
 
 @rule("pad")
@@ -121,7 +158,7 @@ def pad(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         if not isinstance(d, np.ndarray) or (low, high, interior) == (0, 0, 0):
             dims.append(d if (low, high, interior) == (0, 0, 0) or d is FROZEN else FREE)
         elif interior or low < 0 or high < 0:
-            walk.freeze(d)
+            walk.freeze(d, why="padding takes indices away, or puts some between others")
             dims.append(FROZEN)
         else:
             walk.mark(d)
@@ -140,65 +177,48 @@ def iota(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 
 @rule("reshape")
 def reshape(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
-    """A merged dimension repeats its channels' atoms; a split one unites what shares its unit's index."""
+    """A merged dimension has its channels' atoms; of those merged, as of those split, one holds the units."""
     x, shape = ins[0], tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None or 0 in shape:
         return unknown(walk, eqn, ins)
-    walk.freeze(*(d for d, n in zip(x.dims, x.shape, strict=True) if n == 1))
+    walk.freeze(*(d for d, n in zip(x.dims, x.shape, strict=True) if n == 1), why=ONE)
     dims: list[Dim] = [UNIFORM] * len(shape)
     zero = [False] * len(shape)
     for old, new in _blocks(x.shape, shape):
-        channels = [d for d in old if isinstance(x.dims[d], np.ndarray)]
-        if not channels:
-            kind = weakest([x.dims[d] for d in old])
-            for e in new:
-                dims[e] = kind
-            continue
-        walk.freeze(*(x.dims[d] for d in channels[1:]))
-        flat = _flatten(x, old, channels[0])
-        unit = _unit_axis(walk, eqn, flat, new) if len(new) > 1 else 0
-        rows = np.moveaxis(flat.reshape([shape[e] for e in new]), unit, 0).reshape(shape[new[unit]], -1)
-        walk.atoms.union(rows, rows[:, :1])
-        for k, e in enumerate(new):
-            dims[e] = FROZEN if len(new) > 1 and k != unit else rows[:, 0] if len(new) > 1 else flat
-            zero[e] = x.zero[channels[0]]
+        channels = _channels(walk, x, old)
+        if channels:
+            made = _split(walk, _merged(walk, x, old, channels), [shape[e] for e in new])
+        else:
+            made = [weakest([x.dims[d] for d in old])] * len(new)
+        for e, dim in zip(new, made, strict=True):
+            dims[e], zero[e] = dim, all(x.zero[d] for d in channels)
     return ins, [Label(shape, tuple(dims), tuple(zero), x.null, None, x.sums)]
 
 
-def _flatten(x: Label, old: Sequence[int], channel: int) -> NDArray[np.int64]:
-    """The atoms of merged dimensions of which one has channels."""
-    at = old.index(channel)
+def _channels(walk: Walk, x: Label, old: Sequence[int]) -> list[int]:
+    """Those of the dimensions of which something may go; else the first that has atoms, whose reason to stay counts."""
+    with_atoms = [d for d in old if isinstance(x.dims[d], np.ndarray)]
+    return [d for d in with_atoms if walk.atoms.find(arrays([x.dims[d]])[0]).any()] or with_atoms[:1]
+
+
+def _merged(walk: Walk, x: Label, old: Sequence[int], channels: Sequence[int]) -> NDArray[np.int64]:
+    """The atoms of merged dimensions: one's, repeated, or new ones that go with one's."""
     sizes = [x.shape[d] for d in old]
-    column = np.expand_dims(arrays([x.dims[channel]])[0], tuple(k for k in range(len(old)) if k != at))
+    if len(channels) > 1:
+        flat = walk.atoms.fresh(math.prod(sizes))
+        walk.regrid(flat, sizes, [x.dims[d] if d in channels else FROZEN for d in old])
+        return flat
+    column = np.expand_dims(arrays([x.dims[channels[0]]])[0], tuple(k for k, d in enumerate(old) if d not in channels))
     return np.broadcast_to(column, sizes).reshape(-1)
 
 
-def _unit_axis(walk: Walk, eqn: core.JaxprEqn, flat: NDArray[np.int64], new: Sequence[int]) -> int:
-    """Which dimension of a split one holds the units: the one that already does, or the first not taken apart."""
-    shape = eqn.params["new_sizes"]
-    grid = walk.atoms.find(flat).reshape([shape[e] for e in new])
-    for k in range(len(new)):
-        rows = np.moveaxis(grid, k, 0).reshape(grid.shape[k], -1)
-        if (rows == rows[:, :1]).all():
-            return k
-    apart = _taken_apart(walk.jaxprs[-1], eqn.outvars[0], list(range(len(shape))))
-    return next((k for k, e in enumerate(new) if e not in apart), 0)
-
-
-def _taken_apart(jaxpr: core.Jaxpr, var: core.Var, axes: list[int]) -> set[int]:
-    """The dimensions of ``var`` that the program slices to one index, as the 3 of a fused query/key/value."""
-    found: set[int] = set()
-    for user in jaxpr.eqns:
-        if not any(v is var for v in user.invars):
-            continue
-        if user.primitive.name in _MOVES:
-            order = user.params.get("permutation", range(len(axes)))
-            found |= _taken_apart(jaxpr, user.outvars[0], [axes[d] for d in order])
-        elif user.primitive.name in _TAKES_APART:
-            sizes = user.params.get("slice_sizes", out_shape(user))
-            if len(sizes) == len(axes):
-                found |= {a for a, n, full in zip(axes, sizes, aval_of(var).shape, strict=True) if n == 1 < full}
-    return found
+def _split(walk: Walk, flat: NDArray[np.int64], sizes: Sequence[int]) -> list[Dim]:
+    """The atoms of the dimensions that one is split into."""
+    if len(sizes) == 1:
+        return [flat]
+    axes: list[Dim] = [walk.atoms.fresh(n) for n in sizes]
+    walk.regrid(flat, sizes, axes)
+    return axes
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

@@ -9,9 +9,13 @@ import numpy as np
 from jax.extend import core
 
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed
-from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
+from jaxcomp.structure.labelling import ONE, Result, Walk, out_shape, rule, unknown
 from jaxcomp.trace.primitives import COPIES, ELEMENTWISE, PASSES, ZERO_ALL, ZERO_ANY, ZERO_FIRST
 from jaxcomp.trace.walk import aval_of
+
+NOT_ZERO = "it is summed over, and neither factor is zero there when its parameters are"
+RUNS_OVER = "this runs over all of it, and one index fewer changes what the others give"
+IN_GROUP = "it lies within one group of a grouped convolution"
 
 
 def _zero(eqn: core.JaxprEqn, zeros: Sequence[bool], ins: Sequence[Label]) -> bool:
@@ -45,7 +49,7 @@ def elementwise(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         return unknown(walk, eqn, ins)
     dims: list[Dim] = []
     for d, n in enumerate(shape):
-        walk.freeze(*(i.dims[d] for i in ins if i.shape and i.shape[d] != n))
+        walk.freeze(*(i.dims[d] for i in ins if i.shape and i.shape[d] != n), why=ONE)
         dims.append(walk.join(*(i.dims[d] for i in ins if i.shape and i.shape[d] == n)))
     uses = [
         i.with_dims([dims[d] if m == shape[d] else i.dims[d] for d, m in enumerate(i.shape)] if i.shape else ())
@@ -74,7 +78,7 @@ def _find_mean(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> None:
         else:
             is_mean = eqn.primitive.name == "mul" and bool(np.isclose(float(by.value) * count, 1.0, rtol=1e-3))
         if is_mean:
-            walk.freeze(*summed)
+            walk.freeze(*summed, why="a mean runs over it; through_means=True lets it go")
 
 
 @rule(*PASSES)
@@ -93,7 +97,7 @@ def dot_general(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         ldims[i] = rdims[j] = walk.join(left.dims[i], right.dims[j])
     for i, j in zip(lc, rc, strict=True):
         if not (left.zero_at(i) or right.zero_at(j)):
-            walk.freeze(ldims[i])
+            walk.freeze(ldims[i], why=NOT_ZERO)
     lfree = [i for i in range(len(ldims)) if i not in (*lb, *lc)]
     rfree = [j for j in range(len(rdims)) if j not in (*rb, *rc)]
     walk.count((*left.shape, *(right.shape[j] for j in rfree)), (*ldims, *(rdims[j] for j in rfree)))
@@ -103,11 +107,12 @@ def dot_general(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         *(left.zero_at(i) for i in lfree),
         *(right.zero_at(j) for j in rfree),
     ]
-    out = Label(out_shape(eqn), tuple(map(_varied, dims)), tuple(zero), left.null or right.null)
+    out = Label(out_shape(eqn), tuple(map(varied, dims)), tuple(zero), left.null or right.null)
     return [left.with_dims(ldims), right.with_dims(rdims)], [out]
 
 
-def _varied(dim: Dim) -> Dim:
+def varied(dim: Dim) -> Dim:
+    """A dimension after values at its indices became different ones."""
     return FREE if dim is UNIFORM else dim
 
 
@@ -120,21 +125,21 @@ def conv(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     if eqn.params["batch_group_count"] != 1:
         return unknown(walk, eqn, ins)
     xdims, kdims = list(x.dims), list(kernel.dims)
-    walk.freeze(*(x.dims[d] for d in space), *(kernel.dims[d] for d in kspace))
+    walk.freeze(*(x.dims[d] for d in space), *(kernel.dims[d] for d in kspace), why="a convolution slides over it")
     for d in kspace:
         kdims[d] = FROZEN
     if groups == 1:
         xdims[feature] = kdims[kin] = walk.join(x.dims[feature], kernel.dims[kin])
         if not (x.zero_at(feature) or kernel.zero_at(kin)):
-            walk.freeze(xdims[feature])
+            walk.freeze(xdims[feature], why=NOT_ZERO)
     else:
         _tie_groups(walk, (xdims, feature, x.shape[feature]), (kdims, kout, kernel.shape[kout]), groups)
-        walk.freeze(kdims[kin])
+        walk.freeze(kdims[kin], why=IN_GROUP)
         kdims[kin] = FROZEN
     out_numbers = numbers.out_spec
     shape = out_shape(eqn)
     dims: list[Dim] = [FROZEN] * len(shape)
-    dims[out_numbers[0]], dims[out_numbers[1]] = _varied(xdims[batch]), _varied(kdims[kout])
+    dims[out_numbers[0]], dims[out_numbers[1]] = varied(xdims[batch]), varied(kdims[kout])
     zero = [False] * len(shape)
     zero[out_numbers[0]] = x.zero_at(batch)
     zero[out_numbers[1]] = kernel.zero_at(kout)
@@ -149,7 +154,7 @@ def _tie_groups(walk: Walk, x: tuple[list[Dim], int, int], kernel: tuple[list[Di
     if all(not isinstance(dims[d], np.ndarray) for dims, d, _ in sides):
         return
     if any(dims[d] is FROZEN for dims, d, _ in sides):
-        walk.freeze(*(dims[d] for dims, d, _ in sides))
+        walk.freeze(*(dims[d] for dims, d, _ in sides), why="it is in groups with features that stay")
         for dims, d, _ in sides:
             dims[d] = FROZEN
         return
@@ -168,7 +173,7 @@ def reduce_sum(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     (x,), axes = ins, eqn.params["axes"]
     for d in axes:
         if not x.zero_at(d):
-            walk.freeze(x.dims[d])
+            walk.freeze(x.dims[d], why=NOT_ZERO)
     count = int(np.prod([x.shape[d] for d in axes]))
     out = _without(x, axes)
     summed = tuple(arrays([x.dims[d] for d in axes]))
@@ -179,7 +184,7 @@ def reduce_sum(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 def reduce_other(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """What a maximum or a product runs over stays."""
     (x,), axes = ins, eqn.params["axes"]
-    walk.freeze(*(x.dims[d] for d in axes))
+    walk.freeze(*(x.dims[d] for d in axes), why=RUNS_OVER)
     out = _without(x, axes)
     if eqn.primitive.name in ("argmax", "argmin"):
         out = replace(out, zero=(False,) * len(out.shape), null=False)
@@ -194,14 +199,10 @@ def _without(x: Label, axes: Sequence[int]) -> Label:
 def cumulative(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """What a running sum runs over stays."""
     (x,), d = ins, eqn.params["axis"]
-    walk.freeze(x.dims[d])
-    dims = (*x.dims[:d], _run(x.dims[d]), *x.dims[d + 1 :])
+    walk.freeze(x.dims[d], why=RUNS_OVER)
+    dims = (*x.dims[:d], varied(x.dims[d]), *x.dims[d + 1 :])
     zero = x.zero if eqn.primitive.name != "cumlogsumexp" else (False,) * len(dims)
     return ins, [Label(x.shape, dims, zero)]
-
-
-def _run(dim: Dim) -> Dim:
-    return FROZEN if isinstance(dim, np.ndarray) else _varied(dim)
 
 
 @rule("sort")
@@ -209,9 +210,8 @@ def sort(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """What is sorted stays; the operands' other dimensions go together."""
     d = eqn.params["dimension"]
     dims = [walk.join(*(i.dims[e] for i in ins)) for e in range(len(ins[0].shape))]
-    walk.freeze(dims[d])
-    dims[d] = _run(dims[d])
-    dims = [_varied(e) for e in dims]
+    walk.freeze(dims[d], why=RUNS_OVER)
+    dims = [varied(e) for e in dims]
     return [i.with_dims(dims) for i in ins], [Label(i.shape, tuple(dims), (False,) * len(dims)) for i in ins]
 
 
@@ -220,8 +220,9 @@ def top_k(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """What the largest are taken of stays."""
     (x,) = ins
     axis = eqn.params.get("axis", -1) % len(x.shape)
-    walk.freeze(x.dims[axis])
-    dims = [_run(e) if d == axis else e for d, e in enumerate(x.dims)]
+    walk.freeze(x.dims[axis], why=RUNS_OVER)
+    k = eqn.params["k"]
+    dims = [walk.still(k, [e], why=RUNS_OVER) if d == axis else e for d, e in enumerate(x.dims)]
     return ins, [Label(aval_of(v).shape, tuple(dims), (False,) * len(dims)) for v in eqn.outvars]
 
 
@@ -235,8 +236,10 @@ def window(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         size == stride == 1 and tuple(pad) == (0, 0)
         for size, stride, pad in zip(p["window_dimensions"], p["window_strides"], p["padding"], strict=True)
     ]
-    walk.freeze(*(d for d, ok in zip(x.dims, trivial, strict=True) if not ok))
-    dims = [d if ok else _run(d) for d, ok in zip(x.dims, trivial, strict=True)]
+    walk.freeze(*(d for d, ok in zip(x.dims, trivial, strict=True) if not ok), why=RUNS_OVER)
+    dims = [
+        d if ok else walk.still(n, [d], why=RUNS_OVER) for d, ok, n in zip(x.dims, trivial, out_shape(eqn), strict=True)
+    ]
     zero = (False,) * len(dims) if eqn.primitive.name == "reduce_window" else x.zero
     return ins, [Label(out_shape(eqn), tuple(dims), zero)]
 
@@ -246,5 +249,5 @@ def window(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 def random(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """Random numbers are drawn at full size and sliced where they are used, so masks stay those of the full network."""
     for i in ins:
-        walk.freeze(*i.dims)
+        walk.freeze(*i.dims, why="random numbers are drawn from it")
     return ins, [fixed(aval_of(v).shape, FREE) for v in eqn.outvars]

@@ -1,0 +1,100 @@
+"""Rules of what mixes whole dimensions: decompositions, transforms, general reductions, products in ragged groups."""
+
+from __future__ import annotations
+
+from jax.extend import core
+
+from jaxcomp.structure.atoms import FREE, Label, fixed
+from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
+from jaxcomp.structure.rules.math import NOT_ZERO, varied
+from jaxcomp.trace.walk import aval_of, shape_of
+
+MIXED = "every index of the result is made from all of it"
+RAGGED = "it is cut into groups whose lengths are computed"
+MATRICES = """cholesky cholesky_update eig eigh geqp3 geqrf hessenberg householder_product lu ormqr qr schur svd
+symmetric_product triangular_solve tridiagonal"""
+
+
+@rule(*MATRICES.split())
+def decomposition(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """The last two dimensions of each operand are mixed; those before are batches."""
+    return _batched(walk, eqn, ins, len(ins[0].shape) - 2)
+
+
+@rule("tridiagonal_solve", "lu_pivots_to_permutation")
+def of_vectors(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """As a decomposition, where the first operand holds a vector for each matrix."""
+    return _batched(walk, eqn, ins, len(ins[0].shape) - 1)
+
+
+@rule("fft")
+def fft(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """The dimensions that are transformed are mixed."""
+    return _batched(walk, eqn, ins, len(ins[0].shape) - len(eqn.params["fft_lengths"]))
+
+
+def _batched(walk: Walk, eqn: core.JaxprEqn, ins: list[Label], batch: int) -> Result:
+    dims = [walk.join(*(i.dims[d] for i in ins)) for d in range(batch)]
+    rest = [d for i in ins for d in i.dims[batch:]]
+    walk.freeze(*rest, why=MIXED)
+    outs = []
+    for v in eqn.outvars:
+        shape = shape_of(v)
+        mixed = [walk.still(n, rest, why=MIXED) for n in shape[batch:]]
+        outs.append(Label(shape, (*map(varied, dims), *mixed), (False,) * len(shape)))
+    return [i.with_dims([*dims, *i.dims[batch:]]) for i in ins], outs
+
+
+@rule("reduce")
+def reduce(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """What any reduction runs over stays; the operands' other dimensions go together."""
+    axes, n = eqn.params["dimensions"], len(eqn.outvars)
+    dims = [walk.join(*(i.dims[d] for i in ins[:n])) for d in range(len(ins[0].shape))]
+    walk.freeze(*(dims[d] for d in axes), why=MIXED)
+    left = [d for d in range(len(dims)) if d not in axes]
+    out = Label(out_shape(eqn), tuple(varied(dims[d]) for d in left), (False,) * len(left))
+    return [*(i.with_dims(dims) for i in ins[:n]), *ins[n:]], [out] * n
+
+
+@rule("approx_top_k")
+def approx_top_k(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """What the largest are taken of stays."""
+    (x,), axis = ins, eqn.params["reduction_dimension"] % len(ins[0].shape)
+    walk.freeze(x.dims[axis], why=MIXED)
+    outs = []
+    for v in eqn.outvars:
+        shape = tuple(aval_of(v).shape)
+        dims = [walk.still(shape[d], [e], why=MIXED) if d == axis else varied(e) for d, e in enumerate(x.dims)]
+        outs.append(Label(shape, tuple(dims), (False,) * len(dims)))
+    return ins, outs
+
+
+@rule("ragged_dot_general")
+def ragged_dot(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """A dot of each group's rows with its own matrix: rows and groups stay, the others are a dot's."""
+    numbers, shape = eqn.params["ragged_dot_dimension_numbers"], out_shape(eqn)
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    (rows,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    left, right, *sizes = ins
+    if rows in (*lb, *lc) or lb:
+        return unknown(walk, eqn, ins)
+    walk.freeze(left.dims[rows], *(right.dims[g] for g in groups), why=RAGGED)
+    walk.freeze(*(d for s in sizes for d in s.dims), why=RAGGED)
+    ldims, rdims = list(left.dims), list(right.dims)
+    for i, j in zip(lc, rc, strict=True):
+        ldims[i] = rdims[j] = walk.join(left.dims[i], right.dims[j])
+        if not (left.zero_at(i) or right.zero_at(j)):
+            walk.freeze(ldims[i], why=NOT_ZERO)
+    lfree = [i for i in range(len(ldims)) if i not in lc]
+    rfree = [j for j in range(len(rdims)) if j not in (*rc, *groups)]
+    walk.count((*left.shape, *(right.shape[j] for j in rfree)), (*ldims, *(rdims[j] for j in rfree)))
+    dims = [*(ldims[i] for i in lfree), *(rdims[j] for j in rfree)]
+    zero = (*(left.zero_at(i) for i in lfree), *(right.zero_at(j) for j in rfree))
+    out = Label(shape, tuple(map(varied, dims)), zero, left.null or right.null)
+    return [left.with_dims(ldims), right.with_dims(rdims), *sizes], [out]
+
+
+@rule("empty", "platform_index", "create_token", "after_all")
+def from_nothing(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
+    """What is made of no array has no channels."""
+    return ins, [fixed(shape_of(v), FREE) for v in eqn.outvars]
