@@ -95,7 +95,7 @@ def analyze(fn: Fn, options: Options, params: Params, *args: PyTree, **kwargs: P
         outs,
         tuple(walk.products),
         tuple(walk.unknown),
-        (*walk.reasons, Reason((), "this call does not read it, or not all that goes with it")),
+        (*walk.reasons, Reason((), "this call does not read it")),
         _roots(walk, walk.positional),
         _roots(walk, walk.stacked),
     )

@@ -186,13 +186,18 @@ def channel_groups(
 
 
 def _kept(analysis: Analysis) -> Analysis:
-    """Makes what the call does not read stay: a call that does may need it, and nothing says with what it goes."""
-    jaxpr = analysis.program.jaxpr
+    """Makes what the call does not read stay: a call that does may need it. What goes with what is read goes."""
+    jaxpr, atoms = analysis.program.jaxpr, analysis.atoms
     live = read(jaxpr, analysis.walked, [every(v) for v in jaxpr.jaxpr.outvars])
-    for (path, dims), found in zip(analysis.dims.items(), live, strict=False):
+    needed, unread = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for dims, found in zip(analysis.dims.values(), live, strict=False):
         for axis, d in enumerate(dims):
             if isinstance(d, np.ndarray):
-                analysis.atoms.freeze(d if found is None else d[~found[axis]], len(analysis.reasons) - 1)
+                on = np.full(len(d), False) if found is None else found[axis]
+                needed.append(atoms.find(d[on]))
+                unread.append(d[~on])
+    alone = np.concatenate(unread)
+    atoms.freeze(alone[~np.isin(atoms.find(alone), np.concatenate(needed))], len(analysis.reasons) - 1)
     return analysis
 
 
