@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, matches, path_str
@@ -51,8 +50,8 @@ class Analysis:
     """A walked program.
 
     ``dims`` holds every parameter's dimensions by path, ``outs`` what the results become; ``reasons`` say why atoms
-    stay, by number, and the last why those do that are not read; ``positional`` are the sets of atoms whose place mattered, ``stacked`` those that a scan slices
-    layer by layer.
+    stay, by number, the last one why those do that are not read; ``positional`` are the sets of atoms whose place
+    mattered, ``stacked`` those that a scan slices layer by layer.
     """
 
     program: Program

@@ -66,7 +66,8 @@ def plan(
     if min_channels < 1:
         raise ValueError(f"plan: min_channels must be at least 1, got {min_channels}.")
     if not len(groups):
-        raise ValueError(f"plan: no channel can be removed: channel_groups froze every dimension:\n{groups!r}")
+        stays = "\n  ".join(map(repr, groups.frozen))
+        raise ValueError(f"plan: no channel can be removed: channel_groups froze every dimension:\n  {stays}")
     scores = (score or l2())(groups, params)
     _check_scores(groups, scores)
     ladder = _Ladder(groups, scores, scope, round_to, min_channels, _excluded(groups, params, exclude))

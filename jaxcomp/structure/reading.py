@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend import core
 from numpy.typing import NDArray
 
-from jaxcomp.structure.atoms import Label, arrays
+from jaxcomp.structure.atoms import Dim, Label, arrays
 from jaxcomp.structure.labelling import Step, Walked
 from jaxcomp.trace.nested import Closed, branches, call_body, scan_parts, while_parts
 from jaxcomp.trace.walk import shape_of
@@ -90,8 +90,8 @@ def _alive(outs: Sequence[Label], wanted: Sequence[Live | None]) -> tuple[NDArra
 
 
 def _operand(use: Label, known: NDArray[np.int64], needed: NDArray[np.int64]) -> Live:
-    live = []
-    for d, n in zip(use.dims, use.shape, strict=True):
-        passes = isinstance(d, np.ndarray) and np.isin(d, known).any()
-        live.append(np.isin(d, needed) if passes else np.full(n, True))
-    return tuple(live)
+    def of(d: Dim, n: int) -> NDArray[np.bool_]:
+        passes = isinstance(d, np.ndarray) and bool(np.isin(d, known).any())
+        return np.isin(d, needed) if isinstance(d, np.ndarray) and passes else np.full(n, True)
+
+    return tuple(map(of, use.dims, use.shape))

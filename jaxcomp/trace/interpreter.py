@@ -80,7 +80,7 @@ class Opened(NamedTuple):
 
 Reopen = Callable[["Evaluator", Opened], Outcome]
 """Runs an equation whose inner jaxprs are evaluated anew; see ``control_flow.reopen``."""
-INLINED = (frozenset(CALLS) - CUSTOM_RULE) | {"scan"}
+INLINED = (CALLS - CUSTOM_RULE) | {"scan"}
 
 
 class Evaluator:

@@ -53,8 +53,9 @@ def call_body(eqn: core.JaxprEqn) -> Closed | None:
     """The jaxpr that an equation runs once: of jit, remat, custom rules, calls, expansions; None for any other."""
     if eqn.primitive.name in EXPANDS:
         return _expansion(eqn.params["_prim"], tuple(v.aval for v in eqn.invars))
-    key = CALLS.get(eqn.primitive.name)
-    return closed(eqn.params[key]) if key in eqn.params else None
+    if eqn.primitive.name not in CALLS:
+        return None
+    return next((closed(eqn.params[key]) for key in ("jaxpr", "call_jaxpr") if key in eqn.params), None)
 
 
 @cache

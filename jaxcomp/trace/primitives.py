@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-"""Equations that run one inner jaxpr on exactly their operands, and the parameter that holds it."""
+CALLS = frozenset(
+    {
+        "jit",
+        "pjit",
+        "closed_call",
+        "composite",
+        "core_call",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+    }
+)
+"""Equations that run one inner jaxpr, their parameter ``jaxpr`` or ``call_jaxpr``, on exactly their operands."""
 EXPANDS = frozenset({"call_hi_primitive"})
 """Equations that are a program of other primitives, which their parameter ``_prim`` expands to."""
 JIT = frozenset({"jit", "pjit"})

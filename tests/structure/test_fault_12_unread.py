@@ -1,4 +1,4 @@
-"""Fault 12: what the traced call does not read stays, so that a call that does can run on what is left; with a reason."""
+"""Fault 12: what the traced call does not read stays, with a reason, so that a call that does read it can run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from jaxcomp.structure import channel_groups, check_shrink, mask, plan, shrink
+from tests.marks import quick
 from tests.structure.models import filled, normal, plain
 
 SHAPES = {"pos": (16, 8), "up": (8, 12), "down": (12, 8), "out": (8, 2)}
@@ -35,12 +36,16 @@ READERS = {
     "inside a branch": lambda p, x: lax.cond(
         x.sum() > 0, lambda: body(p, x, p["pos"][: len(x)]), lambda: body(p, x, p["pos"][: len(x)] * 2)
     ),
-    "inside a scan": lambda p, x: lax.scan(lambda c, _: (c + body(p, x, p["pos"][: len(x)]), None), jnp.zeros((len(x), 2)), None, 2)[0],
-    "inside a loop": lambda p, x: lax.fori_loop(0, 2, lambda i, c: c + body(p, x, p["pos"][: len(x)]), jnp.zeros((len(x), 2))),
+    "inside a scan": lambda p, x: lax.scan(
+        lambda c, _: (c + body(p, x, p["pos"][: len(x)]), None), jnp.zeros((len(x), 2)), None, 2
+    )[0],
+    "inside a loop": lambda p, x: lax.fori_loop(
+        0, 2, lambda i, c: c + body(p, x, p["pos"][: len(x)]), jnp.zeros((len(x), 2))
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", quick(READERS, "a slice", "known indices", "inside a checkpoint", "inside a loop"))
 def test_fault_12_rows_that_are_not_read_stay_and_longer_inputs_run(name):
     fn, params = READERS[name], plain(SHAPES)
     groups = channel_groups(fn)(params, normal(5, 8))

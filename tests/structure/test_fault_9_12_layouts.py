@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 
 from jaxcomp.structure import channel_groups, check_shrink, mask, plan, shrink
+from tests.marks import quick
 from tests.structure.models import attend, normal, plain
 from tests.structure.test_architectures import by_name, found
 
@@ -175,7 +176,11 @@ def test_fault_9_12_groups_are_those_of_a_reader(name):
     assert not groups.unknown
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+CUT = ("channels last", "decoder", "grouped rotary", "unpacked qkv", "special functions")
+SHRUNKEN = ("channels last", "grouped rotary", "unpacked stack", "tiled", "vit")
+
+
+@pytest.mark.parametrize("name", quick(LAYOUTS, *CUT))
 def test_fault_9_12_a_unit_cut_out_equals_a_unit_set_to_zero(name):
     """The sizes of the function's own lines come from its arrays, so it runs at either size."""
     case = LAYOUTS[name]
@@ -189,7 +194,7 @@ def test_fault_9_12_a_unit_cut_out_equals_a_unit_set_to_zero(name):
         np.testing.assert_allclose(case.fn(cut, case.x), case.fn(zeroed, case.x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, *SHRUNKEN))
 def test_fault_9_12_shrunken_equals_masked(name):
     case = LAYOUTS[name]
     params = plain(case.shapes)

@@ -34,6 +34,7 @@ def _applied(name, w):
         "select_n": lambda: lax.select(second > 0, w, second),
         "regularized_incomplete_beta": lambda: lax.betainc(second, second, w),
         "logistic": lambda: lax.logistic(w),
+        "polynomial": lambda: lax.polynomial(w, [0.5, second, 2.0]),
     }
     if name in special:
         return special[name]()
@@ -46,8 +47,10 @@ def _applied(name, w):
 NAMES = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf erf_inv erfc exp
 exp2 expm1 floor is_finite lgamma log log1p neg round rsqrt sign sin sinh sqrt square tan tanh"""
 UNARY = frozenset(NAMES.split())
+NEWER = frozenset({"log2", "one_minus_square", "polynomial"}) if hasattr(lax, "polynomial") else frozenset()
+UNARY |= NEWER - {"polynomial"}
 FLOATS = sorted(UNARY | BINARY.keys() | {
-    "integer_pow", "clamp", "select_n", "regularized_incomplete_beta", "logistic"
+    "integer_pow", "clamp", "select_n", "regularized_incomplete_beta", "logistic", *NEWER
 })  # fmt: skip
 
 
@@ -79,14 +82,22 @@ def _equations(jaxpr):
 
 
 def test_structure_has_a_rule_for_every_primitive_of_the_table() -> None:
-    known = primitives.ELEMENTWISE | primitives.COPIES | primitives.PASSES | primitives.CONTROL | set(primitives.CALLS)
-    assert known | primitives.RELAID | primitives.CUTS <= RULES.keys()
+    known = (
+        primitives.ELEMENTWISE
+        | primitives.COPIES
+        | primitives.PASSES
+        | primitives.CONTROL
+        | primitives.CALLS
+        | primitives.EXPANDS
+    )
+    assert known | primitives.RELAID | primitives.CUTS | primitives.JOINS <= RULES.keys()
 
 
 def test_each_elementwise_primitive_is_said_once() -> None:
     parts = (
         primitives.ZERO_FIRST, primitives.ZERO_ALL, primitives.ZERO_ANY, primitives.NOT_ZERO, primitives.COPIES,
-        primitives.PASSES, primitives.RELAID, primitives.CUTS, primitives.CONTROL, frozenset(primitives.CALLS),
+        primitives.PASSES, primitives.RELAID, primitives.CUTS, primitives.CONTROL, primitives.CALLS, primitives.EXPANDS,
+        primitives.JOINS,
     )  # fmt: skip
     names = [name for part in parts for name in part]
     assert len(names) == len(set(names))

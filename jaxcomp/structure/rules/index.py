@@ -99,7 +99,9 @@ def gather(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     return [x, index.with_dims(used)], [Label(tuple(shape), tuple(dims), tuple(zero), x.null)]
 
 
-@rule(*(f"scatter{kind}" for kind in ("", "-add", "_add", "-mul", "_mul", "-min", "_min", "-max", "_max")))
+@rule(
+    *(f"scatter{kind}" for kind in ("", "-add", "_add", "-sub", "_sub", "-mul", "_mul", "-min", "_min", "-max", "_max"))
+)
 def scatter(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """Dimensions written whole go together; those that are indexed stay."""
     x, index, updates = ins

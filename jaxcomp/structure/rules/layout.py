@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed, weakest
 from jaxcomp.structure.labelling import ONE, Result, Walk, out_shape, rule, unknown
-from jaxcomp.trace.walk import aval_of
+
 
 @rule("transpose")
 def transpose(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:

@@ -73,7 +73,7 @@ def approx_top_k(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 def ragged_dot(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """A dot of each group's rows with its own matrix: rows and groups stay, the others are a dot's."""
     numbers, shape = eqn.params["ragged_dot_dimension_numbers"], out_shape(eqn)
-    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    (lc, rc), (lb, _) = numbers.dot_dimension_numbers
     (rows,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     left, right, *sizes = ins
     if rows in (*lb, *lc) or lb:
@@ -94,7 +94,7 @@ def ragged_dot(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     return [left.with_dims(ldims), right.with_dims(rdims), *sizes], [out]
 
 
-@rule("empty", "platform_index", "create_token", "after_all")
+@rule("empty", "platform_index", "create_token", "after_all", "dce_sink", "debug_callback", "debug_print")
 def from_nothing(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
-    """What is made of no array has no channels."""
+    """What is made of no array has no channels; what gives nothing back, as a print, sees what is left of its own."""
     return ins, [fixed(shape_of(v), FREE) for v in eqn.outvars]
