@@ -11,7 +11,7 @@ from jax import lax
 from jaxcomp.structure import channel_groups, check_shrink, plan
 from tests.marks import quick
 from tests.structure.models import normal, plain
-from tests.structure.test_architectures import by_name, found
+from tests.structure.test_architectures import found
 
 
 @pytest.fixture(autouse=True)
