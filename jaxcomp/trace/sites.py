@@ -198,12 +198,12 @@ def _unique(op: Op, product: Product, weight: Operand | None, taken: dict[str, i
         base = f"{op.scope}/{product.kind}" if op.scope else product.kind
         count = taken[base] = taken.get(base, -1) + 1
         return f"{base}_{count}"
-    base = weight.leaf or _common(weight.params)
+    base = weight.leaf or common_path(weight.params)
     count = taken[base] = taken.get(base, -1) + 1
     return f"{base}#{count}" if count else base
 
 
-def _common(paths: tuple[str, ...]) -> str:
+def common_path(paths: tuple[str, ...]) -> str:
     """The path that all these begin with, or all of them."""
     if len(paths) == 1:
         return paths[0]
