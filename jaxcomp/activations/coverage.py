@@ -28,7 +28,7 @@ class Covered:
 
     Attributes:
       path: of the site, or of the scope of an operation that nothing can look into.
-      kind: "dot", "conv", "embed", or that operation's primitive.
+      kind: "dot", "ragged", "conv", "embed", or that operation's primitive.
       done: "integer" or "float8" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of
         a table of codes), "factored" or "fake, factored" (thin products), or "exact" (activations as they are; the
         weight as the tree has it).

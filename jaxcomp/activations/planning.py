@@ -98,7 +98,7 @@ def _check_groups(site: Site, act: ActSpec | None) -> None:
     if act is None or not isinstance(act.per, Groups):
         return
     inputs = [AxisRoles(site.operands[i].roles).inputs for i in site.activations]
-    if site.kind != "dot" or not all(inputs):
+    if site.kind not in ("dot", "ragged") or not all(inputs):
         raise ValueError(
             f"{OWNER}: {site.path!r} is a {site.kind}, and per={act.per!r} needs a dot that sums over an axis; take"
             " another rule for this site."

@@ -20,6 +20,7 @@ from jaxcomp.core.types import DType, Leaf
 from jaxcomp.factorization.leaves import Depthwise, FactorLeaf, LowRank, Separable, Tucker
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.walk import Value
 
 Labels = list[int]
@@ -148,10 +149,11 @@ class ThinOp(Op):
     @staticmethod
     def of(op: Op, note: Callable[[str], None], why: str) -> ThinOp:
         """The same equation in the same place."""
-        return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, note, why)
+        return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, op.rest, note, why)
 
     def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs the equation, on thin factors if one operand is some."""
+        values = (*values, *self.rest)
         thick = [i for i, v in enumerate(values) if isinstance(v, ThinFactors)]
         if len(thick) != 1:
             self.note(self.why or "it was multiplied out on the way, by an operation that factors cannot follow")
@@ -167,7 +169,12 @@ class ThinOp(Op):
 def thin_product(op: Op, index: int, values: Sequence[ThinValue]) -> jax.Array | str:
     """The result of a product whose operand ``index`` is factors, or why they must be multiplied out."""
     rules: dict[str, Callable[..., jax.Array | str]]
-    rules = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _lookup}
+    rules = {
+        "dot_general": _dot,
+        "ragged_dot_general": _ragged,
+        "conv_general_dilated": _conv,
+        "gather": _lookup,
+    }
     w = values[index]
     assert isinstance(w, ThinFactors)
     found = rules[op.name](
@@ -208,6 +215,30 @@ def _dot(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:
     middle = [a for a in dict.fromkeys([*x_axes, *first_axes]) if a not in gone]
     inner = _einsum(op, x, x_axes, w.cast(first), first_axes, middle).astype(x.dtype)
     return _einsum(op, inner, middle, w.cast(second), second_axes, out)
+
+
+def _ragged(op: Op, index: int, w: ThinFactors, x: jax.Array, sizes: jax.Array) -> jax.Array | str:
+    """Two ragged dots in the same groups."""
+    at, leaf = by_rows(op.eqn), w.leaf
+    shapes = [] if not isinstance(leaf, LowRank) else [leaf.stacked, leaf.row_axes, leaf.v.ndim]
+    if at is None or index != 1 or at.group != 0 or shapes != [1, 1, 3]:
+        return "a ragged dot needs a matrix of low rank for each group in front"
+    assert isinstance(leaf, LowRank)
+    by_rank = [(leaf.u, 1), (leaf.v, 2)]  # each factor, and its own axis; the other one is the rank
+    if w.own[at.right - 1] == 1:
+        by_rank.reverse()
+
+    def product(x: jax.Array, lhs: int, factor: jax.Array, rhs: int) -> jax.Array:
+        numbers = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((lhs,), (rhs,)), ((), ())),
+            lhs_ragged_dimensions=(1 - lhs,),
+            rhs_group_dimensions=(0,),
+        )
+        changed = {"ragged_dot_dimension_numbers": numbers}
+        return nested.bind(op.eqn, (x, w.cast(factor), sizes), changed)[0].astype(x.dtype)
+
+    (first, own), (second, other) = by_rank
+    return product(product(x, at.left, first, own), 1, second, 3 - other)
 
 
 def _conv(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:

@@ -15,6 +15,7 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.nested import Closed
 from jaxcomp.trace.places import Places, relaid, whole
 from jaxcomp.trace.primitives import AFFINE, ELEMENTWISE, RELAID, REMAT
+from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.sites import Site, common_path, sites_of
 from jaxcomp.trace.walk import Location, aval_of, shape_of
@@ -211,6 +212,9 @@ def _channels(op: Op, site: Site) -> tuple[tuple[int, int], ...]:
     assert weight is not None
     if site.kind == "conv":
         return ((p["dimension_numbers"].out_spec[1], p["dimension_numbers"].rhs_spec[0]),)
+    if site.kind == "ragged":
+        at = by_rows(op.eqn)
+        return () if at is None or weight != 1 else ((1, 3 - at.right - at.group),)
     _, batch = p["dimension_numbers"]
     free = [[i for i, r in enumerate(o.roles) if r == OUTPUT] for o in site.operands]
     first = len(batch[0]) + (len(free[0]) if weight == 1 else 0)

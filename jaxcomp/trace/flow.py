@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 from jax.extend import core
@@ -40,6 +41,7 @@ class Op:
       scope: the enclosing ``jax.named_scope`` names (Flax's module names), "/"-joined.
       loops: the loops around it, outermost first.
       inside: names of the primitives around it, outermost first ("jit", "custom_vjp_call", "while_cond", …).
+      rest: values of its last operands, where they are given already.
     """
 
     eqn: core.JaxprEqn
@@ -48,6 +50,7 @@ class Op:
     scope: str
     loops: tuple[Loop, ...]
     inside: tuple[str, ...]
+    rest: tuple[Value, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,7 +82,14 @@ class Op:
 
     def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs this equation on ``values``, with some of its parameters replaced; gives the list of its results."""
-        return nested.bind(self.eqn, values, params)
+        return nested.bind(self.eqn, (*values, *self.rest), params)
+
+    def given(self, *rest: Value) -> Self:
+        """The same equation with its last operands given: ``bind`` takes those before them.
+
+        So a product has two operands, also one that is told the sizes of its groups.
+        """
+        return replace(self, rest=rest)
 
 
 @dataclass(frozen=True)

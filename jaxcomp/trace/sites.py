@@ -58,12 +58,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Site:
-    """A dot, a convolution or an embedding lookup in its place.
+    """A dot, a ragged dot, a convolution or an embedding lookup in its place.
 
     Attributes:
       path: unique; the weight's leaf path (with "#1", "#2", … at its second and later uses), the longest common path
         of several leaves, or, between activations, the enclosing scope with the kind and a count: "attn/dot_0".
-      kind: "dot", "conv" or "embed".
+      kind: "dot", "ragged" (a mixture of experts: rows, each by the matrix of its group), "conv" or "embed".
       location: of the equation, the key of a claim.
       operands: both factors; of a lookup, the table alone.
       weight: which operand is the weight (the second if both are); None between activations.
