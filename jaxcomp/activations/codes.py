@@ -115,17 +115,21 @@ def moved(op: Op, value: Value, *rest: jax.Array) -> Sequence[Value]:
 
 
 def joined(op: Op, *values: Value) -> Sequence[Value]:
-    """The result of a concatenation, in codes where all of its operands are; each keeps its own scales."""
+    """The result of a concatenation or a stack, in codes where all operands are; each keeps its own scales."""
     boxes = [v for v in values if isinstance(v, Codes)]
     alike = len({(box.zero is None, box.dtype, box.codes.dtype) for box in boxes}) == 1
     if len(boxes) < len(values) or not alike:
         return op.bind(*(v.dense() if isinstance(v, Codes) else v for v in values))
-    axis = op.eqn.params["dimension"]
+    axis = op.eqn.params.get("dimension")  # a stack has none: its axis is new
+
+    def join(parts: list[jax.Array]) -> jax.Array:
+        return jnp.stack(parts, op.eqn.params["axis"]) if axis is None else lax.concatenate(parts, axis)
+
     wide = {i for i in range(boxes[0].codes.ndim) if i == axis or any(box.scale.shape[i] != 1 for box in boxes)}
     full = [_on_scales(box, partial(_filled, shape=box.codes.shape, axes=frozenset(wide))) for box in boxes]
-    zero = None if full[0].zero is None else lax.concatenate([box.zero for box in full if box.zero is not None], axis)
+    zero = None if full[0].zero is None else join([box.zero for box in full if box.zero is not None])
     (codes,) = op.bind(*(box.codes for box in full))
-    scale = lax.concatenate([box.scale for box in full], axis)
+    scale = join([box.scale for box in full])
     return [Codes(codes, scale, zero, boxes[0].dtype, max(box.reach for box in boxes))]
 
 
@@ -191,6 +195,11 @@ def _cut(op: Op, v: jax.Array, rest: tuple[jax.Array, ...]) -> list[jax.Array]:
             return [lax.rev(v, p["dimensions"])]
         case "split":
             return [v] * len(p["sizes"]) if p["axis"] in one else list(lax.split(v, p["sizes"], p["axis"]))
+        case "tile":
+            return [jnp.tile(v, [1 if i in one else times for i, times in enumerate(p["reps"])])]
+        case "unstack":
+            pieces = jnp.unstack(v, axis=p["axis"])
+            return list(pieces) * (len(op.eqn.outvars) if p["axis"] in one else 1)
         case "dynamic_slice":
             sizes = [1 if i in one else n for i, n in enumerate(p["slice_sizes"])]
             starts = [jnp.zeros_like(start) if i in one else start for i, start in enumerate(rest)]

@@ -29,6 +29,7 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.primitives import JOINS
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag
@@ -190,7 +191,7 @@ def _layout_claims(program: Program) -> dict[Location, Claim]:
             continue
         if op.name in LAYOUT and _is_exact(op.tags[0]):
             found[op.location] = Claim(partial(moved, op))
-        elif op.name == "concatenate" and all(map(_is_exact, op.tags)):
+        elif op.name in JOINS and all(map(_is_exact, op.tags)):
             found[op.location] = Claim(partial(joined, op))
     return found
 

@@ -16,6 +16,7 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.trace import nested
 from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.primitives import JOINS
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
 
@@ -102,5 +103,5 @@ def joins(program: Program, kept: Mapping[str, ThinFactors]) -> set[Location]:
     return {
         op.location
         for op in program.flow.ops
-        if op.name == "concatenate" and any(t.origin is not None and t.origin.path in kept for t in op.tags)
+        if op.name in JOINS and any(t.origin is not None and t.origin.path in kept for t in op.tags)
     }

@@ -32,8 +32,10 @@ SAME = COPIES | PASSES
 
 RELAID = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 """Every element of the operand is in the result."""
-CUTS = frozenset({"dynamic_slice", "rev", "slice", "split"})
-"""The results hold elements of the operand, each axis cut or turned round."""
+CUTS = frozenset({"dynamic_slice", "rev", "slice", "split", "tile", "unstack"})
+"""The results hold elements of the operand, each axis cut, turned round, taken apart or repeated."""
+JOINS = frozenset({"concatenate", "stack"})
+"""The result holds every element of all operands, side by side."""
 SUMS = frozenset({"add", "add_any"})
 """Sums of two."""
 AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})

@@ -45,6 +45,16 @@ def _rev(eqn: core.JaxprEqn, o: Origin) -> Origin:
     return o.sliced() if eqn.params["dimensions"] else o
 
 
+def _unstack(eqn: core.JaxprEqn, o: Origin) -> Origin:
+    return o.without((eqn.params["axis"],))
+
+
+def _tile(eqn: core.JaxprEqn, o: Origin) -> Origin:
+    """Repeating one index is a broadcast; of several, an axis runs over its leaf axis more than once."""
+    repeated = any(n > 1 < times for n, times in zip(shape_of(eqn.invars[0]), eqn.params["reps"], strict=True))
+    return o.sliced() if repeated else o
+
+
 MOVES: dict[str, Move] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -54,6 +64,8 @@ MOVES: dict[str, Move] = {
     "dynamic_slice": _part,
     "split": _part,
     "rev": _rev,
+    "tile": _tile,
+    "unstack": _unstack,
 }
 
 
