@@ -23,7 +23,7 @@ from jaxcomp.activations.thin_claims import (
     thin_products,
     thinned,
 )
-from jaxcomp.activations.thin_products import ThinFactors
+from jaxcomp.activations.thin_values import ThinFactors
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree

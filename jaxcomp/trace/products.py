@@ -141,6 +141,13 @@ def _lookup(eqn: core.JaxprEqn) -> Product | None:
     return None if len(table) < 2 or tuple(eqn.params["slice_sizes"]) != wanted else Product("embed", (roles,), 0)
 
 
+def is_row(eqn: core.JaxprEqn) -> bool:
+    """Whether a gather takes one index of some axes and all of the others, so that it is a slice."""
+    numbers, product = eqn.params["dimension_numbers"], _lookup(eqn)
+    alone = shape_of(eqn.invars[1]) == (len(numbers.start_index_map),) and not numbers.operand_batching_dims
+    return product is not None and alone and numbers.collapsed_slice_dims in ((), tuple(numbers.start_index_map))
+
+
 _READERS: dict[str, Callable[[core.JaxprEqn], Product | None]] = {
     "dot_general": _dot,
     "ragged_dot_general": _ragged,
