@@ -15,7 +15,7 @@ from jaxcomp.trace.chains import Chain, Step, Unfolded
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.fold_plan import Fold, Planned, plan_folds
 from jaxcomp.trace.interpreter import Aux, Claim, Emitted, Monoid, zeros
-from jaxcomp.trace.program import Program, is_array_like, trace
+from jaxcomp.trace.program import Program, is_array_like, shape_like, trace
 from jaxcomp.trace.walk import Fn, Location, Value
 
 
@@ -73,7 +73,7 @@ def fold_batch_norm(fn: Fn) -> Callable[..., FoldedFunction]:
         plan, left = plan_folds(program)
         leaves, tree = jax.tree.flatten(params)
         named = dict(zip(program.param_paths, (i for i, leaf in enumerate(leaves) if is_array_like(leaf)), strict=True))
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else leaf for leaf in leaves]
+        shapes = [shape_like(leaf) if is_array_like(leaf) else leaf for leaf in leaves]
         for f, coefficients in zip(plan, _coefficients(program, plan, params, args, kwargs), strict=True):
             kernel, scale, shift = named[f.chain.site.leaf or ""], *coefficients
             leaves[kernel] = (leaves[kernel] * _as_leaf(f.chain, scale)).astype(leaves[kernel].dtype)
@@ -216,8 +216,7 @@ def _shaped(params: Params, shapes: Params) -> Params:
     except ValueError as e:
         raise ValueError(f"fold_batch_norm: the folded function takes the folded parameters; {e}.") from e
     now = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else like
-        for leaf, like in zip(given, likes, strict=True)
+        shape_like(leaf) if is_array_like(leaf) else like for leaf, like in zip(given, likes, strict=True)
     ]
     return jax.tree.unflatten(tree, now)
 
