@@ -183,15 +183,13 @@ def _ragged(op: Op, a: Factor, b: Factor) -> jax.Array:
 
     def placed(v: jax.Array, side: int) -> jax.Array:
         """In the result's axes, rows and features; 0 for rows beyond the last group, whose products are 0."""
-        v = spread(v, factors[side].codes.shape)
         if side == 0:
             return v.reshape(-1, 1)
         full = jnp.broadcast_to(v, [b.codes.shape[i] if i == at.group else n for i, n in enumerate(v.shape)])
         by_group = jnp.moveaxis(full, (at.group, at.right), (0, 1))[:, 0]
         return jnp.take(by_group, group_of, 0, mode="fill", fill_value=0)
 
-    factors = a, b
-    return _rescaled(sums, factors, ((at.left,), (at.right,)), a.codes.shape[at.left], placed)
+    return _rescaled(sums, (a, b), ((at.left,), (at.right,)), a.codes.shape[at.left], placed)
 
 
 def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
@@ -254,7 +252,7 @@ def _rescaled(
     """Corrects for zero points and scales; ``placed(v, side)`` puts an operand's value in the result's axes."""
     a, b = factors
     scales = [placed(spread(f.scale, f.codes.shape), side) for side, f in enumerate(factors)]
-    zeros = [None if f.zero is None else placed(f.zero, side) for side, f in enumerate(factors)]
+    zeros = [None if f.zero is None else placed(_spread_zero(f), side) for side, f in enumerate(factors)]
     if zeros[0] is not None:
         sums = sums - zeros[0] * placed(_total(b.codes, summed[1]), 1)
     if zeros[1] is not None:
@@ -262,6 +260,12 @@ def _rescaled(
     if zeros[0] is not None and zeros[1] is not None:
         sums = sums + n * zeros[0] * zeros[1]
     return sums.astype(scales[0].dtype) * (scales[0] * scales[1])
+
+
+def _spread_zero(f: Factor) -> jax.Array:
+    """The zero points, each over its block."""
+    assert f.zero is not None
+    return spread(f.zero.astype(jnp.float32), f.codes.shape).astype(f.zero.dtype)
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:

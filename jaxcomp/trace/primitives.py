@@ -18,7 +18,22 @@ REMAT = frozenset({"remat2", "checkpoint"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 CONTROL = frozenset({"scan", "while", "cond"})
 """Equations that run inner jaxprs several times, or one of several."""
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "gather", "pallas_call"})
+SEALED = frozenset({"shard_map"})
+"""Equations whose inner jaxpr is read, and never rewritten."""
+UNREAD = {
+    **dict.fromkeys(
+        ("pallas_call", "cudnn_fusion", "ffi_call", "pure_callback", "io_callback", "call_exported", "mpmd_map"),
+        "nothing can look into it",
+    ),
+    **dict.fromkeys(
+        """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
+        dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper triangular_solve tridiagonal_solve
+        symmetric_product cholesky_update householder_product ormqr""".split(),
+        "no rule reads what it multiplies",
+    ),
+}
+"""Equations that multiply, or call what may, and that nothing here reads; and why."""
+HEAVY = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated", "gather", *UNREAD})
 
 UNCHANGED = frozenset({"copy", "copy_p", "name", "stop_gradient"})
 """The result is the operand."""

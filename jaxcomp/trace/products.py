@@ -135,17 +135,18 @@ def _placed(rank: int, spec: Sequence[int], first_two: tuple[str, str]) -> tuple
 def _lookup(eqn: core.JaxprEqn) -> Product | None:
     """A gather that takes whole rows of a table; rows may be numbered by several axes, as relative positions are."""
     table, numbers = shape_of(eqn.invars[0]), eqn.params["dimension_numbers"]
-    rows, tables = numbers.start_index_map, numbers.operand_batching_dims
+    sizes, tables = eqn.params["slice_sizes"], numbers.operand_batching_dims
+    rows = [i for i in numbers.start_index_map if sizes[i] == 1]
     roles = tuple(INDEXED if i in rows else BATCH if i in tables else OUTPUT for i in range(len(table)))
     wanted = tuple(n if role == OUTPUT else 1 for n, role in zip(table, roles, strict=True))
-    return None if len(table) < 2 or tuple(eqn.params["slice_sizes"]) != wanted else Product("embed", (roles,), 0)
+    return Product("embed", (roles,), 0) if len(table) > 1 and rows and tuple(sizes) == wanted else None
 
 
 def is_row(eqn: core.JaxprEqn) -> bool:
     """Whether a gather takes one index of some axes and all of the others, so that it is a slice."""
-    numbers, product = eqn.params["dimension_numbers"], _lookup(eqn)
+    numbers = eqn.params["dimension_numbers"]
     alone = shape_of(eqn.invars[1]) == (len(numbers.start_index_map),) and not numbers.operand_batching_dims
-    return product is not None and alone and numbers.collapsed_slice_dims in ((), tuple(numbers.start_index_map))
+    return alone and _lookup(eqn) is not None
 
 
 _READERS: dict[str, Callable[[core.JaxprEqn], Product | None]] = {

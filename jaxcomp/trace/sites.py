@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import UNREAD
 from jaxcomp.trace.products import Product, leaf_roles, product_of
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.tags import Tag
@@ -69,7 +71,8 @@ class Site:
       weight: which operand is the weight (the second if both are); None between activations.
       out_shape, out_dtype: of one step's result.
       macs: multiply-accumulates of one run of the function, all scan steps together.
-      steps: how often a run of the function comes here; a ``while`` of unknown length counts once.
+      steps: how often a run of the function comes here, on all devices of a ``shard_map`` together; a ``while`` of
+        unknown length counts once.
       layer_steps: lengths of the scans over stacked parameters around it.
       groups: feature groups of a convolution.
       scope: the enclosing names.
@@ -146,6 +149,25 @@ def sites_of(program: Program) -> tuple[Site, ...]:
         if product is not None and _belongs(op, product):
             result.append(_site(op, product, taken))
     return tuple(result)
+
+
+class Unread(NamedTuple):
+    """An equation that is no site and may multiply: its ``path`` (a leaf's, or its scope), its primitive, and why."""
+
+    path: str
+    primitive: str
+    why: str
+
+
+def unread(program: Program) -> tuple[Unread, ...]:
+    """What multiplies or looks up parameters, or may, and is no site: no rule reads it, or nothing can look into it."""
+    found = []
+    for op in program.flow.ops:
+        if op.opaque:
+            found.append(Unread(op.scope, op.name, UNREAD.get(op.name, "nothing can look into it")))
+        elif op.name == "gather" and product_of(op.eqn) is None and op.tags[0].is_weight:
+            found.append(Unread(common_path(tuple(sorted(op.tags[0].params))), op.name, "it takes no whole rows"))
+    return tuple(found)
 
 
 def _belongs(op: Op, product: Product) -> bool:
