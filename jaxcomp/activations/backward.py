@@ -33,7 +33,7 @@ Operands = tuple[Value, ...]
 Ranges = dict[int, Range]
 Pair = tuple[Factor, Factor]
 Kept = tuple[Callable[[tuple[jax.Array, jax.Array]], tuple[PyTree, PyTree]], Key | None, Pair, Operands]
-"""What waits for the backward pass of a product on codes: how operands' gradients are pulled back, the codes, the rest."""
+"""What waits for the backward pass of a product on codes: how operands' gradients are pulled back, codes, the rest."""
 Drawn = tuple[Key | None, jax.Array, jax.Array, Operands]
 """What waits for that of a product of values: the key, the two values, and the operands after them."""
 Values = tuple[jax.Array, jax.Array, jax.Array]
@@ -107,7 +107,7 @@ def integer_product_with_gradient(
 
 
 def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Key | None, jax.Array, jax.Array, Operands], jax.Array]:
-    """``product(key, a, b, rest)``: the equation's result, whose gradients in ``a`` and ``b`` are products of rounded codes.
+    """``product(key, a, b, rest)``: the equation's result, whose gradients in ``a`` and ``b`` are products of codes.
 
     Only reverse-mode differentiation goes through it.
     """

@@ -53,7 +53,7 @@ class ThinOp(Op):
             self.note(found)
             return nested.bind(self.eqn, [v.dense() if isinstance(v, ThinFactors) else v for v in values], params)
         self.note("")
-        return [found]
+        return [cast(jax.Array, found)]  # or factors, of a row in front of a matrix
 
 
 def thin_product(op: Op, index: int, values: Sequence[ThinValue]) -> ThinValue | str:

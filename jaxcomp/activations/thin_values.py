@@ -17,6 +17,7 @@ from jaxcomp.factorization.leaves import FactorLeaf, LowRank
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import is_row
 
+
 @partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["order", "dtype"])
 @dataclass(frozen=True)
 class ThinFactors:
@@ -150,12 +151,16 @@ Cut = Callable[[jax.Array, int], jax.Array]
 """Takes a part along one axis of an array."""
 
 
+def _along(take: Cut, axis: int, x: jax.Array) -> jax.Array:
+    return take(x, axis)
+
+
 def cut(value: ThinFactors, cuts: Mapping[int, Cut]) -> ThinFactors | None:
     """A part of the value: each of ``cuts``, by the value's axis, is made in every factor that has the axis."""
     for axis, take in cuts.items():
         at, leaf = value.leaf_axis(axis), value.leaf
         if at < leaf.stacked:
-            value = replace(value, leaf=leaf.mapped(lambda x, take=take, at=at: take(x, at)))
+            value = replace(value, leaf=leaf.mapped(partial(_along, take, at)))
         elif isinstance(leaf, LowRank):
             u, v = value.placed(at)
             new = {"u": leaf.u if u is None else take(leaf.u, u), "v": leaf.v if v is None else take(leaf.v, v)}
@@ -190,8 +195,8 @@ def _taken(op: Op, value: ThinFactors, rest: Sequence[jax.Array]) -> list[ThinFa
 
             return [cut(value, {i: from_start(start, sizes[i]) for i, start in starts.items()})]
     strides = p["strides"] or (1,) * len(shape)
-    ends = zip(p["start_indices"], p["limit_indices"], strides, shape, strict=True)
-    return [cut(value, {i: part(b, e, step) for i, (b, e, step, n) in enumerate(ends) if (b, e, step) != (0, n, 1)})]
+    along = zip(p["start_indices"], p["limit_indices"], strides, shape, strict=True)
+    return [cut(value, {i: part(b, e, step) for i, (b, e, step, n) in enumerate(along) if (b, e, step) != (0, n, 1)})]
 
 
 def row_of(op: Op, value: ThinFactors, index: jax.Array) -> ThinFactors | None:

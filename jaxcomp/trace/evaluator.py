@@ -51,7 +51,7 @@ from jaxcomp.trace.walk import Fn, Location, Value
 
 
 def claims_of(program: Program, handler: Handler) -> dict[Location, Claim]:
-    """The claims that ``handler`` makes on the equations of ``program``; of those in a ``shard_map`` it is not asked."""
+    """The claims that ``handler`` makes on the equations of ``program``; of those in a shard_map it is not asked."""
     within = [op for op in program.flow.ops if SEALED.isdisjoint(op.inside)]
     return {op.location: claim for op in within if (claim := handler(op)) is not None}
 

@@ -215,9 +215,7 @@ def _shaped(params: Params, shapes: Params) -> Params:
         given = tree.flatten_up_to(params)
     except ValueError as e:
         raise ValueError(f"fold_batch_norm: the folded function takes the folded parameters; {e}.") from e
-    now = [
-        shape_like(leaf) if is_array_like(leaf) else like for leaf, like in zip(given, likes, strict=True)
-    ]
+    now = [shape_like(leaf) if is_array_like(leaf) else like for leaf, like in zip(given, likes, strict=True)]
     return jax.tree.unflatten(tree, now)
 
 

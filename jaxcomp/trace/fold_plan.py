@@ -50,10 +50,8 @@ def plan_folds(program: Program) -> tuple[tuple[Planned, ...], tuple[Unfolded, .
 
 
 def _homeless(chain: Chain) -> str:
-    return (
-        f"its bias of shape {chain.shape} has no home: none of {some_paths(sorted(chain.params)) or 'no leaves'} has its"
-        " size and serves this product alone"
-    )
+    leaves = some_paths(sorted(chain.params)) or "no leaves"
+    return f"its bias of shape {chain.shape} has no home: none of {leaves} has its size and serves this product alone"
 
 
 def _assigned(chains: Sequence[Chain], uses: dict[str, list[Location]], shapes: dict[str, Shape]) -> list[Planned]:

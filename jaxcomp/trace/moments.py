@@ -181,7 +181,8 @@ def _squares(site: Site, op: Op) -> Observer:
     operand = site.activations[0]
     axis = site.operands[operand].roles.index(CONTRACTED)
     batch = [] if site.kind == "conv" else [j for _, j in _paired(site, op)[0] if j is not None]
-    groups = site.operands[site.weight or 0].shape[by_rows(op.eqn).group] if site.kind == "ragged" else 0
+    at = by_rows(op.eqn) if site.kind == "ragged" else None
+    groups = 0 if at is None else site.operands[1].shape[at.group]
 
     def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
         x = values[operand].astype(jnp.float32)

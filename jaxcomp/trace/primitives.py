@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+
+def _named(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -26,9 +31,11 @@ UNREAD = {
         "nothing can look into it",
     ),
     **dict.fromkeys(
-        """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
-        dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper triangular_solve tridiagonal_solve
-        symmetric_product cholesky_update householder_product ormqr""".split(),
+        _named(
+            """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
+            dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper triangular_solve tridiagonal_solve
+            symmetric_product cholesky_update householder_product ormqr"""
+        ),
         "no rule reads what it multiplies",
     ),
 }
@@ -55,10 +62,6 @@ SUMS = frozenset({"add", "add_any"})
 """Sums of two."""
 AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
 """Affine in each operand, of a quotient's the first."""
-
-
-def _named(names: str) -> frozenset[str]:
-    return frozenset(names.split())
 
 
 ZERO_FIRST = _named(

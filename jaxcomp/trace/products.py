@@ -14,7 +14,6 @@ from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, OUTPUT, SINGLE
 from jaxcomp.trace.tags import Origin
 from jaxcomp.trace.walk import shape_of
 
-
 DotNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 """The axes that a dot sums over and those that its operands share, of the left and of the right."""
 

@@ -24,7 +24,9 @@ def check(fn, params, x, *, tolerance=1e-5):
     folded = fold_batch_norm(fn)(params, x)
     expected = eqx.filter_jit(fn)(params, x)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    chex.assert_trees_all_close(eqx.filter_jit(folded.fn)(folded.params, x), expected, rtol=tolerance, atol=tolerance * scale)
+    chex.assert_trees_all_close(
+        eqx.filter_jit(folded.fn)(folded.params, x), expected, rtol=tolerance, atol=tolerance * scale
+    )
     return folded
 
 

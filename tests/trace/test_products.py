@@ -171,7 +171,6 @@ def by_callback(p, x):
     return jax.pure_callback(np.matmul, jax.ShapeDtypeStruct((2, 4), jnp.float32), x, p["w"])
 
 
-
 def by_solve(p, x):
     return jax.scipy.linalg.solve_triangular(p["w"], x.T, lower=True)
 
