@@ -32,9 +32,9 @@ UNREAD = {
     ),
     **dict.fromkeys(
         _named(
-            """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
-            dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper triangular_solve tridiagonal_solve
-            symmetric_product cholesky_update householder_product ormqr"""
+            """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd
+            dot_product_attention_fwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
+            triangular_solve tridiagonal_solve symmetric_product cholesky_update householder_product ormqr"""
         ),
         "no rule reads what it multiplies",
     ),
