@@ -32,10 +32,10 @@ _NOISE_BITS = 16
 Operands = tuple[Value, ...]
 Ranges = dict[int, Range]
 Pair = tuple[Factor, Factor]
-Kept = tuple[Callable[[tuple[jax.Array, jax.Array]], tuple[PyTree, PyTree]], Key | None, Pair]
-"""What waits for the backward pass of a product on codes: how operands' gradients are pulled back, and the codes."""
-Drawn = tuple[Key | None, jax.Array, jax.Array]
-"""What waits for that of a product of values: the key and the two values."""
+Kept = tuple[Callable[[tuple[jax.Array, jax.Array]], tuple[PyTree, PyTree]], Key | None, Pair, Operands]
+"""What waits for the backward pass of a product on codes: how operands' gradients are pulled back, codes, the rest."""
+Drawn = tuple[Key | None, jax.Array, jax.Array, Operands]
+"""What waits for that of a product of values: the key, the two values, and the operands after them."""
 Values = tuple[jax.Array, jax.Array, jax.Array]
 """Both operands of a product, and the gradient of its result."""
 
@@ -85,43 +85,43 @@ def integer_product_with_gradient(
       spec: how the gradient is rounded, if at all.
       rounded: gives the two values from ``(operands, ranges)``, and with them the gradient in both.
     """
-    dtypes = [operand.dtype for operand in operands_of(op)]
+    dtypes = [operand.dtype for operand in operands_of(op)[:2]]
 
     @jax.custom_vjp
     def product(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> jax.Array:
-        return integer_product(op, *factors)
+        return integer_product(op.given(*operands[2:]), *factors)
 
     def forward(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> tuple[jax.Array, Kept]:
         _, pull = jax.vjp(rounded, operands, ranges)
-        return integer_product(op, *factors), (pull, key, factors)
+        return integer_product(op.given(*operands[2:]), *factors), (pull, key, factors, operands[2:])
 
     def backward(kept: Kept, g: jax.Array) -> tuple[PyTree, PyTree, None, None]:
-        pull, key, factors = kept
+        pull, key, factors, rest = kept
         # Or XLA makes the values while it goes forward, and all of them wait.
         factors, g = jax.lax.optimization_barrier((factors, g))
         a, b = (f.value().astype(dtype) for f, dtype in zip(factors, dtypes, strict=True))
-        return *pull(_both(op, (a, b, g), Gradients(spec, key))), None, None
+        return *pull(_both(op.given(*rest), (a, b, g), Gradients(spec, key))), None, None
 
     product.defvjp(forward, backward)
     return product
 
 
-def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Key | None, jax.Array, jax.Array], jax.Array]:
-    """``product(key, a, b)``: the equation's result, whose gradients in ``a`` and ``b`` are products of rounded codes.
+def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Key | None, jax.Array, jax.Array, Operands], jax.Array]:
+    """``product(key, a, b, rest)``: the equation's result, whose gradients in ``a`` and ``b`` are products of codes.
 
     Only reverse-mode differentiation goes through it.
     """
 
     @jax.custom_vjp
-    def product(key: Key | None, a: jax.Array, b: jax.Array) -> jax.Array:
-        return op.bind(a, b)[0]
+    def product(key: Key | None, a: jax.Array, b: jax.Array, rest: Operands) -> jax.Array:
+        return op.bind(a, b, *rest)[0]
 
-    def forward(key: Key | None, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Drawn]:
-        return op.bind(a, b)[0], (key, a, b)
+    def forward(key: Key | None, a: jax.Array, b: jax.Array, rest: Operands) -> tuple[jax.Array, Drawn]:
+        return op.bind(a, b, *rest)[0], (key, a, b, rest)
 
-    def backward(kept: Drawn, g: jax.Array) -> tuple[None, jax.Array, jax.Array]:
-        key, a, b = kept
-        return None, *_both(op, (a, b, g), Gradients(spec, key))
+    def backward(kept: Drawn, g: jax.Array) -> tuple[None, jax.Array, jax.Array, None]:
+        key, a, b, rest = kept
+        return None, *_both(op.given(*rest), (a, b, g), Gradients(spec, key)), None
 
     product.defvjp(forward, backward)
     return product
@@ -169,7 +169,7 @@ def _pulled(op: Op, index: int, values: Values, how: Gradients) -> jax.Array:
 
 def _product(op: Op, spec: Backward, key: Key | None, *values: jax.Array) -> list[jax.Array]:
     """A dot or convolution of two values on codes."""
-    product = product_of(op.eqn)
+    product, op, values = product_of(op.eqn), op.given(*values[2:]), values[:2]
     assert product is not None
     keys = [None, None] if key is None else list(jax.random.split(key))
     a, b = (_rounded(x, roles, Gradients(spec, k)) for x, roles, k in zip(values, product.roles, keys, strict=True))

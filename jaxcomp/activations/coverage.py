@@ -11,15 +11,16 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.demands import Seen, put
 from jaxcomp.activations.execution import Mode
-from jaxcomp.activations.function import Call
-from jaxcomp.activations.planning import Planned, Rules
+from jaxcomp.activations.function import Call, shapes_of
+from jaxcomp.activations.planning import Planned, Rules, assigned
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.trace.program import is_array_like
+from jaxcomp.trace.program import is_array_like, trace
 from jaxcomp.trace.ranges import Range
+from jaxcomp.trace.sites import sites_of, unread
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Covered:
     """What is done at one site.
 
     Attributes:
-      path: of the site, or of the scope of an operation that nothing can look into.
-      kind: "dot", "conv", "embed", or that operation's primitive.
+      path: of the site, or of the scope of an operation that nothing can look into, or that no rule reads.
+      kind: "dot", "ragged", "conv", "embed", or that operation's primitive.
       done: "integer" or "float8" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of
         a table of codes), "factored" or "fake, factored" (thin products), or "exact" (activations as they are; the
         weight as the tree has it).
@@ -81,13 +82,15 @@ def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) 
 
     @wraps(fn)
     def covered(params: Params, *args: PyTree, **kwargs: PyTree) -> Coverage:
-        call = Call.of(fn, rules, params, args, kwargs)
+        program = trace(fn, shapes_of(params), *args, **kwargs)
+        others = [Covered(path, name, "exact", "", "", why) for path, name, why in unread(program)]
+        if others and not sites_of(program):
+            return Coverage(tuple(others))  # no rule could match
+        call = Call(program, assigned(program, rules), params, args, kwargs)
         seen = _seen(call, integer)
         leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
         rows = [_covered(p, seen, leaves) for p in call.planned]
-        why = "nothing can look into it"
-        opaque = [Covered(op.scope, op.name, "exact", "", "", why) for op in call.program.flow.ops if op.opaque]
-        return Coverage((*rows, *opaque))
+        return Coverage((*rows, *others))
 
     return covered
 

@@ -77,7 +77,7 @@ def _lookup(planned: Planned, record: Record) -> Callable[..., list[jax.Array]]:
 
 @dataclass(frozen=True)
 class _Product:
-    """A dot or convolution whose activations are quantized."""
+    """A product whose activations are quantized; operands after the first two (sizes of groups) stay as they are."""
 
     planned: Planned
     act: ActSpec
@@ -95,11 +95,12 @@ class _Product:
             why = pair
         self.around.record(path, "fake", why)
         x, y = self.rounded(values, side.ranges)
-        return op.bind(x, y) if spec is None else [with_rounded_gradient(op, spec)(side.key, x, y)]
+        rest = values[2:]
+        return op.bind(x, y, *rest) if spec is None else [with_rounded_gradient(op, spec)(side.key, x, y, rest)]
 
     def factors(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[Factor, Factor] | Why:
         """Both operands in codes, or why the product cannot be run on them."""
-        a, b = (self.factor(i, value, ranges.get(i)) for i, value in enumerate(values))
+        a, b = (self.factor(i, value, ranges.get(i)) for i, value in enumerate(values[:2]))
         if isinstance(a, Why):
             return a
         if isinstance(b, Why):
@@ -129,7 +130,7 @@ class _Product:
 
     def rounded(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[jax.Array, jax.Array]:
         """The operands as the float product takes them."""
-        x, y = (self._rounded(i, value, ranges.get(i)) for i, value in enumerate(values))
+        x, y = (self._rounded(i, value, ranges.get(i)) for i, value in enumerate(values[:2]))
         return x, y
 
     def _rounded(self, index: int, value: Value, given: Range | None) -> jax.Array:

@@ -23,7 +23,7 @@ from jaxcomp.activations.thin_claims import (
     thin_products,
     thinned,
 )
-from jaxcomp.activations.thin_products import ThinFactors
+from jaxcomp.activations.thin_values import ThinFactors
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
@@ -125,7 +125,7 @@ class Call:
         kwargs: dict[str, PyTree],
     ) -> Call:
         """Traces the function and reads the rules."""
-        program = trace(fn, _shapes_of(params), *args, **kwargs)
+        program = trace(fn, shapes_of(params), *args, **kwargs)
         return cls(program, assigned(program, rules), params, args, kwargs)
 
     def run(self, ranges: Mapping[str, Range], mode: Mode, record: Record) -> PyTree:
@@ -146,7 +146,7 @@ class Call:
         return evaluate(program, claims, values, to_array=_dense).out
 
 
-def _shapes_of(params: Params) -> Params:
+def shapes_of(params: Params) -> Params:
     """The tree with a shape in the place of each compressed leaf."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x, params, is_leaf=is_compressed

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxcomp.activations.reasons import (
     GROUPED_BATCH,
     LARGE_SUM,
     MIXED_KINDS,
+    RAGGED,
     SHIFTED_KERNEL,
     Why,
     short_blocks,
@@ -24,6 +26,7 @@ from jaxcomp.activations.reasons import (
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import dequantize, spread
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
@@ -64,6 +67,8 @@ def refusal(op: Op, a: Factor, b: Factor) -> Why | None:
         return LARGE_SUM
     if op.name == "dot_general":
         return _blocks_refusal(a, b, pairs)
+    if op.name == "ragged_dot_general":
+        return _ragged_refusal(op, a, b)
     if any(max(a.scale.shape[i], b.scale.shape[j]) > 1 for i, j in pairs):
         return CUT_WINDOW
     if op.eqn.params["batch_group_count"] != 1:
@@ -90,8 +95,8 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
 
     ``Σ (a - za) sa (b - zb) sb == sa sb (Σ a b - za Σ b - zb Σ a + n za zb)``, all in int32 up to the rescale.
     """
-    product = _dot if op.name == "dot_general" else _conv
-    return product(op, a, b).astype(result_of(op).dtype)
+    products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": _conv}
+    return products[op.name](op, a, b).astype(result_of(op).dtype)
 
 
 def _sum_type(a: Factor) -> DType:
@@ -100,8 +105,8 @@ def _sum_type(a: Factor) -> DType:
 
 def _summed(op: Op) -> list[tuple[int, int]]:
     """The pairs of axes that are summed over."""
-    if op.name == "dot_general":
-        (lhs, rhs), _ = op.eqn.params["dimension_numbers"]
+    if op.name != "conv_general_dilated":
+        (lhs, rhs), _ = dot_numbers(op.eqn)
         return list(zip(lhs, rhs, strict=True))
     numbers = op.eqn.params["dimension_numbers"]
     return list(zip(numbers.lhs_spec[1:], numbers.rhs_spec[1:], strict=True))
@@ -158,6 +163,33 @@ def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]
 
     zero = None if f.zero is None else split(f.zero)
     return Factor(f.codes.reshape(shape), split(f.scale), zero, f.reach), places
+
+
+def _ragged_refusal(op: Op, a: Factor, b: Factor) -> Why | None:
+    """Why a ragged dot does not run on codes."""
+    at = by_rows(op.eqn)
+    if at is None:
+        return RAGGED
+    count, length = max(a.scale.shape[at.left], b.scale.shape[at.right]), a.codes.shape[at.left]
+    return short_blocks(length, count, length) if count > 1 else None
+
+
+def _ragged(op: Op, a: Factor, b: Factor) -> jax.Array:
+    """What belongs to a group, as the weight's scale and the sums over its codes do, is taken for each of its rows."""
+    at, sizes = by_rows(op.eqn), cast(jax.Array, op.rest[0])
+    assert at is not None
+    (sums,) = op.bind(a.codes, b.codes, preferred_element_type=_sum_type(a))
+    group_of = groups_of(sizes, a.codes.shape[1 - at.left])
+
+    def placed(v: jax.Array, side: int) -> jax.Array:
+        """In the result's axes, rows and features; 0 for rows beyond the last group, whose products are 0."""
+        if side == 0:
+            return v.reshape(-1, 1)
+        full = jnp.broadcast_to(v, [b.codes.shape[i] if i == at.group else n for i, n in enumerate(v.shape)])
+        by_group = jnp.moveaxis(full, (at.group, at.right), (0, 1))[:, 0]
+        return jnp.take(by_group, group_of, 0, mode="fill", fill_value=0)
+
+    return _rescaled(sums, (a, b), ((at.left,), (at.right,)), a.codes.shape[at.left], placed)
 
 
 def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
@@ -220,7 +252,7 @@ def _rescaled(
     """Corrects for zero points and scales; ``placed(v, side)`` puts an operand's value in the result's axes."""
     a, b = factors
     scales = [placed(spread(f.scale, f.codes.shape), side) for side, f in enumerate(factors)]
-    zeros = [None if f.zero is None else placed(f.zero, side) for side, f in enumerate(factors)]
+    zeros = [None if f.zero is None else placed(_spread_zero(f), side) for side, f in enumerate(factors)]
     if zeros[0] is not None:
         sums = sums - zeros[0] * placed(_total(b.codes, summed[1]), 1)
     if zeros[1] is not None:
@@ -228,6 +260,12 @@ def _rescaled(
     if zeros[0] is not None and zeros[1] is not None:
         sums = sums + n * zeros[0] * zeros[1]
     return sums.astype(scales[0].dtype) * (scales[0] * scales[1])
+
+
+def _spread_zero(f: Factor) -> jax.Array:
+    """The zero points, each over its block."""
+    assert f.zero is not None
+    return spread(f.zero.astype(jnp.float32), f.codes.shape).astype(f.zero.dtype)
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -16,16 +16,16 @@ from jaxcomp.core.paths import Where, describe, first_matches, some_paths
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.primitives import CUSTOM_RULE
+from jaxcomp.trace.primitives import CUSTOM_RULE, SEALED
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.ranges import Range, min_max
-from jaxcomp.trace.sites import Site, sites_of
+from jaxcomp.trace.sites import Site, sites_of, unread
 
 Rules = Mapping[Where, ActSpec | None]
 """An ordered table from sites, by path or as a predicate of ``(path, site)``, to what their activations are."""
 
 OWNER = "quantize_function"
-BARRED = CUSTOM_RULE | {"while_cond"}
+BARRED = CUSTOM_RULE | SEALED | {"while_cond"}
 """Equations inside of which nothing is rewritten."""
 
 
@@ -70,6 +70,12 @@ def assigned(program: Program, rules: Rules) -> tuple[Planned, ...]:
             raise TypeError(f"{OWNER}: rule {describe(where)} must ask for an Act, a Float8 or None, got {act!r}.")
     every = sites_of(program)
     ops = {op.location: op for op in program.flow.ops}
+    if rules and not every:
+        hidden = [f"{name} ({why})" for _, name, why in unread(program)]
+        raise ValueError(
+            f"{OWNER}: no rule can match, for the function has no site; {', '.join(hidden) or 'it multiplies nothing'}."
+            " Give no rules, or another function."
+        )
     firsts = first_matches(rules, [(site.path, site) for site in every], owner=OWNER, things="sites")
     planned = []
     for site, first in zip(every, firsts, strict=True):
@@ -98,7 +104,7 @@ def _check_groups(site: Site, act: ActSpec | None) -> None:
     if act is None or not isinstance(act.per, Groups):
         return
     inputs = [AxisRoles(site.operands[i].roles).inputs for i in site.activations]
-    if site.kind != "dot" or not all(inputs):
+    if site.kind not in ("dot", "ragged") or not all(inputs):
         raise ValueError(
             f"{OWNER}: {site.path!r} is a {site.kind}, and per={act.per!r} needs a dot that sums over an axis; take"
             " another rule for this site."

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from jaxcomp.activations.codes import LAYOUT
 from jaxcomp.activations.planning import BARRED, Planned
 from jaxcomp.activations.reasons import IN_FLOAT, OF_FACTORS, Record, Why, barred
-from jaxcomp.activations.thin_products import ThinFactors, ThinOp, factors_of, moved
+from jaxcomp.activations.thin_products import ThinOp
+from jaxcomp.activations.thin_values import ThinFactors, factors_of, moved
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.factorization.leaves import FactorLeaf

@@ -1,14 +1,12 @@
-"""Factors of a weight on their way through a program, and products that never multiply them out.
+"""Products of factors that never multiply them out.
 
 A dot becomes two thin dots, a convolution a chain of convolutions, a lookup a lookup in the thin table and a dot.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import cast
 
 import jax
@@ -16,121 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomp.activations.avals import result_of
-from jaxcomp.core.types import DType, Leaf
-from jaxcomp.factorization.leaves import Depthwise, FactorLeaf, LowRank, Separable, Tucker
+from jaxcomp.activations.thin_values import ThinFactors, ThinValue, row_of
+from jaxcomp.factorization.leaves import Depthwise, LowRank, Separable, Tucker
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.walk import Value
 
 Labels = list[int]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["order", "dtype"])
-@dataclass(frozen=True)
-class ThinFactors:
-    """A leaf of factors, moved and cast: the value is the dense leaf in another order of axes.
-
-    Attributes:
-      leaf: its factors are arrays.
-      order: for each axis after the stacked ones, which of the leaf's it is; None for the leaf's own order.
-      dtype: the value's type, static.
-    """
-
-    leaf: FactorLeaf
-    order: tuple[int, ...] | None
-    dtype: DType
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """The order, written out."""
-        return tuple(range(self.leaf.ndim - self.leaf.stacked)) if self.order is None else self.order
-
-    def dense(self) -> jax.Array:
-        """The array that the factors stand for."""
-        s = self.leaf.stacked
-        full = self.leaf.materialize().astype(self.dtype)
-        return full if self.order is None else jnp.transpose(full, [*range(s), *(s + i for i in self.order)])
-
-    def cast(self, x: jax.Array) -> jax.Array:
-        """A factor in the value's type."""
-        return x.astype(self.dtype)
-
-
-ThinValue = jax.Array | ThinFactors
-"""What stands in a program where a leaf of factors came by."""
-
-
-def factors_of(leaf: Leaf) -> ThinFactors | None:
-    """A compressed leaf as factors, or None if it has none."""
-    return ThinFactors(leaf.arrays(), None, leaf.dtype) if isinstance(leaf, FactorLeaf) else None
-
-
-def moved(op: Op, value: ThinValue, *rest: jax.Array) -> Sequence[ThinValue]:
-    """The results of a layout operation on a value that may be factors; what they cannot follow multiplies them out."""
-    if not isinstance(value, ThinFactors):
-        return op.bind(value, *rest)
-    p = op.eqn.params
-    found = None
-    match op.name:
-        case "convert_element_type":
-            found = replace(value, dtype=p["new_dtype"]) if jnp.issubdtype(p["new_dtype"], jnp.floating) else None
-        case "copy" | "copy_p" | "name" | "stop_gradient":
-            found = replace(value, leaf=value.leaf.mapped(lambda x: op.bind(x)[0]))
-        case "transpose":
-            found = _transposed(value, p["permutation"])
-        case "squeeze" | "reshape":
-            found = _reshaped(value, result_of(op).shape)
-        case "slice" | "dynamic_slice":
-            found = _sliced(op, value, rest)
-    return op.bind(value.dense(), *rest) if found is None else [found]
-
-
-def _transposed(value: ThinFactors, permutation: Sequence[int]) -> ThinFactors | None:
-    """Stacked axes stay in front, where a scan finds them."""
-    s = value.leaf.stacked
-    if list(permutation[:s]) != list(range(s)):
-        return None
-    return replace(value, order=tuple(value.own[i - s] for i in permutation[s:]))
-
-
-def _reshaped(value: ThinFactors, shape: tuple[int, ...]) -> ThinFactors | None:
-    """Rows stay rows and columns columns; stacked axes of one element may go."""
-    leaf, s = value.leaf, value.leaf.stacked
-    front, gone = leaf.shape[:s], 0
-    if s and shape[:s] != front and all(n == 1 for n in front):
-        gone = s
-    own, kept = shape[s - gone :], front[gone:]
-    if gone and own == tuple(leaf.shape[s + i] for i in value.own):
-        squeezed = leaf.mapped(lambda x: x.reshape(x.shape[s:]))
-        return replace(value, leaf=squeezed)
-    if gone or shape[: len(kept)] != kept or not isinstance(leaf, LowRank) or value.order is not None:
-        return None
-    rows = math.prod(leaf.u.shape[s:-1])
-    for k in range(1, len(own)):
-        if math.prod(own[:k]) == rows:
-            u = leaf.u.reshape(*front, *own[:k], leaf.u.shape[-1])
-            v = leaf.v.reshape(*front, leaf.v.shape[s], *own[k:])
-            return replace(value, leaf=LowRank(u, v, k))
-    return None
-
-
-def _sliced(op: Op, value: ThinFactors, rest: tuple[jax.Array, ...]) -> ThinFactors | None:
-    """A choice among stacked layers is made in every factor."""
-    s, p = value.leaf.stacked, op.eqn.params
-    before, after = op.shapes[0], result_of(op).shape
-    if before[s:] != after[s:]:
-        return None
-
-    def cut(x: jax.Array) -> jax.Array:
-        own = x.shape[s:]
-        if op.name == "dynamic_slice":
-            starts = [*rest[:s], *(jnp.zeros_like(rest[0]) for _ in own)]
-            return lax.dynamic_slice(x, starts, (*p["slice_sizes"][:s], *own))
-        strides = None if p["strides"] is None else (*p["strides"][:s], *(1 for _ in own))
-        begin, end = (*p["start_indices"][:s], *(0 for _ in own)), (*p["limit_indices"][:s], *own)
-        return lax.slice(x, begin, end, strides)
-
-    return replace(value, leaf=value.leaf.mapped(cut))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +39,11 @@ class ThinOp(Op):
     @staticmethod
     def of(op: Op, note: Callable[[str], None], why: str) -> ThinOp:
         """The same equation in the same place."""
-        return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, note, why)
+        return ThinOp(op.eqn, op.location, op.tags, op.scope, op.loops, op.inside, op.rest, note, why)
 
     def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs the equation, on thin factors if one operand is some."""
+        values = (*values, *self.rest)
         thick = [i for i, v in enumerate(values) if isinstance(v, ThinFactors)]
         if len(thick) != 1:
             self.note(self.why or "it was multiplied out on the way, by an operation that factors cannot follow")
@@ -161,19 +53,24 @@ class ThinOp(Op):
             self.note(found)
             return nested.bind(self.eqn, [v.dense() if isinstance(v, ThinFactors) else v for v in values], params)
         self.note("")
-        return [found]
+        return [cast(jax.Array, found)]  # or factors, of a row in front of a matrix
 
 
-def thin_product(op: Op, index: int, values: Sequence[ThinValue]) -> jax.Array | str:
+def thin_product(op: Op, index: int, values: Sequence[ThinValue]) -> ThinValue | str:
     """The result of a product whose operand ``index`` is factors, or why they must be multiplied out."""
-    rules: dict[str, Callable[..., jax.Array | str]]
-    rules = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _lookup}
+    rules: dict[str, Callable[..., ThinValue | str]]
+    rules = {
+        "dot_general": _dot,
+        "ragged_dot_general": _ragged,
+        "conv_general_dilated": _conv,
+        "gather": _lookup,
+    }
     w = values[index]
     assert isinstance(w, ThinFactors)
     found = rules[op.name](
         op, index, w, *(v for i, v in enumerate(values) if i != index and not isinstance(v, ThinFactors))
     )
-    return found if isinstance(found, str) else found.astype(result_of(op).dtype)
+    return found if isinstance(found, str | ThinFactors) else found.astype(result_of(op).dtype)
 
 
 def _einsum(op: Op, a: jax.Array, a_axes: Labels, b: jax.Array, b_axes: Labels, out: Labels) -> jax.Array:
@@ -208,6 +105,30 @@ def _dot(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:
     middle = [a for a in dict.fromkeys([*x_axes, *first_axes]) if a not in gone]
     inner = _einsum(op, x, x_axes, w.cast(first), first_axes, middle).astype(x.dtype)
     return _einsum(op, inner, middle, w.cast(second), second_axes, out)
+
+
+def _ragged(op: Op, index: int, w: ThinFactors, x: jax.Array, sizes: jax.Array) -> jax.Array | str:
+    """Two ragged dots in the same groups."""
+    at, leaf = by_rows(op.eqn), w.leaf
+    shapes = [] if not isinstance(leaf, LowRank) else [leaf.stacked, leaf.row_axes, leaf.v.ndim]
+    if at is None or index != 1 or at.group != 0 or shapes != [1, 1, 3]:
+        return "a ragged dot needs a matrix of low rank for each group in front"
+    assert isinstance(leaf, LowRank)
+    by_rank = [(leaf.u, 1), (leaf.v, 2)]  # each factor, and its own axis; the other one is the rank
+    if w.own[at.right - 1] == 1:
+        by_rank.reverse()
+
+    def product(x: jax.Array, lhs: int, factor: jax.Array, rhs: int) -> jax.Array:
+        numbers = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((lhs,), (rhs,)), ((), ())),
+            lhs_ragged_dimensions=(1 - lhs,),
+            rhs_group_dimensions=(0,),
+        )
+        changed = {"ragged_dot_dimension_numbers": numbers}
+        return nested.bind(op.eqn, (x, w.cast(factor), sizes), changed)[0].astype(x.dtype)
+
+    (first, own), (second, other) = by_rank
+    return product(product(x, at.left, first, own), 1, second, 3 - other)
 
 
 def _conv(op: Op, index: int, w: ThinFactors, x: jax.Array) -> jax.Array | str:
@@ -288,8 +209,11 @@ def _separable(op: Op, x: jax.Array, w: ThinFactors) -> jax.Array:
 NO_ROWS = "the lookup is not of whole rows of the factors"
 
 
-def _lookup(op: Op, index: int, table: ThinFactors, *rest: jax.Array) -> jax.Array | str:
-    """Rows of the thin table, then a dot."""
+def _lookup(op: Op, index: int, table: ThinFactors, *rest: jax.Array) -> ThinValue | str:
+    """Rows of the thin table, then a dot; of a single row in front of a matrix, that matrix's factors."""
+    one = row_of(op, table, *rest)
+    if one is not None:
+        return one
     numbers, leaf = op.eqn.params["dimension_numbers"], table.leaf
     out = result_of(op)
     cols = leaf.ndim - 1

@@ -105,7 +105,11 @@ def _drawing(key: Key, apply: Callable[[State, Params], Params]) -> Transform:
 
     def init(params: Params) -> State:
         state = jax.random.key_data(key)
-        jax.eval_shape(apply, state, params)
+
+        def run() -> None:  # no argument and no result: params may hold functions, as an Equinox module does
+            apply(state, params)
+
+        jax.eval_shape(run)
         return state
 
     def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:

@@ -16,6 +16,7 @@ from jaxcomp.core.optimizers import map_owned
 from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape, State
 from jaxcomp.structure.groups import Groups
+from jaxcomp.trace.program import shape_like
 
 Array = NDArray[np.int64]
 
@@ -131,8 +132,10 @@ class Plan:
         shapes = self.groups.shapes
 
         def grown(path: str, leaf: Leaf) -> Leaf:
-            dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-            return jax.ShapeDtypeStruct(shapes[path], dtype) if path in shapes else leaf
+            if path not in shapes:  # functions, strings and numbers, as an Equinox module holds
+                return leaf
+            dtype = shape_like(leaf).dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+            return jax.ShapeDtypeStruct(shapes[path], dtype)
 
         return self._map(params, grown)
 

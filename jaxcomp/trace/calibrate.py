@@ -15,6 +15,7 @@ from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Monoid, zeros
+from jaxcomp.trace.primitives import SEALED
 from jaxcomp.trace.sites import Site
 from jaxcomp.trace.walk import Fn
 
@@ -115,7 +116,7 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
 
     Runs under ``jit`` and on sharded inputs; ``merge_all`` joins the results of batches in any order. Sites in a
     scan over stacked layers have statistics for each layer; those in other loops, of all steps together. A site in the
-    condition of a while loop is not seen.
+    condition of a while loop, or in a shard_map, is not seen.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -131,7 +132,8 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
     """
 
     def observer(site: Site, op: Op) -> Observer | None:
-        if site.kind == "embed" or "while_cond" in site.inside or not site.activations:
+        sealed = not (SEALED | {"while_cond"}).isdisjoint(site.inside)
+        if site.kind == "embed" or sealed or not site.activations:
             return None
         if not matches(where, site.path, site):
             return None

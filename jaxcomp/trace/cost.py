@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.trace.sites import Operand, Site, sites
+from jaxcomp.trace.program import trace
+from jaxcomp.trace.sites import Operand, Site, Unread, sites, sites_of, unread
 from jaxcomp.trace.walk import Fn
 
 
@@ -83,9 +84,14 @@ class Cost:
     """The cost of a function: its sites' costs, and their sums.
 
     Only products and lookups are counted; elementwise work is assumed to be fused into them.
+
+    Attributes:
+      sites: the sites' costs.
+      unread: what is not counted and may multiply too, such as a Pallas call: where, which primitive, and why.
     """
 
     sites: tuple[SiteCost, ...]
+    unread: tuple[Unread, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -142,8 +148,9 @@ def cost(fn: Fn, *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Calla
 
     @wraps(fn)
     def costed(params: Params, *args: PyTree, **kwargs: PyTree) -> Cost:
-        found = sites(fn)(params, *args, **kwargs)
-        return Cost(tuple(_site_cost(s, bits(s) if callable(bits) else bits) for s in found))
+        program = trace(fn, params, *args, **kwargs)
+        costs = tuple(_site_cost(s, bits(s) if callable(bits) else bits) for s in sites_of(program))
+        return Cost(costs, unread(program))
 
     return costed
 

@@ -45,13 +45,15 @@ from jaxcomp.core.paths import some_paths
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.control_flow import reopen
 from jaxcomp.trace.interpreter import Claim, Evaluator, Handler, Monoid, Result
+from jaxcomp.trace.primitives import SEALED
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.walk import Fn, Location, Value
 
 
 def claims_of(program: Program, handler: Handler) -> dict[Location, Claim]:
-    """The claims that ``handler`` makes on the equations of ``program``."""
-    return {op.location: claim for op in program.flow.ops if (claim := handler(op)) is not None}
+    """The claims that ``handler`` makes on the equations of ``program``; of those in a shard_map it is not asked."""
+    within = [op for op in program.flow.ops if SEALED.isdisjoint(op.inside)]
+    return {op.location: claim for op in within if (claim := handler(op)) is not None}
 
 
 def rewrite(fn: Fn, handler: Handler) -> Fn:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 from jax.extend import core
@@ -19,8 +21,8 @@ class Loop:
     """A loop around an equation.
 
     Attributes:
-      location: the ``scan`` or ``while`` equation.
-      length: its number of steps; None where it is not known before the run.
+      location: the ``scan`` or ``while`` equation, or the ``shard_map`` that runs it on each of several devices.
+      length: its number of steps, or of devices; None where it is not known before the run.
       layers: it is a scan over stacked parameters, one layer a step.
     """
 
@@ -39,7 +41,8 @@ class Op:
       tags: where each operand comes from.
       scope: the enclosing ``jax.named_scope`` names (Flax's module names), "/"-joined.
       loops: the loops around it, outermost first.
-      inside: names of the primitives around it, outermost first ("jit", "custom_vjp_call", "while_cond", …).
+      inside: names of the primitives around it, outermost first ("jit", "shard_map", "while_cond", …).
+      rest: values of its last operands, where they are given already.
     """
 
     eqn: core.JaxprEqn
@@ -48,6 +51,7 @@ class Op:
     scope: str
     loops: tuple[Loop, ...]
     inside: tuple[str, ...]
+    rest: tuple[Value, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,7 +65,7 @@ class Op:
 
     @property
     def opaque(self) -> bool:
-        """Whether it does heavy work that the evaluator cannot see into."""
+        """Whether it does heavy work that nothing here reads."""
         return nested.is_opaque(self.eqn)
 
     @property
@@ -71,7 +75,7 @@ class Op:
 
     @property
     def steps(self) -> int:
-        """How often it runs; a ``while`` of unknown length counts once."""
+        """How often it runs, on all devices of a ``shard_map`` together; a ``while`` of unknown length counts once."""
         product = 1
         for loop in self.loops:
             product *= 1 if loop.length is None else loop.length
@@ -79,7 +83,14 @@ class Op:
 
     def bind(self, *values: Value, **params: object) -> list[jax.Array]:
         """Runs this equation on ``values``, with some of its parameters replaced; gives the list of its results."""
-        return nested.bind(self.eqn, values, params)
+        return nested.bind(self.eqn, (*values, *self.rest), params)
+
+    def given(self, *rest: Value) -> Self:
+        """The same equation with its last operands given: ``bind`` takes those before them.
+
+        So a product has two operands, also one that is told the sizes of its groups.
+        """
+        return replace(self, rest=rest)
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,8 @@ def _results(op: Op, place: _Place, visit: Visit) -> list[Tag]:
             return _while(op, place, visit)
         case "cond":
             return _cond(op, place, visit)
+        case "shard_map":
+            return _shard_map(op, place, visit)
     body = nested.call_body(op.eqn)
     if body is not None:
         return _run(body, op.tags, place.into(op, "call"), visit)
@@ -205,6 +218,19 @@ def _cond(op: Op, place: _Place, visit: Visit) -> list[Tag]:
     for other in results[1:]:
         merged = [joined(a, b) for a, b in zip(merged, other, strict=True)]
     return [joined(t, replace(t, args=True)) if choice.args else t for t in merged]
+
+
+def _shard_map(op: Op, place: _Place, visit: Visit) -> list[Tag]:
+    """What each device does: read, with the shapes of its shards, and never rewritten."""
+    p = op.eqn.params
+    body = nested.closed(p["jaxpr"])
+    devices = math.prod(p["mesh"].shape[axis] for axis in p["newly_manual_axes"])
+    shards = [
+        t if t.origin is None or walk.shape_of(whole) == walk.shape_of(part) else replace(t, origin=t.origin.sliced())
+        for t, whole, part in zip(op.tags, op.eqn.invars, body.jaxpr.invars, strict=True)
+    ]
+    results = _run(body, shards, place.into(op, "shard", loop=Loop(op.location, devices, False)), visit)
+    return [replace(t, origin=None) for t in results]
 
 
 def _one_step(tag: Tag) -> Tag:

@@ -10,22 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.types import Params, PyTree, Shape
-from jaxcomp.trace import nested
-from jaxcomp.trace.chains import Chain, Step, find_chains
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.trace.chains import Chain, Step, Unfolded
 from jaxcomp.trace.evaluator import evaluate
+from jaxcomp.trace.fold_plan import Fold, Planned, plan_folds
 from jaxcomp.trace.interpreter import Aux, Claim, Emitted, Monoid, zeros
-from jaxcomp.trace.program import Program, is_array_like, trace
-from jaxcomp.trace.tags import Tag
+from jaxcomp.trace.program import Program, is_array_like, shape_like, trace
 from jaxcomp.trace.walk import Fn, Location, Value
-
-
-class Fold(NamedTuple):
-    """What became of one site: its ``path``, the leaf that now holds the ``bias``, and the leaves that are ``gone``."""
-
-    path: str
-    bias: str | None
-    gone: tuple[str, ...]
 
 
 class FoldedFunction(NamedTuple):
@@ -36,20 +27,24 @@ class FoldedFunction(NamedTuple):
         is no longer needed (so it has no leaf there, whatever the containers are).
       fn: ``fn(params, *args)``, the same function without the affine equations.
       folds: what became of each folded site.
+      left: what scales channels and was not folded, and why: by the path of its product, or, where no product stands
+        right before it (as before a layer norm's scale), by that of the leaves that scale.
     """
 
     params: Params
     fn: Fn
     folds: tuple[Fold, ...]
+    left: tuple[Unfolded, ...]
 
 
 def fold_batch_norm(fn: Fn) -> Callable[..., FoldedFunction]:
     """Folds what scales and shifts the output channels of dots and convolutions into their kernels.
 
     ``(x * w) a + b == x * (w a) + b`` for a chain of additions, subtractions, products and quotients with per-channel
-    coefficients ``a``, ``b`` made of parameters alone: batch norm in inference mode, a scale, a bias. Chains are found
-    in the jaxpr, by what they compute. A site is left as it is where its result, before the chain, is used twice, its
-    kernel is used elsewhere or is not a leaf as it stands, or no leaf of the chain is free to hold the bias.
+    coefficients ``a``, ``b`` made of parameters alone: batch norm in inference mode, a scale, a bias, also behind a
+    split into heads. Chains are found in the jaxpr, by what they compute. A site is left as it is where its result,
+    before the chain, is used twice, its kernel is used elsewhere or is not a leaf as it stands, or no leaf of the chain
+    is free to hold the bias; ``left`` says so.
 
     Args:
       fn: a pure function ``fn(params, *args)`` in inference mode.
@@ -75,27 +70,23 @@ def fold_batch_norm(fn: Fn) -> Callable[..., FoldedFunction]:
     @wraps(fn)
     def fold(params: Params, *args: PyTree, **kwargs: PyTree) -> FoldedFunction:
         program = _inlined(fn, params, *args, **kwargs)
-        plan = _plan(program)
+        plan, left = plan_folds(program)
         leaves, tree = jax.tree.flatten(params)
         named = dict(zip(program.param_paths, (i for i, leaf in enumerate(leaves) if is_array_like(leaf)), strict=True))
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else leaf for leaf in leaves]
+        shapes = [shape_like(leaf) if is_array_like(leaf) else leaf for leaf in leaves]
         for f, coefficients in zip(plan, _coefficients(program, plan, params, args, kwargs), strict=True):
             kernel, scale, shift = named[f.chain.site.leaf or ""], *coefficients
             leaves[kernel] = (leaves[kernel] * _as_leaf(f.chain, scale)).astype(leaves[kernel].dtype)
             for path in f.fold.gone:
                 leaves[named[path]] = None
             if f.fold.bias is not None:
-                leaves[named[f.fold.bias]] = shift.astype(shapes[named[f.fold.bias]].dtype)
+                like = shapes[named[f.fold.bias]]
+                leaves[named[f.fold.bias]] = shift.astype(like.dtype).reshape(like.shape)
         folded_params = jax.tree.unflatten(tree, leaves)
-        return FoldedFunction(folded_params, _folded(fn, jax.tree.unflatten(tree, shapes)), tuple(f.fold for f in plan))
+        folded = _folded(fn, jax.tree.unflatten(tree, shapes))
+        return FoldedFunction(folded_params, folded, tuple(f.fold for f in plan), left)
 
     return fold
-
-
-@dataclass(frozen=True)
-class _Planned:
-    chain: Chain
-    fold: Fold
 
 
 def _inlined(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
@@ -108,61 +99,6 @@ def _inlined(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program
     return trace(opened, params, *args, **kwargs)
 
 
-def _plan(program: Program) -> tuple[_Planned, ...]:
-    """The chains that can be folded, and where their biases go."""
-    uses = _uses(program)
-    chains = [c for c in find_chains(program) if uses.get(c.site.leaf or "") == [c.site.location]]
-    shapes = {p: tuple(a.shape) for p, a in zip(program.param_paths, program.jaxpr.in_avals, strict=False)}
-    while True:
-        planned = _assigned(chains, uses, shapes)
-        if len(planned) == len(chains):
-            return tuple(planned)
-        chains = [p.chain for p in planned]
-
-
-def _assigned(chains: Sequence[Chain], uses: dict[str, list[Location]], shapes: dict[str, Shape]) -> list[_Planned]:
-    """Gives each chain a leaf for its bias; chains that need one and find none are left out."""
-    folded = {step.op.location for chain in chains for step in chain.steps if not step.moves}
-    taken: set[str] = set()
-    planned = []
-    for chain in chains:
-        free = [p for step in chain.steps for p in _leaves(step) if set(uses.get(p, ())) <= folded and p not in taken]
-        fitting = [path for path in free if shapes[path] == chain.shape]
-        if not fitting and _shifts(chain):
-            continue
-        bias = fitting[-1] if _shifts(chain) else None
-        taken |= set(free)
-        gone = tuple(dict.fromkeys(path for path in free if path != bias))
-        planned.append(_Planned(chain, Fold(chain.site.path, bias, gone)))
-    return planned
-
-
-def _leaves(step: Step) -> list[str]:
-    return sorted(frozenset().union(*(tag.params for tag in step.op.tags)))
-
-
-def _shifts(chain: Chain) -> bool:
-    return any(step.op.name in {"add", "sub"} for step in chain.steps)
-
-
-def _uses(program: Program) -> dict[str, list[Location]]:
-    """Where each leaf, or what is made of leaves alone, meets a value that is not; ``()`` for the result."""
-    uses: dict[str, list[Location]] = {}
-
-    def used(tags: Sequence[Tag], at: Location) -> None:
-        for path in {p for tag in tags for p in tag.params | ({tag.origin.path} if tag.origin else set())}:
-            uses.setdefault(path, []).append(at)
-
-    for op in program.flow.ops:
-        if op.name == "scan":
-            parts = nested.scan_parts(op.eqn)
-            used(op.tags[parts.consts : parts.consts + parts.carry], op.location)
-        elif op.name in {"while", "cond"} or (not nested.is_open(op.eqn) and any(tag.args for tag in op.tags)):
-            used(op.tags, op.location)
-    used(program.flow.out_tags, ())
-    return uses
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _AtZero:
@@ -173,7 +109,7 @@ class _AtZero:
 
 
 def _coefficients(
-    program: Program, plan: Sequence[_Planned], params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+    program: Program, plan: Sequence[Planned], params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
 ) -> list[tuple[jax.Array, jax.Array]]:
     """(scale, shift) of each chain, in the shape ``Chain.shape``."""
     claims: dict[Location, Claim] = {}
@@ -223,16 +159,20 @@ def _ending(name: str, chain: Chain) -> Callable[..., Emitted]:
 
     def run(*values: Value) -> Emitted:
         (box,) = stepped(*values)
-        return Emitted([box.value], {name: (_by_channel(box.slope, chain.axes), _by_channel(box.value, chain.axes))})
+        return Emitted([box.value], {name: (_by_channel(box.slope, chain), _by_channel(box.value, chain))})
 
     return run
 
 
-def _by_channel(full: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """A value that changes along ``axes`` only, with these axes alone, in their order."""
-    kept = full[tuple(slice(None) if i in axes else 0 for i in range(full.ndim))]
-    order = sorted(axes)
-    return kept.transpose([order.index(a) for a in axes])
+def _by_channel(full: jax.Array, chain: Chain) -> jax.Array:
+    """A value that changes along the channels only, with their axes alone, in the order of the product's result."""
+    channels = [y for y, _ in chain.channels]
+    pieces = [piece for pieces in chain.places for piece in pieces]
+    apart = full.reshape([piece.size for piece in pieces])
+    kept = [piece for piece in pieces if piece.axis in channels]
+    apart = apart[tuple(slice(None) if piece in kept else 0 for piece in pieces)]
+    order = sorted(range(len(kept)), key=lambda i: (kept[i].axis, -kept[i].stride))
+    return apart.transpose(order).reshape([chain.site.out_shape[y] for y in sorted(channels)])
 
 
 def _as_leaf(chain: Chain, scale: jax.Array) -> jax.Array:
@@ -255,7 +195,7 @@ def _folded(fn: Fn, shapes: Params) -> Fn:
         values = program.flatten(params, *args, **kwargs)
         place = {path: i for i, path in enumerate(program.param_paths)}
         claims: dict[Location, Claim] = {}
-        for planned in _plan(program):
+        for planned in plan_folds(program)[0]:
             if planned.fold.bias is not None:
                 index = place[planned.fold.bias]
                 claims[planned.chain.op.location] = Claim(_biased(planned.chain), values[index])
@@ -275,10 +215,7 @@ def _shaped(params: Params, shapes: Params) -> Params:
         given = tree.flatten_up_to(params)
     except ValueError as e:
         raise ValueError(f"fold_batch_norm: the folded function takes the folded parameters; {e}.") from e
-    now = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else like
-        for leaf, like in zip(given, likes, strict=True)
-    ]
+    now = [shape_like(leaf) if is_array_like(leaf) else like for leaf, like in zip(given, likes, strict=True)]
     return jax.tree.unflatten(tree, now)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import jax
 from jax.extend import core
 
-from jaxcomp.trace.primitives import CALLS, CONTROL, EXPANDS, HEAVY
+from jaxcomp.trace.primitives import CALLS, CONTROL, EXPANDS, HEAVY, SEALED, UNREAD
 
 Closed = core.ClosedJaxpr
 """A jaxpr with its constants."""
@@ -116,10 +116,10 @@ def is_open(eqn: core.JaxprEqn) -> bool:
 
 
 def is_opaque(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation does heavy work that the evaluator cannot see into, such as a Pallas call."""
-    if eqn.primitive.name == "pallas_call":
+    """Whether an equation does heavy work that nothing here reads, such as a Pallas call."""
+    if eqn.primitive.name in UNREAD:
         return True
-    return not is_open(eqn) and any(map(_holds_heavy_work, inner_jaxprs(eqn)))
+    return not is_open(eqn) and eqn.primitive.name not in SEALED and any(map(_holds_heavy_work, inner_jaxprs(eqn)))
 
 
 def _holds_heavy_work(jaxpr: Closed) -> bool:

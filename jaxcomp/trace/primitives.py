@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+
+def _named(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 CALLS = frozenset(
     {
         "jit",
@@ -23,7 +28,24 @@ REMAT = frozenset({"remat2", "checkpoint"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 CONTROL = frozenset({"scan", "while", "cond"})
 """Equations that run inner jaxprs several times, or one of several."""
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "gather", "pallas_call"})
+SEALED = frozenset({"shard_map"})
+"""Equations whose inner jaxpr is read, and never rewritten."""
+UNREAD = {
+    **dict.fromkeys(
+        ("pallas_call", "cudnn_fusion", "ffi_call", "pure_callback", "io_callback", "call_exported", "mpmd_map"),
+        "nothing can look into it",
+    ),
+    **dict.fromkeys(
+        _named(
+            """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd
+            dot_product_attention_fwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
+            triangular_solve tridiagonal_solve symmetric_product cholesky_update householder_product ormqr"""
+        ),
+        "no rule reads what it multiplies",
+    ),
+}
+"""Equations that multiply, or call what may, and that nothing here reads; and why."""
+HEAVY = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated", "gather", *UNREAD})
 
 UNCHANGED = frozenset({"copy", "copy_p", "name", "stop_gradient"})
 """The result is the operand."""
@@ -45,10 +67,6 @@ SUMS = frozenset({"add", "add_any"})
 """Sums of two."""
 AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
 """Affine in each operand, of a quotient's the first."""
-
-
-def _named(names: str) -> frozenset[str]:
-    return frozenset(names.split())
 
 
 ZERO_FIRST = _named(

@@ -106,6 +106,12 @@ def trace(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
     return Program(jaxpr, param_paths, flow(jaxpr, param_paths), in_tree, is_array, out["tree"], out["static"])
 
 
+def shape_like(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    """The shape of an array in the type that JAX gives it: NumPy's int64 is int32 unless x64 is enabled."""
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
+
+
 def is_array_like(leaf: Leaf) -> bool:
     """Whether ``leaf`` is traced: an array, a shape of one, or a tracer; Python numbers are constants."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -9,10 +9,11 @@ from jax.extend import core
 
 from jaxcomp.core.types import Shape
 from jaxcomp.trace.primitives import ELEMENTWISE, SAME
+from jaxcomp.trace.products import is_row
 from jaxcomp.trace.tags import Origin, Tag, mixed
 from jaxcomp.trace.walk import shape_of
 
-Move = Callable[[core.JaxprEqn, Origin], Origin]
+Move = Callable[[core.JaxprEqn, Origin], Origin | None]
 
 
 def _transpose(eqn: core.JaxprEqn, o: Origin) -> Origin:
@@ -55,6 +56,11 @@ def _tile(eqn: core.JaxprEqn, o: Origin) -> Origin:
     return o.sliced() if repeated else o
 
 
+def _gather(eqn: core.JaxprEqn, o: Origin) -> Origin | None:
+    """One row is a slice; several are no view."""
+    return o.without(eqn.params["dimension_numbers"].collapsed_slice_dims) if is_row(eqn) else None
+
+
 MOVES: dict[str, Move] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -64,6 +70,7 @@ MOVES: dict[str, Move] = {
     "dynamic_slice": _part,
     "split": _part,
     "rev": _rev,
+    "gather": _gather,
     "tile": _tile,
     "unstack": _unstack,
 }

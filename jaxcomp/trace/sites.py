@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import UNREAD
 from jaxcomp.trace.products import Product, leaf_roles, product_of
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.tags import Tag
@@ -58,18 +60,19 @@ class Operand:
 
 @dataclass(frozen=True)
 class Site:
-    """A dot, a convolution or an embedding lookup in its place.
+    """A dot, a ragged dot, a convolution or an embedding lookup in its place.
 
     Attributes:
       path: unique; the weight's leaf path (with "#1", "#2", … at its second and later uses), the longest common path
         of several leaves, or, between activations, the enclosing scope with the kind and a count: "attn/dot_0".
-      kind: "dot", "conv" or "embed".
+      kind: "dot", "ragged" (a mixture of experts: rows, each by the matrix of its group), "conv" or "embed".
       location: of the equation, the key of a claim.
       operands: both factors; of a lookup, the table alone.
       weight: which operand is the weight (the second if both are); None between activations.
       out_shape, out_dtype: of one step's result.
       macs: multiply-accumulates of one run of the function, all scan steps together.
-      steps: how often a run of the function comes here; a ``while`` of unknown length counts once.
+      steps: how often a run of the function comes here, on all devices of a ``shard_map`` together; a ``while`` of
+        unknown length counts once.
       layer_steps: lengths of the scans over stacked parameters around it.
       groups: feature groups of a convolution.
       scope: the enclosing names.
@@ -148,6 +151,25 @@ def sites_of(program: Program) -> tuple[Site, ...]:
     return tuple(result)
 
 
+class Unread(NamedTuple):
+    """An equation that is no site and may multiply: its ``path`` (a leaf's, or its scope), its primitive, and why."""
+
+    path: str
+    primitive: str
+    why: str
+
+
+def unread(program: Program) -> tuple[Unread, ...]:
+    """What multiplies or looks up parameters, or may, and is no site: no rule reads it, or nothing can look into it."""
+    found = []
+    for op in program.flow.ops:
+        if op.opaque:
+            found.append(Unread(op.scope, op.name, UNREAD.get(op.name, "nothing can look into it")))
+        elif op.name == "gather" and product_of(op.eqn) is None and op.tags[0].is_weight:
+            found.append(Unread(common_path(tuple(sorted(op.tags[0].params))), op.name, "it takes no whole rows"))
+    return tuple(found)
+
+
 def _belongs(op: Op, product: Product) -> bool:
     """Whether the equation is a site: any product, and lookups in parameters."""
     return product.kind != "embed" or op.tags[0].is_weight or op.tags[0].origin is not None
@@ -198,12 +220,12 @@ def _unique(op: Op, product: Product, weight: Operand | None, taken: dict[str, i
         base = f"{op.scope}/{product.kind}" if op.scope else product.kind
         count = taken[base] = taken.get(base, -1) + 1
         return f"{base}_{count}"
-    base = weight.leaf or _common(weight.params)
+    base = weight.leaf or common_path(weight.params)
     count = taken[base] = taken.get(base, -1) + 1
     return f"{base}#{count}" if count else base
 
 
-def _common(paths: tuple[str, ...]) -> str:
+def common_path(paths: tuple[str, ...]) -> str:
     """The path that all these begin with, or all of them."""
     if len(paths) == 1:
         return paths[0]
