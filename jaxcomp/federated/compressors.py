@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import Packed
 from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
-from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number
+from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number, share_of
 from jaxcomp.core.types import Key, Leaf
 from jaxcomp.federated.arrays import (
     drawn,
@@ -244,7 +244,7 @@ def _count_rule(owner: str, fraction: float | None, count: int | None) -> Callab
     def number(path: str, x: jax.Array) -> int:
         size = math.prod(x.shape)
         if count is None:
-            return max(1, round(float(fraction or 1) * size))
+            return max(1, share_of(float(fraction or 1), size))
         if count > size:
             raise ValueError(
                 f"{owner}: {path!r} of shape {tuple(x.shape)} has {size} elements, fewer than count={count}; give a"
