@@ -37,7 +37,9 @@ def of_amounts(amounts: Sequence[tuple[list[str], Resolved]], units: Mapping[str
             f"sparsity={count} is an int and so a count: {count} of {of} are pruned ({count / size:.2%}); for"
             f" {count} percent write {count / _PERCENT:g}, and if the count is meant all is well.",
         )
-    none = [n for names, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size) for n in names]
+    none = [
+        n for names, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size) for n in names
+    ]
     if none:
         first = none[0]
         notice(

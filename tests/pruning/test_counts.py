@@ -57,7 +57,9 @@ def test_fault_4_schedules_end_at_the_number_that_was_written(text, units, want)
         assert gone(jc.prune(plan), units, step=9) == want
 
 
-@given(total=st.integers(0, 2**31 - 1), fraction=st.one_of(st.floats(0, 1), st.integers(0, 10**4).map(lambda n: n / 10**4)))
+@given(
+    total=st.integers(0, 2**31 - 1), fraction=st.one_of(st.floats(0, 1), st.integers(0, 10**4).map(lambda n: n / 10**4))
+)
 def test_fault_4_counts_on_the_device_are_those_of_the_host(total, fraction) -> None:
     want = round(Fraction(repr(fraction)) * total)
     assert int(fraction_of(total, fraction)) == int(fraction_of(jnp.uint32(total), fraction)) == want
@@ -85,7 +87,9 @@ def test_fault_4_what_is_no_fraction() -> None:
     for f, want in ((-0.5, 0), (float("nan"), 0), (1.5, 7), (80.0, 7)):
         assert int(device(jnp.uint32(7), jnp.float32(f))) == want
     t = jc.prune(lambda step: jnp.float32(80))
-    with pytest.raises(ValueError, match=r"prune: the schedule's sparsity must be a number in \[0, 1\), got 80.0 at step"):
+    with pytest.raises(
+        ValueError, match=r"prune: the schedule's sparsity must be a number in \[0, 1\), got 80.0 at step"
+    ):
         t.init({"kernel": jnp.ones((2, 2))})
 
 
@@ -108,7 +112,9 @@ def test_fault_4_a_stack_of_prunes_rounds_what_is_left() -> None:
 
 def test_fault_4_a_count_that_looks_like_percent_warns() -> None:
     params = {"a": {"kernel": jnp.ones((32, 64))}, "b": {"kernel": jnp.ones((8, 4))}}
-    said = r"prune: sparsity=80 is an int and so a count: 80 of the 2048 units of 'a/kernel' are pruned \(3.91%\); for 80"
+    said = (
+        r"prune: sparsity=80 is an int and so a count: 80 of the 2048 units of 'a/kernel' are pruned \(3.91%\); for 80"
+    )
     with pytest.warns(UserWarning, match=said + r" percent write 0.8, and if the count is meant"):
         state = jc.prune(80, where="a/kernel").init(params)
     assert int((~state["a/kernel"]).sum()) == 80
@@ -129,11 +135,14 @@ def test_fault_4_a_count_that_looks_like_percent_warns() -> None:
 def test_fault_4_a_pattern_that_does_not_divide_warns() -> None:
     params = {"kernel": jnp.arange(1.0, 31).reshape(10, 3)}
     with pytest.warns(
-        UserWarning, match=r"prune: groups of 4 do not divide axis 0 of 'kernel', 10 long: of the last 2 of each row all are"
+        UserWarning,
+        match=r"prune: groups of 4 do not divide axis 0 of 'kernel', 10 long: of the last 2 of each row all are",
     ):
         mask = jc.prune(structure=jc.NM(2, 4)).init(params)["kernel"]
     assert mask.sum(0).tolist() == [6, 6, 6]
-    with pytest.warns(UserWarning, match=r"of the last 3 of each row 2 are kept, and kernels for 2:4 take no such array;"):
+    with pytest.warns(
+        UserWarning, match=r"of the last 3 of each row 2 are kept, and kernels for 2:4 take no such array;"
+    ):
         jc.prune(structure=jc.NM(2, 4, axis=1)).init({"kernel": jnp.ones((2, 7)), "other": jnp.ones((2, 8))})
     with pytest.warns(UserWarning, match=r"so it is with 2 leaves"):
         jc.prune(structure=jc.NM(2, 4, axis=1)).init({"kernel": jnp.ones((2, 7)), "other": jnp.ones((2, 6))})
@@ -142,11 +151,15 @@ def test_fault_4_a_pattern_that_does_not_divide_warns() -> None:
 
 def test_fault_4_what_rounds_to_nothing_warns() -> None:
     params = {"kernel": jnp.ones((4, 1)), "wide": jnp.ones((4, 8))}
-    with pytest.warns(UserWarning, match=r"prune: nothing of 'kernel' is pruned: 0.5 of 1 units rounds to 0; leave it out"):
+    with pytest.warns(
+        UserWarning, match=r"prune: nothing of 'kernel' is pruned: 0.5 of 1 units rounds to 0; leave it out"
+    ):
         jc.prune(0.5, structure=jc.Filters()).init(params)
     with pytest.warns(UserWarning, match=r"nothing of 'kernel', 'wide' is pruned: 0.01 of 36 units"):
         jc.prune(0.01, scope=jc.Global()).init(params)
-    with pytest.warns(UserWarning, match=r"regrow: the mask of 'kernel' never moves: fraction=0.3 of 1 active weights rounds"):
+    with pytest.warns(
+        UserWarning, match=r"regrow: the mask of 'kernel' never moves: fraction=0.3 of 1 active weights rounds"
+    ):
         jc.pruning.sparse_evolution(0.8, key=jax.random.key(0), period=10).init(params)
     jc.prune(0.0).init(params)
 
@@ -156,5 +169,7 @@ def test_fault_4_what_is_never_due_is_refused() -> None:
         jc.every(1, start=5, stop=5)
     with pytest.raises(ValueError, match=r"every: no step is due, for stop=6 is not after start=10"):
         constant(0.5, begin=10, end=5)
-    with pytest.raises(ValueError, match=r"rigl: masks move first at step 100, the period, and no more from stop=100 on"):
+    with pytest.raises(
+        ValueError, match=r"rigl: masks move first at step 100, the period, and no more from stop=100 on"
+    ):
         jc.pruning.rigl(0.9, key=jax.random.key(0), period=100, stop=100)

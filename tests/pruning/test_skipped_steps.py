@@ -61,7 +61,9 @@ def test_fault_7_a_spoilt_first_step_makes_no_chance_mask(name) -> None:
 @pytest.mark.parametrize("name", ["sensitivity", "once", "gate", "movement", "fisher"])
 def test_fault_7_where_nothing_finite_was_seen_it_is_said(name) -> None:
     t = METHODS[name]
-    said = r"prune: the statistic '(grads|movement|fisher)' has \d+ values that are not finite at 'kernel', and nothing is"
+    said = (
+        r"prune: the statistic '(grads|movement|fisher)' has \d+ values that are not finite at 'kernel', and nothing is"
+    )
     with pytest.raises(ValueError, match=said + r" masked yet; give an update that is finite first"):
         t.update(t.init(PARAMS), PARAMS, step=0, grads=grads(0, np.nan))
 

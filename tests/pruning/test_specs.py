@@ -204,7 +204,9 @@ def test_refuses_scores_that_are_nan() -> None:
     params = {"kernel": normal(4, 4)}
     t = jc.prune(0.5, score=jc.pruning.taylor)
     grads = {"kernel": params["kernel"].at[1, 2].set(jnp.nan)}
-    with pytest.raises(ValueError, match=r"'grads' has 1 values that are not finite at 'kernel', and nothing is masked"):
+    with pytest.raises(
+        ValueError, match=r"'grads' has 1 values that are not finite at 'kernel', and nothing is masked"
+    ):
         t.update(t.init(params), params, step=0, grads=grads)
     own = jc.pruning.Score("own", lambda w, grads: grads * jnp.nan, needs=("grads",))
     with pytest.raises(ValueError, match=r"'kernel' has 16 scores of 'own' that are NaN from the statistic 'grads'"):

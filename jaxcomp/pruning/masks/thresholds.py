@@ -84,7 +84,8 @@ def fraction_of(total: UInt32[Array, ""] | int, fraction: Float[Array, ""] | flo
 
 def _digits(fraction: float) -> list[UInt32[Array, ""]]:
     """The decimal in digits of six places, the first one first; what a uint32 times the rest gives is below 1/4."""
-    rest, digits = written(fraction), []
+    rest = written(fraction)
+    digits: list[int] = []
     while rest and len(digits) < 5:
         digits.append(int(rest * _PLACES))
         rest = rest * _PLACES - digits[-1]
