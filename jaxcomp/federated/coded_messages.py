@@ -13,7 +13,6 @@ from jaxcomp.core.types import DType, Leaf
 from jaxcomp.federated.arrays import pack_wide, unpack_wide, unrotated, weighted_mean, width_of
 from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf, poisoned
 
-
 _MOST = 2**30  # a sum of codes is doubled in int32
 
 
@@ -112,8 +111,8 @@ class Uniform(MessageLeaf):
         parts = self.half_step.shape[0] * self.parts
         if parts * (2**self.bits - 1) > _MOST:
             raise ValueError(
-                f"combine: the codes of {parts} messages of {self.bits} bits sum to more than {_MOST}; combine fewer, and"
-                " average what they decode to."
+                f"combine: the codes of {parts} messages of {self.bits} bits sum to more than {_MOST}; combine fewer,"
+                " and average what they decode to."
             )
         total = jnp.sum(jax.vmap(Uniform.integers)(self), 0, dtype=jnp.uint32)
         codes = pack_wide(total, width_of(parts * (2**self.bits - 1)))

@@ -13,10 +13,10 @@ from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot
 from jaxcomp.core.types import Shape, Step
+from jaxcomp.pruning import notices
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.select import Maybe, amounts_of, groups_of, select, tied
 from jaxcomp.pruning.masks.units import alive_units, unit_scores
-from jaxcomp.pruning import notices
 from jaxcomp.pruning.scores import Score
 from jaxcomp.pruning.specs import NM, Amount, Filters, Scope, Structure, Tied, Units
 

@@ -37,14 +37,13 @@ def of_amounts(amounts: Sequence[tuple[list[str], Resolved]], units: Mapping[str
             f"sparsity={count} is an int and so a count: {count} of {of} are pruned ({count / size:.2%}); for"
             f" {count} percent write {count / _PERCENT:g}, and if the count is meant all is well.",
         )
-    none = [
-        n for names, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size) for n in names
-    ]
+    empty = [names for names, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size)]
+    none = [name for names in empty for name in names]
     if none:
         first = none[0]
         notice(
             "prune",
-            f"nothing of {some_paths(none)} is pruned: {sizes[first][1]:g} of {sizes[first][2]} units rounds to 0; leave"
+    empty = [n for n, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size)]
             " it out by a rule, or take smaller units or a larger sparsity.",
         )
 
@@ -65,8 +64,8 @@ def of_patterns(patterns: Mapping[str, NM], shapes: Mapping[str, tuple[int, ...]
     kept = "all are kept" if rest <= s.n else f"{s.n} are kept"
     notice(
         "prune",
-        f"groups of {s.m} do not divide axis {s.axis} of {path!r}, {size} long: of the last {rest} of each row {kept}, and"
-        f" kernels for {s.n}:{s.m} take no such array"
+        f"groups of {s.m} do not divide axis {s.axis} of {path!r}, {size} long: of the last {rest} of each row {kept},"
+        f" and kernels for {s.n}:{s.m} take no such array"
         + (f"; so it is with {len(odd)} leaves" if odd.keys() - {path} else "")
         + "; leave it out by a rule, name another axis, or make it a multiple.",
     )

@@ -19,7 +19,7 @@ from jaxcomp.core.paths import Where, key_of_leaf, matrices
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Key, Params, PyTree, Step
+from jaxcomp.core.types import Key, Params, PyTree, Stats, Step
 from jaxcomp.pruning.active import Sparsity, active_counts, checked_sparsity
 from jaxcomp.pruning.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.pruning.masks.thresholds import fraction_of
@@ -121,15 +121,8 @@ def regrow(
         asked = partial(for_score, stats=stats, selected=found, owner="regrow", hint=DENSE)
         leaves = {name: asked(name, score) for name, score in needed.items()}
         old = {path: state_of(state.masks, path, "regrow") for path in found}
-
-        def moved() -> MaskState:
-            masks, now = {}, jnp.asarray(step)
-            for path, slot in found.items():
-                own = {name: by_path[path] for name, by_path in leaves.items()}
-                masks[path] = moves.moved(slot, old[path], now, own)
-            return MaskState(masks)
-
-        return cond(all_finite([stats[name] for name in needed]), moved, lambda: MaskState(old))
+        fine = all_finite([stats[name] for name in needed])
+        return MaskState(cond(fine, lambda: moves.all_moved(found, old, jnp.asarray(step), leaves), lambda: old))
 
     def apply(state: MaskState, params: Params) -> Params:
         found, _ = selected(params)
@@ -156,8 +149,8 @@ def rigl(
         raise ValueError(f"rigl: stop must be a positive integer, the step at which it ends, got {stop!r}.")
     if is_integer(period) and stop <= period:
         raise ValueError(
-            f"rigl: masks move first at step {period}, the period, and no more from stop={stop} on, so they never would;"
-            " take a later stop, or when(regrow(...), never) for masks that stay."
+            f"rigl: masks move first at step {period}, the period, and no more from stop={stop} on, so they never"
+            " would; take a later stop, or when(regrow(...), never) for masks that stay."
         )
     cosine = optax.cosine_decay_schedule(_checked_share("rigl", fraction, "a number in [0, 1]"), stop)
 
@@ -200,6 +193,16 @@ class _Moves:
     def first(self, slot: Slot) -> jax.Array:
         """The order of the leaf's weights, of which the first ones are active at ``init``."""
         return self.drawn(slot) if self.initial is None else ~order_keys(self.initial.fn(slot.array))
+
+    def all_moved(
+        self, found: Mapping[str, Slot], old: Mapping[str, jax.Array], step: jax.Array, stats: Stats
+    ) -> dict[str, jax.Array]:
+        """The masks after an update, by path, of statistics by name and path."""
+        masks = {}
+        for path, slot in found.items():
+            own = {name: by_path[path] for name, by_path in stats.items()}
+            masks[path] = self.moved(slot, old[path], step, own)
+        return masks
 
     def moved(self, slot: Slot, mask: jax.Array, step: jax.Array, stats: Mapping[str, jax.Array]) -> jax.Array:
         """The leaf's mask after an update."""

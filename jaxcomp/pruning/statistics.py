@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcomp.core.errors import count_known
@@ -152,17 +153,20 @@ def for_score(
     return {path: leaves[path] for path in selected}
 
 
-def check_any_finite(needed: Mapping[str, Mapping[str, jax.Array]], masks: Mapping[str, jax.Array]) -> None:
+def check_any_finite(
+    fine: jax.Array | np.bool_, needed: Mapping[str, Mapping[str, jax.Array]], masks: Mapping[str, jax.Array]
+) -> None:
     """Checks what an update outside jit, whose statistics are not finite, leaves behind.
 
     Args:
+      fine: whether they are.
       needed: statistics by name, each by path.
       masks: those before.
 
     Raises:
       ValueError: nothing is masked yet, so no update before had statistics that say what to mask.
     """
-    if any(count_known(jnp.logical_not, mask) for mask in masks.values()):
+    if isinstance(fine, jax.core.Tracer) or fine or any(count_known(jnp.logical_not, m) for m in masks.values()):
         return
     bad = {(name, p): count_known(lambda x: ~jnp.isfinite(x), x) for name, by in needed.items() for p, x in by.items()}
     name, path = next((place for place, count in bad.items() if count), next(iter(bad)))

@@ -109,11 +109,8 @@ def prune(
     def update(state: Masks, params: Params, *, step: Step, **stats: PyTree) -> Masks:
         selected = found(params)
         needed = {name: for_score(name, score, stats, selected=selected, owner="prune") for name in score.needs}
-        if not needed:
-            return criterion.masks(selected, step, needed, state)
         fine = all_finite([stats[name] for name in needed])
-        if not isinstance(fine, jax.core.Tracer) and not fine:
-            check_any_finite(needed, state)
+        check_any_finite(fine, needed, state)
         return cond(fine, lambda: criterion.masks(selected, step, needed, state), lambda: dict(state))
 
     def apply(state: Masks, params: Params) -> Params:
