@@ -37,14 +37,14 @@ def of_amounts(amounts: Sequence[tuple[list[str], Resolved]], units: Mapping[str
             f"sparsity={count} is an int and so a count: {count} of {of} are pruned ({count / size:.2%}); for"
             f" {count} percent write {count / _PERCENT:g}, and if the count is meant all is well.",
         )
-    empty = [names for names, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size)]
+    empty = [n for n, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size)]
     none = [name for names in empty for name in names]
     if none:
-        first = none[0]
+        _, share, size = sizes[none[0]]
         notice(
             "prune",
-    empty = [n for n, x, size in sizes.values() if isinstance(x, float) and x and not share_of(x, size)]
-            " it out by a rule, or take smaller units or a larger sparsity.",
+            f"nothing of {some_paths(none)} is pruned: {share:g} of {size} units rounds to 0; leave it out by a rule,"
+            " or take smaller units or a larger sparsity.",
         )
 
 
