@@ -29,6 +29,7 @@ def soft_targets(student_logits: jax.Array, teacher_logits: jax.Array, temperatu
     _same_shape("soft_targets", student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"soft_targets: temperature must be positive, got {temperature!r}.")
+    _some("soft_targets", student_logits)
     student = jax.nn.log_softmax(_wide(student_logits) * (1.0 / temperature))
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(_wide(teacher_logits)) * (1.0 / temperature))
     return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(student, teacher))
@@ -50,7 +51,9 @@ def hint(student: jax.Array, teacher: jax.Array, projection: jax.Array | None = 
 
     Source: Romero et al. 2014, arXiv:1412.6550, equation 3 (a 1x1 projection in place of a convolution).
     """
-    projected = student if projection is None else student @ projection
+    _some("hint", student)
+    wide = None if projection is None else jnp.promote_types(_wide(student).dtype, _wide(projection).dtype)
+    projected = student if projection is None else jnp.matmul(student, projection, preferred_element_type=wide)
     _same_shape("hint", projected, teacher)
     return jnp.mean(optax.losses.squared_error(_wide(projected), jax.lax.stop_gradient(_wide(teacher))))
 
@@ -77,6 +80,7 @@ def attention_transfer(student: jax.Array, teacher: jax.Array, power: int = 2) -
             f"attention_transfer: the student's features are {student.shape} and the teacher's {teacher.shape}; all but"
             " the last dimension must be equal."
         )
+    _some("attention_transfer", student)
     maps = [_attention(student, power), _attention(jax.lax.stop_gradient(teacher), power)]
     return jnp.mean(jnp.sum(optax.losses.squared_error(*maps), axis=-1))
 
@@ -99,6 +103,7 @@ def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"similarity: the batches are {student.shape[0]} and {teacher.shape[0]}, and must be equal.")
+    _some("similarity", student)
     ours, theirs = _gram(student), _gram(jax.lax.stop_gradient(teacher))
     return jnp.mean(optax.losses.squared_error(ours, theirs))
 
@@ -119,6 +124,12 @@ def _attention(x: jax.Array, power: int) -> jax.Array:
 def _gram(x: jax.Array) -> jax.Array:
     flat = _wide(x).reshape(x.shape[0], -1)
     return _unit(flat @ flat.T)
+
+
+def _some(owner: str, x: jax.Array) -> None:
+    """Of no example there is no mean: it would be NaN."""
+    if 0 in x.shape:
+        raise ValueError(f"{owner}: there is no example in shape {x.shape}; leave the empty batch out.")
 
 
 def _same_shape(owner: str, student: jax.Array, teacher: jax.Array) -> None:

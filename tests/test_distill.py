@@ -98,3 +98,22 @@ def test_zeros_and_half_precision_stay_finite(name) -> None:
 def test_misfits_are_refused(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_fault_7_an_empty_batch_is_refused() -> None:
+    """The mean over no example would be NaN."""
+    none, maps = jnp.zeros((0, 10)), jnp.zeros((0, 4, 4, 3))
+    for call in (
+        lambda: distill.soft_targets(none, none),
+        lambda: distill.hint(none, none),
+        lambda: distill.attention_transfer(maps, maps),
+        lambda: distill.similarity(none, none),
+    ):
+        with pytest.raises(ValueError, match=r": there is no example in shape \(0, "):
+            call()
+
+
+def test_fault_7_a_narrow_projection_is_summed_wide() -> None:
+    x, w = jnp.full((1, 4096), 0.0625, jnp.bfloat16), jnp.full((4096, 1), 0.0625, jnp.bfloat16).at[0].set(1.0)
+    want = np.float64(0.0625) * (1 + 4095 * 0.0625)
+    assert float(distill.hint(x, jnp.zeros((1, 1)), w)) == pytest.approx(want**2, rel=1e-6)

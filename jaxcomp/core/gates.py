@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
+from jaxcomp.core.paths import is_float_array
 from jaxcomp.core.specs import is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
@@ -28,6 +30,8 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     """
     if not is_integer(period) or period < 1:
         raise ValueError(f"every: the period must be an integer of at least 1, got {period!r}.")
+    if stop is not None and stop <= start:
+        raise ValueError(f"every: no step is due, for stop={stop} is not after start={start}; never says that.")
 
     def due(step: jax.Array) -> jax.Array:
         on = (step >= start) & ((step - start) % period == 0)
@@ -110,7 +114,10 @@ def gate(transform: Transform, due: Due) -> Transform:
 
 
 def once(transform: Transform) -> Transform:
-    """Updates at the first ``update`` only: what it finds in the statistics of that step is kept."""
+    """Updates at the first ``update`` whose statistics are finite: what it finds in those is kept.
+
+    A step that loss scaling or ``optax.apply_if_finite`` skips has gradients that are not finite, and says nothing.
+    """
 
     def init(params: Params) -> GateState:
         return GateState(jnp.zeros((), bool), transform.init(params))
@@ -118,7 +125,7 @@ def once(transform: Transform) -> Transform:
     def update(state: GateState, params: Params, *, step: Step, **stats: PyTree) -> GateState:
         first, inner = ~state.opened, state.inner
         updated = cond(first, lambda: transform.update(inner, params, step=step, **stats), lambda: inner)
-        return GateState(jnp.ones((), bool), updated)
+        return GateState(state.opened | all_finite(stats), updated)
 
     return Transform(init, update, lambda state, params: transform.apply(state.inner, params))
 
@@ -128,6 +135,16 @@ def cond(chosen: jax.Array | np.bool_, then: Callable[[], State], otherwise: Cal
     if isinstance(chosen, jax.core.Tracer):
         return jax.lax.cond(chosen, then, otherwise)
     return then() if chosen else otherwise()
+
+
+def all_finite(stats: PyTree) -> jax.Array | np.bool_:
+    """Whether no floating array of the tree holds NaN or infinity; known without computing where there is none.
+
+    >>> bool(all_finite({"grads": jnp.array([1.0, jnp.inf])})), bool(all_finite({}))
+    (False, True)
+    """
+    arrays = [x for x in jax.tree.leaves(stats) if is_float_array(x)]
+    return reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in arrays)) if arrays else np.True_
 
 
 def _check_due(owner: str, due: Due) -> None:

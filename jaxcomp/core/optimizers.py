@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import materialize
-from jaxcomp.core.paths import path_str, some_paths
+from jaxcomp.core.paths import is_float_array, path_str, some_paths
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State
 
@@ -163,14 +164,26 @@ class WrapState(NamedTuple):
     optimizer: State
 
 
-def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) -> optax.GradientTransformation:
+def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) -> optax.GradientTransformationExtraArgs:
     """Compression-aware training for a loop that must not change: after each update the params are compressed.
 
     The uncompressed (latent) parameters live in the optimizer's state. Each update takes the gradient at the compressed
     point straight through ``apply`` (so masks and clipped ranges cut it), steps the latent parameters, and moves the
     loop's parameters to the compressed latent ones. The statistics it offers to ``update`` are ``grads``, those of the
-    compressed point, masked weights included. What ``regrow`` grows starts at zero, without moments. For saving,
-    ``transform.apply(state.transform, state.latent)`` holds the compressed leaves.
+    compressed point, masked weights included. What ``regrow`` grows starts at zero, without moments.
+
+    For saving, ``transform.apply(state.transform, state.latent)`` holds the compressed leaves. The loop holds the same
+    bits after ``optax.apply_updates``: updates of float16 and bfloat16 parameters are float32, so that the sum rounds
+    once. Of float32 parameters an entry that falls below half of what it was, or changes its sign, may be an ulp of the
+    larger off for a step, for no float32 update leads to it; one step at the same place mends it.
+
+    What optax passes on to an optimizer passes through: ``value``, ``loss``, or what else a step is called with, as it
+    is; ``grad`` as the latent parameters' gradient; ``value_fn`` and ``obj_fn``, the losses that a line search and
+    Sophia call, as functions of the latent parameters.
+
+    With ``optax.MultiSteps`` outside, ``MultiSteps(wrap_optax(...), k)``, a step of ``transform`` is a step of the
+    optimizer and its ``grads`` are the mean; inside, it is a call, one of k. ``optax.apply_if_finite`` may stand on
+    either side; outside, float16 and bfloat16 parameters want float32 gradients.
 
     Args:
       optimizer: any optax transformation.
@@ -189,23 +202,85 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
     Array([[0. , 0. ],
            [2.9, 3.9]], dtype=float32)
     """
+    inside = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> WrapState:
         latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
         return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
 
-    def update(grads: Params, state: WrapState, params: Params | None = None) -> tuple[Params, WrapState]:
+    def update(
+        grads: Params, state: WrapState, params: Params | None = None, **extra: PyTree
+    ) -> tuple[Params, WrapState]:
         if params is None:
             raise ValueError("wrap_optax: update wants the parameters: tx.update(grads, state, params).")
-        compressed = state.transform
-        _, pull_back = jax.vjp(lambda p: materialize(transform.apply(compressed, p)), state.latent)
-        (latent_grads,) = pull_back(grads)
-        updates, inner = optimizer.update(latent_grads, state.optimizer, state.latent)
-        latent = optax.apply_updates(state.latent, updates)
-        before, compressed = compressed, transform.update(compressed, latent, step=state.step, grads=grads)
-        latent, inner = reset_regrown(before, compressed, latent, inner)
-        target = materialize(transform.apply(compressed, latent))
-        moves = jax.tree.map(lambda new, old: new - old, target, params)
-        return moves, WrapState(state.step + 1, latent, compressed, inner)
+        before = state.transform
+        point = _Point.of(transform, before, state.latent)
+        steps, inner = inside.update(point.pulled(grads), state.optimizer, state.latent, **point.passed(extra))
+        # Barriers: fused, XLA reads products and sums before they are rounded to their type, and the loop does not.
+        steps = jax.lax.optimization_barrier(steps)
+        latent = jax.lax.optimization_barrier(optax.apply_updates(state.latent, steps))
+        after = transform.update(before, latent, step=state.step, grads=grads)
+        latent, inner = reset_regrown(before, after, latent, inner)
+        target = jax.lax.optimization_barrier(materialize(transform.apply(after, latent)))
+        moves = jax.tree.map(_move, target, params, steps)
+        return moves, WrapState(optax.safe_increment(state.step), latent, after, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Point(NamedTuple):
+    """Where the loop took its gradient: what it sees of the latent parameters, there and how its gradients reach them.
+
+    Fields:
+      seen: latent parameters to those that the loop sees.
+      value: what it sees now.
+      pull_back: the transposed derivative of ``seen`` there.
+    """
+
+    seen: Callable[[Params], Params]
+    value: Params
+    pull_back: Callable[[Params], tuple[Params]]
+
+    @staticmethod
+    def of(transform: Transform, state: State, latent: Params) -> _Point:
+        def seen(p: Params) -> Params:
+            return materialize(transform.apply(state, p))
+
+        return _Point(seen, *jax.vjp(seen, latent))
+
+    def pulled(self, grads: Params) -> Params:
+        """The latent parameters' gradient; a loop may hand gradients of a wider type than the parameters."""
+        typed = jax.tree.map(lambda x, g: g if g.dtype == jax.dtypes.float0 else g.astype(x.dtype), self.value, grads)
+        return self.pull_back(typed)[0]
+
+    def passed(self, extra: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """What optax's optimizers are called with, by the names that optax gives it, for the latent parameters."""
+        own = dict(extra)
+        if own.get("grad") is not None:
+            own["grad"] = self.pulled(own["grad"])
+        for name in {"value_fn", "obj_fn"} & own.keys():
+            own[name] = self._of_latent(own[name])
+        return own
+
+    def _of_latent(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        return lambda latent, *args, **kwargs: f(self.seen(latent), *args, **kwargs)
+
+
+def _move(new: jax.Array, old: jax.Array, step: jax.Array) -> jax.Array:
+    """The update with which ``optax.apply_updates`` makes ``new`` of ``old``, of those tried the first that does.
+
+    Tried are the optimizer's own, right where nothing is compressed; the difference, rounded once; and it with what the
+    rounding of the sum lost.
+    """
+    if not is_float_array(old):
+        return new - old
+    wide = compute_dtype(old.dtype)
+    there, here = new.astype(wide), old.astype(wide)
+    plain = there - here
+    better = plain + (there - (here + plain))
+    own = step.astype(wide)
+
+    def leads(move: jax.Array) -> jax.Array:
+        return (here + move).astype(old.dtype) == new
+
+    return jnp.where(leads(own), own, jnp.where(leads(plain), plain, better))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MAX_BITS = 8
 
@@ -39,14 +41,35 @@ def check_key(owner: str, key: object) -> None:
 
 
 def checked_fraction(owner: str, fraction: object, wanted: str = "a number in [0, 1)") -> float:
-    """A constant sparsity as a float.
+    """A constant sparsity as a float; one of NumPy's narrower types as the decimal that it prints.
 
     Raises:
       ValueError: it is not a number in [0, 1).
     """
     if is_number(fraction) and 0 <= fraction < 1:
-        return float(fraction)
+        return float(str(fraction)) if isinstance(fraction, np.floating) else float(fraction)
     raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}.")
+
+
+def written(fraction: float) -> Fraction:
+    """The decimal that a float prints, which is what one wrote: ``0.1`` is a tenth, not the nearest binary number.
+
+    >>> written(0.1)
+    Fraction(1, 10)
+    """
+    return Fraction(repr(float(fraction)))
+
+
+def share_of(fraction: float, total: int) -> int:
+    """``fraction * total`` as a count, half to even; the fraction is the decimal that it prints, the product exact.
+
+    Python's ``round(fraction * total)`` is the same but where floats miss a half: 0.29 of 150 is 43.5, and so 44, which
+    floats make 43.49999999999999.
+
+    >>> [share_of(0.1, 5), share_of(0.3, 5), share_of(0.95, 150), share_of(0.29, 150)]
+    [0, 2, 142, 44]
+    """
+    return round(written(fraction) * total)
 
 
 @dataclass(frozen=True)

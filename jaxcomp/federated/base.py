@@ -87,6 +87,8 @@ def combine_stacked(stacked: Message, weights: jax.Array | None = None) -> Messa
       ValueError: an array of integers, which has no mean. The message names the path.
     """
     named, treedef = leaves_with_paths(stacked, is_leaf=is_compressed)
+    if any(x.shape[:1] == (0,) for x in jax.tree.leaves(stacked)):
+        raise ValueError("combine: no messages are stacked (an axis of length 0), and of none there is no mean.")
     for path, x in named:
         if not isinstance(x, MessageLeaf) and not is_float_array(x):
             raise ValueError(f"combine: {path!r} is of type {x.dtype}, which has no mean; leave it out of the update.")

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomp.core.types import Params, State
+from jaxcomp.core.gates import all_finite
+from jaxcomp.core.types import Params, PyTree, State
 from jaxcomp.federated.base import Compressor, Update, combine_stacked
 
 
@@ -22,12 +23,14 @@ class CompressState(NamedTuple):
 
 def compress_updates(
     compressor: Compressor, *, key: jax.Array, axis_name: str | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replaces the updates by what is decoded of their message; with an axis, of all messages along it combined.
 
     Without an axis it shows what compression does to one process's training (put it before the optimizer). With one,
     inside ``shard_map``, ``pmap`` or ``vmap``, each device encodes its own gradients, the messages (packed bytes, not
     gradients) are gathered, and every device decodes the same mean: gradient compression of data-parallel training.
+    Where what is decoded is not finite, which a loop skips, what the compressor remembers stays as it was, on all
+    devices. With ``optax.MultiSteps`` outside it sends once for k micro-steps, inside at each.
 
     Args:
       compressor: what.
@@ -49,12 +52,17 @@ def compress_updates(
         own = jax.random.clone(key)  # a step may donate its state
         return CompressState(jnp.zeros((), jnp.int32), own, compressor.init(params))
 
-    def update(updates: Update, state: CompressState, params: Params | None = None) -> tuple[Update, CompressState]:
+    def update(
+        updates: Update, state: CompressState, params: Params | None = None, **extra: PyTree
+    ) -> tuple[Update, CompressState]:
         shared = jax.random.fold_in(state.key, state.step)
         own = shared if axis_name is None else jax.random.fold_in(shared, jax.lax.axis_index(axis_name))
         message, inner = compressor.encode(state.inner, updates, key=jax.random.fold_in(own, 1), shared=shared)
         if axis_name is not None:
             message = combine_stacked(jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), message))
-        return compressor.decode(message), CompressState(state.step + 1, state.key, inner)
+        decoded = compressor.decode(message)
+        fine = all_finite(decoded)
+        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old.astype(new.dtype)), inner, state.inner)
+        return decoded, CompressState(state.step + 1, state.key, kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxcomp.core.leaves import Packed, compressed_leaf, dense
 from jaxcomp.core.types import DType, Leaf
 from jaxcomp.federated.arrays import pack_wide, unpack_wide, unrotated, weighted_mean, width_of
-from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf
+from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf, poisoned
+
+_MOST = 2**30  # a sum of codes is doubled in int32
 
 
 @compressed_leaf(meta=("vote", "dense_shape", "dense_dtype"))
@@ -107,6 +109,11 @@ class Uniform(MessageLeaf):
             return super().combined(weights)
         step, one = agreed(self.half_step, "half steps", "give uniform the same limit=, or an axis_name=.")
         parts = self.half_step.shape[0] * self.parts
+        if parts * (2**self.bits - 1) > _MOST:
+            raise ValueError(
+                f"combine: the codes of {parts} messages of {self.bits} bits sum to more than {_MOST}; combine fewer,"
+                " and average what they decode to."
+            )
         total = jnp.sum(jax.vmap(Uniform.integers)(self), 0, dtype=jnp.uint32)
         codes = pack_wide(total, width_of(parts * (2**self.bits - 1)))
         return replace(self, codes=codes, half_step=step * one.astype(step.dtype), parts=parts)
@@ -142,12 +149,4 @@ class Rotated(MessageLeaf):
         """Combines what is inside: a rotation is linear."""
         seed, one = agreed(self.seed, "rotations", "give encode the round's key as shared=, the same to all.")
         inner = combined_leaf(self.inner, weights)
-        return replace(self, inner=_poisoned(inner, one), seed=seed)
-
-
-def _poisoned(message: Leaf, one: jax.Array) -> Leaf:
-    """The message with its floating fields multiplied by 1 or NaN."""
-    return jax.tree.map(
-        lambda x: x * one.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-        message,
-    )
+        return replace(self, inner=poisoned(inner, one), seed=seed)

@@ -8,9 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.gates import all_finite
 from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
 from jaxcomp.core.types import Key
 from jaxcomp.federated.base import Compressor, Message, State, Update, checked
+from jaxcomp.federated.messages import poisoned
 
 
 def by_path(table: Mapping[Where, Compressor]) -> Compressor:
@@ -58,7 +61,7 @@ def by_path(table: Mapping[Where, Compressor]) -> Compressor:
 
 
 class FeedbackState(NamedTuple):
-    """What :func:`error_feedback` keeps: what has not been sent yet, a tree like the update; and the inner state."""
+    """What :func:`error_feedback` keeps: what has not been sent yet, in float32 at least; and the inner state."""
 
     memory: Update
     inner: State
@@ -68,6 +71,8 @@ def error_feedback(compressor: Compressor) -> Compressor:
     """Remembers what a message did not say, and adds it to the next update: ``m' = (m + u) - decode(encode(m + u))``.
 
     Over any number of rounds the decoded messages and the memory add up to the updates, so nothing is lost, only late.
+    The memory is float32 at least, whatever the update's type, which is the message's. An update that is not finite,
+    which inside jit no error refuses, makes a message of NaN and changes neither the memory nor the inner state.
 
     Args:
       compressor: one that contracts.
@@ -88,19 +93,28 @@ def error_feedback(compressor: Compressor) -> Compressor:
 
     def init(update: Update) -> FeedbackState:
         checked(update, "error_feedback")
-        return FeedbackState(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), update), compressor.init(update))
+        memory = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(x.dtype)), update)
+        return FeedbackState(memory, compressor.init(update))
 
     def encode(
         state: FeedbackState, update: Update, *, key: Key | None = None, shared: Key | None = None
     ) -> tuple[Message, FeedbackState]:
         _check_same_shapes(checked(update, "error_feedback"), state.memory)
-        whole = jax.tree.map(jnp.add, state.memory, update)
-        message, inner = compressor.encode(state.inner, whole, key=key, shared=shared)
+        whole = jax.tree.map(lambda m, u: _wide(m) + _wide(u), state.memory, update)
+        sent = jax.tree.map(lambda x, u: x.astype(u.dtype), whole, update)
+        message, inner = compressor.encode(state.inner, sent, key=key, shared=shared)
         # The barrier keeps decode's product and this difference two roundings: jit gives what eager gives.
         said = jax.lax.optimization_barrier(compressor.decode(message))
-        return message, FeedbackState(jax.tree.map(jnp.subtract, whole, said), inner)
+        after = FeedbackState(jax.tree.map(lambda x, s: x - _wide(s), whole, said), inner)
+        fine = jnp.asarray(all_finite(update))
+        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old.astype(new.dtype)), after, state)
+        return poisoned(message, jnp.where(fine, jnp.float32(1), jnp.float32(jnp.nan))), kept
 
     return Compressor(init, encode)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(compute_dtype(x.dtype))
 
 
 def _check_same_shapes(named: list[tuple[str, jax.Array]], memory: Update) -> None:

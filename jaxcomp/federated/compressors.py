@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.gates import all_finite
 from jaxcomp.core.leaves import Packed
 from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
-from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number
+from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number, share_of
 from jaxcomp.core.types import Key, Leaf
 from jaxcomp.federated.arrays import (
     drawn,
@@ -226,8 +227,9 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
         m = x.astype(q.dtype).reshape(-1, x.shape[-1])
         highest = jax.lax.Precision.HIGHEST
         p = orthonormal(mean(jnp.matmul(m, q, precision=highest)))
-        q = mean(jnp.matmul(m.T, p, precision=highest))
-        return Factors(p.astype(x.dtype), q.astype(x.dtype), tuple(x.shape), jnp.dtype(x.dtype)), q
+        new = mean(jnp.matmul(m.T, p, precision=highest))
+        start = jnp.where(all_finite(new), new, q)  # after a step that is skipped the next one starts as it would have
+        return Factors(p.astype(x.dtype), new.astype(x.dtype), tuple(x.shape), jnp.dtype(x.dtype)), start
 
     return leafwise("powersgd", encode_leaf, check=check, init_leaf=init_leaf)
 
@@ -244,7 +246,7 @@ def _count_rule(owner: str, fraction: float | None, count: int | None) -> Callab
     def number(path: str, x: jax.Array) -> int:
         size = math.prod(x.shape)
         if count is None:
-            return max(1, round(float(fraction or 1) * size))
+            return max(1, share_of(float(fraction or 1), size))
         if count > size:
             raise ValueError(
                 f"{owner}: {path!r} of shape {tuple(x.shape)} has {size} elements, fewer than count={count}; give a"

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcomp.core.bits import compute_dtype, packed_size
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense
-from jaxcomp.core.types import DType, Leaf
+from jaxcomp.core.types import DType, Leaf, PyTree
 from jaxcomp.federated.arrays import drawn, pack_wide, unpack_wide, weighted_mean, width_of
 
 
@@ -94,8 +94,9 @@ class Sparse(MessageLeaf):
 
     def materialize(self) -> jax.Array:
         """Adds the values up at their places."""
-        flat = jnp.zeros(self.size, self.dense_dtype).at[self.positions()].add(self.values)
-        return flat.reshape(self.dense_shape)
+        wide = compute_dtype(self.dense_dtype)  # a joined list may name a place many times
+        flat = jnp.zeros(self.size, wide).at[self.positions()].add(self.values.astype(wide))
+        return flat.astype(self.dense_dtype).reshape(self.dense_shape)
 
     def combined(self, weights: jax.Array | None) -> Leaf:
         """The lists one after the other, n * count long, the values weighted; the dense mean where that is smaller."""
@@ -173,6 +174,11 @@ class Factors(MessageLeaf):
         q = (self.q.astype(wide) * share.astype(wide)[:, None, None]).astype(self.q.dtype)
         p, q = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n * rank) for x in (self.p, q))
         return replace(self, p=p, q=q)
+
+
+def poisoned(message: PyTree, one: jax.Array) -> PyTree:
+    """The message with its floating fields times a factor that is 1 or NaN; every message leaf has such a field."""
+    return jax.tree.map(lambda x: x * one.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, message)
 
 
 def combined_leaf(stacked: Leaf, weights: jax.Array | None) -> Leaf:

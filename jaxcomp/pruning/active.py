@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jaxcomp.core.paths import Where, first_matches
 from jaxcomp.core.slots import Slot
-from jaxcomp.core.specs import checked_fraction
+from jaxcomp.core.specs import checked_fraction, share_of
 from jaxcomp.pruning.masks.thresholds import MAX_COUNT
 
 Sparsity = float | Mapping[Where, float]
@@ -51,4 +51,4 @@ def _count(slot: Slot, share: float) -> int:
         )
     if size > MAX_COUNT:
         raise ValueError(f"regrow: {slot.path!r} has {size} weights; at most {MAX_COUNT} are counted.")
-    return max(1, size - round(share * size))
+    return max(1, size - share_of(share, size))

@@ -13,6 +13,7 @@ from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot
 from jaxcomp.core.types import Shape, Step
+from jaxcomp.pruning import notices
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.select import Maybe, amounts_of, groups_of, select, tied
 from jaxcomp.pruning.masks.units import alive_units, unit_scores
@@ -63,20 +64,28 @@ class Criterion:
         alive = {p: _alive(inside[p], slot) for p, slot in selected.items()}
         dead = {p: None if self.regrow or old is None else ~old[p] for p in selected}
         patterns = {p: s for p, s in inside.items() if isinstance(s, NM)}
-        if patterns:
-            return {p: n_m_mask(units[p], s, _left(alive[p], dead[p])) for p, s in patterns.items()}
         shapes = {p: slot.array.shape for p, slot in selected.items()}
+        if patterns:
+            if old is None:
+                notices.of_patterns(patterns, shapes)
+            return {p: n_m_mask(units[p], s, _left(alive[p], dead[p])) for p, s in patterns.items()}
         if isinstance(self.structure, Tied):
             groups = groups_of(self.structure, shapes)
             scores, left, gone = tied(groups, units, alive, dead)
-            kept = self._select(scores, left, gone, shapes={g: x.shape for g, x in scores.items()}, step=step)
+            of = {g: x.shape for g, x in scores.items()}
+            kept = self._select(scores, left, gone, shapes=of, step=step, first=old is None)
             return {p: kept[g].reshape(units[p].shape) for g, members in groups.items() for p in members}
-        return self._select(units, alive, dead, shapes=shapes, step=step)
+        return self._select(units, alive, dead, shapes=shapes, step=step, first=old is None)
 
-    def _select(self, units: Masks, alive: Maybe, dead: Maybe, *, shapes: Mapping[str, Shape], step: Step) -> Masks:
+    def _select(
+        self, units: Masks, alive: Maybe, dead: Maybe, *, shapes: Mapping[str, Shape], step: Step, first: bool
+    ) -> Masks:
         normal = self.score.normalize
         scores = units if normal is None else {name: normal(x) for name, x in units.items()}
-        return select(scores, alive, dead, amounts_of(self.scope, shapes, self.amount, step))
+        amounts = amounts_of(self.scope, shapes, self.amount, step)
+        if first:
+            notices.of_amounts(amounts, scores)
+        return select(scores, alive, dead, amounts)
 
     def _scores(self, inside: Units | NM, slot: Slot, step: Step, stats: ByName) -> jax.Array:
         """Scores of one leaf's units, not yet normalized."""

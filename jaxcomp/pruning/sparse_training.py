@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.bits import order_keys
-from jaxcomp.core.gates import every, when
+from jaxcomp.core.gates import all_finite, cond, every, when
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import Where, key_of_leaf, matrices
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Key, Params, PyTree, Step
+from jaxcomp.core.types import Key, Params, PyTree, Stats, Step
 from jaxcomp.pruning.active import Sparsity, active_counts, checked_sparsity
 from jaxcomp.pruning.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.pruning.masks.thresholds import fraction_of
+from jaxcomp.pruning.notices import of_moves
 from jaxcomp.pruning.scores import Score, magnitude, sensitivity
 from jaxcomp.pruning.statistics import for_score
 
@@ -47,6 +48,7 @@ def regrow(
     ``grow`` score among all that are inactive after the drop; one that comes back in the same update has never left.
     ``apply`` makes a ``Masked`` leaf, so no gradient reaches an inactive weight. The masks move every 100 steps with
     ``when(regrow(...), every(100))``, and never with ``when(regrow(...), never)``, which is static sparse training.
+    An update whose statistics are not all finite, as those of a step that loss scaling skips, moves nothing.
 
     Two things belong into the training step, for ``update`` sees neither the loss nor the optimizer:
     :func:`~jaxcomp.core.optimizers.dense_value_and_grad` gives the gradient of inactive weights too, by which
@@ -110,17 +112,17 @@ def regrow(
     def init(params: Params) -> MaskState:
         found, active = selected(params)
         check_finite(found, "regrow")
+        if not callable(fraction):
+            of_moves(active, fraction)
         return MaskState({path: first_mask(moves.first(slot), active[path]) for path, slot in found.items()})
 
     def update(state: MaskState, params: Params, *, step: Step, **stats: PyTree) -> MaskState:
         found, _ = selected(params)
         asked = partial(for_score, stats=stats, selected=found, owner="regrow", hint=DENSE)
         leaves = {name: asked(name, score) for name, score in needed.items()}
-        now, masks = jnp.asarray(step), {}
-        for path, slot in found.items():
-            own = {name: by_path[path] for name, by_path in leaves.items()}
-            masks[path] = moves.moved(slot, state_of(state.masks, path, "regrow"), now, own)
-        return MaskState(masks)
+        old = {path: state_of(state.masks, path, "regrow") for path in found}
+        fine = all_finite([stats[name] for name in needed])
+        return MaskState(cond(fine, lambda: moves.all_moved(found, old, jnp.asarray(step), leaves), lambda: old))
 
     def apply(state: MaskState, params: Params) -> Params:
         found, _ = selected(params)
@@ -145,6 +147,11 @@ def rigl(
     """
     if not is_integer(stop) or stop < 1:
         raise ValueError(f"rigl: stop must be a positive integer, the step at which it ends, got {stop!r}.")
+    if is_integer(period) and stop <= period:
+        raise ValueError(
+            f"rigl: masks move first at step {period}, the period, and no more from stop={stop} on, so they never"
+            " would; take a later stop, or when(regrow(...), never) for masks that stay."
+        )
     cosine = optax.cosine_decay_schedule(_checked_share("rigl", fraction, "a number in [0, 1]"), stop)
 
     def share(step: Step) -> jax.Array:
@@ -186,6 +193,16 @@ class _Moves:
     def first(self, slot: Slot) -> jax.Array:
         """The order of the leaf's weights, of which the first ones are active at ``init``."""
         return self.drawn(slot) if self.initial is None else ~order_keys(self.initial.fn(slot.array))
+
+    def all_moved(
+        self, found: Mapping[str, Slot], old: Mapping[str, jax.Array], step: jax.Array, stats: Stats
+    ) -> dict[str, jax.Array]:
+        """The masks after an update, by path, of statistics by name and path."""
+        masks = {}
+        for path, slot in found.items():
+            own = {name: by_path[path] for name, by_path in stats.items()}
+            masks[path] = self.moved(slot, old[path], step, own)
+        return masks
 
     def moved(self, slot: Slot, mask: jax.Array, step: jax.Array, stats: Mapping[str, jax.Array]) -> jax.Array:
         """The leaf's mask after an update."""

@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from jaxcomp.core.errors import count_known
+from jaxcomp.core.gates import all_finite
 from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
 from jaxcomp.core.slots import Slot, broadcasts, slots
 from jaxcomp.core.specs import is_number
@@ -60,7 +64,8 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
     """Hands ``transform`` statistics that it gathers from ``grads=`` at every update; all others pass through.
 
     Around a gate it gathers at every step, also while the gate sleeps:
-    ``accumulate(gate(prune(0.5, score=movement), every(100)), statistics.movement)``.
+    ``accumulate(gate(prune(0.5, score=movement), every(100)), statistics.movement)``. A step whose gradients are not
+    all finite, which loss scaling skips, gives nothing; before the first other one the statistics are NaN.
 
     Args:
       transform: what needs them.
@@ -92,7 +97,9 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
         if stats.get("grads") is None:
             raise ValueError("accumulate: wants the gradients; call update(..., grads=tree).")
         grads = dict(leaves_with_paths(stats["grads"])[0])
-        count, values = state.gathered + 1, dict(state.values)
+        fine = jnp.asarray(all_finite(stats["grads"]))
+        count = jnp.where(fine, optax.safe_increment(state.gathered), state.gathered)
+        values = dict(state.values)
         made: dict[str, dict[str, jax.Array]] = {}
         for s in statistics:
             made[s.name] = {}
@@ -101,8 +108,8 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
                     raise ValueError(f"accumulate: grads has no entry for {path!r}, only {some_paths(grads)}.")
                 new = s.of(w.astype(jnp.float32), grads[path].astype(jnp.float32))
                 key = f"{s.name}:{path}"
-                values[key] = _next(values[key], new, s.decay)
-                made[s.name][path] = values[key] if s.decay is None else values[key] / _weight(s.decay, count)
+                values[key] = jnp.where(fine, _next(values[key], new, s.decay), values[key])
+                made[s.name][path] = _so_far(values[key], s.decay, count)
         inner = transform.update(state.inner, params, step=step, **{**stats, **made})
         return RunningState(count, values, inner)
 
@@ -146,6 +153,29 @@ def for_score(
     return {path: leaves[path] for path in selected}
 
 
+def check_any_finite(
+    fine: jax.Array | np.bool_, needed: Mapping[str, Mapping[str, jax.Array]], masks: Mapping[str, jax.Array]
+) -> None:
+    """Checks what an update outside jit, whose statistics are not finite, leaves behind.
+
+    Args:
+      fine: whether they are.
+      needed: statistics by name, each by path.
+      masks: those before.
+
+    Raises:
+      ValueError: nothing is masked yet, so no update before had statistics that say what to mask.
+    """
+    if isinstance(fine, jax.core.Tracer) or fine or any(count_known(jnp.logical_not, m) for m in masks.values()):
+        return
+    bad = {(name, p): count_known(lambda x: ~jnp.isfinite(x), x) for name, by in needed.items() for p, x in by.items()}
+    name, path = next((place for place, count in bad.items() if count), next(iter(bad)))
+    raise ValueError(
+        f"prune: the statistic {name!r} has {bad[name, path]} values that are not finite at {path!r}, and nothing is"
+        " masked yet; give an update that is finite first, or leave update out where the training step is skipped."
+    )
+
+
 def _next(old: jax.Array, new: jax.Array, decay: float | None) -> jax.Array:
     if decay is None:
         return old + _rounded(new)
@@ -158,6 +188,8 @@ def _rounded(product: jax.Array) -> jax.Array:
     return jnp.clip(product, -most, most)
 
 
-def _weight(decay: float, count: jax.Array) -> jax.Array:
-    """The weights of all steps so far together."""
-    return 1 - jnp.float32(decay) ** count.astype(jnp.float32)
+def _so_far(value: jax.Array, decay: float | None, count: jax.Array) -> jax.Array:
+    """The statistic of all steps so far, whose weights together are ``1 - decay**count``; NaN where there are none."""
+    if decay is not None:
+        value = value / (1 - jnp.float32(decay) ** count.astype(jnp.float32))
+    return jnp.where(count > 0, value, jnp.full_like(value, jnp.nan))

@@ -8,6 +8,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.gates import all_finite, cond
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
@@ -36,7 +37,7 @@ from jaxcomp.pruning.specs import (
     Units,
     checked_amount,
 )
-from jaxcomp.pruning.statistics import for_score
+from jaxcomp.pruning.statistics import check_any_finite, for_score
 
 
 def prune(
@@ -50,16 +51,21 @@ def prune(
     roles: Roles | None = None,
     where: Where | None = None,
 ) -> Transform:
-    """Masks the lowest-scored units: exactly ``round(sparsity * units)`` of them, half to even, or a count.
+    """Masks the lowest-scored units: ``sparsity * units`` of them, rounded half to even, or a count.
+
+    The sparsity is the decimal that was written: 0.1 of 5 is a half, and so 0. A schedule's, in float32, is the decimal
+    of at most six places next to it (:func:`~jaxcomp.pruning.masks.thresholds.fraction_of`).
 
     ``apply`` makes a ``Masked`` leaf of each selected array. ``update`` finds the masks again from the parameters it is
     given, so with a schedule (and :func:`~jaxcomp.gate` for a period) sparsity grows while training, and what grew back
-    in importance returns. On a leaf that is masked already, the units are those that survive: 50% and then 50% leave a
+    in importance returns. An update whose statistics are not all finite, as those of a step that loss scaling skips,
+    changes nothing. On a leaf that is masked already, the units are those that survive: 50% and then 50% leave a
     quarter. Of equal scores the earlier leaf and lower index goes first.
 
     Args:
       sparsity: the fraction of units to prune, in [0, 1); or an int, how many; or a schedule ``step -> fraction`` (any
-        optax schedule, or those of :mod:`jaxcomp.pruning.schedules`). None where ``NM`` or ``Given`` say it.
+        optax schedule, or those of :mod:`jaxcomp.pruning.schedules`). None where ``NM`` or ``Given`` say it. Warned of
+        are an int that may be meant as percent, and what is selected but left whole.
       score: how much an element matters (:mod:`jaxcomp.pruning.scores`), or a function of the weights. One that needs
         statistics (``sensitivity`` needs ``grads=``) masks nothing until its first ``update``.
       structure: what goes as one: ``Element()``, ``NM(n, m)``, ``Block(shape)``, ``Filters()``, ``Tied(axes)``.
@@ -103,7 +109,9 @@ def prune(
     def update(state: Masks, params: Params, *, step: Step, **stats: PyTree) -> Masks:
         selected = found(params)
         needed = {name: for_score(name, score, stats, selected=selected, owner="prune") for name in score.needs}
-        return criterion.masks(selected, step, needed, state)
+        fine = all_finite([stats[name] for name in needed])
+        check_any_finite(fine, needed, state)
+        return cond(fine, lambda: criterion.masks(selected, step, needed, state), lambda: dict(state))
 
     def apply(state: Masks, params: Params) -> Params:
         through = isinstance(gradient, StraightThrough)

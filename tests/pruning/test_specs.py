@@ -34,10 +34,11 @@ def gone(got: dict) -> dict[str, int]:
 
 
 def test_counts_and_fractions() -> None:
-    assert gone(masks(jc.prune(3), TREE)) == {"a": 3, "b": 3}
-    assert sum(gone(masks(jc.prune(30, scope=jc.Global()), TREE)).values()) == 30
+    with pytest.warns(UserWarning, match="sparsity=3 is an int and so a count: 3 of the 600 units of 'a/kernel' are"):
+        assert gone(masks(jc.prune(3), TREE)) == {"a": 3, "b": 3}
+    assert sum(gone(masks(jc.prune(130, scope=jc.Global()), TREE)).values()) == 130
     with pytest.raises(ValueError, match=r"prune: 'b/kernel': 20 units, fewer than the 21 to prune"):
-        jc.prune(21).init(TREE)
+        jc.prune(21, where="b/.*").init(TREE)
     with pytest.raises(ValueError, match=r"prune: 'a/kernel': 30 units, fewer than the 31"):
         jc.prune(31, structure=jc.Filters(), where="a/.*").init(TREE)
 
@@ -134,6 +135,7 @@ def test_tied_heads_go_together() -> None:
 
 
 @given(sparsity=st.floats(0, 0.99), seed=st.integers(0, 1000))
+@pytest.mark.filterwarnings("ignore:prune. nothing of")
 def test_random_masks_are_exact_repeat_and_only_grow(sparsity, seed) -> None:
     score = jc.pruning.random_score(jax.random.key(seed))
     first = masks(jc.prune(sparsity, score=score), TREE)
@@ -202,8 +204,13 @@ def test_refuses_scores_that_are_nan() -> None:
     params = {"kernel": normal(4, 4)}
     t = jc.prune(0.5, score=jc.pruning.taylor)
     grads = {"kernel": params["kernel"].at[1, 2].set(jnp.nan)}
-    with pytest.raises(ValueError, match=r"'kernel' has 1 scores of 'taylor' that are NaN from the statistic 'grads'"):
+    with pytest.raises(
+        ValueError, match=r"'grads' has 1 values that are not finite at 'kernel', and nothing is masked"
+    ):
         t.update(t.init(params), params, step=0, grads=grads)
+    own = jc.pruning.Score("own", lambda w, grads: grads * jnp.nan, needs=("grads",))
+    with pytest.raises(ValueError, match=r"'kernel' has 16 scores of 'own' that are NaN from the statistic 'grads'"):
+        jc.prune(0.5, score=own).update(t.init(params), params, step=0, grads=params)
     with pytest.raises(ValueError, match=r"prune: 'kernel' has 16 scores of '<lambda>' that are NaN, of 16"):
         jc.prune(0.5, score=lambda w: w * jnp.nan).init(params)
 

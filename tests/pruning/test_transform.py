@@ -20,6 +20,8 @@ from jaxcomp.core.leaves import is_compressed
 shapes = st.sampled_from([(1, 1), (7, 5), (2, 3, 4)])
 arrays = hnp.arrays(np.float32, shapes, elements=st.floats(-8, 8, width=16))
 
+NOTHING = pytest.mark.filterwarnings("ignore:prune. nothing of")  # of few units a share may be none
+
 
 def oracle(w: np.ndarray, sparsity: float, alive: np.ndarray | None = None) -> np.ndarray:
     """Keeps all but the first round(sparsity * n) of a stable sort."""
@@ -39,12 +41,14 @@ def masks(t: jc.Transform, params, step: int = 0, **stats) -> dict:
     return jax.tree.map(lambda x: getattr(x, "mask", None), t.apply(state, params), is_leaf=is_compressed)
 
 
+@NOTHING
 @given(w=arrays, sparsity=st.floats(0, 0.999))
 def test_local_masks_are_those_of_a_stable_sort(w, sparsity) -> None:
     got = masks(jc.prune(sparsity), {"kernel": jnp.asarray(w)})["kernel"]
     assert (np.asarray(got) == oracle(w, sparsity)).all()
 
 
+@NOTHING
 @given(a=arrays, b=arrays, sparsity=st.floats(0, 0.999))
 def test_a_global_threshold_is_that_of_the_leaves_joined(a, b, sparsity) -> None:
     got = masks(jc.prune(sparsity, scope=jc.Global()), {"u": jnp.asarray(a), "v": jnp.asarray(b)})
@@ -52,6 +56,7 @@ def test_a_global_threshold_is_that_of_the_leaves_joined(a, b, sparsity) -> None
     assert (np.concatenate([np.asarray(got[k]).reshape(-1) for k in "uv"]) == want).all()
 
 
+@NOTHING
 @given(w=arrays, first=st.floats(0, 0.9), second=st.floats(0, 0.9))
 def test_stacked_prunes_act_on_survivors(w, first, second) -> None:
     t = jc.chain(jc.prune(first), jc.prune(second))
@@ -64,6 +69,7 @@ def test_half_and_half_of_the_rest_is_three_quarters() -> None:
     assert int(got["kernel"].sum()) == 256
 
 
+@NOTHING
 @given(w=arrays, sparsity=st.floats(0, 0.999), order=st.sampled_from([1.0, 2.0, np.inf]))
 def test_filters_go_by_their_norm(w, sparsity, order) -> None:
     t = jc.prune(sparsity, structure=jc.Filters(axis=-1, order=order))

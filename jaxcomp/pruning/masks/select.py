@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from numpy.lib.array_utils import normalize_axis_index
 
 from jaxcomp.core.bits import order_keys
+from jaxcomp.core.errors import count_known
 from jaxcomp.core.paths import first_matches, some_paths
 from jaxcomp.core.specs import Global, Local, checked_fraction
 from jaxcomp.core.types import Step
@@ -90,7 +91,11 @@ def resolved(amount: Amount, step: Step) -> Resolved:
     if not callable(amount):
         return amount
     value = amount(step)
-    return checked_fraction("prune: the schedule's", value) if isinstance(value, numbers.Real) else value
+    if isinstance(value, numbers.Real):
+        return checked_fraction("prune: the schedule's", value)
+    if count_known(lambda x: ~((x >= 0) & (x < 1)), value):
+        raise ValueError(f"prune: the schedule's sparsity must be a number in [0, 1), got {value} at step {step}.")
+    return value
 
 
 def groups_of(structure: Tied, shapes: Shapes) -> dict[str, dict[str, int]]:
@@ -138,9 +143,9 @@ def _key(scores: jax.Array, dead: jax.Array | None) -> jax.Array:
 def _count(keys: list[jax.Array], eligible: list[jax.Array | None], amount: Resolved) -> jax.Array:
     if isinstance(amount, int):
         return jnp.uint32(amount)
-    total = sum((jnp.sum(e, dtype=jnp.uint32) for e in eligible if e is not None), jnp.uint32(0))
-    total = total + sum(k.size for k, e in zip(keys, eligible, strict=True) if e is None)
-    return fraction_of(total, amount)
+    whole = sum(k.size for k, e in zip(keys, eligible, strict=True) if e is None)
+    left = [jnp.sum(e, dtype=jnp.uint32) for e in eligible if e is not None]
+    return fraction_of(sum(left, jnp.uint32(whole)) if left else whole, amount)
 
 
 def _given(scope: Given, shapes: Shapes) -> dict[str, Amount]:

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
+from jaxcomp.core.specs import share_of, written
+
 _BLOCK = 1024
 _CHUNK = 1 << 14
 _SMALL = 1 << 17  # below this a histogram's cumulative sum costs more than counting 32 times
 MAX_COUNT = 2**31 - 1
+_PLACES = 10**6  # a digit of six decimal places: float32 tells all decimals of so many apart
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -56,38 +59,71 @@ def smallest(
     return out
 
 
-def fraction_of(total: UInt32[Array, ""], fraction: Float[Array, ""] | float) -> UInt32[Array, ""]:
-    """``round(total * fraction)``, half to even, exact in integers; ``fraction`` in [0, 1] to 2**-31.
+def fraction_of(total: UInt32[Array, ""] | int, fraction: Float[Array, ""] | float) -> UInt32[Array, ""]:
+    """``total * fraction`` rounded, half to even, in integers; both at most 1 and ``MAX_COUNT``.
 
-    Source: the product is formed bit by bit, from the lowest, as ``a ← (a + bit·total) / 2``, whose nested floors are
-    exact; the bits dropped are remembered for the tie.
+    A float is the decimal that it prints, exactly. An array, as a schedule gives, is the decimal of at most six places
+    that it is nearest to in float32 (up to an ulp or two, so a schedule's end is the number that was written); where
+    there is none, its value, to 2**-31. Of less than 0 and NaN it gives 0, above 1 all.
 
-    >>> int(fraction_of(jnp.uint32(10_000_000), 0.9)), int(fraction_of(jnp.uint32(5), 0.5))
-    (9000000, 2)
+    >>> int(fraction_of(jnp.uint32(10_000_000), 0.9)), int(fraction_of(5, 0.1)), int(fraction_of(5, jnp.float32(0.1)))
+    (9000000, 0, 0)
     """
+    if isinstance(fraction, float) and isinstance(total, int):
+        return jnp.uint32(share_of(fraction, total))
+    whole = jnp.asarray(total, jnp.uint32)
     if isinstance(fraction, float):
-        fixed = jnp.uint32(round(fraction * 2**31))
-    else:
-        fixed = (fraction.astype(jnp.float32) * 2.0**31).astype(jnp.uint32)
-    return _times_fixed(total.astype(jnp.uint32), fixed)
+        return _times_digits(whole, _digits(fraction))
+    f = fraction.astype(jnp.float32)
+    f = jnp.where(f > 0, jnp.minimum(f, 1), jnp.zeros_like(f))
+    places = jnp.round(f * _PLACES)
+    is_decimal = jnp.abs(f - places * (1 / _PLACES)) <= f * 2.0**-23
+    fixed = (f * 2.0**31).astype(jnp.uint32)
+    return jnp.where(is_decimal, _times_digits(whole, [places.astype(jnp.uint32)]), _times_fixed(whole, fixed))
+
+
+def _digits(fraction: float) -> list[UInt32[Array, ""]]:
+    """The decimal in digits of six places, the first one first; what a uint32 times the rest gives is below 1/4."""
+    rest = written(fraction)
+    digits: list[int] = []
+    while rest and len(digits) < 5:
+        digits.append(int(rest * _PLACES))
+        rest = rest * _PLACES - digits[-1]
+    return [jnp.uint32(d) for d in digits or [0]]
+
+
+@jax.jit
+def _times_digits(total: UInt32[Array, ""], digits: list[UInt32[Array, ""]]) -> UInt32[Array, ""]:
+    """``total`` times a decimal in digits of six places, rounded half to even: long multiplication from the last on."""
+    product, below, rest = jnp.uint32(0), jnp.bool_(False), jnp.uint32(0)
+    for digit in reversed(digits):
+        below = below | (rest > 0)
+        product, rest = _times_digit(total, digit, product)
+    half = jnp.uint32(_PLACES // 2)
+    return product + ((rest > half) | ((rest == half) & (below | (product & 1 == 1)))).astype(jnp.uint32)
+
+
+def _times_digit(total: jax.Array, digit: jax.Array, carry: jax.Array) -> Pair:
+    """``divmod(total * digit + carry, 10**6)`` for a digit up to 10**6 and a carry up to the total, in 32 bits."""
+    places, root = jnp.uint32(_PLACES), jnp.uint32(1000)
+    high, low = total // places, total % places
+    middle = digit * (low // root)
+    last = middle % root * root + digit * (low % root) + carry % places
+    return digit * high + middle // root + carry // places + last // places, last % places
 
 
 @jax.jit
 def _times_fixed(total: UInt32[Array, ""], fixed: UInt32[Array, ""]) -> UInt32[Array, ""]:
-    """``round(total * fixed / 2**31)``, half to even."""
-
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        twice, dropped = carry
-        dropped = dropped | ((twice & 1) == 1)
-        return (twice >> 1) + ((fixed >> i.astype(jnp.uint32)) & 1) * total, dropped
-
-    # After bit i has been added, `twice` is floor(total · (bits up to i) / 2**i); bit 31 stands for 1.
-    start = ((fixed & 1) * total, jnp.bool_(False))
-    last, dropped = jax.lax.fori_loop(1, 31, step, start)
-    whole = fixed >> 31
-    odd, rest = (last >> 1) & 1, last & 1
-    up = rest & (odd | dropped.astype(jnp.uint32))
-    return jnp.where(whole == 1, total, (last >> 1) + up)
+    """``round(total * fixed / 2**31)``, half to even, for ``fixed`` up to 2**31: a product of half-words."""
+    half_word = jnp.uint32(0xFFFF)
+    a, b, c, d = total >> 16, total & half_word, fixed >> 16, fixed & half_word
+    low = b * d
+    middle = a * d + (low >> 16)
+    cross = b * c + (middle & half_word)
+    high = a * c + (middle >> 16) + (cross >> 16)
+    low = (cross << 16) | (low & half_word)
+    whole, rest, half = (high << 1) | (low >> 31), low & jnp.uint32(2**31 - 1), jnp.uint32(2**30)
+    return whole + ((rest > half) | ((rest == half) & (whole & 1 == 1))).astype(jnp.uint32)
 
 
 def _among(x: jax.Array, eligible: jax.Array | None) -> jax.Array:

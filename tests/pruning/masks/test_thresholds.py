@@ -81,14 +81,14 @@ def test_nan_of_either_sign_is_last() -> None:
     assert smallest([order_keys(x)], [None], jnp.uint32(1))[0].tolist() == [False, False, True]
 
 
-@given(total=st.integers(0, 2**31 - 1), numerator=st.integers(0, 2**24))
+@given(total=st.integers(0, 2**31 - 1), numerator=st.integers(0, 2**6))
 def test_fractions_are_exact_and_half_goes_to_even(total, numerator) -> None:
-    fraction = numerator / 2**24
-    want = round(Fraction(numerator, 2**24) * total)
+    fraction = numerator / 2**6
+    want = round(Fraction(numerator, 2**6) * total)
     assert int(fraction_of(jnp.uint32(total), fraction)) == want
     assert int(fraction_of(jnp.uint32(total), jnp.float32(fraction))) == want
 
 
 @given(total=st.integers(1, 100_000_000), percent=st.integers(0, 99))
 def test_percentages_are_what_one_expects(total, percent) -> None:
-    assert abs(int(fraction_of(jnp.uint32(total), percent / 100)) - Fraction(percent, 100) * total) <= Fraction(11, 20)
+    assert int(fraction_of(jnp.uint32(total), percent / 100)) == round(Fraction(percent, 100) * total)
