@@ -15,8 +15,8 @@ import numpy as np
 from jaxcomp.core.bits import pack_bits, unpack_bits
 from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
-from jaxcomp.core.meshes import on_any_mesh
 from jaxcomp.core.paths import path_str
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
 

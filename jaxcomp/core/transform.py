@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import jax
 
 from jaxcomp.core.leaves import is_compressed
-from jaxcomp.core.meshes import on_any_mesh
 from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 
 
