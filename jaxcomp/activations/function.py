@@ -179,7 +179,8 @@ def _placed(
             reasons[path] = IN_FLOAT
             continue
         if integer:
-            found = on_any_mesh(codes_of)(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else of_float8(leaf)
+            axes = frozenset(stepped.get(path, ()))
+            found = on_any_mesh(codes_of)(leaf, axes) if is_compressed(leaf) else of_float8(leaf)
         if isinstance(found, Codes):
             leaves.append(found)
             reasons[path] = MULTIPLIED_OUT

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+R = TypeVar("R")
 Axes = tuple[Any, ...]
 """The mesh axes that each axis of an array is split over: a name, several, or None."""
 
@@ -42,6 +45,22 @@ def here(x: Any) -> Any:
     if not is_explicit(x) or not under_auto(jax.typeof(x).sharding.mesh):
         return x
     return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def backward(rule: Callable[..., R]) -> Callable[..., R]:
+    """The backward rule of a ``custom_vjp``, run under the axes that its cotangent has.
+
+    Outside jit it would meet those in use where the gradient is taken, not those under which the function ran.
+    """
+
+    @wraps(rule)
+    def run(*args: Any) -> R:
+        mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args[-1])), None)
+        known = mesh is not None and not mesh.empty
+        with jax.sharding.use_abstract_mesh(mesh) if known else nullcontext():
+            return rule(*args)
+
+    return run
 
 
 def shape_of(x: Any) -> jax.ShapeDtypeStruct:

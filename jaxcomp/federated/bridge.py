@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Params, State
 from jaxcomp.federated.base import Compressor, Update, combine_stacked
 
@@ -57,4 +58,4 @@ def compress_updates(
             message = combine_stacked(jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), message))
         return compressor.decode(message), CompressState(state.step + 1, state.key, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(on_any_mesh(init), on_any_mesh(update))
