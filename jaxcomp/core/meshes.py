@@ -55,9 +55,9 @@ def backward(rule: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(rule)
     def run(*args: Any) -> R:
-        mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args[-1])), None)
-        known = mesh is not None and not mesh.empty
-        with jax.sharding.use_abstract_mesh(mesh) if known else nullcontext():
+        meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args[-1]))
+        mesh = next((m for m in meshes if not m.empty), None)
+        with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
             return rule(*args)
 
     return run

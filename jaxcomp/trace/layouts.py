@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def _is_explicit(param: object) -> bool:
 def _laid(eqn: core.JaxprEqn, results: Sequence[Any], on: AbstractMesh | Mesh) -> list[Any]:
     """Results in the layout of an equation's own."""
     laid = []
-    for v, result in zip(eqn.outvars, results, strict=True):
+    for v, result in zip(cast(Sequence[Any], eqn.outvars), results, strict=True):
         sharding = getattr(v.aval, "sharding", None)
         given = [] if sharding is None else [Laid((), tuple(v.aval.shape), tuple(sharding.spec))]
         laid.append(jax.tree.map(lambda x: meshes.lay(x, on, layout((), x.shape, given)), result))  # noqa: B023
