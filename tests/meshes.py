@@ -31,9 +31,10 @@ from tests.mesh_functions import FUNCTIONS, OUTSIDE_JIT, batch, specs, weights
 from tests.test_laws import TRANSFORMS
 
 TYPES = {"Explicit": AxisType.Explicit, "Auto": AxisType.Auto}
-# Sums of floats over a sharded axis: products of factors, means of signs, and codes of what these gave.
+# Sums of floats over a sharded axis, in another order: products of factors, means of magnitudes, and codes of what
+# these gave or of weights after a step of training, which may lie a step of the grid away.
 ROUNDED = {"low_rank": 1e-5, "rank_one": 1e-5, "tucker": 1e-4, "cp": 1e-5, "pruned_signs": 1e-5}
-ROUNDED |= {"low_rank_pruned_quantized": 0.05}
+ROUNDED |= {"low_rank_pruned_quantized": 0.05, "wrap_optax": 0.03, "quantize_function, backward": 1e-3}
 
 
 class Way(NamedTuple):
@@ -164,7 +165,7 @@ def function_case(name: str, ways: list[Way]) -> Iterator[tuple[Way, str]]:
         with jax.set_mesh(mesh):
             many = (run if outside or not way.jit else jax.jit(run))(params, x)
         gap = difference(many, one)
-        assert gap <= 1e-4, f"differs from one device by {gap:.1e}"
+        assert gap <= ROUNDED.get(name, 1e-4), f"differs from one device by {gap:.1e}"
         yield way, "bits" if gap == 0 else f"{gap:.0e}"
 
 

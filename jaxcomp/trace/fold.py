@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.meshes import shape_of
 from jaxcomp.core.types import Params, PyTree, Shape
 from jaxcomp.trace import nested
 from jaxcomp.trace.chains import Chain, Step, find_chains
@@ -78,7 +79,7 @@ def fold_batch_norm(fn: Fn) -> Callable[..., FoldedFunction]:
         plan = _plan(program)
         leaves, tree = jax.tree.flatten(params)
         named = dict(zip(program.param_paths, (i for i, leaf in enumerate(leaves) if is_array_like(leaf)), strict=True))
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else leaf for leaf in leaves]
+        shapes = [shape_of(leaf) if is_array_like(leaf) else leaf for leaf in leaves]
         for f, coefficients in zip(plan, _coefficients(program, plan, params, args, kwargs), strict=True):
             kernel, scale, shift = named[f.chain.site.leaf or ""], *coefficients
             leaves[kernel] = (leaves[kernel] * _as_leaf(f.chain, scale)).astype(leaves[kernel].dtype)
@@ -275,10 +276,7 @@ def _shaped(params: Params, shapes: Params) -> Params:
         given = tree.flatten_up_to(params)
     except ValueError as e:
         raise ValueError(f"fold_batch_norm: the folded function takes the folded parameters; {e}.") from e
-    now = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_like(leaf) else like
-        for leaf, like in zip(given, likes, strict=True)
-    ]
+    now = [shape_of(leaf) if is_array_like(leaf) else like for leaf, like in zip(given, likes, strict=True)]
     return jax.tree.unflatten(tree, now)
 
 

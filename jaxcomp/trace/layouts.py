@@ -57,7 +57,7 @@ def bound(eqn: core.JaxprEqn, values: Values, params: Mapping[str, object], run:
     on = meshes.concrete_mesh(values) or mesh
     if not params and all(map(_as_traced, eqn.invars, values)):
         with use_abstract_mesh(mesh) if outside else nullcontext():
-            results = run(eqn, as_traced(eqn.invars, values, on))
+            results = run(eqn, [_shown(x, on) for x in as_traced(eqn.invars, values, on)])
         return [meshes.here(x) for x in results] if outside else results
     with nullcontext() if outside else use_abstract_mesh(meshes.with_auto_axes(mesh)):
         results = _without_layout(eqn, [meshes.here(v) for v in values], params, run)
@@ -76,6 +76,12 @@ def _like(v: Any, x: Any, on: AbstractMesh | Mesh | None) -> Any:
     if isinstance(x, jax.Array) and jax.typeof(x).sharding == sharding:
         return x
     return meshes.lay(x, on or meshes.concrete_mesh([x]) or sharding.mesh, tuple(sharding.spec))
+
+
+def _shown(x: Any, on: AbstractMesh | Mesh) -> Any:
+    """What still lies on Auto axes, for its variable was traced without a layout, as an array on every device."""
+    hidden = isinstance(x, jax.Array) and AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
+    return meshes.lay(x, on, (None,) * x.ndim) if hidden and not meshes.is_explicit(x) else x
 
 
 def _as_traced(v: Any, x: Any) -> bool:
