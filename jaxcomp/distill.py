@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomp.core.placement import on_any_mesh
 
+
+@on_any_mesh
 def soft_targets(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """``T² KL(softmax(teacher / T) || softmax(student / T))``, averaged over examples.
 
@@ -35,6 +38,7 @@ def soft_targets(student_logits: jax.Array, teacher_logits: jax.Array, temperatu
     return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(student, teacher))
 
 
+@on_any_mesh
 def hint(student: jax.Array, teacher: jax.Array, projection: jax.Array | None = None) -> jax.Array:
     """The mean squared difference of features, the student's projected first where widths differ.
 
@@ -58,6 +62,7 @@ def hint(student: jax.Array, teacher: jax.Array, projection: jax.Array | None = 
     return jnp.mean(optax.losses.squared_error(_wide(projected), jax.lax.stop_gradient(_wide(teacher))))
 
 
+@on_any_mesh
 def attention_transfer(student: jax.Array, teacher: jax.Array, power: int = 2) -> jax.Array:
     """The squared distance of normalized maps ``mean over channels of |feature|**power``, averaged over examples.
 
@@ -85,6 +90,7 @@ def attention_transfer(student: jax.Array, teacher: jax.Array, power: int = 2) -
     return jnp.mean(jnp.sum(optax.losses.squared_error(*maps), axis=-1))
 
 
+@on_any_mesh
 def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """The mean squared difference of the normalized similarity of each pair of examples in a batch.
 

@@ -19,6 +19,8 @@ from jaxcomp.activations.integer_products import Factor, integer_product, refusa
 from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens
+from jaxcomp.core.meshes import backward as under_its_axes
+from jaxcomp.core.meshes import here
 from jaxcomp.core.types import Key, PyTree
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
 from jaxcomp.trace.evaluator import rewrite
@@ -102,7 +104,7 @@ def integer_product_with_gradient(
         a, b = (f.value().astype(dtype) for f, dtype in zip(factors, dtypes, strict=True))
         return *pull(_both(op.given(*rest), (a, b, g), Gradients(spec, key))), None, None
 
-    product.defvjp(forward, backward)
+    product.defvjp(forward, under_its_axes(backward))
     return product
 
 
@@ -123,7 +125,7 @@ def with_rounded_gradient(op: Op, spec: Backward) -> Callable[[Key | None, jax.A
         key, a, b, rest = kept
         return None, *_both(op.given(*rest), (a, b, g), Gradients(spec, key)), None
 
-    product.defvjp(forward, backward)
+    product.defvjp(forward, under_its_axes(backward))
     return product
 
 
@@ -159,12 +161,12 @@ def _pulled(op: Op, index: int, values: Values, how: Gradients) -> jax.Array:
         return jax.linear_transpose(linear, jax.ShapeDtypeStruct(like.shape, like.dtype))(cotangent)[0]
 
     if spec is None:
-        return transposed((other, g))
+        return here(transposed((other, g)))
 
     def rounding(inner: Op) -> Claim | None:
         return None if product_of(inner.eqn) is None else Claim(partial(_product, inner, spec, key))
 
-    return rewrite(transposed, rounding)((other, g))
+    return here(rewrite(transposed, rounding)((other, g)))
 
 
 def _product(op: Op, spec: Backward, key: Key | None, *values: jax.Array) -> list[jax.Array]:

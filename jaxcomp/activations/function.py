@@ -25,7 +25,9 @@ from jaxcomp.activations.thin_claims import (
 )
 from jaxcomp.activations.thin_values import ThinFactors
 from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
@@ -148,11 +150,17 @@ class Call:
 
 def shapes_of(params: Params) -> Params:
     """The tree with a shape in the place of each compressed leaf."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_compressed(x) else x, params, is_leaf=is_compressed
-    )
+
+    def shape(x: Leaf) -> Leaf:
+        if not is_compressed(x):
+            return x
+        explicit = explicit_mesh(jax.tree.leaves(x)) is not None
+        return jax.eval_shape(dense, x) if explicit else jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    return jax.tree.map(shape, params, is_leaf=is_compressed)
 
 
+@on_any_mesh
 def _dense(value: Leaf | Codes | ThinFactors) -> jax.Array:
     return value.dense() if isinstance(value, Codes | ThinFactors) else dense(value)
 
@@ -172,7 +180,8 @@ def _placed(
             reasons[path] = IN_FLOAT
             continue
         if integer:
-            found = codes_of(leaf, frozenset(stepped.get(path, ()))) if is_compressed(leaf) else of_float8(leaf)
+            axes = frozenset(stepped.get(path, ()))
+            found = on_any_mesh(codes_of)(leaf, axes) if is_compressed(leaf) else of_float8(leaf)
         if isinstance(found, Codes):
             leaves.append(found)
             reasons[path] = MULTIPLIED_OUT

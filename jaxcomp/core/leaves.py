@@ -16,6 +16,7 @@ from jaxcomp.core.bits import pack_bits, unpack_bits
 from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
 
@@ -148,7 +149,12 @@ def is_compressed(x: object) -> bool:
 
 def dense(x: Leaf) -> Leaf:
     """One leaf as an array."""
-    return x.materialize() if isinstance(x, CompressedLeaf) else x
+    return _dense(x) if isinstance(x, CompressedLeaf) else x
+
+
+@on_any_mesh
+def _dense(x: CompressedLeaf) -> jax.Array:
+    return x.materialize()
 
 
 @compressed_leaf(meta=("straight",))
@@ -255,7 +261,12 @@ def _packed(path: str, leaf: Leaf) -> Leaf:
     if not isinstance(leaf, CompressedLeaf):
         return leaf
     with naming("pack", path) if path else nullcontext():
-        return leaf.pack()
+        return _small(leaf)
+
+
+@on_any_mesh
+def _small(leaf: CompressedLeaf) -> Leaf:
+    return leaf.pack()
 
 
 def nbytes(tree: PyTree) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from jaxcomp.core.meshes import here
 from jaxcomp.core.types import Key, Leaf, PyTree
 
 Where = str | Callable[[str, Leaf], bool]
@@ -167,4 +168,4 @@ def some_paths(paths: Iterable[str], limit: int = 6) -> str:
 
 def key_of_leaf(key: Key, path: str) -> Key:
     """A key of its own for each path, whatever else is in the tree."""
-    return jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    return jax.random.fold_in(here(key), np.uint32(zlib.crc32(path.encode())))

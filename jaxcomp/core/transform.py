@@ -9,6 +9,7 @@ import jax
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 
 
@@ -19,8 +20,16 @@ class UpdateFn(Protocol):
         ...
 
 
-class Transform(NamedTuple):
+class _Functions(NamedTuple):
+    init: Callable[[Params], State]
+    update: UpdateFn
+    apply: Callable[[State, Params], Params]
+
+
+class Transform(_Functions):
     """A compression of parameters, as three pure functions.
+
+    They run on meshes of every kind: on Explicit axes, masks, codes and scales are laid out as their parameter is.
 
     Fields:
       init: ``init(params) -> state``. The state is already valid: ``apply`` works at step 0.
@@ -39,9 +48,12 @@ class Transform(NamedTuple):
            [ 0.47,  0.  ]], dtype=float32)
     """
 
-    init: Callable[[Params], State]
-    update: UpdateFn
-    apply: Callable[[State, Params], Params]
+    __slots__ = ()
+
+    def __new__(  # noqa: D102
+        cls, init: Callable[[Params], State], update: UpdateFn, apply: Callable[[State, Params], Params]
+    ) -> Transform:
+        return super().__new__(cls, on_any_mesh(init), on_any_mesh(update), on_any_mesh(apply))
 
 
 def stateless(apply: Callable[[Params], Params]) -> Transform:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import check_positive
@@ -114,6 +115,7 @@ def low_rank(
     return Transform(init, update, apply)
 
 
+@on_any_mesh
 def factorize(
     params: Params,
     rank: Wanted,
@@ -142,6 +144,7 @@ def factorize(
     return replace_slots(params, {path: balanced(leaves[path]) for path in state})
 
 
+@on_any_mesh
 def choose_ranks(
     params: Params,
     target: Energy | Budget,

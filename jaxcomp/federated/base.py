@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcomp.core.leaves import is_compressed, materialize
 from jaxcomp.core.paths import is_float_array, key_of_leaf, leaves_with_paths, some_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.slots import Slot, check_finite
 from jaxcomp.core.types import Key, Leaf, PyTree, State
 from jaxcomp.federated.messages import MessageLeaf, array_bits, combined_leaf
@@ -47,6 +48,7 @@ def bits(message: Message) -> int:
     return sum(array_bits(x) for x in jax.tree.leaves(message))
 
 
+@on_any_mesh
 def combine(messages: Sequence[Message], weights: jax.typing.ArrayLike | Sequence[float] | None = None) -> Message:
     """One message that decodes to the mean of what the given ones decode to, made without decoding where that can be.
 
@@ -76,6 +78,7 @@ def combine(messages: Sequence[Message], weights: jax.typing.ArrayLike | Sequenc
     return combine_stacked(jax.tree.map(lambda *x: jnp.stack(x), *messages), share)
 
 
+@on_any_mesh
 def combine_stacked(stacked: Message, weights: jax.Array | None = None) -> Message:
     """:func:`combine` of messages that ``vmap`` or ``all_gather`` has stacked: every array has an axis more in front.
 
@@ -95,7 +98,16 @@ def combine_stacked(stacked: Message, weights: jax.Array | None = None) -> Messa
     return treedef.unflatten([combined_leaf(x, weights) for _, x in named])
 
 
-class Compressor(NamedTuple):
+class _Functions(NamedTuple):
+    init: Callable[[Update], State]
+    encode: EncodeFn
+    contracts: bool
+    decode: Callable[[Message], Update]
+    combine: Callable[..., Message]
+    bits: Callable[[Message], int]
+
+
+class Compressor(_Functions):
     """A compression of updates (gradients, or differences of parameters), as pure functions.
 
     Fields:
@@ -116,12 +128,18 @@ class Compressor(NamedTuple):
     (Array([0., 4., 0., 0.], dtype=float32), Array([1., 0., 0., 0.], dtype=float32), 40)
     """
 
-    init: Callable[[Update], State]
-    encode: EncodeFn
-    contracts: bool = True
-    decode: Callable[[Message], Update] = decode
-    combine: Callable[..., Message] = combine
-    bits: Callable[[Message], int] = bits
+    __slots__ = ()
+
+    def __new__(  # noqa: D102
+        cls,
+        init: Callable[[Update], State],
+        encode: EncodeFn,
+        contracts: bool = True,
+        decode: Callable[[Message], Update] = decode,
+        combine: Callable[..., Message] = combine,
+        bits: Callable[[Message], int] = bits,
+    ) -> Compressor:
+        return super().__new__(cls, on_any_mesh(init), on_any_mesh(encode), contracts, decode, combine, bits)
 
 
 class LeafwiseFn(Protocol):

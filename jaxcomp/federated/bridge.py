@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.gates import all_finite
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Params, PyTree, State
 from jaxcomp.federated.base import Compressor, Update, combine_stacked
 
@@ -65,4 +66,4 @@ def compress_updates(
         kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old.astype(new.dtype)), inner, state.inner)
         return decoded, CompressState(state.step + 1, state.key, kept)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(on_any_mesh(init), on_any_mesh(update))

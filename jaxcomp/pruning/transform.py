@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxcomp.core.gates import all_finite, cond
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.leaves import Masked, is_compressed
+from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, broadcasts, check_finite, replace_slots, slots, state_of
@@ -157,7 +158,7 @@ def masked_by(masks: PyTree) -> Transform:
                     f"masked_by: the mask of {path!r} is {mask.dtype} of shape {mask.shape}, wanted booleans that"
                     f" broadcast to {shape}."
                 )
-        return {path: jnp.array(mask) for path, mask in named.items()}  # copies: a step may donate its state
+        return {path: jnp.array(here(mask)) for path, mask in named.items()}  # copies: a step may donate its state
 
     def apply(state: Masks, params: Params) -> Params:
         new = {p: _masked("masked_by", slot, state[p]) for p, slot in found(params).items()}

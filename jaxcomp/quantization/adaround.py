@@ -11,6 +11,7 @@ import optax
 from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, is_compressed
 from jaxcomp.core.paths import Where
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params, PyTree
@@ -84,6 +85,7 @@ class SoftRounded(CompressedLeaf):
         raise ValueError(f"{OWNER}: a leaf of shape {self.shape} is still rounded softly; pack harden(params) instead.")
 
 
+@on_any_mesh
 def adaround(
     params: Params,
     grid: Int = Int(4),  # noqa: B008 - frozen

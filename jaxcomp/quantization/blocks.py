@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Layout
+from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.slots import Slot
@@ -90,7 +91,7 @@ def _given(x: Cut, rule: Fixed) -> jax.Array:
             raise ValueError(f"{x.owner}: the tree of Fixed has no entry for {x.path!r}, only {some_paths(known)}.")
         end = known[x.path]
     try:
-        return jnp.broadcast_to(jnp.asarray(end, compute_dtype(x.values.dtype)), x.blocks)
+        return jnp.broadcast_to(jnp.asarray(here(end), compute_dtype(x.values.dtype)), x.blocks)
     except ValueError as e:
         raise ValueError(
             f"{x.owner}: the tree of Fixed has shape {jnp.shape(end)} at {x.path!r}, which does not broadcast to the"

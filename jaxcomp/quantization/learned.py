@@ -11,6 +11,7 @@ from jaxcomp.core.gradients import masked, masked_through, scale_gradient, strai
 from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, is_compressed, unpacked
 from jaxcomp.core.paths import Where, leaves_with_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params
@@ -142,6 +143,7 @@ def _check_latent(latent: Leaf) -> None:
         )
 
 
+@on_any_mesh
 def learned(
     params: Params,
     grid: Grid = Int(4),  # noqa: B008 - frozen

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import Masked, dense
+from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
@@ -104,7 +105,7 @@ def _drawing(key: Key, apply: Callable[[State, Params], Params]) -> Transform:
     """A transform whose state is the data of the step's key."""
 
     def init(params: Params) -> State:
-        state = jax.random.key_data(key)
+        state = jax.random.key_data(here(key))
 
         def run() -> None:  # no argument and no result: params may hold functions, as an Equinox module does
             apply(state, params)
@@ -113,7 +114,7 @@ def _drawing(key: Key, apply: Callable[[State, Params], Params]) -> Transform:
         return state
 
     def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
-        return jax.random.key_data(jax.random.fold_in(key, jnp.asarray(step, jnp.uint32)))
+        return jax.random.key_data(jax.random.fold_in(here(key), jnp.asarray(step, jnp.uint32)))
 
     return Transform(init, update, apply)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from jaxcomp.core.optimizers import map_owned
 from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape, State
 from jaxcomp.structure.groups import Groups
 from jaxcomp.trace.program import shape_like
@@ -159,6 +160,7 @@ class Plan:
         """One full-size array of the shape of the parameter ``path``, without what goes."""
         return self._take_leaf(path, leaf)
 
+    @on_any_mesh
     def _take_leaf(self, path: str, leaf: Leaf) -> Leaf:
         if path not in self.widths or not hasattr(leaf, "shape"):
             return leaf

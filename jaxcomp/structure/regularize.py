@@ -10,11 +10,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxcomp.core.paths import Where, leaves_with_paths, matches
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Params
 from jaxcomp.structure.groups import Group, Groups, Slice
 from jaxcomp.structure.scores import weights
 
 
+@on_any_mesh
 def unit_norms(groups: Groups, params: Params, *, where: Where = weights) -> tuple[Float[Array, "*units"], ...]:
     """``||w_u||^2`` of every unit: one array a group, shape (units,) or (layers, units). Runs under jit and grad.
 

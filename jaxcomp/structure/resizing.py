@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend import core
 from numpy.typing import NDArray
 
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.structure.atoms import FREE, Dim, Label
 from jaxcomp.structure.labelling import Step
 from jaxcomp.structure.rules.index import clamp_start, constant_take
@@ -43,6 +44,7 @@ class Keep:
         """Whether any of the arrays is smaller than it was."""
         return any(self.mask(d) is not None for label in labels for d in label.dims)
 
+    @on_any_mesh
     def fit(self, value: jax.Array, have: Sequence[Dim], want: Sequence[Dim]) -> jax.Array:
         """Slices dimensions that are still whole down to what is wanted of them."""
         for axis, (h, w) in enumerate(zip(have, want, strict=True)):
@@ -51,6 +53,7 @@ class Keep:
                 value = pick(value, axis, np.flatnonzero(stays))
         return value
 
+    @on_any_mesh
     def grow(self, value: jax.Array, label: Label) -> jax.Array:
         """Puts zeros where indices went, so that ``value`` has its full shape again."""
         for axis, (d, n) in enumerate(zip(label.dims, label.shape, strict=True)):

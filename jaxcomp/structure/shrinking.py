@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from jaxcomp.core.meshes import backward as under_its_axes
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.structure import resizing
 from jaxcomp.structure.analysis import Analysis, analyze
@@ -19,7 +20,7 @@ from jaxcomp.structure.atoms import FREE, Atoms, Dim, Label
 from jaxcomp.structure.labelling import Step, Walk, Walked
 from jaxcomp.structure.plans import Plan, mask
 from jaxcomp.structure.resizing import Keep
-from jaxcomp.trace import walk
+from jaxcomp.trace import layouts, walk
 from jaxcomp.trace.control_flow import Runner, rebuilt
 from jaxcomp.trace.nested import Closed, bind, call_body
 from jaxcomp.trace.primitives import CUSTOM_RULE
@@ -150,7 +151,7 @@ class _Run:
     def equation(self, eqn: core.JaxprEqn, step: Step, values: Values) -> list[jax.Array]:
         """One equation; those with jaxprs inside are rebuilt around smaller ones."""
         if not step.inner or not self.keep.touches(*step.uses, *step.outs):
-            return resizing.run(self.keep, eqn, step, values)
+            return layouts.placed(eqn, lambda *xs: (resizing.run(self.keep, eqn, step, xs), {}), *values)[0]
 
         def run(jaxpr: Closed, part: str, operands: Values) -> list[jax.Array]:
             return self.jaxpr(jaxpr, step.inner[part], operands)
@@ -228,7 +229,7 @@ class _Run:
                 gradients[i] = g
             return tuple(gradients)
 
-        small.defvjp(lambda *xs: (primal(*xs), xs), backward)
+        small.defvjp(lambda *xs: (primal(*xs), xs), under_its_axes(backward))
         return small
 
     def _derived(

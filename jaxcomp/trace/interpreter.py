@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcomp.core import meshes
 from jaxcomp.core.types import PyTree
-from jaxcomp.trace import nested, walk
+from jaxcomp.trace import layouts, nested, walk
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CALLS, CUSTOM_RULE
 from jaxcomp.trace.program import Program
@@ -53,7 +54,7 @@ class Monoid(NamedTuple):
 
 def zeros(shapes: PyTree) -> PyTree:
     """Arrays of zeros of the shapes and types of a tree of ``jax.ShapeDtypeStruct``."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.tree.map(meshes.zeros, shapes)
 
 
 class Result(NamedTuple):
@@ -125,7 +126,7 @@ class Evaluator:
                 return self.claimed(eqn, self.claims[at], values, sides.get(at))
         if self.opens(eqn, at, values):
             with jax.named_scope(str(eqn.source_info.name_stack)):
-                return self.reopen(self, Opened(eqn, at, values, sides))
+                return self.reopen(self, Opened(eqn, at, layouts.as_traced(eqn.invars, values), sides))
         if any(v is None for v in values):
             return [None] * len(eqn.outvars), {}
         return [*nested.bind(eqn, [self.array(v) for v in values])], {}
@@ -139,13 +140,18 @@ class Evaluator:
 
     def claimed(self, eqn: core.JaxprEqn, claim: Claim, values: list[Value], side: PyTree) -> Outcome:
         """A claim's own results."""
-        outcome = claim.run(*values) if claim.side is None else claim.run(side, *values)
-        results, aux = outcome if isinstance(outcome, Emitted) else (outcome, {})
-        if not isinstance(results, Sequence) or len(results) != len(eqn.outvars):
-            raise ValueError(
-                f"a claim on {eqn.primitive.name!r} must return a list of {len(eqn.outvars)} results, got {results!r}."
-            )
-        return list(results), dict(aux)
+
+        def run(*given: Value) -> Outcome:
+            outcome = claim.run(*given)
+            results, aux = outcome if isinstance(outcome, Emitted) else (outcome, {})
+            if not isinstance(results, Sequence) or len(results) != len(eqn.outvars):
+                raise ValueError(
+                    f"a claim on {eqn.primitive.name!r} must return a list of {len(eqn.outvars)} results, got"
+                    f" {results!r}."
+                )
+            return list(results), dict(aux)
+
+        return layouts.placed(eqn, run, *values) if claim.side is None else layouts.placed(eqn, run, side, *values)
 
     def array(self, value: Value) -> jax.Array | None:
         """``value`` as an array that any equation takes; an absent one stays absent."""

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, cast
 import jax
 from jax.extend import core
 
+from jaxcomp.trace import layouts
 from jaxcomp.trace.primitives import CALLS, CONTROL, EXPANDS, HEAVY, SEALED, UNREAD
 
 Closed = core.ClosedJaxpr
@@ -132,8 +133,12 @@ def bind(eqn: core.JaxprEqn, values: Sequence[object], params: Mapping[str, obje
     ``params`` replaces some of the equation's parameters. Goes through a one-equation jaxpr, which hides
     how each release binds a primitive and keeps the equation's name stack and source line.
     """
+    return layouts.bound(eqn, values, params or {}, _bind)
+
+
+def _bind(eqn: core.JaxprEqn, values: Sequence[object]) -> list[jax.Array]:
     operands = [core.Var(v.aval) for v in eqn.invars]
-    changed = eqn.replace(invars=[*operands], params={**eqn.params, **params} if params else eqn.params)
+    changed = eqn.replace(invars=[*operands])
     kept = [i for i, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
     debug = core.DebugInfo("jaxcomp", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     one = core.Jaxpr((), operands, [eqn.outvars[i] for i in kept], [changed], eqn.effects, debug)

@@ -50,7 +50,7 @@ HEAVY = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated", 
 UNCHANGED = frozenset({"copy", "copy_p", "name", "stop_gradient"})
 """The result is the operand."""
 COPIES = UNCHANGED | frozenset(
-    {"convert_element_type", "layout_constraint", "pvary", "reduce_precision", "sharding_constraint"}
+    {"convert_element_type", "layout_constraint", "pvary", "reduce_precision", "reshard", "sharding_constraint"}
 )
 """The result is the operand, cast, rounded or placed elsewhere at most."""
 PASSES = frozenset({"device_put", "optimization_barrier"})

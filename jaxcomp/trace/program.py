@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.extend import core
 
+from jaxcomp.core.meshes import is_explicit, shape_of
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.flow import Flow, flow
@@ -107,7 +108,12 @@ def trace(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
 
 
 def shape_like(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """The shape of an array in the type that JAX gives it: NumPy's int64 is int32 unless x64 is enabled."""
+    """The shape of an array in the type that JAX gives it: NumPy's int64 is int32 unless x64 is enabled.
+
+    On Explicit axes its layout is kept.
+    """
+    if is_explicit(leaf):
+        return shape_of(leaf)
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
     return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
 

@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import jax
 from jax.extend import core
 
+from jaxcomp.core import meshes
 from jaxcomp.core.types import PyTree, Shape
 from jaxcomp.trace.nested import Closed
 
@@ -91,4 +92,4 @@ def shape_of(v: core.Var | core.Literal) -> Shape:
 
 def shapes_of(variables: Sequence[core.Var | core.Literal]) -> list[jax.ShapeDtypeStruct]:
     """The shapes and types of variables, as ``jax.eval_shape`` and ``jax.make_jaxpr`` take them."""
-    return [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in variables]
+    return [meshes.shape_of(aval_of(v)) for v in variables]

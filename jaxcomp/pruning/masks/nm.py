@@ -12,6 +12,7 @@ from numpy.lib.array_utils import normalize_axis_index
 
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.leaves import dense
+from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf
 from jaxcomp.pruning.specs import NM
 
@@ -48,6 +49,7 @@ def n_m_mask(
     return kept if alive is None else kept & alive
 
 
+@on_any_mesh
 def is_n_m(x: Leaf, structure: NM) -> bool:
     """Whether at most ``n`` of every ``m`` neighbours along the axis are not zero (or, of a mask, are True).
 
