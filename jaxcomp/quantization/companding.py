@@ -85,8 +85,8 @@ class Companded(Grid):
         check_bits("Companded", self.bits)
 
     @property
-    def has_zero(self) -> bool:  # noqa: D102
-        return True
+    def of_zero(self) -> float:  # noqa: D102
+        return 0.0
 
     @property
     def ends(self) -> tuple[int, int]:  # noqa: D102

@@ -50,9 +50,14 @@ class Numbers(Spec, ABC):
         return 0
 
     @property
+    def of_zero(self) -> float:
+        """The number for a weight of 0."""
+        return 0.0
+
+    @property
     def has_zero(self) -> bool:
-        """Whether 0 is a number, or may stand for one; a packed block of zeros has scale 0 where it is none."""
-        return True
+        """Whether 0 is a number; where it is none a packed block of zeros has scale 0."""
+        return self.of_zero == 0
 
     @property
     def code_range(self) -> tuple[int, int] | None:
@@ -123,9 +128,9 @@ class Grid(Numbers):
         return self.encode(w, scale, None, noise=noise, clipped=clipped)
 
     @property
-    def has_zero(self) -> bool:
-        """Whether 0 is a number: asked of :meth:`encode`."""
-        return _encodes_zero(self)
+    def of_zero(self) -> float:
+        """The number for a weight of 0, asked of :meth:`encode`."""
+        return _of_zero(self)
 
     @property
     def top(self) -> float:
@@ -169,11 +174,10 @@ class Grid(Numbers):
 
 
 @cache
-def _encodes_zero(grid: Grid) -> bool:
+def _of_zero(grid: Grid) -> float:
     with jax.ensure_compile_time_eval():
         nothing, one = jnp.zeros(1), jnp.ones(1)
-        zero = nothing if grid.asymmetric else None
-        return bool((grid.decode(grid.encode(nothing, one, zero), one, zero) == 0).all())
+        return float(grid.encode(nothing, one, nothing if grid.asymmetric else None)[0])
 
 
 _SIGNS = (-1.0, 1.0)
@@ -249,8 +253,8 @@ class Int(Grid):
         return self.code_range[1]
 
     @property
-    def has_zero(self) -> bool:  # noqa: D102
-        return not self.is_sign
+    def of_zero(self) -> float:  # noqa: D102
+        return 1.0 if self.is_sign else 0.0
 
     @property
     def clips(self) -> bool:  # noqa: D102

@@ -13,7 +13,7 @@ from jaxcomp.core.gradients import masked_through
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
 from jaxcomp.quantization.grids import Grid, Numbers
-from jaxcomp.quantization.numerics.affine import block_absmax, block_reduce, in_type, no_weights, spread
+from jaxcomp.quantization.numerics.affine import block_absmax, in_type, no_weights, spread
 
 
 class How(TypedDict, total=False):
@@ -100,10 +100,9 @@ class Quantized(CompressedLeaf):
         """Numbers and scales where a number of the grid times a scale of 0 says that a block is of zeros."""
         numbers, scale = unpacked(self.codes), dense(self.scale)
         nothing = block_absmax(numbers, scale.shape) == 0
-        some = self.grid.encode(jnp.zeros_like(numbers), jnp.ones_like(scale), None)
-        numbers = jnp.where(spread(nothing, self.shape), some, numbers)
-        sign = block_reduce(numbers, scale.shape, jnp.max)  # of a table of negative levels: 0 is to be no -0
-        return numbers, jnp.where(nothing, 0 * sign, scale)
+        some = self.grid.of_zero
+        # Times a negative number 0 would be -0.
+        return jnp.where(spread(nothing, self.shape), some, numbers), jnp.where(nothing, 0 * some, scale)
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""

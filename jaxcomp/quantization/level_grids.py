@@ -64,8 +64,8 @@ class LevelGrid(Grid):
         return min(abs(v) for v in self.levels if v)
 
     @property
-    def has_zero(self) -> bool:  # noqa: D102
-        return 0.0 in self.levels
+    def of_zero(self) -> float:  # noqa: D102
+        return min(self.levels, key=lambda v: (abs(v), -v))
 
     @property
     def code_of_zero(self) -> int:  # noqa: D102

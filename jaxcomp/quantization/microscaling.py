@@ -91,8 +91,8 @@ class Blocked(Grid):
         return self.grid.bits
 
     @property
-    def has_zero(self) -> bool:  # noqa: D102
-        return True
+    def of_zero(self) -> float:  # noqa: D102
+        return 0.0
 
     @property
     def ends(self) -> tuple[float, float]:  # noqa: D102

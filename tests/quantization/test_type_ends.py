@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,18 +92,10 @@ def test_fault_6_what_is_not_finite_is_not_made_finite(name, bad) -> None:
         assert not np.isfinite(dense[1, 1])
 
 
-@given(count=st.integers(1, 2**31 - 1), thousandths=st.integers(50_001, 100_000))
-def test_fault_5_ranks_are_exact_at_any_count(count, thousandths) -> None:
-    percent = thousandths / 1000
-    want = count * (100_000 - thousandths) // 100_000
-    assert int(beyond(jnp.array([count], jnp.int32), percent)[0]) == want
-
-
-@pytest.mark.parametrize("percent", [99.9999999, 99.123456789, 66.66666666666667])
-def test_fault_5_a_percentage_of_many_digits_is_close(percent) -> None:
-    for count in (7, 10_007, 2**24 + 1, 2**31 - 1):
-        got = int(beyond(jnp.array([count], jnp.int32), percent)[0])
-        assert abs(got - count * (1 - percent / 100)) <= 1 + count / 60_000**2
+@given(count=st.integers(1, 2**31 - 1), percent=st.decimals(51, 100, places=7) | st.decimals(51, 100, places=1))
+def test_fault_5_ranks_are_exact_at_any_count(count, percent) -> None:
+    want = math.floor(count * (1 - Fraction(percent) / 100))
+    assert int(beyond(jnp.array([count], jnp.int32), float(percent))[0]) == want
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -109,9 +104,8 @@ def test_fault_5_the_percentile_of_mostly_zeros_is_that_of_the_others(zeros, sym
     """numpy's of what is not 0: masked or not, the same weights have the same range."""
     w = np.random.default_rng(zeros).normal(size=(1000, 2)).astype(np.float32)
     w[:zeros] = 0
-    leaf = jc.quantize(jc.Int(8, symmetric=symmetric), scale=Percentile(97.0)).apply((), {"kernel": jnp.asarray(w)})[
-        "kernel"
-    ]
+    t = jc.quantize(jc.Int(8, symmetric=symmetric), scale=Percentile(97.0))
+    leaf = t.apply((), {"kernel": jnp.asarray(w)})["kernel"]
     if zeros == 1000:
         assert (np.asarray(leaf.materialize()) == 0).all()
         return
@@ -124,7 +118,7 @@ def test_fault_5_the_percentile_of_mostly_zeros_is_that_of_the_others(zeros, sym
         want = (np.maximum(top, 0) - np.minimum(bottom, 0)) / 255
     np.testing.assert_allclose(leaf.scale[0], want, rtol=1e-6)
     masked = jc.core.Masked(jnp.asarray(w), jnp.asarray(w != 0))
-    of_mask = jc.quantize(leaf.grid, scale=Percentile(97.0)).apply((), {"kernel": masked})["kernel"].values
+    of_mask = t.apply((), {"kernel": masked})["kernel"].values
     np.testing.assert_array_equal(of_mask.scale, leaf.scale)
 
 
@@ -170,10 +164,3 @@ def test_fault_6_a_given_range_saturates() -> None:
     w = {"kernel": jnp.array([[3e38], [-1e30], [0.2]])}
     dense = jc.quantize(jc.Int(4), scale=Fixed(0.75)).apply((), w)["kernel"].materialize()
     np.testing.assert_allclose(dense.ravel(), [0.7, -0.8, 0.2], rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", quick(GRIDS, "int8", "mx"))
-def test_empty_leaves_stay_empty_or_are_refused_by_name(name) -> None:
-    """An axis of no entries: nothing to quantize, and no error from inside."""
-    w = jnp.zeros((0, 4))
-    assert made(GRIDS[name], None, w).materialize().shape == (0, 4)

@@ -60,18 +60,19 @@ def _percentile(x: jax.Array, blocks: tuple[int, ...], percent: float) -> jax.Ar
 def beyond(count: Int32[Array, "*blocks"], percent: float) -> Int32[Array, "*blocks"]:
     """How many of ``count`` numbers may exceed their percentile, ``floor(count * (1 - percent / 100))``, exactly.
 
-    In integers, for floats count to 2**24 alone. A percentage is the decimal fraction that it is written as, or where
-    that has more than seven digits the nearest one with a denominator up to 60,000.
+    In integers, for floats count to 2**24 alone, and bit by bit of the fraction, so that no product overflows. A
+    percentage is the decimal fraction that it is written as, up to seven digits behind its point.
 
     >>> beyond(jnp.array([1000, 999, 2**31 - 1]), 99.9)
     Array([      1,       0, 2147483], dtype=int32)
     """
-    part = 1 - Fraction(str(percent)) / 100
-    if part.numerator * part.denominator >= 2**32:
-        part = part.limit_denominator(60_000)
-    of, out_of = np.uint32(part.numerator), np.uint32(part.denominator)
-    whole, rest = jnp.divmod(count.astype(jnp.uint32), out_of)
-    return (whole * of + rest * of // out_of).astype(jnp.int32)
+    part = (1 - Fraction(str(percent)) / 100).limit_denominator(2**30 - 1)
+    whole, rest = jnp.divmod(count.astype(jnp.uint32), np.uint32(part.denominator))
+    quotient = left = jnp.zeros_like(rest)
+    for bit in f"{part.numerator:b}":
+        left = 2 * left + rest * int(bit)
+        quotient, left = 2 * quotient + left // part.denominator, left % part.denominator
+    return (whole * np.uint32(part.numerator) + quotient).astype(jnp.int32)
 
 
 def _rows(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
