@@ -22,7 +22,8 @@ from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import backward as under_its_axes
 from jaxcomp.core.meshes import here
 from jaxcomp.core.types import Key, PyTree
-from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
+from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, in_steps
+from jaxcomp.quantization.numerics.rounding import nearest
 from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
@@ -191,8 +192,8 @@ def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     largest = block_absmax(x, scale_blocks(x.shape, roles, Tokens())) * (1.0 / top)
     scale = jnp.where(largest == 0, jnp.ones_like(largest), jnp.maximum(largest, jnp.finfo(x.dtype).tiny))
     # The clip changes nothing but keeps the product apart from the difference below, in jit as in eager.
-    steps = jnp.clip(x * spread(1.0 / scale, x.shape), -top, top)
-    codes = jnp.round(steps)
+    steps = jnp.clip(in_steps(x, scale), -top, top)
+    codes = nearest(steps)
     if how.key is not None:
         codes = jnp.floor(steps)
         noise = jax.random.bits(how.key, x.shape, jnp.uint16).astype(x.dtype)

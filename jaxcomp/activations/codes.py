@@ -14,7 +14,7 @@ from jaxcomp.activations.reasons import TO_INT, Why
 from jaxcomp.core.leaves import CompressedLeaf, Masked, dense, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.quantization.numerics.affine import dequantize, spread
+from jaxcomp.quantization.numerics.affine import dequantize, in_type, spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CUTS, RELAID, UNCHANGED
 from jaxcomp.trace.tags import Origin
@@ -41,7 +41,7 @@ class Codes:
 
     def dense(self) -> jax.Array:
         """The array that the codes stand for."""
-        return dequantize(self.codes, self.scale, self.zero).astype(self.dtype)
+        return in_type(dequantize(self.codes, self.scale, self.zero), self.scale, self.dtype)
 
 
 Value = jax.Array | Codes
@@ -219,7 +219,7 @@ def rows(op: Op, box: Codes, rest: tuple[jax.Array, ...]) -> jax.Array:
 
     (scale,) = op.bind(_full(box.scale, box.codes.shape), *rest)
     codes, zero = taken(box.codes, 1), None if box.zero is None else taken(_full(box.zero, box.codes.shape), 0)
-    return dequantize(codes, scale, zero).astype(box.dtype)
+    return in_type(dequantize(codes, scale, zero), scale, box.dtype)
 
 
 def _full(v: jax.Array, shape: Shape) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxcomp.core.gradients import scale_gradient, straight_through
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import Shape
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, spread
+from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, in_steps, spread
 from jaxcomp.quantization.numerics.ranges import absmax_range
 from jaxcomp.quantization.numerics.rounding import HALF_CELL, round_between, round_ste
 from jaxcomp.trace.ranges import Range
@@ -68,7 +68,7 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
         ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in at.given))
         scale, zero = grid_of_range(_trained(act.range, ends, float(x.size * act.grid.code_range[1])), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
-    steps = x.astype(scale.dtype) * spread(1.0 / scale, x.shape)
+    steps = in_steps(x, scale)
     low, high = act.grid.code_range
     apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
     return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)

@@ -18,7 +18,7 @@ from jaxcomp.core.types import DType, Leaf, Params, PyTree
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.quantization.numerics.affine import in_steps, in_type, spread
 from jaxcomp.quantization.scales import MSE, ScaleRule, checked_rule
 
 OWNER = "adaround"
@@ -68,7 +68,7 @@ class SoftRounded(CompressedLeaf):
         codes = jnp.clip(floor + self.up, *self.grid.code_range)
         if zero is not None:
             codes = codes - spread(zero, self.shape)
-        return (codes * spread(scale, self.shape)).astype(self.dense_dtype)
+        return in_type(codes * spread(scale, self.shape), scale, self.dense_dtype)
 
     def harden(self) -> Quantized:
         """The leaf with each weight rounded up or down."""
@@ -144,7 +144,7 @@ def adaround(
 def _leaf(x: Cut, grid: Int, rule: ScaleRule) -> SoftRounded:
     w = x.values
     scale, zero = grid.scale_of(*range_of(x, grid, rule))
-    steps = w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
+    steps = in_steps(w, scale)
     floor = jnp.floor(steps)
     rounding = -jnp.log((ZETA - GAMMA) / (steps - floor - GAMMA) - 1)
     if zero is not None:

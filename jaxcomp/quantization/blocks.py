@@ -17,6 +17,7 @@ from jaxcomp.core.roles import Roles
 from jaxcomp.core.slots import Slot
 from jaxcomp.core.types import PyTree, Shape
 from jaxcomp.quantization.grids import Grid
+from jaxcomp.quantization.numerics.affine import in_type
 from jaxcomp.quantization.scales import Fixed, ScaleRule
 
 
@@ -79,7 +80,7 @@ def range_of(x: Cut, grid: Grid, rule: ScaleRule | None) -> tuple[jax.Array, jax
 def _on_grid(x: jax.Array, grid: Grid, top: jax.Array, bottom: jax.Array | None) -> jax.Array:
     """The values on the grid of a range."""
     scale, zero = grid.scale_of(top, bottom)
-    return grid.decode(grid.encode(x, scale, zero), scale, zero)
+    return in_type(grid.decode(grid.encode(x, scale, zero), scale, zero), scale, x.dtype)
 
 
 def _given(x: Cut, rule: Fixed) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxcomp.core.specs import check_bits
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.grids import Grid, ScaleAndZero
-from jaxcomp.quantization.numerics.affine import dequantize, positive, spread
+from jaxcomp.quantization.numerics.affine import dequantize, in_steps, scale_for
 from jaxcomp.quantization.numerics.rounding import round_with
 
 
@@ -85,12 +85,16 @@ class Companded(Grid):
         check_bits("Companded", self.bits)
 
     @property
+    def of_zero(self) -> float:  # noqa: D102
+        return 0.0
+
+    @property
     def ends(self) -> tuple[int, int]:  # noqa: D102
         return -(2 ** (self.bits - 1)) + 1, 2 ** (self.bits - 1) - 1
 
     def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:
         """``f(top) / (2**(bits-1) - 1)``: the width of a cell in the companded domain."""
-        return positive(self.compander.compress(top) * (1.0 / self.ends[1])), None
+        return scale_for(self.compander.compress(top), self.ends[1]), None
 
     def encode(
         self,
@@ -102,7 +106,7 @@ class Companded(Grid):
         clipped: bool = True,
     ) -> jax.Array:
         """``clip(round(f(w) / step))``; the gradient passes ``f`` and skips the rounding."""
-        steps = self.compander.compress(w.astype(scale.dtype)) / spread(scale, w.shape)
+        steps = in_steps(self.compander.compress(w.astype(scale.dtype)), scale)
         return round_with(steps, *self.ends, noise=noise, clipped=clipped)
 
     def decode(self, numbers: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.specs import Spec, check_bits
 from jaxcomp.core.types import DType
-from jaxcomp.quantization.numerics.affine import affine_scale, dequantize, in_steps, positive, shifted
+from jaxcomp.quantization.numerics.affine import affine_scale, dequantize, in_steps, scale_for, spread
 from jaxcomp.quantization.numerics.levels import table_codes, to_table
 from jaxcomp.quantization.numerics.rounding import round_with
 from jaxcomp.quantization.scales import AbsMax, MeanAbs, ScaleRule
@@ -47,6 +48,16 @@ class Numbers(Spec, ABC):
     def code_of_zero(self) -> int:
         """What :meth:`stored` gives for 0; 0 where 0 is no number."""
         return 0
+
+    @property
+    def of_zero(self) -> float:
+        """The number for a weight of 0."""
+        return 0.0
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is a number; where it is none a packed block of zeros has scale 0."""
+        return self.of_zero == 0
 
     @property
     def code_range(self) -> tuple[int, int] | None:
@@ -110,6 +121,17 @@ class Grid(Numbers):
           clipped: whether the gradient is cut outside the range.
         """
 
+    def encode_to_even(
+        self, w: jax.Array, scale: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True
+    ) -> jax.Array:
+        """:meth:`encode` with halves to the even code where the grid knows how: what microscaling formats ask for."""
+        return self.encode(w, scale, None, noise=noise, clipped=clipped)
+
+    @property
+    def of_zero(self) -> float:
+        """The number for a weight of 0, asked of :meth:`encode`."""
+        return _of_zero(self)
+
     @property
     def top(self) -> float:
         """The largest magnitude that both signs have, or, of a table, that one of them has."""
@@ -151,6 +173,13 @@ class Grid(Numbers):
         return 0
 
 
+@cache
+def _of_zero(grid: Grid) -> float:
+    with jax.ensure_compile_time_eval():
+        nothing, one = jnp.zeros(1), jnp.ones(1)
+        return float(grid.encode(nothing, one, nothing if grid.asymmetric else None)[0])
+
+
 _SIGNS = (-1.0, 1.0)
 
 
@@ -159,11 +188,14 @@ class Int(Grid):
     """A uniform integer grid: ``dense == (codes - zero_point) * scale`` with codes of ``bits`` bits.
 
     Symmetric codes are two's complement in ``[-2**(bits-1), 2**(bits-1) - 1]`` with zero point 0 and
-    ``scale = absmax / (2**(bits-1) - 0.5)``, which rounds both ends by half a step. Asymmetric codes are
-    in ``[0, 2**bits - 1]`` and their range always holds 0, so that zeros stay zero.
+    ``scale = absmax / (2**(bits-1) - 0.5)``, which rounds both ends by half a step, towards zero: under ``AbsMax()``
+    the lowest code is left out, and the codes of ``-w`` are those of ``w`` with the other sign. Asymmetric codes are
+    in ``[0, 2**bits - 1]`` and their range always holds 0, so that zeros stay zero. Halves go towards zero, and so does
+    what is one but for rounding errors: codes do not depend on the last bit of a weight or on its unit.
 
     ``Int(1)`` is the sign: codes -1 and 1, 1 for a weight of 0, ``scale`` the mean magnitude. It has no zero: what a
-    mask hides stays zero by the mask alone. A sign has no range either, so its gradient is cut nowhere.
+    mask hides stays zero by the mask alone, and a block of zeros is zero by its scale. A sign has no range either, so
+    its gradient is cut nowhere.
 
     Args:
       bits: width of a code, 1..8.
@@ -221,6 +253,10 @@ class Int(Grid):
         return self.code_range[1]
 
     @property
+    def of_zero(self) -> float:  # noqa: D102
+        return 1.0 if self.is_sign else 0.0
+
+    @property
     def clips(self) -> bool:  # noqa: D102
         return not self.is_sign
 
@@ -242,7 +278,7 @@ class Int(Grid):
         if not self.symmetric and bottom is not None:
             return affine_scale(top, bottom, self.top)
         steps = self.top if self.narrow or self.is_sign else self.top + 0.5
-        scale = positive(top * (1.0 / steps))
+        scale = scale_for(top, steps)
         return scale, None if self.symmetric else jnp.zeros_like(scale)
 
     def encode(
@@ -258,9 +294,16 @@ class Int(Grid):
         steps = in_steps(w, scale)
         if self.is_sign:
             return to_table(steps, _SIGNS, noise=noise, clipped=False)
-        if zero_point is not None:
-            steps = shifted(steps, zero_point, self.top)
-        return round_with(steps, *self.code_range, noise=noise, clipped=clipped)
+        low, high = self.code_range
+        if zero_point is None:
+            return round_with(steps, low, high, noise=noise, clipped=clipped)
+        zero = spread(zero_point, w.shape)
+        return round_with(steps, low - zero, high - zero, noise=noise, clipped=clipped) + zero
+
+    def encode_to_even(  # noqa: D102
+        self, w: jax.Array, scale: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True
+    ) -> jax.Array:
+        return round_with(in_steps(w, scale), *self.code_range, noise=noise, clipped=clipped, to_even=True)
 
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
         """Two's complement for a symmetric grid, narrow or not; a sign is a bit."""

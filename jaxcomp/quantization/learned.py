@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import masked, masked_through, scale_gradient, straight_through
 from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, is_compressed, unpacked
@@ -17,8 +18,9 @@ from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
-from jaxcomp.quantization.leaves import Folded, Quantized
-from jaxcomp.quantization.numerics.affine import positive, spread
+from jaxcomp.quantization.leaves import Folded, Quantized, encoded
+from jaxcomp.quantization.numerics.affine import in_steps, in_type, no_weights, scale_for, spread
+from jaxcomp.quantization.numerics.rounding import nearest
 from jaxcomp.quantization.scales import MSE, MeanAbs, ScaleRule, checked_rule
 
 OWNER = "learned"
@@ -59,10 +61,10 @@ class Learned(CompressedLeaf):
 
     def quantized(self) -> Quantized:
         """The leaf with its codes, without gradients and without the mask of the latent weights."""
-        w, scale, offset = jax.lax.stop_gradient((dense(self.latent), self.scale, self.offset))
+        w, scale, offset = jax.lax.stop_gradient((dense(self.latent), *_wide(self)))
         scale = _magnitude(scale, self.grid)
         zero = None if offset is None else _zero_point(offset, scale, self.grid)
-        return Quantized(self.grid.encode(w, scale, zero), scale, zero, self.grid, self.dtype)
+        return Quantized(encoded(w, self.grid, scale, zero), scale, zero, self.grid, self.dtype)
 
     def materialize(self) -> jax.Array:
         """The weights on their grid, with the gradients of LSQ for latent weights, scale and offset.
@@ -74,7 +76,8 @@ class Learned(CompressedLeaf):
         leaf = self.quantized()
         numbers, scale, zero = leaf.numbers(), leaf.scale, leaf.zero_point
         value = self.grid.decode(numbers, scale, zero)
-        value = straight_through(_gradient_of(self, numbers, scale, zero), value).astype(self.dtype)
+        value = straight_through(_gradient_of(self, numbers, scale, zero), value)
+        value = in_type(value, scale, self.dtype)
         if not isinstance(self.latent, Masked):
             return value
         return (masked_through if self.latent.straight else masked)(value, unpacked(self.latent.mask))
@@ -86,6 +89,12 @@ class Learned(CompressedLeaf):
         return (Masked(leaf, self.latent.mask) if isinstance(self.latent, Masked) else leaf).pack()
 
 
+def _wide(leaf: Learned) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and offset in the type that codes are computed in: a loop may have cast its parameters to a narrow one."""
+    dtype = compute_dtype(leaf.scale.dtype)
+    return leaf.scale.astype(dtype), None if leaf.offset is None else leaf.offset.astype(dtype)
+
+
 def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
     """What :meth:`Learned.materialize` takes its gradient of: equation 3 and 5 of LSQ, and LSQ+'s for the offset.
 
@@ -93,7 +102,7 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
     """
     grid, shape = leaf.grid, leaf.shape
     x = dense(leaf.latent).astype(scale.dtype)
-    steps = jax.lax.stop_gradient(x) * spread(1.0 / scale, shape)
+    steps = in_steps(jax.lax.stop_gradient(x), scale)
     inside = jnp.ones(shape, bool)
     slope = numbers  # of the scale: for a sign the derivative itself, as in XNOR-Net
     if grid.clips:
@@ -103,10 +112,11 @@ def _gradient_of(leaf: Learned, numbers: jax.Array, scale: jax.Array, zero_point
         inside = (shifted > low) & (shifted < high)
         slope = jnp.where(inside, centred - steps, numbers)
     factor = gradient_factor(grid, leaf.size // scale.size)
-    trained = _magnitude(scale_gradient(leaf.scale, factor), grid)
+    wide, offset = _wide(leaf)
+    trained = _magnitude(scale_gradient(wide, factor), grid)
     outside = jnp.zeros_like(x)
-    if leaf.offset is not None:
-        outside = jnp.broadcast_to(spread(scale_gradient(leaf.offset, factor), shape), shape)
+    if offset is not None:
+        outside = jnp.broadcast_to(spread(scale_gradient(offset, factor), shape), shape)
     return jnp.where(inside, x, outside) + slope * spread(trained, shape)
 
 
@@ -130,7 +140,7 @@ def _magnitude(scale: jax.Array, grid: Grid) -> jax.Array:
 
 
 def _zero_point(offset: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:
-    zero = jnp.clip(jnp.round(-offset / scale), *grid.ends)
+    zero = jnp.clip(nearest(-offset / scale), *grid.ends)
     return jnp.where(zero == 0, jnp.zeros_like(zero), zero)
 
 
@@ -234,8 +244,10 @@ def _leaf(slot: Slot, x: Cut, *, grid: Grid, rule: ScaleRule | None) -> Learned:
     if rule is None and grid.code_range and grid.clips and not grid.asymmetric:
         mean, _ = range_of(x, grid, MeanAbs())
         # The maximum keeps the mean's division and the product two roundings, in jit as in eager.
-        return Learned(latent, positive(jnp.maximum(mean, 0) * (2 * grid.top**-0.5)), None, grid)
+        return Learned(latent, scale_for(jnp.maximum(mean, 0), grid.top**0.5 / 2), None, grid)
     if rule is None:
         rule = MSE() if grid.asymmetric else None
     scale, zero = grid.scale_of(*range_of(x, grid, rule))
+    if not grid.has_zero:  # nor does a block of zeros leap away from them with the first step of the optimizer
+        scale = jnp.where(no_weights(x.values, scale.shape), jnp.zeros_like(scale), scale)
     return Learned(latent, scale, None if zero is None else -zero * scale, grid)

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.errors import count_known
+from jaxcomp.core.gradients import masked_through
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
 from jaxcomp.quantization.grids import Grid, Numbers
-from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.quantization.numerics.affine import block_absmax, in_type, no_weights, spread
+
+
+class How(TypedDict, total=False):
+    """Of rounding, as :meth:`~jaxcomp.quantization.grids.Grid.encode` has it."""
+
+    noise: jax.Array | None
+    clipped: bool
 
 
 @compressed_leaf(meta=("grid", "dense_dtype"))
 class Quantized(CompressedLeaf):
     """``dense == expand((numbers - zero_point) * scale)``, where expand is the grid's, or nothing for most grids.
 
-    The numbers are the codes themselves for an integer grid, and the levels that the codes name for a table.
+    The numbers are the codes themselves for an integer grid, and the levels that the codes name for a table. Of a grid
+    without a zero a block of zeros has numbers 0 while training, and packed the scale 0. What lies beyond the largest
+    number of the dense type is that number.
 
     Fields:
       codes: the numbers, of the dense shape, in a float type while training (so that the straight-through gradient can
@@ -69,25 +79,49 @@ class Quantized(CompressedLeaf):
 
     def materialize(self) -> jax.Array:
         """Dequantizes, in the scale's type, then casts to the dense type."""
-        return self.grid.decode(self.numbers(), dense(self.scale), self.zero_point).astype(self.dense_dtype)
+        scale = dense(self.scale)
+        return in_type(self.grid.decode(self.numbers(), scale, self.zero_point), scale, self.dense_dtype)
 
     def pack(self) -> Quantized:
         """Codes in int8 or uint8 for 8 bits, else ``bits`` bits each."""
         if self.packed:
             return self
         self._check_numbers()
-        stored, low = self.grid.stored(unpacked(self.codes))
+        numbers, scale = (unpacked(self.codes), self.scale) if self.grid.has_zero else self._by_scale()
+        stored, low = self.grid.stored(numbers)
         codes = (
             stored.astype(jnp.int8 if low < 0 else jnp.uint8)
             if self.grid.bits == 8
             else Packed.of(stored, self.grid.bits, low)
         )
-        return replace(self, codes=codes, scale=pack(self.scale))
+        return replace(self, codes=codes, scale=pack(scale))
+
+    def _by_scale(self) -> tuple[jax.Array, jax.Array]:
+        """Numbers and scales where a number of the grid times a scale of 0 says that a block is of zeros."""
+        numbers, scale = unpacked(self.codes), dense(self.scale)
+        nothing = block_absmax(numbers, scale.shape) == 0
+        some = self.grid.of_zero
+        # Times a negative number 0 would be -0.
+        return jnp.where(spread(nothing, self.shape), some, numbers), jnp.where(nothing, 0 * some, scale)
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
         if count_known(jnp.isnan, self.codes) or count_known(jnp.isnan, dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
+
+
+def encoded(w: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Array | None, **how: Unpack[How]) -> jax.Array:
+    """The numbers of a :class:`Quantized` leaf in training: those of the grid, and 0 for blocks of zeros.
+
+    Args:
+      w: the weights.
+      grid: of the numbers.
+      scale, zero_point, how: as :meth:`~jaxcomp.quantization.grids.Grid.encode` has them.
+    """
+    numbers = grid.encode(w, scale, zero_point, **how)
+    if grid.has_zero:
+        return numbers
+    return masked_through(numbers, spread(~no_weights(w, scale.shape), w.shape))
 
 
 def scales_and_zero(grid: Grid, top: jax.Array, bottom: jax.Array | None) -> tuple[Leaf, jax.Array | None]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxcomp.core.specs import MAX_BITS, is_integer
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.grids import Grid, ScaleAndZero, ScaleGrid
-from jaxcomp.quantization.numerics.affine import in_steps, positive
+from jaxcomp.quantization.numerics.affine import in_steps, scale_for
 from jaxcomp.quantization.numerics.levels import (
     Minifloat,
     minifloat_codes,
@@ -34,8 +34,8 @@ from jaxcomp.quantization.numerics.levels import (
 class LevelGrid(Grid):
     """``dense == levels[code] * scale``: a grid that is its table.
 
-    A value halfway between two levels goes to the one nearer zero, and between a negative and a positive one to the
-    latter.
+    A value halfway between two levels, but for rounding errors, goes to the one nearer zero, and at 0 to the positive
+    one.
 
     >>> @dataclass(frozen=True)
     ... class Quarters(LevelGrid):
@@ -64,8 +64,12 @@ class LevelGrid(Grid):
         return min(abs(v) for v in self.levels if v)
 
     @property
+    def of_zero(self) -> float:  # noqa: D102
+        return min(self.levels, key=lambda v: (abs(v), -v))
+
+    @property
     def code_of_zero(self) -> int:  # noqa: D102
-        return self.levels.index(0.0) if 0.0 in self.levels else 0
+        return self.levels.index(0.0) if self.has_zero else 0
 
     def nearest(self, x: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True) -> jax.Array:
         """The nearest level, in units of the scale; ``noise`` and ``clipped`` as in :meth:`encode`."""
@@ -73,7 +77,7 @@ class LevelGrid(Grid):
 
     def scale_of(self, top: jax.Array, bottom: jax.Array | None) -> ScaleAndZero:
         """``range's end / top``, such that no level times it is subnormal."""
-        return positive(top * (1.0 / self.top), least=1 / self.finest), None
+        return scale_for(top, self.top, least=1 / self.finest), None
 
     def encode(
         self,
@@ -99,7 +103,8 @@ class LevelGrid(Grid):
 class Float(LevelGrid, ScaleGrid):
     """A minifloat: a sign, ``exponent`` and ``mantissa`` bits; subnormal numbers, no infinities among the levels.
 
-    The code is the format's own bit pattern, the sign on top. Values round to nearest, ties to even, and saturate.
+    The code is the format's own bit pattern, the sign on top. Values round to nearest and saturate; halves go towards
+    zero, as on every grid here, and in a ``Blocked`` one, whose formats say so, to the even code.
 
     Args:
       exponent: bits of the exponent, at least 1.
@@ -174,6 +179,24 @@ class Float(LevelGrid, ScaleGrid):
         """The nearest level, ties to even; ``noise`` and ``clipped`` as in :meth:`encode`."""
         return to_minifloat(x, self._kind, self.levels, noise=noise, clipped=clipped)
 
+    def encode(
+        self,
+        w: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        *,
+        noise: jax.Array | None = None,
+        clipped: bool = True,
+    ) -> jax.Array:
+        """The level nearest to ``w / scale``."""
+        steps = in_steps(w, scale)
+        return to_minifloat(steps, self._kind, self.levels, noise=noise, clipped=clipped, to_even=False)
+
+    def encode_to_even(  # noqa: D102
+        self, w: jax.Array, scale: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True
+    ) -> jax.Array:
+        return self.nearest(in_steps(w, scale), noise=noise, clipped=clipped)
+
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
         """The bit pattern."""
         return minifloat_codes(numbers, self._kind), 0
@@ -188,7 +211,7 @@ class Float(LevelGrid, ScaleGrid):
         because another one is large.
         """
         wanted = top * (1.0 / elements.top)
-        outer = positive(jnp.max(wanted, keepdims=True) * (1.0 / self.top), least=2.0**20)
+        outer = scale_for(jnp.max(wanted, keepdims=True), self.top, least=2.0**20)
         return self.nearest(jnp.maximum(wanted * (1.0 / outer), self.finest)), outer
 
 

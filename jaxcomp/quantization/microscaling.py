@@ -33,7 +33,7 @@ class E8M0(ScaleGrid):
         """``2**(floor(log2(top)) - floor(log2(elements.top)))``; over them what a unit of an element's number is."""
         unit = 2.0**-elements.fraction_bits
         e = jnp.clip(exponent_of(top) - (math.frexp(elements.top * unit)[1] - 1), -100, 127)
-        lost = jnp.any(jnp.isnan(top))  # which a power of two cannot say
+        lost = jnp.any(~jnp.isfinite(top))  # which a power of two cannot say
         return power_of_two(e, top.dtype), jnp.full((1,) * top.ndim, jnp.where(lost, jnp.nan, unit), top.dtype)
 
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
@@ -58,7 +58,8 @@ class Blocked(Grid):
 
     Raises:
       TypeError: a grid or scales of another kind.
-      ValueError: an ``Int`` that is asymmetric or of one bit.
+      ValueError: an ``Int`` that is asymmetric or of one bit, or a table without 0, for no scale says that a block is
+        of zeros.
 
     >>> from jaxcomp.quantization.grids import Int
     >>> Blocked(Int(4), E8M0()).bits
@@ -81,11 +82,17 @@ class Blocked(Grid):
             )
         if self.grid.asymmetric or not self.grid.clips:
             raise ValueError(f"Blocked: an Int grid must be symmetric, of two bits or more, got {self.grid!r}.")
+        if not self.grid.has_zero:
+            raise ValueError(f"Blocked: a block of zeros wants a grid with 0 among its numbers, got {self.grid!r}.")
 
     @property
     def bits(self) -> int:
         """Width of an element's code."""
         return self.grid.bits
+
+    @property
+    def of_zero(self) -> float:  # noqa: D102
+        return 0.0
 
     @property
     def ends(self) -> tuple[float, float]:  # noqa: D102
@@ -112,8 +119,8 @@ class Blocked(Grid):
         noise: jax.Array | None = None,
         clipped: bool = True,
     ) -> jax.Array:
-        """The elements' own numbers."""
-        return self.grid.encode(w, scale, zero_point, noise=noise, clipped=clipped)
+        """The elements' own numbers, halves to even."""
+        return self.grid.encode_to_even(w, scale, noise=noise, clipped=clipped)
 
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:  # noqa: D102
         return self.grid.stored(numbers)

@@ -66,7 +66,8 @@ class Percentile(FoundRange):
     """A block's range ends at a percentile of its magnitudes, or of its values at both sides for an asymmetric grid.
 
     It is the smallest magnitude that at least ``percent`` of the block's do not exceed; what lies beyond saturates.
-    What a mask hides is not counted.
+    Zeros are not counted, a mask's or others: they are on the grid whatever its range, and of mostly zeros the range
+    would be 0.
 
     Args:
       percent: above 50, at most 100.
@@ -84,8 +85,8 @@ class Percentile(FoundRange):
     def ends(  # noqa: D102
         self, x: jax.Array, blocks: Shape, mask: jax.Array | None, *, symmetric: bool, on_grid: OnGrid
     ) -> Ends:
-        top, bottom = percentile_range(x, blocks, mask, percent=float(self.percent), symmetric=symmetric)
-        lost = jnp.isnan(absmax_range(x, blocks, True)[0])  # a percentile may pass NaN by
+        top, bottom = percentile_range(x, blocks, percent=float(self.percent), symmetric=symmetric)
+        lost = ~jnp.isfinite(absmax_range(x, blocks, True)[0])  # a percentile may pass NaN and infinity by
         return jnp.where(lost, jnp.nan, top), bottom
 
 

@@ -18,7 +18,7 @@ from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.core.types import Key, Params, PyTree, State, Step
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
-from jaxcomp.quantization.leaves import Folded, Quantized, scales_and_zero
+from jaxcomp.quantization.leaves import Folded, Quantized, encoded, scales_and_zero
 from jaxcomp.quantization.scales import AbsMax, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
 
 OWNER = "quantize"
@@ -131,5 +131,5 @@ def _quantized(x: Cut, grid: Grid, rule: ScaleRule | None, *, key: Key | None, c
     noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
     # No weight is outside its own block's range, so the backward pass need not look.
     covered = isinstance(rule, AbsMax | None) and grid.scale_grid is None
-    codes = grid.encode(w, dense(scale), zero, noise=noise, clipped=clipped and not covered)
+    codes = encoded(w, grid, dense(scale), zero, noise=noise, clipped=clipped and not covered)
     return Quantized(codes, scale, zero, grid.elements, jnp.dtype(w.dtype))

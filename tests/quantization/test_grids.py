@@ -11,7 +11,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.quantization import Grid, LevelGrid
-from jaxcomp.quantization.numerics.affine import in_steps, positive
+from jaxcomp.quantization.numerics.affine import in_steps, scale_for
 from jaxcomp.quantization.numerics.rounding import round_with
 
 W = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
@@ -28,7 +28,7 @@ class Odd(Grid):
         return 1 - 2**self.bits, 2**self.bits - 1
 
     def scale_of(self, top, bottom):
-        return positive(top * (1.0 / self.top)), None
+        return scale_for(top, self.top), None
 
     def encode(self, w, scale, zero_point, *, noise=None, clipped=True):
         half = 2 ** (self.bits - 1)

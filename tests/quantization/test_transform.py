@@ -80,8 +80,8 @@ def test_a_companded_grid_takes_any_pair() -> None:
         "root", lambda w: jnp.sign(w) * jnp.sqrt(jnp.abs(w)), lambda v: jnp.sign(v) * v * v
     )
     q = leaf(np.array([[4.0], [-1.0], [0.0]]), jc.quantization.Companded(3, root))
-    assert q.codes.tolist() == [[3], [-2], [0]]  # roots 2, 1, 0 in steps of 2/3: 3, 1.5 (to even), 0
-    np.testing.assert_allclose(q.materialize(), [[4.0], [-((4 / 3) ** 2)], [0.0]], rtol=1e-6)
+    assert q.codes.tolist() == [[3], [-1], [0]]  # roots 2, 1, 0 in steps of 2/3: 3, 1.5 (towards zero), 0
+    np.testing.assert_allclose(q.materialize(), [[4.0], [-((2 / 3) ** 2)], [0.0]], rtol=1e-6)
 
 
 def test_groups_have_their_own_scale() -> None:

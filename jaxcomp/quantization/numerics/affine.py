@@ -11,7 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Bool, Float, Num, Shaped
+
+from jaxcomp.core.gradients import clip_through
+from jaxcomp.core.types import DType
+from jaxcomp.quantization.numerics.rounding import nearest
 
 
 def blocked(x: Shaped[Array, "*shape"], blocks: tuple[int, ...]) -> Shaped[Array, "*split"]:
@@ -24,8 +28,8 @@ def blocked(x: Shaped[Array, "*shape"], blocks: tuple[int, ...]) -> Shaped[Array
 
 
 def block_reduce(
-    x: Float[Array, "*shape"], blocks: tuple[int, ...], reduce: Callable[..., jax.Array]
-) -> Float[Array, "*blocks"]:
+    x: Num[Array, "*shape"], blocks: tuple[int, ...], reduce: Callable[..., jax.Array]
+) -> Num[Array, "*blocks"]:
     """``reduce`` (such as ``jnp.max``) over each block; one number a block."""
     if blocks == x.shape:
         return x
@@ -58,7 +62,7 @@ def _cut(blocks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return any(b not in (1, n) for b, n in zip(blocks, shape, strict=True))
 
 
-def spread(scale: Float[Array, "*blocks"], shape: tuple[int, ...]) -> Float[Array, "*spread"]:
+def spread(scale: Shaped[Array, "*blocks"], shape: tuple[int, ...]) -> Shaped[Array, "*spread"]:
     """A scale in a shape that broadcasts against ``shape``, each number over its block.
 
     >>> spread(jnp.array([[1.0], [2.0]]), (4, 3)).shape
@@ -72,24 +76,42 @@ def spread(scale: Float[Array, "*blocks"], shape: tuple[int, ...]) -> Float[Arra
     return jnp.broadcast_to(scale.reshape(narrow), wide).reshape(out)
 
 
-def positive(scale: Float[Array, "*blocks"], least: float = 1.0) -> Float[Array, "*blocks"]:
-    """At least ``least`` times the smallest normal number; a block of zeros gets 1: its codes are 0, its values too.
+def scale_for(top: Float[Array, "*blocks"], number: int | float, *, least: float = 1.0) -> Float[Array, "*blocks"]:
+    """``top / number``: the scale with which a number of a grid meets the end of a range.
 
-    NaN stays NaN, so that a block with NaN is NaN on every grid, packed or not.
+    A normal number, at least ``least`` times the smallest; a block of zeros gets 1. An end that is infinite or NaN
+    stays, so that its block is NaN on every grid, packed or not.
+
+    >>> scale_for(jnp.array([6.0, 0.0, jnp.nan]), 4)
+    Array([1.5, 1. , nan], dtype=float32)
     """
-    floor = float(jnp.finfo(scale.dtype).tiny) * least
-    return jnp.where(scale <= 0, jnp.ones_like(scale), jnp.maximum(scale, floor))
+    return _normal(top * (1.0 / number), top, least)
+
+
+def _normal(scale: jax.Array, end: jax.Array, least: float = 1.0) -> jax.Array:
+    """The scale of a range that reaches to ``end`` on either side, between the ends of the normal numbers."""
+    info = jnp.finfo(scale.dtype)
+    bounded = jnp.clip(scale, float(info.tiny) * max(least, 1.0), float(info.max))
+    scale = jnp.where(end < jnp.inf, bounded, end)
+    return jnp.where(end < float(info.tiny), jnp.ones_like(scale), scale)
+
+
+def no_weights(w: Float[Array, "*shape"], blocks: tuple[int, ...]) -> Bool[Array, "*blocks"]:
+    """Which blocks hold zeros alone; subnormal numbers count as zeros, as XLA on CPU reads them."""
+    return block_absmax(w, blocks) < float(jnp.finfo(w.dtype).tiny)
 
 
 def in_steps(w: Float[Array, "*shape"], scale: Float[Array, "*blocks"]) -> Float[Array, "*shape"]:
     """``w / scale`` in the scale's type, each number over its block.
 
-    By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
+    By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only. That of a
+    scale near the type's end would be subnormal, which XLA on CPU reads as 0: both are made smaller before.
 
-    >>> in_steps(jnp.array([1.0, 3.0]), jnp.array([2.0]))
-    Array([0.5, 1.5], dtype=float32)
+    >>> in_steps(jnp.array([1.0, 3.0, 3e38]), jnp.array([2.0, 2.0, 1.5e38]))
+    Array([0.5, 1.5, 2. ], dtype=float32)
     """
-    return w.astype(scale.dtype) * spread(1.0 / scale, w.shape)
+    less = jnp.where(scale > 2.0**64, jnp.full_like(scale, 2.0**-64), jnp.ones_like(scale))
+    return w.astype(scale.dtype) * spread(less, w.shape) * spread(1.0 / (scale * less), w.shape)
 
 
 def affine_scale(
@@ -98,22 +120,16 @@ def affine_scale(
     """Scale and zero point of codes in ``[0, high]`` for the range ``[bottom, top]``, widened to hold 0.
 
     Multiplications by constants, never divisions, and a clip between each product and a sum, which a compiler would
-    fuse into one rounding: so jit equals eager.
+    fuse into one rounding: so jit equals eager. The zero point is rounded as codes are, a half towards zero: that of a
+    range as wide on both sides is one.
 
     >>> affine_scale(jnp.array([2.0]), jnp.array([-1.0]), 3)
     (Array([1.], dtype=float32), Array([1.], dtype=float32))
     """
     step = 1.0 / high
-    scale = positive(jnp.maximum(top * step, 0.0) - jnp.minimum(bottom * step, 0.0))
-    return scale, jnp.clip(jnp.round(-jnp.minimum(bottom, 0.0) / scale), 0, high)
-
-
-def shifted(steps: Float[Array, "*shape"], zero_point: Float[Array, "*blocks"], high: int) -> Float[Array, "*shape"]:
-    """Steps counted from code 0 of codes in ``[0, high]``: ``steps + zero_point``, where it may round to a code.
-
-    The clip changes no code and keeps the product that made the steps and the sum two roundings, in jit as in eager.
-    """
-    return jnp.clip(steps, -high - 1.0, high + 1.0) + spread(zero_point, steps.shape)
+    width = jnp.maximum(top * step, 0.0) - jnp.minimum(bottom * step, 0.0)
+    scale = _normal(width, jnp.maximum(jnp.abs(top), jnp.abs(bottom)))
+    return scale, jnp.clip(nearest(-jnp.minimum(bottom, 0.0) / scale), 0, high)
 
 
 def dequantize(
@@ -128,3 +144,16 @@ def dequantize(
     if zero_point is not None:
         x = x - spread(zero_point, codes.shape)
     return x * spread(scale, codes.shape)
+
+
+def in_type(x: Float[Array, "*shape"], scale: Float[Array, "*blocks"], dtype: DType) -> Float[Array, "*shape"]:
+    """Dequantized values in the dense type; a number times a finite scale is finite: at most the type's largest.
+
+    The end of a grid may lie beyond the range that its scale is of, and so beyond the type. The gradient passes.
+
+    >>> in_type(jnp.array([-7e4, 1.0]), jnp.array([3.5e4]), jnp.dtype("float16"))
+    Array([-6.5504e+04,  1.0000e+00], dtype=float16)
+    """
+    most = min(float(jnp.finfo(x.dtype).max), float(jnp.finfo(dtype).max))
+    end = jnp.where(scale < jnp.inf, jnp.full_like(scale, most), jnp.full_like(scale, jnp.inf))
+    return clip_through(x, spread(end, x.shape)).astype(dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Num, UInt8
 
 from jaxcomp.core.gradients import straight_through
+from jaxcomp.quantization.numerics.rounding import hair
 
 _FEW = 16  # up to so many levels a chain of comparisons, which fuses, else a search in the table
 _SLACK = 1 + 2.0**-10  # absorbs the rounding error of w / scale
@@ -82,14 +83,16 @@ def to_minifloat(
     *,
     noise: Float[Array, "*shape"] | None = None,
     clipped: bool = True,
+    to_even: bool = True,
 ) -> Float[Array, "*shape"]:
-    """:func:`to_table` by arithmetic, for the levels of a minifloat; ties go to the even code.
+    """:func:`to_table` by arithmetic, for the levels of a minifloat; halves go to the even code or towards zero.
 
     >>> to_minifloat(jnp.array([0.2, 0.25, 9.0]), Minifloat(3, 1, 1), (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
     Array([0., 0., 3.], dtype=float32)
     """
     frozen = jax.lax.stop_gradient(x)
-    value = _minifloat(frozen, kind, levels[-1], noise)
+    short = 1.0 if to_even or noise is not None else hair(x.dtype)
+    value = _minifloat(frozen, kind, levels[-1], noise, short)
     return _through(x, jnp.where(jnp.isnan(frozen), frozen, value), levels, clipped)
 
 
@@ -132,9 +135,9 @@ def minifloat_values(codes: Num[Array, "*shape"], kind: Minifloat, dtype: jnp.dt
     return jnp.where(word > magnitude, -value, value)
 
 
-def _minifloat(x: jax.Array, kind: Minifloat, top: float, noise: jax.Array | None) -> jax.Array:
+def _minifloat(x: jax.Array, kind: Minifloat, top: float, noise: jax.Array | None, short: float) -> jax.Array:
     """In units of the binade's spacing a minifloat's mantissa is an integer, and its parity that of the code."""
-    magnitude = jnp.minimum(jnp.abs(x), jnp.asarray(top, x.dtype))
+    magnitude = jnp.minimum(jnp.abs(x), jnp.asarray(top, x.dtype)) * short
     unit = _unit(magnitude, kind)
     steps = magnitude * power_of_two(-unit, x.dtype)
     if noise is None:
@@ -161,10 +164,13 @@ def _table(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> 
 
 
 def _edges(levels: tuple[float, ...], dtype: jnp.dtype) -> np.ndarray:
-    """Between two levels, the largest number that belongs to the lower: ties go towards zero, at zero upward."""
+    """Between two levels, the largest number that belongs to the lower.
+
+    Halves, and what is one but for rounding errors, go towards zero, as :func:`nearest` has it; at zero upward.
+    """
     values = np.asarray(levels, np.float64)
-    middle = ((values[:-1] + values[1:]) / 2).astype(dtype)
-    return np.where(middle <= 0, _below(middle), middle)
+    middle = (values[:-1] + values[1:]) / 2
+    return np.where(middle == 0, _below(np.zeros((), dtype)), (middle / hair(dtype)).astype(dtype))
 
 
 def _below(x: np.ndarray) -> np.ndarray:

@@ -6,15 +6,15 @@ counts. No gradient flows into a range.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
-from jaxcomp.quantization.numerics.affine import block_absmax, block_reduce, blocked, spread
+from jaxcomp.quantization.numerics.affine import block_absmax, block_reduce, blocked, in_steps, scale_for, spread
 
 Ends = tuple[jax.Array, jax.Array | None]
 
@@ -27,41 +27,52 @@ def absmax_range(x: Float[Array, "*shape"], blocks: tuple[int, ...], symmetric: 
 
 
 def mean_range(x: Float[Array, "*shape"], blocks: tuple[int, ...], mask: Bool[Array, "*shape"] | None) -> Ends:
-    """``mean|x|`` over what counts, and the sums are exact enough: pairwise by XLA, in the type of x."""
+    """``mean|x|`` over what counts; 0 of nothing. Near the type's end a sum would be infinite: it is of less there."""
+    large = block_absmax(x, blocks) > 2.0**64
+    less = jnp.where(large, 2.0**-64, 1.0).astype(x.dtype)
+    more = jnp.where(large, 2.0**64, 1.0).astype(x.dtype)
+    sums = block_reduce(jnp.abs(x) * spread(less, x.shape), blocks, jnp.sum)
     if mask is None:
-        return block_reduce(jnp.abs(x), blocks, jnp.mean), None
-    kept = jnp.where(mask, jnp.abs(x), jnp.zeros_like(x))
-    count = block_reduce(mask.astype(x.dtype), blocks, jnp.sum)
-    return block_reduce(kept, blocks, jnp.sum) / jnp.maximum(count, 1.0), None
+        return sums * (1.0 / max(x.size // max(sums.size, 1), 1)) * more, None
+    counts = block_reduce(mask.astype(jnp.int32), blocks, jnp.sum)
+    return sums / jnp.maximum(counts, 1).astype(x.dtype) * more, None
 
 
-def percentile_range(
-    x: Float[Array, "*shape"],
-    blocks: tuple[int, ...],
-    mask: Bool[Array, "*shape"] | None,
-    *,
-    percent: float,
-    symmetric: bool,
-) -> Ends:
-    """The ``percent`` nearest-rank percentile of the magnitudes, or of the values and of their negatives."""
+def percentile_range(x: Float[Array, "*shape"], blocks: tuple[int, ...], *, percent: float, symmetric: bool) -> Ends:
+    """The ``percent`` nearest-rank percentile of the magnitudes, or of the values and of their negatives.
+
+    Zeros do not count: they are on the grid whatever its range, and where most weights are zeros the range would be 0.
+    """
     if symmetric:
-        return _percentile(jnp.abs(x), blocks, mask, percent), None
-    return _percentile(x, blocks, mask, percent), -_percentile(-x, blocks, mask, percent)
+        return _percentile(jnp.abs(x), blocks, percent), None
+    return _percentile(x, blocks, percent), -_percentile(-x, blocks, percent)
 
 
-def _percentile(x: jax.Array, blocks: tuple[int, ...], mask: jax.Array | None, percent: float) -> jax.Array:
-    """The smallest of each block's numbers that at least so many percent of them do not exceed; 0 of none."""
-    lowest = jnp.asarray(-jnp.inf, x.dtype)
-    rows = _rows(x if mask is None else jnp.where(mask, x, lowest), blocks)
-    size = rows.shape[-1]
-    ordered = jnp.sort(rows, axis=-1)
-    if mask is None:
-        return ordered[..., math.ceil(size * percent / 100 - 1e-9) - 1].reshape(blocks)
-    count = jnp.sum(_rows(mask, blocks), axis=-1, dtype=jnp.int32, keepdims=True)
-    rank = jnp.ceil(count.astype(jnp.float32) * jnp.float32(percent / 100)).astype(jnp.int32)
-    at = size - count + jnp.clip(rank, 1, jnp.maximum(count, 1)) - 1
-    found = jnp.take_along_axis(ordered, jnp.minimum(at, size - 1), axis=-1).reshape(blocks)
+def _percentile(x: jax.Array, blocks: tuple[int, ...], percent: float) -> jax.Array:
+    """The smallest of each block's numbers but 0 that at least so many percent of them do not exceed; 0 of none."""
+    rows = _rows(jnp.where(x == 0, jnp.full_like(x, -jnp.inf), x), blocks)
+    count = jnp.sum(_rows(x != 0, blocks), axis=-1, dtype=jnp.int32, keepdims=True)
+    at = rows.shape[-1] - 1 - beyond(count, percent)
+    found = jnp.take_along_axis(jnp.sort(rows, axis=-1), at, axis=-1).reshape(blocks)
     return jnp.where(count.reshape(blocks) > 0, found, jnp.zeros_like(found))
+
+
+def beyond(count: Int32[Array, "*blocks"], percent: float) -> Int32[Array, "*blocks"]:
+    """How many of ``count`` numbers may exceed their percentile, ``floor(count * (1 - percent / 100))``, exactly.
+
+    In integers, for floats count to 2**24 alone, and bit by bit of the fraction, so that no product overflows. A
+    percentage is the decimal fraction that it is written as, up to seven digits behind its point.
+
+    >>> beyond(jnp.array([1000, 999, 2**31 - 1]), 99.9)
+    Array([      1,       0, 2147483], dtype=int32)
+    """
+    part = (1 - Fraction(str(percent)) / 100).limit_denominator(2**30 - 1)
+    whole, rest = jnp.divmod(count.astype(jnp.uint32), np.uint32(part.denominator))
+    quotient = left = jnp.zeros_like(rest)
+    for bit in f"{part.numerator:b}":
+        left = 2 * left + rest * int(bit)
+        quotient, left = 2 * quotient + left // part.denominator, left % part.denominator
+    return (whole * np.uint32(part.numerator) + quotient).astype(jnp.int32)
 
 
 def _rows(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
@@ -88,19 +99,18 @@ def mse_range(
       coded: ``coded(top, bottom)``, the values on the grid of that range.
     """
     top, bottom = ends
+    widest = top if bottom is None else jnp.maximum(jnp.abs(top), jnp.abs(bottom))
+    unit = scale_for(widest, 1.0)  # errors are counted in it, so that no square overflows
 
     def scaled(ratio: jax.Array) -> Ends:
         return top * ratio, None if bottom is None else bottom * ratio
 
     def body(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         least, chosen = best
-        # Over the range, so that no square overflows.
-        unit = spread(1.0 / jnp.where(widest > 0, widest, jnp.ones_like(widest)), x.shape)
-        error = block_reduce(jnp.square((coded(*scaled(ratio)) - x) * unit), blocks, jnp.sum)
-        better = error < least
+        error = block_reduce(jnp.square(in_steps(coded(*scaled(ratio)) - x, unit)), blocks, jnp.sum)
+        better = error < least * (1 - 2.0**-14)  # equal but for rounding errors is equal
         return (jnp.where(better, error, least), jnp.where(better, ratio, chosen)), None
 
-    widest = top if bottom is None else jnp.maximum(jnp.abs(top), jnp.abs(bottom))
     start = (jnp.full_like(widest, jnp.inf), jnp.ones_like(widest))
     # A loop is compiled as one whole in jit and out of it, so that both find the same range.
     (_, chosen), _ = jax.lax.scan(body, start, jnp.asarray(ratios, x.dtype))

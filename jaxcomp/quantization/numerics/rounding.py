@@ -9,14 +9,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.core.gradients import straight_through
+from jaxcomp.core.types import DType
 
 # The cells at both ends are half a step wider than their codes; the rest absorbs the division's rounding error.
 HALF_CELL = 0.5 + 2.0**-10
 
 
+def hair(dtype: DType) -> float:
+    """What a quotient is shortened by before it is rounded: twice what the scale, its reciprocal and the product err.
+
+    A half is then never met: where it would be (a block's extreme, weights of few bits) it is a hair nearer to zero,
+    whatever the last bit of the weight or the scale says.
+    """
+    return 1 - 8 * float(jnp.finfo(dtype).eps)
+
+
+def nearest(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The nearest integer. A half goes towards zero, and so does what is a half but for rounding errors.
+
+    >>> nearest(jnp.array([0.5, 1.5, -1.5, 1.5000005, 1.6]))
+    Array([0., 1., -1., 1., 2.], dtype=float32)
+    """
+    return jnp.round(x * hair(x.dtype))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def round_ste(x: Float[Array, "*shape"], low: int, high: int) -> Float[Array, "*shape"]:
-    """``clip(round(x), low, high)``, half to even, whose gradient is that of a clip: 1 inside the range and 0 outside.
+    """``clip(nearest(x), low, high)``, whose gradient is that of a clip: 1 inside the range and 0 outside.
 
     The range is that of the codes' cells, ``[low - 1/2, high + 1/2]``, so that a value that rounds to an end code
     without being clipped still learns.
@@ -28,7 +47,7 @@ def round_ste(x: Float[Array, "*shape"], low: int, high: int) -> Float[Array, "*
 
     Source: Bengio et al. 2013, arXiv:1308.3432; clipped as in Hubara et al. 2016, arXiv:1602.02830.
     """
-    codes = jnp.clip(jnp.round(x), low, high)
+    codes = nearest(jnp.clip(x, low, high))  # the clip keeps two products apart, in jit as in eager
     return jnp.where(codes == 0, jnp.zeros_like(codes), codes)  # -0 has no integer code
 
 
@@ -53,7 +72,7 @@ def round_between(
     >>> jax.grad(lambda x, low, high: round_between(x, low, high).sum(), (0, 2))(jnp.array([0.4, 9.0, 7.0]), *ends)
     (Array([1., 0., 0.], dtype=float32), Array([2.], dtype=float32))
     """
-    return jnp.clip(jnp.round(x), low, high)
+    return nearest(jnp.clip(x, low, high))
 
 
 @round_between.defjvp
@@ -66,33 +85,33 @@ def _round_between_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.
 
 def round_with(
     x: Float[Array, "*shape"],
-    low: int,
-    high: int,
+    low: int | Float[Array, "*#shape"],
+    high: int | Float[Array, "*#shape"],
     *,
     noise: Float[Array, "*shape"] | None = None,
     clipped: bool = True,
+    to_even: bool = False,
 ) -> Float[Array, "*shape"]:
-    """:func:`round_ste` with its choices: stochastic rounding, and a gradient that is cut nowhere.
+    """:func:`round_ste` with its choices: stochastic rounding, halves to even, and a gradient that is cut nowhere.
 
     With noise uniform in [0, 1) the result is the next higher code where ``noise < clip(x) - floor(clip(x))``, so its
     expectation is ``clip(x)``; integers stay as they are.
 
     Args:
       x: values, in steps.
-      low: the lowest code.
-      high: the highest code.
+      low, high: the lowest and the highest code, one of all or integers that broadcast.
       noise: None rounds to nearest.
       clipped: whether the gradient is cut outside the range.
+      to_even: whether exact halves go to the even code; for quotients without rounding errors.
     """
-    if noise is None and clipped:
-        return round_ste(x, low, high)
+    if noise is None and clipped and not to_even:
+        return round_ste(x, low, high) if isinstance(low, int) else round_between(x, low, high)
+    within = jnp.clip(x, low, high)  # keeps what follows apart from the product that made x, in jit as in eager
     if noise is None:
-        codes = jnp.round(x)
-    else:  # the clip keeps the difference apart from the product that made x: two roundings, in jit as in eager
-        within = jnp.clip(x, low, high)
+        codes = jnp.round(within) if to_even else nearest(within)
+    else:
         codes = jnp.floor(within)
         codes = codes + (noise < within - codes).astype(x.dtype)
-    codes = jnp.clip(codes, low, high)
     codes = jnp.where(codes == 0, jnp.zeros_like(codes), codes)
     inside = (x >= low - HALF_CELL) & (x <= high + HALF_CELL) if clipped else None
     return straight_through(x, jax.lax.stop_gradient(codes), inside)
