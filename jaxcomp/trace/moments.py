@@ -9,10 +9,12 @@ from functools import wraps
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.paths import Where, matches, matrices
 from jaxcomp.core.roles import BATCH, CONTRACTED, SPATIAL, STACKED
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.trace.collect import SUMMED, Nothing, Observer, collect
+from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
+from jaxcomp.trace.exact import Squares, Sum, squared, summed
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CUSTOM_RULE
 from jaxcomp.trace.sites import Operand, Site
@@ -25,7 +27,8 @@ def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.A
     Of a dot, ``x`` runs over the axes in front of the leaf that are summed over; of a convolution over the input
     features (its taps are taken as alike). Sites where a leaf is multiplied from its last axes, as a transposed one, or
     whose weight is computed, are left out. In a scan over stacked layers there is a moment for each layer. Moments of
-    several batches add: ``jax.tree.map(jnp.add, a, b)``.
+    several batches add: ``jax.tree.map(jnp.add, a, b)``. They are float32 (float64 of such values): elements beyond
+    1e19 give infinities, those below 1e-19 zeros.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -44,8 +47,13 @@ def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.A
         return _moments(site, axes) if axes and matches(where, site.path, site) else None
 
     nothing = Nothing("input_moments", where, "site that multiplies rows by a leaf")
-    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
-    return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)
+    found = collect(fn, observer, merged=ADDED, nothing=nothing)
+
+    @wraps(fn)
+    def moments(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
+        return {path: total.rounded() for path, total in found(params, *args, **kwargs).seen.items()}
+
+    return moments
 
 
 def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.Array]]:
@@ -75,16 +83,16 @@ def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.
         return _squares(site) if matches(where, weight.leaf, like) else None
 
     nothing = Nothing("input_norms", where, "weight with one contracted axis")
-    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
+    found = collect(fn, observer, merged=ADDED, nothing=nothing)
 
     @wraps(fn)
     def norms(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
         chosen, squares = found(params, *args, **kwargs)
         total: dict[str, jax.Array] = {}
         for site in chosen:
-            path, here = site.leaf or "", _at_leaf(site, squares[site.path])
-            total[path] = total[path] + here if path in total else here
-        return {path: jnp.sqrt(x) for path, x in total.items()}
+            path, here = site.leaf or "", _at_leaf(site, squares[site.path].root())
+            total[path] = jnp.hypot(total[path], here) if path in total else here
+        return total
 
     return norms
 
@@ -118,10 +126,11 @@ def _paired(site: Site, op: Op) -> list[tuple[tuple[int, ...], int]]:
 
 
 def _moments(site: Site, axes: Sequence[int]) -> Observer:
-    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    def look(values: Sequence[jax.Array]) -> dict[str, Sum]:
         x = jnp.moveaxis(values[site.activations[0]], axes, range(-len(axes), 0))
-        rows = x.reshape(-1, math.prod(x.shape[-len(axes) :])).astype(jnp.float32)
-        return {str(site.leaf): jnp.einsum("ni,nj->ij", rows, rows, precision="highest")}
+        width = math.prod(x.shape[-len(axes) :])
+        rows = x.reshape(x.size // max(width, 1), width).astype(compute_dtype(x.dtype))
+        return {str(site.leaf): summed(jnp.einsum("ni,nj->ij", rows, rows, precision="highest"))}
 
     return look
 
@@ -141,16 +150,15 @@ def _squares(site: Site) -> Observer:
     operand = site.activations[0]
     axis = site.operands[operand].roles.index(CONTRACTED)
 
-    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
-        x = values[operand].astype(jnp.float32)
-        others = tuple(i for i in range(x.ndim) if i != axis)
-        return {site.path: jnp.sum(x * x, axis=others)}
+    def look(values: Sequence[jax.Array]) -> dict[str, Squares]:
+        x = values[operand].astype(compute_dtype(values[operand].dtype))
+        return {site.path: squared(x, tuple(i for i in range(x.ndim) if i != axis))}
 
     return look
 
 
 def _at_leaf(site: Site, x: jax.Array) -> jax.Array:
-    """Sums with the layers' axes in front, at the rank of the site's weight."""
+    """Norms with the layers' axes in front, at the rank of the site's weight."""
     weight = site.operands[site.weight or 0]
     stacked, (contracted,) = weight.leaf_axes(STACKED), weight.leaf_axes(CONTRACTED)
     x = x.reshape(*(weight.leaf_shape[i] for i in stacked), weight.leaf_shape[contracted])
