@@ -79,7 +79,7 @@ def nan_rows(x: jax.Array, roles: Names) -> jax.Array:
 
     A sum, for that is what XLA on CPU reduces fast.
     """
-    only = jnp.where(x == x, jnp.zeros_like(x), x)  # noqa: PLR0124 - all but NaN
+    only = jnp.where(x == x, jnp.zeros_like(x), x)
     return block_reduce(only, scale_blocks(x.shape, roles, Tokens()), jnp.sum)
 
 

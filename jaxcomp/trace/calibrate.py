@@ -62,12 +62,12 @@ def observe(x: jax.Array) -> Stats:
     x = jnp.asarray(x).astype(jnp.float32)
     low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
     some = x.size > 0  # a batch without elements has no extremes to average
-    sums = (summed(end if some else jnp.zeros_like(end)) for end in (low, high))
-    return Stats(_histogram(x), low, high, *sums, counted(jnp.uint32(some)))
+    low_sum, high_sum = (summed(end if some else jnp.zeros_like(end)) for end in (low, high))
+    return Stats(_histogram(x), low, high, low_sum, high_sum, counted(jnp.uint32(some)))
 
 
 def _histogram(x: jax.Array) -> Count:
-    """How many elements there are of each sign, exponent and leading bits; of so many at once that no word runs over."""
+    """How many elements there are of each sign, exponent and leading bits; so many at once that no word runs over."""
     if x.size >= _AT_ONCE:
         axis = int(np.argmax(x.shape))
         halves = jnp.split(x, [x.shape[axis] // 2], axis)

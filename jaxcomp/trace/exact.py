@@ -28,7 +28,7 @@ class Count(NamedTuple):
 
     def total(self) -> np.ndarray:
         """The counts as numbers of 64 bits, on the host."""
-        return np.asarray(self.low).astype(np.uint64) + (np.asarray(self.high).astype(np.uint64) << np.uint64(32))
+        return joined(np.asarray(self.low), np.asarray(self.high))
 
     def rounded(self) -> jax.Array:
         """The nearest float32, or one beside it."""
@@ -40,6 +40,11 @@ class Count(NamedTuple):
         return self.low.shape
 
 
+def joined(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """The two words of counts as numbers of 64 bits."""
+    return low.astype(np.uint64) + (high.astype(np.uint64) << np.uint64(32))
+
+
 def counted(n: jax.Array) -> Count:
     """A count of one word."""
     low = jnp.asarray(n, jnp.uint32)
@@ -47,7 +52,7 @@ def counted(n: jax.Array) -> Count:
 
 
 class Sum(NamedTuple):
-    """``value + rest``: a sum of float32 numbers with about 48 bits, ``rest`` being what the rounding of ``value`` lost.
+    """``value + rest``: a sum of float32 numbers with about 48 bits; ``rest`` is what the rounding of ``value`` lost.
 
     >>> total = summed(jnp.float32(2**24))
     >>> for _ in range(4):

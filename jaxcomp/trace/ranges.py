@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.trace.calibrate import Stats
-from jaxcomp.trace.exact import Count
+from jaxcomp.trace.exact import joined
 from jaxcomp.trace.histograms import (
     Ends,
     Histogram,
@@ -109,7 +109,9 @@ def entropy(bits: int, *, symmetric: bool = False) -> RangeOf:
 
 def lost_energy(stats: Stats, found: Range) -> float:
     """The part of the sum of squares that clipping to a range takes away, of the layer that loses most; on the host."""
-    layers = zip(_layers(stats.counts.total(), stats.low, stats.high), *map(np.ravel, found), strict=True)
+    layers = zip(
+        _layers(stats.counts.total(), np.asarray(stats.low), np.asarray(stats.high)), *map(np.ravel, found), strict=True
+    )
     return max((clipped_energy(h, (low, high)) for h, low, high in layers if h is not None), default=0.0)
 
 
@@ -121,18 +123,18 @@ def _check_bits(owner: str, bits: int) -> None:
 def _found(method: Callable[[Histogram], Ends], stats: Stats) -> Range:
     """``method`` for every layer in front of the statistics; where there is no histogram, NaN."""
 
-    def on_host(low_words: np.ndarray, high_words: np.ndarray, low: np.ndarray, high: np.ndarray) -> Range:
-        shape = np.shape(low)
-        layers = _layers(Count(low_words, high_words).total(), low, high)
+    def on_host(low_words: np.ndarray, high_words: np.ndarray, *seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        words = np.asarray(low_words), np.asarray(high_words)
+        layers = _layers(joined(*words), *map(np.asarray, seen))
         ends = [(np.nan, np.nan) if h is None else method(h) for h in layers]
         lows, highs = np.asarray(ends, np.float64).astype(np.float32).reshape(-1, 2).T
-        return Range(lows.reshape(shape), highs.reshape(shape))
+        return lows.reshape(np.shape(seen[0])), highs.reshape(np.shape(seen[0]))
 
     given = stats.counts.low, stats.counts.high, stats.low, stats.high
     if not any(isinstance(x, jax.core.Tracer) for x in given):
         return Range(*map(jnp.asarray, on_host(*map(np.asarray, given))))
     like = jax.ShapeDtypeStruct(stats.low.shape, jnp.float32)
-    return jax.pure_callback(on_host, Range(like, like), *given, vmap_method="expand_dims")
+    return Range(*jax.pure_callback(on_host, (like, like), *given, vmap_method="expand_dims"))
 
 
 def _layers(counts: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Histogram | None]:
