@@ -3,7 +3,7 @@
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
 from jaxcomp.activations.demands import NotOnIntegers
 from jaxcomp.activations.function import factored, quantize_function
-from jaxcomp.activations.planning import Rules, ranges_of
+from jaxcomp.activations.planning import PoorRange, Rules, ranges_of
 from jaxcomp.activations.specs import LSQ, PACT, Act, Backward, Dynamic, Float8, Static
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Dynamic",
     "Float8",
     "NotOnIntegers",
+    "PoorRange",
     "Rules",
     "Static",
     "coverage",

@@ -189,7 +189,8 @@ def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     assert how.spec is not None
     _, top = how.spec.grid.code_range
     x = x.astype(compute_dtype(x.dtype))
-    largest = block_absmax(x, scale_blocks(x.shape, roles, Tokens())) * (1.0 / top)
+    blocks = scale_blocks(x.shape, roles, Tokens())
+    largest = block_absmax(x, blocks) * (1.0 / top) if x.size else jnp.zeros((1,) * x.ndim, x.dtype)
     scale = jnp.where(largest == 0, jnp.ones_like(largest), jnp.maximum(largest, jnp.finfo(x.dtype).tiny))
     # The clip changes nothing but keeps the product apart from the difference below, in jit as in eager.
     steps = jnp.clip(in_steps(x, scale), -top, top)

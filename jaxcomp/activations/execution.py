@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, Value, rows
 from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
-from jaxcomp.activations.integer_products import Factor, refusal
+from jaxcomp.activations.integer_products import Factor, nan_rows, refusal, small_integers
 from jaxcomp.activations.planning import BARRED, Planned
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.types import Key
-from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.ranges import Range
 
@@ -123,7 +122,9 @@ class _Product:
         numbers, scale, zero = encode(value, self.act, at)
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
-        codes = (numbers if zero is None else numbers + (spread(zero, numbers.shape) - shift)).astype(jnp.int8)
+        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
+        if given is not None:  # a range of the value's own is NaN where the value is
+            scale = scale + nan_rows(value, site.operands[index].roles).astype(scale.dtype)
         if zero is None:
             return Factor(codes, scale, None, max(-low, high))
         return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)

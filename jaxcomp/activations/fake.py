@@ -12,10 +12,10 @@ from jaxcomp.activations.specs import LSQ, PACT, Act, ActLayout, ActSpec, Float8
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import scale_gradient, straight_through
 from jaxcomp.core.roles import AxisRoles
-from jaxcomp.core.types import Shape
+from jaxcomp.core.types import DType, Shape
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, in_steps, spread
-from jaxcomp.quantization.numerics.ranges import absmax_range
+from jaxcomp.quantization.numerics.affine import dequantize, in_steps, spread
+from jaxcomp.quantization.numerics.ranges import Ends, absmax_range
 from jaxcomp.quantization.numerics.rounding import HALF_CELL, round_between, round_ste
 from jaxcomp.trace.ranges import Range
 
@@ -60,29 +60,53 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
       act: the rule.
       at: the axes' roles, and the range where the rule takes one from outside.
     """
+    if not x.size:
+        one = jnp.ones((1,) * x.ndim, compute_dtype(x.dtype))
+        return Coded(x.astype(one.dtype), one, None if act.symmetric else jnp.zeros_like(one))
     if at.given is None:
-        fixed = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
-        blocks = scale_blocks(x.shape, at.roles, act.per)
-        scale, zero = act.grid.scale_of(*absmax_range(fixed, blocks, act.symmetric))
+        scale, zero = act.grid.scale_of(*_own_ends(x, scale_blocks(x.shape, at.roles, act.per), act.symmetric))
     else:
         ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in at.given))
         scale, zero = grid_of_range(_trained(act.range, ends, float(x.size * act.grid.code_range[1])), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
+    if at.given is not None or not act.symmetric:  # or the extremes are the range's own, and no code lies beyond them
+        scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
+    if at.given is not None:  # or XLA on CPU finds the scale anew for each element
+        scale, zero = jax.lax.optimization_barrier((scale, zero))
     steps = in_steps(x, scale)
     low, high = act.grid.code_range
     apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
     return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)
 
 
+def _own_ends(x: jax.Array, blocks: Shape, symmetric: bool) -> Ends:
+    """The extremes of each block of a value."""
+    return absmax_range(jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype)), blocks, symmetric)
+
+
+def _reach(grid: Int, zero: jax.Array | None) -> jax.Array | float:
+    """How many steps from 0 the codes go."""
+    low, high = grid.code_range
+    return -low if grid.symmetric or zero is None else jnp.maximum(zero, high - zero)
+
+
+def _in_type(scale: jax.Array, reach: jax.Array | float, dtype: DType) -> jax.Array:
+    """The scale, made so small near the end of a type that no code stands for an infinity; NaN and infinity stay."""
+    most = min(float(jnp.finfo(dtype).max), float(jnp.finfo(scale.dtype).max)) * (1 - 2.0**-20)
+    return jnp.where(scale < jnp.inf, jnp.minimum(scale, most / jax.lax.stop_gradient(reach)), scale)
+
+
 def float8_codes(x: jax.Array, act: Float8, at: Entry) -> tuple[jax.Array, jax.Array]:
     """Float8 codes and scale of an activation; arguments as of :func:`encode`. No gradient flows."""
-    x = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
-    if at.given is None:
-        end = block_absmax(x, scale_blocks(x.shape, at.roles, act.per))
+    dtype, x = x.dtype, jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
+    if not x.size:
+        end = jnp.zeros((1,) * x.ndim, x.dtype)
+    elif at.given is None:
+        end, _ = _own_ends(x, scale_blocks(x.shape, at.roles, act.per), True)
     else:
         low, high = (jax.lax.stop_gradient(jnp.asarray(v, x.dtype)) for v in at.given)
         end = jnp.maximum(-low, high).reshape((1,) * x.ndim)
-    scale = _positive(end * (1.0 / act.top))
+    scale = _in_type(_positive(end * (1.0 / act.top)), act.top, dtype)
     return jnp.clip(x * spread(1.0 / scale, x.shape), -act.top, act.top).astype(act.dtype), scale
 
 
@@ -151,9 +175,12 @@ def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:
 
 
 def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point of a grid that covers a range and 0; differentiable in the range's ends."""
-    low = jnp.where(given.low <= 0, given.low, jnp.zeros_like(given.low))  # an end at 0 still learns
-    high = jnp.where(given.high >= 0, given.high, jnp.zeros_like(given.high))
+    """Scale and zero point of a grid that covers a range and 0; differentiable in the range's ends.
+
+    An end that is NaN makes the scale NaN, and with it all that is put on the grid.
+    """
+    low = jnp.where(given.low > 0, jnp.zeros_like(given.low), given.low)  # an end at 0 still learns
+    high = jnp.where(given.high < 0, jnp.zeros_like(given.high), given.high)
     _, top = grid.code_range
     if grid.symmetric:
         scale = _positive(jnp.maximum(-low, high) * (1.0 / (top + 0.5)))
@@ -163,9 +190,8 @@ def grid_of_range(given: Range, grid: Int) -> tuple[jax.Array, jax.Array]:
 
 
 def _positive(scale: jax.Array) -> jax.Array:
-    """A range of width 0 gets scale 1."""
-    tiny = jnp.finfo(scale.dtype).tiny
-    return jnp.where(scale > 0, jnp.maximum(scale, tiny), jnp.ones_like(scale))
+    """A range of width 0 gets scale 1; NaN stays."""
+    return jnp.where(scale <= 0, jnp.ones_like(scale), jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
 
 
 @singledispatch
@@ -181,4 +207,5 @@ def _(source: LSQ, given: Range, weight: float) -> Range:
 
 @_trained.register(PACT)
 def _(source: PACT, given: Range, weight: float) -> Range:
-    return jax.lax.stop_gradient(Range(jnp.zeros_like(given.low), given.high))
+    low = jnp.where(jnp.isnan(given.low), given.low, jnp.zeros_like(given.low))
+    return jax.lax.stop_gradient(Range(low, given.high))

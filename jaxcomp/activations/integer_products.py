@@ -10,9 +10,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.fake import Names, scale_blocks
 from jaxcomp.activations.reasons import (
     CUT_WINDOW,
     GROUPED_BATCH,
@@ -23,8 +25,9 @@ from jaxcomp.activations.reasons import (
     Why,
     short_blocks,
 )
+from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.types import DType
-from jaxcomp.quantization.numerics.affine import dequantize, spread
+from jaxcomp.quantization.numerics.affine import block_reduce, dequantize, spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
 
@@ -56,6 +59,31 @@ class Factor:
     def value(self) -> jax.Array:
         """The array that the codes stand for, in the scale's type."""
         return dequantize(self.codes, self.scale, None if self.zero is None else self.zero.astype(self.scale.dtype))
+
+
+_WHOLE = 1.5 * 2.0**23
+"""Added to a small integer in float32 it leaves the integer in the last bits."""
+
+
+def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
+    """``numbers + offset`` as int8, integers in a float type of which the result is in range; NaN gives any code.
+
+    By the bits of float32: XLA on CPU converts one number after the other, and looks at each for NaN and the ends.
+    """
+    if numbers.dtype != jnp.float32:
+        return (numbers + spread(offset, numbers.shape)).astype(jnp.int8)
+    whole = numbers + spread(offset + jnp.float32(_WHOLE), numbers.shape)
+    bits = lax.bitcast_convert_type(whole, jnp.int32) - int(np.float32(_WHOLE).view(np.int32))
+    return bits.astype(jnp.int8)
+
+
+def nan_rows(x: jax.Array, roles: Names) -> jax.Array:
+    """NaN for each index that a product does not sum over where the value has one, else 0: codes hold no NaN.
+
+    A sum, for that is what XLA on CPU reduces fast.
+    """
+    only = jnp.where(x == x, jnp.zeros_like(x), x)
+    return block_reduce(only, scale_blocks(x.shape, roles, Tokens()), jnp.sum)
 
 
 def refusal(op: Op, a: Factor, b: Factor) -> Why | None:

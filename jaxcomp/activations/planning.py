@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CUSTOM_RULE, SEALED
 from jaxcomp.trace.program import Program
-from jaxcomp.trace.ranges import Range, min_max
+from jaxcomp.trace.ranges import Range, lost_energy, min_max
 from jaxcomp.trace.sites import Site, sites_of, unread
 
 Rules = Mapping[Where, ActSpec | None]
@@ -157,26 +158,72 @@ def _layered(name: str, given: object, layers: tuple[int, ...]) -> Range:
     return Range(*(jnp.broadcast_to(jnp.asarray(end), layers) for end in given))
 
 
+class PoorRange(UserWarning):
+    """Ranges that cannot stand for what was seen; the message names the activations, what is wrong and the mend."""
+
+
 def ranges_of(stats: Mapping[str, Stats], method: Callable[[Stats], Range] = min_max) -> dict[str, Range]:
     """The ranges of all activations from their statistics, by one method (``min_max``, ``percentile(99.9)``, …).
 
+    Outside ``jit`` it warns (:class:`PoorRange`) of activations of which zeros alone were seen, and of ranges whose
+    clipping takes away more than half of the sum of squares.
+
     Raises:
       TypeError: a value that is no ``Stats``.
-      ValueError: statistics without a finite range, outside ``jit``: the site was never reached, or met a NaN.
+      ValueError: statistics without a finite range, outside ``jit``: the site was never reached, or met an infinity or
+        a NaN.
 
     >>> from jaxcomp.trace.calibrate import observe
     >>> {name: (float(r.low), float(r.high)) for name, r in ranges_of({"w": observe(jnp.array([-1.0, 3.0]))}).items()}
     {'w': (-1.0, 3.0)}
     """
-    result = {}
+    result, still, cut = {}, [], []
     for name, s in stats.items():
         if not isinstance(s, Stats):
             raise TypeError(f"ranges_of: {name!r} must be Stats, as calibrate gives them, got {type(s).__name__}.")
         found = result[name] = method(s)
-        concrete = not any(isinstance(end, jax.core.Tracer) for end in found)
-        if concrete and not all(np.isfinite(np.asarray(end)).all() for end in found):
-            raise ValueError(
-                f"ranges_of: {name!r} has the range {found}; the calibration batches never reached it, or it is not "
-                "finite there; calibrate on other batches, or leave it out by calibrate(fn, where) and by a rule."
-            )
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((s, found))):
+            continue
+        _check_finite(name, s, found)
+        if ((np.asarray(s.low) == 0) & (np.asarray(s.high) == 0)).any():
+            still.append(name)
+        elif (lost := lost_energy(s, found)) > _MOST_LOST:
+            cut.append(f"{name!r} ({lost:.0%})")
+    _warn_poor(still, cut)
     return result
+
+
+_MOST_LOST = 0.5
+
+
+def _check_finite(name: str, s: Stats, found: Range) -> None:
+    if all(np.isfinite(np.asarray(end)).all() for end in found):
+        return
+    low, high = np.asarray(s.low), np.asarray(s.high)
+    if (low > high).any():
+        what = "the calibration batches never reached it"
+    elif np.isnan(low).any():
+        what = "the calibration batches have NaN there"
+    else:
+        what = "the calibration batches are infinite there, or its method overflows"
+    raise ValueError(
+        f"ranges_of: {name!r} has the range {found}; {what}; calibrate on other batches, or leave it out by"
+        " calibrate(fn, where) and by a rule."
+    )
+
+
+def _warn_poor(still: list[str], cut: list[str]) -> None:
+    if still:
+        warnings.warn(
+            f"ranges_of: nothing but zeros was seen of {some_paths(still)}; its range is 0, and other values would be "
+            "rounded to integers; calibrate on other batches, or ask for range=Dynamic().",
+            PoorRange,
+            stacklevel=3,
+        )
+    if cut:
+        warnings.warn(
+            f"ranges_of: clipping takes most of the sum of squares from {', '.join(cut)}: a few values are far larger "
+            "than the range; take mse(bits), a larger percentile, or min_max.",
+            PoorRange,
+            stacklevel=3,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce, wraps
 
 import jax
@@ -13,18 +13,20 @@ from jax import lax
 
 from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.trace.collect import Nothing, Observer, collect
+from jaxcomp.trace.exact import Count, Sum, counted, summed
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Monoid, zeros
 from jaxcomp.trace.primitives import SEALED
 from jaxcomp.trace.sites import Site
 from jaxcomp.trace.walk import Fn
 
-LOWEST, HIGHEST = -40, 24
-_MANTISSA_BITS = 4
-PER_OCTAVE = 2**_MANTISSA_BITS
-BINS = (HIGHEST - LOWEST) * PER_OCTAVE
-EDGES = np.concatenate([np.ldexp(1 + np.arange(PER_OCTAVE) / PER_OCTAVE, e) for e in range(LOWEST, HIGHEST)])
-"""Lower edges of the bins of |x|: sixteen equal steps in each octave from 2**-40 to 2**24."""
+SIDE = 2**12
+"""Bins of one sign: the leading twelve bits of a float32's magnitude, its exponent and four bits of its mantissa."""
+BINS = 255 * 2**4
+"""Those of finite numbers: sixteen equal steps in each octave from ``2**-126`` on, and as many below it."""
+EDGES = np.append((np.arange(BINS, dtype=np.uint32) << np.uint32(19)).view(np.float32).astype(np.float64), 2.0**128)
+"""Edges of these bins; what lies in the first, below 1e-39, is taken for zero."""
+_AT_ONCE = 2**31
 
 
 @jax.tree_util.register_dataclass
@@ -32,60 +34,73 @@ EDGES = np.concatenate([np.ldexp(1 + np.arange(PER_OCTAVE) / PER_OCTAVE, e) for 
 class Stats:
     """What calibration keeps of one activation; of a layer scan, with the layers' axes in front of every field.
 
-    Invariant: ``counts[..., 0, :]`` and ``[..., 1, :]`` are histograms of ``-x`` for negative and ``x`` for other
-    finite elements over bins that do not depend on the data, so that adding histograms is exact; what lies outside
-    is counted in the first or the last bin.
+    Invariant: ``counts[..., 0, :]`` and ``[..., 1, :]`` are histograms of the magnitudes of the elements with a minus
+    sign and without one, over bins that do not depend on the data and leave out no number. So histograms add exactly,
+    whatever the magnitudes, however many elements there are, in any order and on any number of devices.
 
     Attributes:
-      counts: (…, 2, BINS), float32.
+      counts: (…, 2, SIDE); the bins from ``BINS`` on hold infinities and, behind the first of them, NaN.
       low, high: (…), smallest and largest element.
       low_sum, high_sum: (…), sums of the batches' smallest and largest elements.
-      batches: (…), how often the site was reached.
+      batches: (…), how often the site was reached with an element or more.
     """
 
-    counts: jax.Array
+    counts: Count
     low: jax.Array
     high: jax.Array
-    low_sum: jax.Array
-    high_sum: jax.Array
-    batches: jax.Array
+    low_sum: Sum
+    high_sum: Sum
+    batches: Count
 
 
 def observe(x: jax.Array) -> Stats:
     """The statistics of one array, of any shape.
 
     >>> s = observe(jnp.array([-1.0, 0.5, 2.0, 0.0]))
-    >>> float(s.low), float(s.high), s.counts.sum(-1).tolist()
-    (-1.0, 2.0, [1.0, 3.0])
+    >>> float(s.low), float(s.high), s.counts.total().sum(-1).tolist()
+    (-1.0, 2.0, [1, 3])
     """
-    x = jnp.ravel(x).astype(jnp.float32)
-    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    index = (bits >> (23 - _MANTISSA_BITS)) - ((LOWEST + 127) << _MANTISSA_BITS)
-    index = jnp.clip(index, 0, BINS - 1) + jnp.where(x < 0, 0, BINS)
-    counts = jnp.zeros(2 * BINS, jnp.float32).at[index].add(jnp.isfinite(x).astype(jnp.float32))
+    x = jnp.asarray(x).astype(jnp.float32)
     low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
-    return Stats(counts.reshape(2, BINS), low, high, low, high, jnp.ones((), jnp.float32))
+    some = x.size > 0  # a batch without elements has no extremes to average
+    low_sum, high_sum = (summed(end if some else jnp.zeros_like(end)) for end in (low, high))
+    return Stats(_histogram(x), low, high, low_sum, high_sum, counted(jnp.uint32(some)))
+
+
+def _histogram(x: jax.Array) -> Count:
+    """How many elements there are of each sign, exponent and leading bits; so many at once that no word runs over."""
+    if x.size >= _AT_ONCE:
+        axis = int(np.argmax(x.shape))
+        halves = jnp.split(x, [x.shape[axis] // 2], axis)
+        return _histogram(halves[0]).plus(_histogram(halves[1]))
+    bits = lax.bitcast_convert_type(jnp.ravel(x), jnp.uint32)
+    index = (bits ^ jnp.uint32(2**31)) >> 19
+    counts = jnp.zeros(2 * SIDE, jnp.uint32).at[index].add(jnp.uint32(1), mode="promise_in_bounds")
+    return counted(counts.reshape(2, SIDE))
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The statistics of two sets of batches together; associative and commutative to rounding."""
+    """The statistics of two sets of batches together: the same in any order, sums of extremes to 48 bits."""
     return Stats(
-        a.counts + b.counts,
+        a.counts.plus(b.counts),
         jnp.minimum(a.low, b.low),
         jnp.maximum(a.high, b.high),
-        a.low_sum + b.low_sum,
-        a.high_sum + b.high_sum,
-        a.batches + b.batches,
+        a.low_sum.plus(b.low_sum),
+        a.high_sum.plus(b.high_sum),
+        a.batches.plus(b.batches),
     )
 
 
 def _zero(shapes: Stats) -> Stats:
     z: Stats = zeros(shapes)
-    return Stats(z.counts, z.low + jnp.inf, z.high - jnp.inf, z.low_sum, z.high_sum, z.batches)
+    return replace(z, low=z.low + jnp.inf, high=z.high - jnp.inf)
 
 
 MERGED = Monoid(_zero, merge)
 """Statistics as emissions of an evaluation."""
+
+
+_merge = jax.jit(merge)
 
 
 def merge_all(*calibrations: dict[str, Stats]) -> dict[str, Stats]:
@@ -100,7 +115,7 @@ def merge_all(*calibrations: dict[str, Stats]) -> dict[str, Stats]:
     partial = sorted(names[0].union(*names) - names[0].intersection(*names))
     if partial:
         raise ValueError(f"merge_all: wants calibrations of the same sites, got {some_paths(partial)} in some only.")
-    return {name: reduce(merge, (c[name] for c in calibrations)) for name in calibrations[0]}
+    return {name: reduce(_merge, (c[name] for c in calibrations)) for name in calibrations[0]}
 
 
 def activation_name(site: Site, operand: int) -> str:
@@ -116,7 +131,7 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
 
     Runs under ``jit`` and on sharded inputs; ``merge_all`` joins the results of batches in any order. Sites in a
     scan over stacked layers have statistics for each layer; those in other loops, of all steps together. A site in the
-    condition of a while loop, or in a shard_map, is not seen.
+    condition of a while loop, or in a shard_map, is not seen, nor are complex activations.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -135,9 +150,10 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
         sealed = not (SEALED | {"while_cond"}).isdisjoint(site.inside)
         if site.kind == "embed" or sealed or not site.activations:
             return None
-        if not matches(where, site.path, site):
+        seen = [i for i in site.activations if "complex" not in site.operands[i].dtype]
+        if not seen or not matches(where, site.path, site):
             return None
-        return lambda values: {activation_name(site, i): observe(values[i]) for i in site.activations}
+        return lambda values: {activation_name(site, i): observe(values[i]) for i in seen}
 
     found = collect(fn, observer, merged=MERGED, nothing=Nothing("calibrate", where, "site with an activation"))
     return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)

@@ -7,7 +7,6 @@ from functools import wraps
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxcomp.core.paths import Where, describe, some_paths
 from jaxcomp.core.types import Params, PyTree
@@ -20,8 +19,8 @@ from jaxcomp.trace.walk import Fn
 
 Observer = Callable[[Sequence[jax.Array]], Mapping[str, PyTree]]
 """From the values of a site's operands to what is to be gathered, by name."""
-SUMMED = Monoid(zeros, lambda a, b: jax.tree.map(jnp.add, a, b))
-"""What was seen adds."""
+ADDED = Monoid(zeros, lambda a, b: a.plus(b))
+"""What was seen adds, as :class:`~jaxcomp.trace.exact.Sum` does."""
 
 
 class Nothing(NamedTuple):

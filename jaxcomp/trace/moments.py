@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.paths import Where, matches, matrices
 from jaxcomp.core.roles import BATCH, CONTRACTED, SPATIAL, STACKED
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.trace.collect import SUMMED, Nothing, Observer, collect
+from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
+from jaxcomp.trace.exact import Squares, Sum, squared, squared_by_group, summed
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CUSTOM_RULE, SEALED
 from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
@@ -29,7 +31,8 @@ def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.A
     features (its taps are taken as alike). Sites where a leaf is multiplied from its last axes, as a transposed one, or
     whose weight is computed, are left out. In a scan over stacked layers there is a moment for each layer, and where
     the leaf's first axes are batch axes or experts (``ragged_dot``), one for each of these, over its own rows. Moments
-    of several batches add: ``jax.tree.map(jnp.add, a, b)``.
+    of several batches add: ``jax.tree.map(jnp.add, a, b)``. They are float32 (float64 of such values): elements beyond
+    1e19 give infinities, those below 1e-19 zeros.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -48,8 +51,13 @@ def input_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.A
         return _moments(site, op, rows) if rows is not None and matches(where, site.path, site) else None
 
     nothing = Nothing("input_moments", where, "site that multiplies rows by a leaf")
-    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
-    return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)
+    found = collect(fn, observer, merged=ADDED, nothing=nothing)
+
+    @wraps(fn)
+    def moments(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
+        return {path: total.rounded() for path, total in found(params, *args, **kwargs).seen.items()}
+
+    return moments
 
 
 def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.Array]]:
@@ -80,16 +88,16 @@ def input_norms(fn: Fn, where: Where = matrices) -> Callable[..., dict[str, jax.
         return _squares(site, op) if matches(where, weight.leaf, like) else None
 
     nothing = Nothing("input_norms", where, "weight with one contracted axis")
-    found = collect(fn, observer, merged=SUMMED, nothing=nothing)
+    found = collect(fn, observer, merged=ADDED, nothing=nothing)
 
     @wraps(fn)
     def norms(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
         chosen, squares = found(params, *args, **kwargs)
         total: dict[str, jax.Array] = {}
         for site in chosen:
-            path, here = site.leaf or "", _at_leaf(site, squares[site.path])
-            total[path] = total[path] + here if path in total else here
-        return {path: jnp.sqrt(x) for path, x in total.items()}
+            path, here = site.leaf or "", _at_leaf(site, squares[site.path].root())
+            total[path] = jnp.hypot(total[path], here) if path in total else here
+        return total
 
     return norms
 
@@ -147,12 +155,16 @@ def _paired(site: Site, op: Op) -> tuple[_Pairs, _Pairs]:
 def _moments(site: Site, op: Op, at: _Rows) -> Observer:
     first, last = range(len(at.apart)), range(-len(at.summed), 0)
 
-    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
-        x = jnp.moveaxis(values[site.activations[0]], (*at.apart, *at.summed), (*first, *last)).astype(jnp.float32)
-        rows = x.reshape(*x.shape[: len(at.apart)], -1, math.prod(x.shape[-len(at.summed) :]))
+    def look(values: Sequence[jax.Array]) -> dict[str, Sum]:
+        x = jnp.moveaxis(values[site.activations[0]], (*at.apart, *at.summed), (*first, *last))
+        apart, width = x.shape[: len(at.apart)], math.prod(x.shape[-len(at.summed) :])
+        count = x.size // max(math.prod(apart) * width, 1)
+        rows = x.reshape(*apart, count, width).astype(compute_dtype(x.dtype))
         if site.kind == "ragged":
-            return {str(site.leaf): lax.ragged_dot_general(rows, rows, values[2], _BY_GROUP, precision="highest")}
-        return {str(site.leaf): jnp.einsum("...ni,...nj->...ij", rows, rows, precision="highest")}
+            found = lax.ragged_dot_general(rows, rows, values[2], _BY_GROUP, precision="highest")
+        else:
+            found = jnp.einsum("...ni,...nj->...ij", rows, rows, precision="highest")
+        return {str(site.leaf): summed(found)}
 
     return look
 
@@ -184,19 +196,19 @@ def _squares(site: Site, op: Op) -> Observer:
     at = by_rows(op.eqn) if site.kind == "ragged" else None
     groups = 0 if at is None else site.operands[1].shape[at.group]
 
-    def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
-        x = values[operand].astype(jnp.float32)
+    def look(values: Sequence[jax.Array]) -> dict[str, Squares]:
+        x = values[operand].astype(compute_dtype(values[operand].dtype))
         if groups:
-            rows = jnp.moveaxis(x * x, axis, 1)
-            return {site.path: jax.ops.segment_sum(rows, groups_of(values[2], len(rows)), groups)}
+            rows = jnp.moveaxis(x, axis, 1)
+            return {site.path: squared_by_group(rows, groups_of(values[2], len(rows)), groups)}
         x = jnp.moveaxis(x, (*batch, axis), (*range(len(batch)), -1))
-        return {site.path: jnp.sum(x * x, axis=tuple(range(len(batch), x.ndim - 1)))}
+        return {site.path: squared(x, tuple(range(len(batch), x.ndim - 1)))}
 
     return look
 
 
 def _at_leaf(site: Site, x: jax.Array) -> jax.Array:
-    """Sums with the layers' axes in front, then those of batches or groups, at the rank of the site's weight."""
+    """Norms with the layers' axes in front, then those of batches or groups, at the rank of the site's weight."""
     weight = site.operands[site.weight or 0]
     stacked, batch, (contracted,) = (weight.leaf_axes(role) for role in (STACKED, BATCH, CONTRACTED))
     axes = (*stacked, *batch, contracted)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.trace.calibrate import EDGES, Stats
-
-_UPPER = np.append(EDGES[1:], 2 * EDGES[-1] - EDGES[-2])
-_CENTERS = ((EDGES + _UPPER) / 2).astype(np.float32)
-_FINE = 2048
+from jaxcomp.trace.calibrate import Stats
+from jaxcomp.trace.exact import joined
+from jaxcomp.trace.histograms import (
+    Ends,
+    Histogram,
+    clipped_energy,
+    histogram,
+    least_divergence,
+    least_squares,
+    quantiles,
+)
 
 
 class Range(NamedTuple):
@@ -24,7 +33,7 @@ class Range(NamedTuple):
 
 
 RangeOf = Callable[[Stats], Range]
-"""Derives a range from statistics."""
+"""Derives a range from statistics; it is not finite where they hold no element, an infinity or a NaN."""
 
 
 def min_max(stats: Stats) -> Range:
@@ -34,7 +43,8 @@ def min_max(stats: Stats) -> Range:
 
 def absmax(stats: Stats) -> Range:
     """``(-a, a)`` with ``a`` the largest magnitude seen."""
-    return _symmetric(jnp.maximum(-stats.low, stats.high))
+    end = jnp.maximum(-stats.low, stats.high)
+    return Range(-end, end)
 
 
 def averaged(stats: Stats) -> Range:
@@ -42,100 +52,96 @@ def averaged(stats: Stats) -> Range:
 
     A moving average without an order: unlike an exponential one it is the same for every order of the batches.
     """
-    return Range(stats.low_sum / stats.batches, stats.high_sum / stats.batches)
+    batches = stats.batches.rounded()
+    return Range(stats.low_sum.rounded() / batches, stats.high_sum.rounded() / batches)
 
 
 def percentile(q: float) -> RangeOf:
-    """The interval without the ``100 - q`` percent at each end, interpolated in the histogram's bins.
+    """The interval without the ``100 - q`` percent at each end of the elements that are not 0, by the nearest rank.
+
+    Zeros do not count: they are on the grid whatever its range, and where most elements are zeros, as after a relu or
+    in padding, the range would be that of zeros. It is exact to the histogram's bins, a sixteenth of an octave.
 
     Raises:
       ValueError: q outside (50, 100].
     """
-    if not 50 < q <= 100:
+    if not isinstance(q, numbers.Real) or not 50 < q <= 100:
         raise ValueError(f"percentile: q must be in (50, 100], got {q!r}.")
-    edges = jnp.asarray(np.concatenate([-_UPPER[::-1], [0.0], _UPPER]), jnp.float32)
-
-    def one(counts: jax.Array, low: jax.Array, high: jax.Array) -> Range:
-        total = jnp.cumsum(jnp.concatenate([jnp.zeros(1), counts[0, ::-1], counts[1]]))
-        ends = jnp.interp(jnp.asarray([1 - q / 100, q / 100]) * total[-1], total, edges)
-        return Range(jnp.clip(ends[0], low, high), jnp.clip(ends[1], low, high))
-
-    return lambda stats: _by_layer(one, stats)
+    return partial(_found, lambda h: quantiles(h, 1 - Fraction(str(q)) / 100))
 
 
-def mse(bits: int) -> RangeOf:
-    """The symmetric range with the least expected squared error of a uniform grid of ``bits`` bits.
+def mse(bits: int, *, symmetric: bool = False) -> RangeOf:
+    """The range with the least squared error of the values on its grid of ``bits`` bits, clipped and rounded.
 
-    ``Σ n(x) e(x)`` with ``e = (|x| - a)²`` beyond the range ``a``, ``x²`` below half a step, ``step²/12`` between; the
-    least of 128 candidates ``a = absmax · 2**(-k/16)``.
+    Never worse than ``min_max``, but for what the histogram does not resolve. Both ends are searched, or for a
+    symmetric grid the one that there is; an end at 0 stays there.
 
-    Source: Banner et al. 2019, arXiv:1810.05723, with the histogram in place of a fitted density.
+    Args:
+      bits: of the codes.
+      symmetric: whether the grid is, as of ``Act``.
+
+    Source: Banner et al. 2019, arXiv:1810.05723, with the histogram in place of a fitted density, and the error of each
+    level in place of the step's twelfth.
     """
     _check_bits("mse", bits)
-    centers = jnp.asarray(_CENTERS)
-
-    def one(counts: jax.Array, low: jax.Array, high: jax.Array) -> Range:
-        top = jnp.maximum(-low, high)
-        ends = top * 2.0 ** (-jnp.arange(128, dtype=jnp.float32) / 16)
-        step = ends / (2 ** (bits - 1) - 0.5)
-
-        def error(end: jax.Array, width: jax.Array) -> jax.Array:
-            x = jnp.minimum(centers, top)
-            inside = jnp.where(x < width / 2, x**2, width**2 / 12)
-            return jnp.sum(counts.sum(0) * jnp.where(x > end, (x - end) ** 2, inside))
-
-        return _symmetric(ends[jnp.argmin(jax.vmap(error)(ends, step))])
-
-    return lambda stats: _by_layer(one, stats)
+    return partial(_found, lambda h: least_squares(h, bits, symmetric))
 
 
-def entropy(bits: int) -> RangeOf:
-    """The symmetric range whose quantized distribution of magnitudes has the least divergence from the clipped one.
+def entropy(bits: int, *, symmetric: bool = False) -> RangeOf:
+    """The range whose quantized distribution of magnitudes has the least divergence from the clipped one.
 
-    ``argmin KL(P || Q)``: ``P`` the histogram with what is clipped put in its last bin, ``Q`` each of the
-    ``2**(bits-1)`` levels' mass spread over its occupied bins. The histogram is resampled to 2048 equal bins up to the
-    largest magnitude; 121 ends from 128 to 2048 bins are tried.
+    ``argmin KL(P || Q)``: ``P`` the histogram with what is clipped put in its last bin, ``Q`` the mass of each level
+    spread over its occupied bins. The histogram is resampled to 2048 equal bins or more up to the largest magnitude;
+    121 ends from a sixteenth of it on are tried, and smaller ones where that sixteenth is the best; of equals the
+    widest. Of a grid that is not symmetric the range ends where the elements do, and a sign that they all have gets all
+    levels.
 
-    Source: Migacz 2017, "8-bit inference with TensorRT", GTC S7310.
+    Args:
+      bits: of the codes.
+      symmetric: whether the grid is, as of ``Act``.
+
+    Source: Migacz 2017, "8-bit inference with TensorRT", GTC S7310. Deviation: zeros do not count, for they are on
+    every grid.
     """
     _check_bits("entropy", bits)
-    levels = 2 ** (bits - 1)
-    bins = jnp.arange(_FINE)
+    return partial(_found, lambda h: least_divergence(h, bits, symmetric))
 
-    def divergence(fine: jax.Array, end: jax.Array) -> jax.Array:
-        kept = jnp.where(bins < end, fine, 0.0)
-        clipped = jnp.where(bins == end - 1, kept + fine.sum() - kept.sum(), kept)
-        level = jnp.minimum(bins * levels // end, levels - 1)
-        occupied = (kept > 0).astype(jnp.float32)
-        mass = jnp.zeros(levels).at[level].add(kept)
-        spread = jnp.zeros(levels).at[level].add(occupied)
-        q = occupied * (mass / jnp.maximum(spread, 1))[level]
-        p, q = clipped / clipped.sum(), q / q.sum()
-        return jnp.sum(jnp.where(p > 0, p * (jnp.log(jnp.maximum(p, 1e-30)) - jnp.log(jnp.maximum(q, 1e-9))), 0.0))
 
-    def one(counts: jax.Array, low: jax.Array, high: jax.Array) -> Range:
-        top = jnp.maximum(-low, high)
-        total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(counts.sum(0))])
-        at = jnp.concatenate([jnp.zeros(1), jnp.minimum(jnp.asarray(_UPPER, jnp.float32), top)])
-        fine = jnp.diff(jnp.interp(jnp.arange(_FINE + 1, dtype=jnp.float32) * top / _FINE, at, total))
-        ends = jnp.arange(128, _FINE + 1, 16)
-        best = ends[jnp.argmin(jax.vmap(lambda end: divergence(fine, end))(ends))]
-        return _symmetric(best.astype(jnp.float32) * top / _FINE)
-
-    return lambda stats: _by_layer(one, stats)
+def lost_energy(stats: Stats, found: Range) -> float:
+    """The part of the sum of squares that clipping to a range takes away, of the layer that loses most; on the host."""
+    layers = zip(
+        _layers(stats.counts.total(), np.asarray(stats.low), np.asarray(stats.high)), *map(np.ravel, found), strict=True
+    )
+    return max((clipped_energy(h, (low, high)) for h, low, high in layers if h is not None), default=0.0)
 
 
 def _check_bits(owner: str, bits: int) -> None:
-    if not 2 <= bits <= 8:
+    if not isinstance(bits, numbers.Integral) or not 2 <= bits <= 8:
         raise ValueError(f"{owner}: bits must be in 2..8, got {bits!r}.")
 
 
-def _symmetric(end: jax.Array) -> Range:
-    return Range(-end, end)
+def _found(method: Callable[[Histogram], Ends], stats: Stats) -> Range:
+    """``method`` for every layer in front of the statistics; where there is no histogram, NaN."""
+
+    def on_host(low_words: np.ndarray, high_words: np.ndarray, *seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        words = np.asarray(low_words), np.asarray(high_words)
+        layers = _layers(joined(*words), *map(np.asarray, seen))
+        ends = [(np.nan, np.nan) if h is None else method(h) for h in layers]
+        lows, highs = np.asarray(ends, np.float64).astype(np.float32).reshape(-1, 2).T
+        return lows.reshape(np.shape(seen[0])), highs.reshape(np.shape(seen[0]))
+
+    given = stats.counts.low, stats.counts.high, stats.low, stats.high
+    if not any(isinstance(x, jax.core.Tracer) for x in given):
+        return Range(*map(jnp.asarray, on_host(*map(np.asarray, given))))
+    like = jax.ShapeDtypeStruct(stats.low.shape, jnp.float32)
+    return Range(*jax.pure_callback(on_host, (like, like), *given, vmap_method="expand_dims"))
 
 
-def _by_layer(one: Callable[[jax.Array, jax.Array, jax.Array], Range], stats: Stats) -> Range:
-    """``one`` for every layer in front of the statistics."""
-    for _ in range(jnp.ndim(stats.low)):
-        one = jax.vmap(one)
-    return one(stats.counts, stats.low, stats.high)
+def _layers(counts: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Histogram | None]:
+    """The histogram of each layer; None where nothing was seen, or something that is not finite."""
+    counts = np.asarray(counts).reshape(-1, *counts.shape[-2:])
+    ends = zip(np.ravel(low).astype(np.float64), np.ravel(high).astype(np.float64), strict=True)
+    return [
+        histogram(c, float(lo), float(hi)) if np.isfinite(lo) and np.isfinite(hi) else None
+        for c, (lo, hi) in zip(counts, ends, strict=True)
+    ]

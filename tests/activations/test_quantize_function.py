@@ -329,7 +329,7 @@ def test_statistics_are_not_ranges():
         quantize_function(dot, {"w": Act(8)})(p, stats, x)
     with pytest.raises(TypeError, match="ranges_of: 'w' must be Stats"):
         ranges_of({"w": 3})
-    with pytest.raises(ValueError, match="never reached it, or it is not finite"):
+    with pytest.raises(ValueError, match="the calibration batches are infinite there"):
         ranges_of(calibrate(dot)(p, x * jnp.inf))
 
 

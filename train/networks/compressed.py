@@ -143,7 +143,7 @@ def learned_grids(
     for name, stats in observed(network, variables, data).items():
         width, signed = 8 if name in ends else bits, float(stats.low) < 0
         rules[re.escape(name)] = jc.Act(width, symmetric=signed, range=LSQ())
-        found = min_max(stats) if width == 8 else mse(width if signed else width + 1)(stats)
+        found = min_max(stats) if width == 8 else mse(width, symmetric=signed)(stats)
         ranges[name] = found._asdict() if signed else {"high": found.high}
     inner = {path.removeprefix("params/") for path in ends}
     roles = axis_roles(network, variables, data)
