@@ -25,6 +25,7 @@ from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows
 from jaxcomp.sharing.leaves import GRADIENTS, Codebook
 
 MAX_CLUSTERS = 1 << 16
+_SMALL = 1 << 12  # sorting so many values takes no time beside a compilation
 _LAYOUTS = (Tensor, Channels, Groups, Tiles, Buckets, Global)
 
 
@@ -265,8 +266,8 @@ def _joined(rows: list[_Rows]) -> _Rows:
 
 
 def _padded(rows: _Rows) -> _Rows:
-    """Rows of a power of two: leaves of many sizes are then few compilations."""
+    """Rows of a power of two, and a single row not below a small one: leaves of many sizes are then few compilations."""
     tables, size = rows.values.shape
-    more = (1 << (size - 1).bit_length()) - size
+    more = max(1 << (size - 1).bit_length(), _SMALL if tables == 1 else 1) - size
     counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted
     return _Rows(jnp.pad(rows.values, ((0, 0), (0, more))), jnp.pad(counted, ((0, 0), (0, more))))
