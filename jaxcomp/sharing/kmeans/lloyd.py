@@ -98,4 +98,4 @@ def _respaced_once(points: Points, table: Float[Array, " k"]) -> Float[Array, " 
     wanted = (jnp.arange(table.size).astype(mass.dtype) + 0.5) * (ends[-1] / table.size)
     run = jnp.minimum(jnp.searchsorted(ends, wanted, side="right"), table.size - 1)
     part = jnp.clip((wanted - (ends[run] - mass[run])) / jnp.maximum(mass[run], jnp.finfo(mass.dtype).tiny), 0.0, 1.0)
-    return jnp.sort(runs.low[run] + part * (runs.high[run] - runs.low[run]))
+    return jnp.minimum(runs.low[run] + part * width[run], runs.high[run])  # ascending, as the runs are
