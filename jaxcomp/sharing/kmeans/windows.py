@@ -40,7 +40,7 @@ def windowed(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
 
     def one(last: _Round) -> _Round:
         table, paid = _moved(points, last.table)
-        return _Round(lloyd(points, table, 2), paid, last.number + 1)
+        return _Round(table, paid, last.number + 1)
 
     return jax.lax.while_loop(goes_on, one, _Round(table, jnp.bool_(True), jnp.int32(0))).table
 
