@@ -38,7 +38,17 @@ SPARSE = [Result("gradual", [0.8969, 0.8831, 0.8858], 0.9, 123.0)]
 TABLES: dict[str, tuple[Table, list[str]]] = {
     "main": (
         main_report.make_table(ROWS, "digits: accuracy on the test split after the last epoch"),
-        ["additive powers of two, 4-bit", "12.34%", "98.76%", "+0.00 pp", "80.5%", "1.00x", "1,234,567", "1.0x", "123.4"],
+        [
+            "additive powers of two, 4-bit",
+            "12.34%",
+            "98.76%",
+            "+0.00 pp",
+            "80.5%",
+            "1.00x",
+            "1,234,567",
+            "1.0x",
+            "123.4",
+        ],
     ),
     "federated": (
         federated_report.make_table(SENT, Federation()),

@@ -151,7 +151,9 @@ def _finished(done: Path, file: Path) -> Row | None:
     try:
         return Row(**json.loads(done.read_text()))
     except (OSError, ValueError, TypeError) as e:
-        raise RunError(f"{str(done)!r} cannot be read ({e}); remove it, and the same command makes the row anew.") from e
+        raise RunError(
+            f"{str(done)!r} cannot be read ({e}); remove it, and the same command makes the row anew."
+        ) from e
 
 
 def _row(job: Job, name: str, progress: Progress) -> Row:
