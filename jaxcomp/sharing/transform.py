@@ -271,7 +271,7 @@ def _joined(rows: list[_Rows]) -> _Rows:
 
 @jax.jit
 def _padded(rows: _Rows) -> _Rows:
-    """Rows of a power of two, and a single row not below a small one: leaves of many sizes are then few compilations."""
+    """Rows of a power of two, a single row not below a small one: leaves of many sizes are then few compilations."""
     tables, size = rows.values.shape
     more = max(1 << (size - 1).bit_length(), _SMALL if tables == 1 else 1) - size
     counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from jaxcomp.sharing.kmeans.points import Points, run_sums
 
-
 _RESPACED = 6  # rounds
 
 

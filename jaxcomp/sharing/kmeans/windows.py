@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcomp.sharing.kmeans.lloyd import lloyd, means, runs_of
+from jaxcomp.sharing.kmeans.lloyd import means, runs_of
 from jaxcomp.sharing.kmeans.points import Points, place_of_rank
 
 _PIECES = 16  # a run
