@@ -236,7 +236,7 @@ def test_fault_11_resuming_says_what_is_found(tmp_path, monkeypatch) -> None:
         main_job.run(config, console)
         text = console.export_text()
         assert "holds a run with these settings: this one goes on with it." in text
-        assert "baseline: goes on from the checkpoint after epoch 2 of 3, step 4; " in text
+        assert "baseline: goes on from the checkpoint after epoch 2 of 3, step 4." in text
         main_job.run(dataclasses.replace(config, methods=("l1",)), console)
         assert "l1: finished earlier, " in console.export_text()
         (tmp_path / "run" / "l1" / "row.json").write_text("{}")

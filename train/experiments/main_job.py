@@ -160,8 +160,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     """The finished row, or the one that is made now."""
     folder = job.config.folder / name
     done, file = folder / "row.json", folder.parent / f"{name}.safetensors"
-    found = _finished(done, file)
-    if found is not None:
+    if found := _finished(done, file):
         progress.say(f"{name}: finished earlier, {found.test_accuracy:.2%} on the test split; reused.")
         return found
     _make_folder(folder)

@@ -100,6 +100,11 @@ class Progress:
         """A line above the bars."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def resumed(self, name: str, *, epoch: int, of: int, step: int) -> None:
+        """Says where a training goes on, if it does not begin."""
+        if epoch:
+            self.say(f"{name}: goes on from the checkpoint after epoch {epoch} of {of}, step {step}.")
+
     def close(self) -> None:
         """Flushes what is written to TensorBoard."""
         if self._board is not None:
