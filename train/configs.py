@@ -19,6 +19,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
 
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}.")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -34,6 +38,14 @@ class OptimConfig:
     """sgd has Nesterov momentum 0.9."""
     weight_decay: float = 1e-4
     """Decoupled (adamw) or added to the gradient (sgd); on weights only, see jaxcomp.core.weight_mask."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be a fraction in 0..1, got {self.warmup}.")
 
 
 @dataclass(frozen=True)

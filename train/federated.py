@@ -11,7 +11,7 @@ from train.errors import DataError, FederationError
 from train.experiments import federated
 from train.experiments.federated_configs import Config
 from train.reports.federated import write_report
-from train.reports.terminal import make_console, print_error
+from train.reports.terminal import make_console, print_error, print_stopped
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +23,9 @@ def main(arguments: list[str]) -> int:
     except (FederationError, DataError, FileError, ValueError, OSError) as e:
         print_error(e)
         return 2
+    except KeyboardInterrupt:
+        print_stopped("starts anew")
+        return 130
     return 0
 
 

@@ -11,7 +11,7 @@ import tyro
 from train.errors import RunError
 from train.experiments.main_job import BASELINE
 from train.reports.seeds import make_table, read
-from train.reports.terminal import make_console, print_error
+from train.reports.terminal import make_console, print_error, print_table
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     except RunError as e:
         print_error(e)
         return 2
-    make_console().print(table)
+    print_table(make_console(), table)
     return 0
 
 

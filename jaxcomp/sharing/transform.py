@@ -25,6 +25,7 @@ from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows
 from jaxcomp.sharing.leaves import GRADIENTS, Codebook
 
 MAX_CLUSTERS = 1 << 16
+_SMALL = 1 << 12  # sorting so many values takes no time beside a compilation
 _LAYOUTS = (Tensor, Channels, Groups, Tiles, Buckets, Global)
 
 
@@ -50,14 +51,18 @@ class _Laid(NamedTuple):
 
     def rows(self, zero_first: bool) -> _Rows:
         """The values and which of them k-means sees: not those that are masked, and no zeros that keep an entry."""
-        x, counted = self.slot.array, self.slot.full_mask
-        if zero_first:
-            nonzero = x != 0
-            counted = nonzero if counted is None else counted & nonzero
-        if counted is None and self.blocks.row and x.size % self.blocks.row:
-            counted = jnp.ones(x.shape, bool)  # what pads the last row does not count
-        values = to_rows(x.astype(compute_dtype(x.dtype)), self.blocks)
-        return _Rows(values, None if counted is None else to_rows(counted, self.blocks))
+        return _rows(self.slot.array, self.slot.full_mask, blocks=self.blocks, zero_first=zero_first)
+
+
+@partial(jax.jit, static_argnames=("blocks", "zero_first"))
+def _rows(x: jax.Array, counted: jax.Array | None, *, blocks: Blocks, zero_first: bool) -> _Rows:
+    if zero_first:
+        nonzero = x != 0
+        counted = nonzero if counted is None else counted & nonzero
+    if counted is None and blocks.row and x.size % blocks.row:
+        counted = jnp.ones(x.shape, bool)  # what pads the last row does not count
+    values = to_rows(x.astype(compute_dtype(x.dtype)), blocks)
+    return _Rows(values, None if counted is None else to_rows(counted, blocks))
 
 
 def share(
@@ -264,9 +269,10 @@ def _joined(rows: list[_Rows]) -> _Rows:
     return _Rows(values, jnp.concatenate([c.reshape(1, -1) for c in counted], axis=1))
 
 
+@jax.jit
 def _padded(rows: _Rows) -> _Rows:
-    """Rows of a power of two: leaves of many sizes are then few compilations."""
+    """Rows of a power of two, a single row not below a small one: leaves of many sizes are then few compilations."""
     tables, size = rows.values.shape
-    more = (1 << (size - 1).bit_length()) - size
+    more = max(1 << (size - 1).bit_length(), _SMALL if tables == 1 else 1) - size
     counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted
     return _Rows(jnp.pad(rows.values, ((0, 0), (0, more))), jnp.pad(counted, ((0, 0), (0, more))))

@@ -6,12 +6,15 @@ Command: ``python -m tests.benchmarks kmeans``
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from sklearn.cluster import KMeans
 
+import jaxcomp as jc
+from jaxcomp.core.layouts import Channels, Tensor
 from jaxcomp.sharing.kmeans.fit import fit
 from jaxcomp.sharing.kmeans.inits import optimal, plus_plus
 from tests.benchmarks.timing import Report, Row, measure
@@ -57,8 +60,28 @@ def figure(name: str, value: float, target: str = "") -> Row:
     return Row(name, value, value, value, target=target)
 
 
+def channels() -> Report:
+    """A table for each channel against one for the leaf: of a kernel, and of a small encoder's kernels."""
+    key = jax.random.key(0)
+    encoder = {"attention": (4, 192, 192), "up": (192, 768), "down": (768, 192)}
+    drawn = {
+        n: {"kernel": jax.random.normal(jax.random.fold_in(key, i), s)} for i, (n, s) in enumerate(encoder.items())
+    }
+    trees = {"384 x 384": {"kernel": jax.random.normal(key, (384, 384))}, "encoder block, 442,368 weights": drawn}
+    rows, notes = [], []
+    for name, params in trees.items():
+        leaf, own = (jc.share(16, per=per) for per in (Tensor(), Channels(-1)))
+        cases = {"leaf": lambda t=leaf, p=params: t.init(p), "channels": lambda t=own, p=params: t.init(p)}
+        times = measure(cases, rounds=9)
+        row = times.row("channels", "leaf", target="<= 3")
+        rows.append(replace(row, name=name))
+        notes = times.notes()
+    return Report("share(16, per=Channels(-1)).init", "one table a leaf", rows, notes)
+
+
 def run() -> Iterator[Report]:
     """The reports."""
+    yield channels()
     x = jax.random.normal(jax.random.key(0), (SIZE,))
     host = np.asarray(x)
     for clusters in CLUSTERS:

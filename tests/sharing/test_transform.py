@@ -467,3 +467,25 @@ def test_specs_of_the_wrong_kind() -> None:
         jc.share(4, roles={})
     with pytest.raises(TypeError, match=r"share_vectors: roles must be what jaxcomp.roles\(fn\)"):
         share_vectors(4, size=2, key=jax.random.key(0), roles={})
+
+
+def test_fault_4_small_leaves_share_one_program() -> None:
+    traced = []
+    counting = inits.Init("counting", lambda *given: (traced.append(1), inits.linear.fn(*given))[1])
+    params = {f"l{i}": {"kernel": normal(*shape)} for i, shape in enumerate([(16, 32), (32, 64), (64, 10)])}
+    t = jc.share(16, init=counting)
+    state = t.init(params)
+    assert len(traced) == 1
+    for name, leaf in params.items():  # and what another leaf does to it is nothing
+        alone = jc.share(16, init=counting).init({name: leaf})
+        assert_same_bits(alone.tables[f"{name}/kernel"], state.tables[f"{name}/kernel"])
+
+
+def test_fault_4_a_table_a_channel_is_that_channels_own() -> None:
+    w = normal(96, 6)
+    tables = jc.share(8, per=Channels(-1)).init({"kernel": w}).tables["kernel"]
+    jitted = jax.jit(jc.share(8, per=Channels(-1)).init)({"kernel": w}).tables["kernel"]
+    assert_same_bits(tables, jitted)
+    for c in (0, 5):
+        alone = jc.share(8).init({"kernel": w[:, c : c + 1]}).tables["kernel"]
+        np.testing.assert_allclose(tables[:, c], alone[:, 0], rtol=1e-6)

@@ -64,9 +64,10 @@ def run(config: Config, console: Console) -> list[Row]:
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")
-    claim_folder(config)
+    check_folder(config)
     data = load(config.dataset, data_dir=config.data_dir)
     job = Job.of(config, make_model(config.model, data), data)
+    claim_folder(config, console)  # now that there is a run: one that cannot start claims nothing
     progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
     try:
         rows = [_row(job, BASELINE, progress)]
@@ -82,36 +83,86 @@ def make_model(config: ModelConfig, data: Dataset) -> nn.Module:
     return build(config.name, num_classes=data.num_classes, dtype=config.dtype, **sizes)
 
 
-def claim_folder(config: Config) -> None:
-    """Makes the run's folder, or checks that what it holds is this very run.
+def check_folder(config: Config) -> str | None:
+    """In what the run that the folder holds differs, where that one made nothing yet; else None.
 
     Raises:
-      RunError: it holds a run with other settings, or it cannot be written.
+      RunError: the folder holds work of a run with other settings, or cannot be read.
     """
-    folder, wanted = config.folder, json.loads(json.dumps(identity_of(config), default=str))
-    note = folder / "settings.json"
+    folder, note = config.folder, config.folder / "settings.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         found = json.loads(note.read_text()) if note.exists() else None
     except (OSError, ValueError) as e:
         raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
-    if found is None:
-        write_atomically(note, json.dumps(wanted, indent=1).encode())
-        return
-    k = difference(found, wanted)
-    if k is not None:
+    k = None if found is None else difference(found, _settings(config))
+    if found is None or k is None:
+        return None
+    said = f"a run with {k} = {found.get(k)}, this one has {_settings(config).get(k)}"
+    if _holds_work(folder):
+        raise RunError(f"{str(folder)!r} holds {said}; choose another folder with --out, or remove that one.")
+    return said
+
+
+def claim_folder(config: Config, console: Console) -> None:
+    """Makes the run's folder, and says what of an earlier run it goes on with.
+
+    Raises:
+      RunError: what :func:`check_folder` raises, or it cannot be written.
+    """
+    folder, other = config.folder, check_folder(config)
+    try:
+        if other is not None:
+            _say(console, f"{folder} held {other}; that one had made nothing, and this one takes its place.")
+            for left in folder.glob("*/metrics.jsonl"):  # of epochs that no checkpoint holds
+                left.unlink()
+        elif _holds_work(folder):
+            _say(console, f"{folder} holds a run with these settings: this one goes on with it.")
+            beside = {p.stem for p in folder.glob("*.safetensors")} - {BASELINE, *(config.methods or MAIN_JOB)}
+            if beside:
+                _say(console, f"Also there, and not in this table: {', '.join(sorted(beside))}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "settings.json", json.dumps(_settings(config), indent=1).encode())
+    except OSError as e:
+        raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """As JSON gives them back."""
+    return dict(json.loads(json.dumps(identity_of(config), default=str)))
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether there is a finished file or a whole checkpoint."""
+    return any(folder.glob("*.safetensors")) or any(p.name.isdigit() for p in folder.glob("*/checkpoints/*"))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _finished(done: Path, file: Path) -> Row | None:
+    """The row that an earlier run finished, or None.
+
+    Raises:
+      RunError: its record cannot be read.
+    """
+    if not (done.exists() and file.exists()):
+        return None
+    try:
+        return Row(**json.loads(done.read_text()))
+    except (OSError, ValueError, TypeError) as e:
         raise RunError(
-            f"{str(folder)!r} holds a run with {k} = {found.get(k)}, this one has {wanted.get(k)}; choose another"
-            " folder with --out, or remove that one."
-        )
+            f"{str(done)!r} cannot be read ({e}); remove it, and the same command makes the row anew."
+        ) from e
 
 
 def _row(job: Job, name: str, progress: Progress) -> Row:
     """The finished row, or the one that is made now."""
     folder = job.config.folder / name
     done, file = folder / "row.json", folder.parent / f"{name}.safetensors"
-    if done.exists() and file.exists():
-        return Row(**json.loads(done.read_text()))
+    if found := _finished(done, file):
+        progress.say(f"{name}: finished earlier, {found.test_accuracy:.2%} on the test split; reused.")
+        return found
     _make_folder(folder)
     recipe, optim = _recipe(job, name)
     job = job.on(recipe.network)

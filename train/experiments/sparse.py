@@ -72,6 +72,14 @@ class Sparse:
     data_dir: Path | None = None
     """Folder of prepared data sets; $JAXCOMP_DATA or ~/.cache/jaxcomp/data by default."""
 
+    def __post_init__(self) -> None:
+        for name in ("methods", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one, or leave --{name} out.")
+        for name in ("batch", "period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
 
 @dataclass(frozen=True)
 class Result:

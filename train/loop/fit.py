@@ -91,6 +91,7 @@ def fit(
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, first, seconds = checkpoints.restore(state)
         history = read_history(folder / "metrics.jsonl", first)
+        progress.resumed(name, epoch=first, of=optim.epochs, step=first * per_epoch)
         images, labels = jax.device_put((data.train.images, data.train.labels), job.mesh.copied)
         saved = time.monotonic()
         with progress.training(name, total=optim.epochs * per_epoch, done=first * per_epoch) as bar:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxcomp.artifact.files import write_atomically
+from train.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,17 @@ class Epoch:
 
 
 def read_history(path: Path, epochs: int) -> list[Epoch]:
-    """The lines of the epochs that the checkpoint holds; later ones will be made again."""
-    if not path.exists():
+    """The lines of the epochs that the checkpoint holds; later ones will be made again.
+
+    Raises:
+      RunError: the file cannot be read as such lines.
+    """
+    if not epochs or not path.exists():
         return []
-    lines = [Epoch(**json.loads(line)) for line in path.read_text().splitlines()]
+    try:
+        lines = [Epoch(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as e:
+        raise RunError(f"{str(path)!r} cannot be read ({e}); remove it, and the same command goes on without.") from e
     return [line for line in lines if line.epoch < epochs]
 
 

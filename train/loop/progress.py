@@ -51,7 +51,8 @@ class Bar:
             self._rich.update(self._task, result=text)
         elif time.monotonic() - self._shown >= 5:
             self._shown = time.monotonic()
-            self._console.print(f"{line.run}: epoch {line.epoch + 1}, {text}, {line.examples_per_second:,.0f} images/s")
+            told = f"{line.run}: epoch {line.epoch + 1}, {text}, {line.examples_per_second:,.0f} images/s"
+            self._console.print(told, soft_wrap=True)
         if self._board is not None:
             for name in ("loss", "train_accuracy", "validation_accuracy", "grad_norm", "examples_per_second"):
                 self._board.add_scalar(f"{line.run}/{name}", getattr(line, name), line.step)
@@ -94,6 +95,15 @@ class Progress:
         )
         with RichProgress(*columns, console=self._console) as rich:
             yield Bar(rich, self._console, self._board, name=name, total=total, done=done)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def resumed(self, name: str, *, epoch: int, of: int, step: int) -> None:
+        """Says where a training goes on, if it does not begin."""
+        if epoch:
+            self.say(f"{name}: goes on from the checkpoint after epoch {epoch} of {of}, step {step}.")
 
     def close(self) -> None:
         """Flushes what is written to TensorBoard."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxcomp.artifact.files import write_atomically
 from train.experiments.federated_configs import Config, Row
 from train.reports.figures import accuracy_axes, png_of
-from train.reports.terminal import devices_line
+from train.reports.terminal import devices_line, print_table
 
 
 def make_table(rows: list[Row], config: Config) -> Table:
@@ -21,9 +21,9 @@ def make_table(rows: list[Row], config: Config) -> Table:
     table = Table(title=f"{config.dataset} dealt {shards} to {config.clients} clients, {config.rounds} rounds")
     table.add_column("clients send", no_wrap=True)
     for name in ("bits/value", "MB up", "ratio", "MB down", "test accuracy", "change"):
-        table.add_column(name, justify="right")
-    table.add_column(f"MB up to {config.target:.0%}", justify="right")
-    table.add_column("seconds", justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"MB up to {config.target:.0%}", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
     base = rows[0]
     for row in rows:
         reached = row.bytes_to(config.target)
@@ -48,8 +48,8 @@ def write_report(rows: list[Row], config: Config, console: Console) -> Path:
     report = {"settings": asdict(config), "device": devices_line(), "rows": [asdict(r) for r in rows]}
     write_atomically(folder / "report.json", json.dumps(report, indent=1, default=str).encode())
     write_atomically(folder / "accuracy_against_bytes.png", picture(rows, config))
-    console.print(make_table(rows, config))
-    console.print(f"report.json and accuracy_against_bytes.png are in {folder}.")
+    print_table(console, make_table(rows, config))
+    console.print(f"report.json and accuracy_against_bytes.png are in {folder}.", markup=False, soft_wrap=True)
     return folder
 
 

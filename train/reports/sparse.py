@@ -11,7 +11,7 @@ from rich.table import Table
 
 from jaxcomp.artifact.files import write_atomically
 from train.experiments.sparse import Result, Sparse
-from train.reports.terminal import devices_line
+from train.reports.terminal import devices_line, print_table
 
 
 def make_table(results: list[Result], config: Sparse) -> Table:
@@ -21,7 +21,7 @@ def make_table(results: list[Result], config: Sparse) -> Table:
     )
     table.add_column("method", no_wrap=True)
     for column in ("mean", "deviation", *(f"seed {s}" for s in config.seeds), "zeros", "seconds"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for r in results:
         spread = f"{100 * np.std(r.test_accuracy, ddof=1):.2f} pp" if len(r.test_accuracy) > 1 else ""
         each = [f"{a:.2%}" for a in r.test_accuracy]
@@ -33,5 +33,5 @@ def write_report(results: list[Result], config: Sparse, console: Console) -> Non
     """Prints the table, and writes sparse.json into the run's folder."""
     report = {"settings": asdict(config), "device": devices_line(), "rows": [asdict(r) for r in results]}
     write_atomically(config.out / "sparse.json", json.dumps(report, indent=1, default=str).encode())
-    console.print(make_table(results, config))
-    console.print(f"sparse.json is in {config.out}.")
+    print_table(console, make_table(results, config))
+    console.print(f"sparse.json is in {config.out}.", markup=False, soft_wrap=True)

@@ -127,7 +127,8 @@ def _cube_root_mass(points: Points) -> tuple[jax.Array, jax.Array]:
 
     A piece of width d and mass m has ``(m / d)**(1/3) d``; m is the same for all.
     """
-    pieces = min(points.values.size, _PIECES)
+    size = points.values.size
+    pieces = max(min(size, 64), min(size // 4, _PIECES))
     fraction = _steps(jnp.arange(pieces + 1), pieces, points.values.dtype)
     ends = _at_fraction(points, fraction)
     grown = jnp.cumsum(jnp.cbrt(jnp.diff(ends)) ** 2)

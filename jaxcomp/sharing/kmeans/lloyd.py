@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxcomp.sharing.kmeans.points import Points, run_sums
 
+_RESPACED = 6  # rounds
+
 
 class Runs(NamedTuple):
     """The points nearest to each entry: how many weights, mean, extremes, the first point and the one after."""
@@ -70,42 +72,29 @@ def means(points: Points, start: jax.Array, stop: jax.Array) -> tuple[jax.Array,
     return count, run_sums(points, start, stop) / jnp.maximum(count, 1).astype(points.values.dtype)
 
 
-def _gain(points: Points, runs: Runs) -> jax.Array:
-    """By how much the inertia falls where each run is cut at its mean: its inertia, but for a factor."""
-    cut = jnp.searchsorted(points.values, runs.mean, side="right").astype(jnp.int32)
-    cut = jnp.clip(cut, runs.start, runs.stop)
-    count, mean = means(points, jnp.concatenate([runs.start, cut]), jnp.concatenate([cut, runs.stop]))
-    (n, m), (a, b) = jnp.split(count.astype(mean.dtype), 2), jnp.split(mean, 2)
-    return n * (m / jnp.maximum(n + m, 1)) * (b - a) ** 2
-
-
 def respaced(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
-    """Spaces the entries by the density that their own runs show, three times, each followed by Lloyd's iterations.
+    """Spaces the entries by the density that their own runs show, several times.
 
     More than once, because an entry that serves no weight, as beside an outlier, says nothing of where it should be.
     """
-
-    def once(i: jax.Array, table: jax.Array) -> jax.Array:
-        return lloyd(points, _respaced_once(points, table), 4)
-
-    return jax.lax.fori_loop(0, 3, once, table)
+    return jax.lax.fori_loop(0, _RESPACED, lambda i, table: _respaced_once(points, table), table)
 
 
 def _respaced_once(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
     """Spaces the entries evenly in the integral of the cube root of the density, as the runs show it.
 
-    A run of width d and density f has inertia ``f d**3 / 12`` and ``f**(1/3) d`` of that integral: the cube root of its
-    inertia, but for a factor. A run of one value keeps its entry. Where Lloyd's iterations would need some K**2 rounds
-    to carry entries from one end of the table to the other, this takes one.
+    A run of n weights over a width d has ``(n d**2)**(1/3)`` of that integral. A run of one value keeps its entry.
+    Where Lloyd's iterations would need some K**2 rounds to carry entries from one end of the table to the other, this
+    takes one.
     """
     runs = runs_of(points, table)
-    gain = _gain(points, runs)
-    single = (runs.number > 0) & (gain <= 0)
-    mass = jnp.cbrt(gain)
+    width = runs.high - runs.low
+    single = (runs.number > 0) & (width <= 0)
+    mass = jnp.cbrt(runs.number.astype(width.dtype) * width * width)
     rest = jnp.maximum(table.size - jnp.sum(single), 0).astype(mass.dtype)
     mass = jnp.where(single, 1.0, mass * (rest / jnp.maximum(jnp.sum(mass), jnp.finfo(mass.dtype).tiny)))
     ends = jnp.cumsum(mass)
     wanted = (jnp.arange(table.size).astype(mass.dtype) + 0.5) * (ends[-1] / table.size)
     run = jnp.minimum(jnp.searchsorted(ends, wanted, side="right"), table.size - 1)
     part = jnp.clip((wanted - (ends[run] - mass[run])) / jnp.maximum(mass[run], jnp.finfo(mass.dtype).tiny), 0.0, 1.0)
-    return jnp.sort(runs.low[run] + part * (runs.high[run] - runs.low[run]))
+    return jnp.minimum(runs.low[run] + part * width[run], runs.high[run])  # ascending, as the runs are

@@ -91,20 +91,29 @@ def at_rank(points: Points, rank: Integer[Array, "*ranks"]) -> Float[Array, "*ra
     >>> at_rank(points_of(jnp.array([3.0, 1.0, 5.0])), jnp.array([0, 2]))
     Array([1., 5.], dtype=float32)
     """
-    place = jnp.searchsorted(points.before, rank.astype(points.before.dtype), side="right") - 1
-    return points.values[jnp.clip(place, 0, points.values.size - 1)]
+    return points.values[jnp.clip(place_of_rank(points, rank), 0, points.values.size - 1)]
+
+
+def place_of_rank(points: Points, rank: Integer[Array, "*ranks"]) -> Int[Array, "*ranks"]:
+    """The index of the point that holds the weight of this rank, from 0; of a rank past the last, the last index.
+
+    >>> place_of_rank(points_of(jnp.array([3.0, 1.0, 5.0])), jnp.array([0, 2])).tolist()
+    [0, 2]
+    """
+    if points.values.size <= _SORTED:  # sorted, a weight a point
+        past = rank.astype(points.before.dtype) >= points.total
+        return jnp.where(past, points.values.size, rank.astype(jnp.int32))
+    return jnp.searchsorted(points.before, rank.astype(points.before.dtype), side="right").astype(jnp.int32) - 1
 
 
 def distinct(points: Points, most: int) -> tuple[Float[Array, " most"], Integer[Array, ""]]:
     """The lowest ``most`` distinct values, padded with the last of them, and how many there are in all."""
     there = points.counts > 0
-    held = jnp.where(there, points.values, -jnp.inf)
-    last = jnp.concatenate([jnp.full((1,), -jnp.inf, held.dtype), jax.lax.cummax(held)[:-1]])
-    new = there & (points.values > last)
-    rank = jnp.cumsum(new, dtype=jnp.int32) - 1
-    top = jnp.maximum(jnp.max(held), points.values[0])
-    table = jnp.full((most,), top, points.values.dtype)
-    return table.at[jnp.where(new, rank, most)].set(points.values, mode="drop"), rank[-1] + 1
+    grows = jnp.concatenate([jnp.ones(1, bool), points.values[1:] > points.values[:-1]])
+    new = there & (grows | (points.before[:-1] == 0))
+    number = jnp.cumsum(new, dtype=jnp.int32)
+    place = jnp.searchsorted(number, jnp.arange(1, most + 1, dtype=jnp.int32), side="left")
+    return points.values[jnp.minimum(place, points.values.size - 1)], number[-1]
 
 
 def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxcomp.sharing.kmeans.lloyd import lloyd, means, runs_of
-from jaxcomp.sharing.kmeans.points import Points
+from jaxcomp.sharing.kmeans.lloyd import means, runs_of
+from jaxcomp.sharing.kmeans.points import Points, place_of_rank
 
-_FINE, _FEW = 32, 32  # pieces a run, up to so many entries; half of that where there are more
+_PIECES = 16  # a run
 _ROUNDS = 6
+_SMALL, _FEW_ROUNDS = 1 << 12, 2  # up to so many points, which may be many tables, later rounds find next to nothing
 _PAYS = 1e-4  # a round that gains less, of the inertia, is the last
 
 
@@ -32,80 +33,100 @@ def windowed(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
     run away from the old ones. All borders may move together, so entries wander from where there are too many to where
     there are too few, which Lloyd's iterations do not do. A round costs O(K) of a fixed number of pieces, squared.
     """
-    pieces = _FINE if table.size <= _FEW else _FINE // 2
+    rounds = _FEW_ROUNDS if points.values.size <= _SMALL else _ROUNDS
 
     def goes_on(carry: _Round) -> jax.Array:
-        return carry.paid & (carry.number < _ROUNDS)
+        return carry.paid & (carry.number < rounds)
 
     def one(last: _Round) -> _Round:
-        table, paid = _moved(points, last.table, pieces)
-        return _Round(lloyd(points, table, 8), paid, last.number + 1)
+        table, paid = _moved(points, last.table)
+        return _Round(table, paid, last.number + 1)
 
     return jax.lax.while_loop(goes_on, one, _Round(table, jnp.bool_(True), jnp.int32(0))).table
 
 
-def _cuts(points: Points, table: jax.Array, pieces: int) -> Int[Array, " ends"]:
-    """Where pieces start, as indices of points, and where the last ends; the run of entry k starts at ``k * pieces``.
+def _cuts(points: Points, table: jax.Array) -> Int[Array, " ends"]:
+    """Where pieces start, as indices of points, and where the last ends; the run of entry k starts at ``16 k``.
 
-    Half of the cuts are evenly spaced in the count of a run's weights, half between its extremes: some serve the bulk
-    of the weights, some the outliers.
+    Half of the cuts are evenly spaced between a run's extremes: they part the outliers, and equal values. Half are by
+    count, from a weight beside the run's ends up to a half: borders that are nearly right are set to the weight.
     """
-    runs, half = runs_of(points, table), pieces // 2
-    part = jnp.arange(half, dtype=jnp.int32)
-    first = points.before[runs.start][:, None]
-    count = points.before[runs.stop][:, None] - first
-    by = part.astype(count.dtype)[None]
-    rank = first + count // half * by + count % half * by // half
-    at_ranks = jnp.searchsorted(points.before, rank, side="right").astype(jnp.int32) - 1
+    runs, quarter = runs_of(points, table), _PIECES // 4
+    first, stop = points.before[runs.start][:, None], points.before[runs.stop][:, None]
+    count = stop - first
+    share = np.concatenate([[0], 2.0 ** np.linspace(-quarter, -1, quarter)])
+    by = (count.astype(table.dtype) * jnp.asarray(share, table.dtype)[None]).astype(count.dtype)
+    by = jnp.maximum(by, jnp.arange(quarter + 1, dtype=count.dtype)[None])
+    at_ranks = place_of_rank(points, jnp.concatenate([first + by, stop - jnp.minimum(by[:, 1:-1], stop)], axis=1))
     low, high = runs.low[:, None], runs.high[:, None]
-    evenly = low + (high - low) * (part.astype(low.dtype) * (1.0 / half))[None]
+    part = np.arange(1, 2 * quarter + 1) / (2 * quarter + 1)
+    evenly = low + (high - low) * jnp.asarray(part, low.dtype)[None]
     at_values = jnp.searchsorted(points.values, evenly, side="left").astype(jnp.int32)
-    cuts = jnp.concatenate([at_ranks, at_values], axis=1)
-    cuts = jnp.sort(jnp.clip(cuts, runs.start[:, None], runs.stop[:, None]), axis=1).at[:, 0].set(runs.start)
+    cuts = jnp.clip(jnp.concatenate([at_ranks, at_values], axis=1), runs.start[:, None], runs.stop[:, None])
+    cuts = jnp.sort(cuts, axis=1).at[:, 0].set(runs.start)
     return jnp.concatenate([cuts.reshape(-1), jnp.full((1,), points.values.size, jnp.int32)])
 
 
-def _moved(points: Points, table: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
+def _moved(points: Points, table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The entries between the best borders, and whether that pays; the old ones where it is no gain."""
-    cuts = _cuts(points, table, pieces)
+    cuts = _cuts(points, table)
     count, mean = means(points, cuts[:-1], cuts[1:])
-    mean = jnp.where(count > 0, mean, points.values[jnp.minimum(cuts[:-1], points.values.size - 1)])
-    mass = count.astype(mean.dtype)
-    first = _borders(mass, mean, table.size, pieces)
-    number, new = means(points, cuts[first], jnp.concatenate([cuts[first[1:]], cuts[-1:]]))
-    new = jnp.where(number > 0, new, table)
-    run = jnp.searchsorted(first, jnp.arange(mass.size, dtype=first.dtype), side="right") - 1
-    before = jnp.sum(mass * (mean - jnp.repeat(table, pieces)) ** 2)  # but for what lies within a piece
-    after = jnp.sum(mass * (mean - new[run]) ** 2)
+    sums = _sums_about(count.astype(mean.dtype), mean, table)
+    new, before, after = _best(sums, table)
     return jnp.where(after < before, jnp.sort(new), table), after < before * (1 - _PAYS)
 
 
-def _borders(mass: jax.Array, mean: jax.Array, entries: int, pieces: int) -> Int[Array, " entries"]:
-    """The piece that each run of the best cut starts with: no more than ``pieces`` from where it started before.
+def _sums_about(mass: jax.Array, mean: jax.Array, table: jax.Array) -> Float[Array, "k 3 ends"]:
+    """For each entry, sums of mass, distance and its square over the pieces of its run and of both its neighbours.
 
-    ``best(k, c) = min over c' of best(k - 1, c') + cost(c', c)``, with the cost of a run from sums of powers of the
-    distance from its first piece, so that what lies elsewhere takes no digits away.
+    Distances are from the entry, and each end of a piece has the sum from the window's middle to there, negative to
+    its left: a difference of two loses nothing to what lies farther out.
     """
-    choices, length = 2 * pieces + 1, 3 * pieces  # of a border; pieces from its first one to the last of the next
-    mass, mean = jnp.pad(mass, (pieces, pieces)), jnp.pad(mean, (pieces, pieces))
-    piece, choice = np.arange(length), np.arange(choices)
-    inside = jnp.asarray(piece[:, None] < pieces + choice, mean.dtype)
-    after = jnp.asarray(piece >= choice[:, None], mean.dtype)
-    forward = jnp.asarray(pieces + choice >= choice[:, None])
+    entries, pieces = table.size, _PIECES
 
-    def stage(best: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        here, x = (jax.lax.dynamic_slice_in_dim(v, k * pieces, length) for v in (mass, mean))
-        weight, away = here[None] * after, x[None] - x[:choices, None]
-        powers = jnp.concatenate([weight, weight * away, weight * away * away])
-        total, first, second = jnp.split(jnp.dot(powers, inside, precision=jax.lax.Precision.HIGHEST), 3)
-        cost = jnp.maximum(second - first * first / jnp.maximum(total, 1), 0)
-        over = jnp.where(forward, best[:, None] + cost, jnp.inf)
-        return jnp.min(over, axis=0), jnp.argmin(over, axis=0).astype(jnp.int32)
+    def windows(v: jax.Array) -> jax.Array:
+        rows = jnp.pad(v.reshape(entries, pieces), ((1, 1), (0, 0)))
+        return jnp.concatenate([rows[:-2], rows[1:-1], rows[2:]], axis=1)
 
-    def back(chosen: jax.Array, came_from: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return came_from[chosen], came_from[chosen]
+    weight, middle = windows(mass), 3 * pieces // 2
+    away = jnp.where(weight > 0, windows(mean) - table[:, None], jnp.zeros((), mean.dtype))
+    powers = jnp.stack([weight, weight * away, weight * away * away], axis=1)
+    right = jnp.cumsum(powers[..., middle:], axis=-1)
+    left = jax.lax.cumsum(powers[..., :middle], axis=2, reverse=True)
+    return jnp.concatenate([-left, jnp.zeros((entries, 3, 1), mean.dtype), right], axis=-1)
 
-    start = jnp.where(jnp.asarray(choice == pieces), 0.0, jnp.inf).astype(mean.dtype)
-    _, came_from = jax.lax.scan(stage, start, jnp.arange(entries, dtype=jnp.int32))
-    _, chosen = jax.lax.scan(back, jnp.int32(pieces), came_from, reverse=True)
-    return (jnp.arange(entries, dtype=jnp.int32) - 1) * pieces + chosen
+
+def _best(sums: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The means between the best borders, and the inertia (but for what lies within a piece) before and after.
+
+    ``best(k, c) = min over c' of best(k - 1, c') + cost(c', c)``: c' and c are the ends of pieces up to one run away
+    from the run's old borders. An entry without a weight stays.
+    """
+    pieces, choice = _PIECES, np.arange(2 * _PIECES + 1)
+
+    def cost(left: jax.Array, right: jax.Array) -> jax.Array:
+        number, first, second = right - left
+        return jnp.maximum(second - first * first / jnp.maximum(number, 1), 0)
+
+    def stage(best: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        left, right = own[:, : choice.size], own[:, pieces:]
+        least = jnp.full(choice.size, jnp.inf, best.dtype)
+        for i in choice:  # three times as fast on CPU as a reduction, whose inner loop is not vectorized
+            over = best[i] + cost(left[:, i : i + 1], right)
+            least = jnp.minimum(least, jnp.where(jnp.asarray(i <= pieces + choice), over, jnp.inf))
+        return least, best
+
+    def back(chosen: jax.Array, stage: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        own, best = stage
+        right = jax.lax.dynamic_index_in_dim(own, pieces + chosen, 1)
+        over = best + cost(own[:, : choice.size], right)
+        came = jnp.argmin(jnp.where(jnp.asarray(choice) <= pieces + chosen, over, jnp.inf)).astype(jnp.int32)
+        return came, (right - jax.lax.dynamic_index_in_dim(own, came, 1))[:2, 0]
+
+    start = jnp.where(jnp.asarray(choice == pieces), 0.0, jnp.inf).astype(table.dtype)
+    after, bests = jax.lax.scan(stage, start, sums)
+    _, moments = jax.lax.scan(back, jnp.int32(pieces), (sums, bests), reverse=True)
+    number, first = moments[:, 0], moments[:, 1]
+    new = table + first / jnp.maximum(number, 1)
+    before = jnp.sum(cost(sums[:, :, pieces].T, sums[:, :, 2 * pieces].T))
+    return new, before, after[pieces]

@@ -188,3 +188,25 @@ def test_vectors_find_planted_centers() -> None:
     assert float(jnp.abs(table[codes.astype(jnp.int32)] - x).max()) < 0.1
     far = ((np.asarray(x)[:, None] - np.asarray(table)) ** 2).sum(-1)
     assert (far.argmin(1) == np.asarray(codes)).all()
+
+
+@pytest.mark.parametrize("spread", quick(SPREADS, "laplace"))
+def test_fault_4_tables_of_channels_are_near_the_optimum(spread) -> None:
+    """Many small tables at once: each within 1% of the best, on average within 0.1%."""
+    x = jnp.asarray(SPREADS[spread](np.random.default_rng(1), (48, 192)), jnp.float32)
+    tables = jax.vmap(lambda row: fit(row, None, clusters=8))(x)
+    over = []
+    for row, table in zip(np.asarray(x, np.float64), tables, strict=True):
+        values, counts = np.unique(row, return_counts=True)
+        best = inertia(row, optimal_table(values, counts.astype(float), 8))
+        over.append((inertia(row, table) + 1e-9) / (best + 1e-9))
+    assert max(over) < 1.01
+    assert np.mean(over) < 1.001
+
+
+def test_fault_4_a_few_outliers_of_many_sizes_take_no_entries_of_the_rest() -> None:
+    x = np.random.default_rng(2).normal(size=1500)
+    x[:5] = [1e2, -1e3, 1e4, -1e5, 1e6]
+    best = optimal_table(np.sort(x.astype(np.float32).astype(np.float64)), np.ones(x.size), 16)
+    x = jnp.asarray(x, jnp.float32)
+    assert inertia(x, fit(x, None, clusters=16)) <= inertia(x, best) * 1.005
