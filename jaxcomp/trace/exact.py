@@ -14,8 +14,8 @@ from jaxcomp.core.types import Shape
 class Count(NamedTuple):
     """``low + 2**32 * high``, exact up to ``2**64``; float32 would stop at ``2**24``, int32 at ``2**31``.
 
-    >>> counted(jnp.uint32(2**32 - 1)).plus(counted(jnp.uint32(3))).total()
-    array(4294967298, dtype=uint64)
+    >>> counted(jnp.uint32(2**32 - 1)).plus(counted(jnp.uint32(3))).total().item()
+    4294967298
     """
 
     low: jax.Array
