@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcomp.core.bits import CHUNK, as_bytes, in_host_memory
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
@@ -77,17 +79,21 @@ class Quantized(CompressedLeaf):
             return self
         self._check_numbers()
         stored, low = self.grid.stored(unpacked(self.codes))
-        codes = (
-            stored.astype(jnp.int8 if low < 0 else jnp.uint8)
-            if self.grid.bits == 8
-            else Packed.of(stored, self.grid.bits, low)
-        )
+        codes = as_bytes(stored, signed=low < 0) if self.grid.bits == 8 else Packed.of(stored, self.grid.bits, low)
         return replace(self, codes=codes, scale=pack(self.scale))
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
-        if count_known(jnp.isnan, self.codes) or count_known(jnp.isnan, dense(self.scale)):
+        if _holds_nan(self.codes) or _holds_nan(dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
+
+
+def _holds_nan(x: jax.Array) -> bool:
+    host = in_host_memory(x)
+    if host is None:
+        return bool(count_known(jnp.isnan, x))
+    flat = host.reshape(-1)
+    return any(np.isnan(flat[start : start + CHUNK]).any() for start in range(0, flat.size, CHUNK))
 
 
 def scales_and_zero(grid: Grid, top: jax.Array, bottom: jax.Array | None) -> tuple[Leaf, jax.Array | None]:
