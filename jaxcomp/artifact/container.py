@@ -26,7 +26,7 @@ from jaxcomp.core.types import Shape
 
 KEY = "jaxcomp"
 _DIGEST = '{"__metadata__":{"sha256":"'
-"""How a header of version 3 begins; the digest is of the header with zeros in its place, and of the tensors' digests."""
+"""How a header of version 3 begins; its digest is of itself with zeros there, and of the digests of the tensors."""
 _ZEROS = "0" * 64
 MAX_HEADER = 100_000_000
 """Bytes of a header; the limit of safetensors too."""
@@ -65,10 +65,9 @@ def write(f: FileIO, tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, 
     with ThreadPoolExecutor(1) as hashing:  # beside the writing of the same block
         for t, entry in zip(ordered, entries, strict=True):
             one = entry.digest()
-            for block in t.blocks():
-                data = memoryview(np.ascontiguousarray(block)).cast("B") if block.size else b""
-                hashed = hashing.submit(one.update, data)
-                write_all(f, data)
+            for piece in t.pieces():
+                hashed = hashing.submit(one.update, piece)
+                write_all(f, memoryview(piece))
                 hashed.result()
             sha.update(one.digest())
     f.seek(8 + len(_DIGEST))
@@ -196,7 +195,7 @@ def parsed(text: bytes | str, otherwise: str) -> Json:
 def _entry(name: str, said: Json, first: int) -> Entry:
     try:
         dtype, shape, (start, stop) = said["dtype"], said["shape"], said["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.artifact.encoding import MAX_DEPTH, bits_of
-from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream, stream_of
+from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream
 from jaxcomp.artifact.older import of_today
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, Statics, dtype_named, known_at, number_again
 from jaxcomp.core.bits import aligned, packed_size, spread_out
@@ -28,8 +28,9 @@ _RATIO, _ALWAYS = 4096, 1 << 30
 class Source(Protocol):
     """Where tensors are read from."""
 
-    size: int
-    """Bytes of the file."""
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
 
     def read(self, number: int) -> np.ndarray:
         """One tensor, in memory that nobody else writes to."""
@@ -163,7 +164,7 @@ class _Decoder:
         good = isinstance(bits, int) and 1 <= bits <= 8 and isinstance(low, int) and -128 <= low <= 0
         if not good or data.dtype != np.uint8 or data.shape != (packed_size(math.prod(shape), bits),):
             raise ValueError(f"{path!r} has codes of {bits} bits and shape {shape} in {data.nbytes} bytes")
-        return Packed(data, bits, low, shape)
+        return Packed(jnp.asarray(data), bits, low, shape)
 
     def _checked(self, shape: Shape, path: str) -> Shape:
         """A shape that nothing of its size in the file stands behind."""
@@ -188,7 +189,7 @@ def _with_all_codes(leaf: Any, kept: Kept, path: str) -> CompressedLeaf:
     if not packed:
         full = gathered(kept.put(part_of(stored), rest), dtype, kept.size).reshape(kept.shape)
         return replace(leaf, **{leaf.coded: jax.device_put(full)})
-    chunks = stream_of(kept.put(part_of_stream(stored, codes.bits), rest), codes.bits)
+    chunks = kept.put(part_of_stream(stored, codes.bits), rest, bits=codes.bits)
     data = gathered(chunks, dtype, packed_size(kept.size, codes.bits))
     return replace(leaf, **{leaf.coded: Packed(jax.device_put(data), codes.bits, low, kept.shape)})
 

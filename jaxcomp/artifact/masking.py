@@ -5,14 +5,20 @@ All by chunks of the bitmap, so that what is unpacked on the way stays small, an
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from jaxcomp.core.bits import CHUNK, aligned, packed_size, spread_out, squeezed
 from jaxcomp.core.types import Shape
 
+T = TypeVar("T")
 Part = Callable[[int, int], np.ndarray]
 """The elements from one place to another, flat."""
 
@@ -49,26 +55,59 @@ class Kept:
             + last.bit_count()
         )
 
-    def places(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Chunk by chunk: where it begins and ends, and the places in it that are kept."""
-        for start in range(0, self.size, CHUNK):
-            stop = min(start + CHUNK, self.size)
-            mask = np.unpackbits(self.bits[start // 8 : packed_size(stop, 1)], count=stop - start, bitorder="little")
-            yield start, stop, np.flatnonzero(mask)
-
     def take(self, part: Part) -> Iterator[np.ndarray]:
         """The kept elements, chunk by chunk."""
-        for start, stop, places in self.places():
-            yield part(start, stop).take(places)
+        return ahead(lambda start: part(start, self._stop(start)).take(self._places(start)), range(0, self.size, CHUNK))
 
-    def put(self, stored: Part, rest: Part) -> Iterator[np.ndarray]:
-        """The inverse of :meth:`take`: chunks of all elements, where those that are not kept are ``rest``."""
-        done = 0
-        for start, stop, places in self.places():
-            out = rest(start, stop).copy()
+    def put(self, stored: Part, rest: Part, *, bits: int = 0) -> Iterator[np.ndarray]:
+        """The inverse of :meth:`take`: chunks of all elements, where those that are not kept are ``rest``.
+
+        Args:
+          stored, rest: the kept ones, one after the other; and the others, at their places.
+          bits: where it is not 0, chunks are of the stream of codes of so many bits.
+        """
+
+        def one(chunk: tuple[int, int]) -> np.ndarray:
+            start, done = chunk
+            places = self._places(start)
+            out = rest(start, self._stop(start)).copy()
             out[places] = stored(done, done + len(places))
-            done += len(places)
-            yield out
+            return squeezed(out, bits) if bits else out
+
+        return ahead(one, self._chunks())
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        """Where each chunk begins, and how many are kept before it."""
+        done = 0
+        for start in range(0, self.size, CHUNK):
+            yield start, done
+            done += Kept(self.bits[start // 8 :], (self._stop(start) - start,)).count()
+
+    def _stop(self, start: int) -> int:
+        return min(start + CHUNK, self.size)
+
+    def _places(self, start: int) -> np.ndarray:
+        stop = self._stop(start)
+        mask = np.unpackbits(self.bits[start // 8 : packed_size(stop, 1)], count=stop - start, bitorder="little")
+        return np.flatnonzero(mask.view(bool))
+
+
+def ahead(fn: Callable[[T], np.ndarray], items: Iterable[T]) -> Iterator[np.ndarray]:
+    """``map(fn, items)`` by as many threads as there are cores, with a few results ready before they are asked for."""
+    cores = os.cpu_count() or 1
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2 or cores < 2:
+        yield from map(fn, itertools.chain(first, items))
+        return
+    with ThreadPoolExecutor(cores) as pool:
+        ready: deque[Future[np.ndarray]] = deque()
+        for item in itertools.chain(first, items):
+            ready.append(pool.submit(fn, item))
+            if len(ready) > 2 * cores:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
 
 
 def bitmap(mask: Part, size: int) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ def shaped_like(tree: PyTree, like: PyTree) -> PyTree:
     """
     found = dict(_named(tree))
     wanted = _named(like)
-    _, treedef = jax.tree_util.tree_flatten(like, is_leaf=is_compressed)
+    treedef = jax.tree.structure(like, is_leaf=is_compressed)
     missing = [p for p, _ in wanted if p not in found]
     extra = sorted(set(found) - {p for p, _ in wanted})
     if missing or extra:
@@ -27,7 +27,7 @@ def shaped_like(tree: PyTree, like: PyTree) -> PyTree:
     for p, leaf in wanted:
         if hasattr(leaf, "shape") and tuple(leaf.shape) != _shape_of(found[p]):
             raise ValueError(f"holds {_path(p)!r} of shape {_shape_of(found[p])}, wanted {tuple(leaf.shape)}")
-    return treedef.unflatten([found[p] for p, _ in wanted])
+    return jax.tree.unflatten(treedef, [found[p] for p, _ in wanted])
 
 
 def _named(tree: PyTree) -> list[tuple[tuple[str, ...], Leaf]]:

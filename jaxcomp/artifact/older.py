@@ -155,7 +155,7 @@ class _Numbering:
     def leaf(self, body: Json, path: str) -> Json:
         name, meta, *rest = body
         said = rest[0] if rest else {}
-        data = {}
+        data: dict[str, Json] = {}
         for part, coded in self.fields_of(name, path).items():
             at = path if coded else f"{path}.{part}"
             if part not in said:  # an array, or None

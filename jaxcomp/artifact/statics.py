@@ -99,7 +99,7 @@ def encode_static(value: object, path: str, add: Callable[[np.ndarray], Tensor])
     """
     if value is None or type(value) in (bool, str):
         return value
-    if type(value) in (int, float):
+    if type(value) is int or type(value) is float:
         return number(value)
     if type(value) is tuple:
         return [encode_static(v, path, add) for v in value]
@@ -194,9 +194,9 @@ def known_at(base: type, name: str, path: str) -> type[Any]:
 OTHERS = tuple(
     jnp.dtype(name)
     for name in (
-        "int2 uint2 int4 uint4 float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz"
-        " float8_e5m2fnuz float8_e8m0fnu complex64 complex128"
-    ).split()
+        *("int2", "uint2", "int4", "uint4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"),
+        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "complex64", "complex128"),
+    )
 )
 """Types of arrays that safetensors has no name for."""
 _ALL = {dtype.name: dtype for dtype in (*DTYPES.values(), *OTHERS)}

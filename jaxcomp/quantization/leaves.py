@@ -84,7 +84,7 @@ class Quantized(CompressedLeaf):
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
-        if _holds_nan(self.codes) or _holds_nan(dense(self.scale)):
+        if _holds_nan(unpacked(self.codes)) or _holds_nan(dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
 
 
