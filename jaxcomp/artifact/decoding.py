@@ -221,11 +221,8 @@ def _typed(dtype: np.dtype, shape: Shape, stored: np.ndarray, path: str) -> np.n
     if dtype.kind == "c":
         return stored.view(dtype).reshape(shape)
     bits = bits_of(dtype)
-    codes = spread_out(stored, bits, size)
-    if dtype.name.startswith("int"):  # the sign's bits, up to the byte's end
-        codes = ((codes ^ np.uint8(1 << (bits - 1))).astype(np.int16) - (1 << (bits - 1))).astype(np.uint8)
     out = aligned(size)
-    out[:] = codes
+    out[:] = spread_out(stored, bits, size)
     return out.view(dtype).reshape(shape)
 
 

@@ -78,10 +78,7 @@ TREES = {
     "codes of many bits": (quantized(data={"codes": {"packed": [64, 0, [1], 0]}}), "codes of 64 bits"),
     "65 dimensions": (quantized(data={"codes": {"packed": [4, -8, [1] * 65, 0]}}), "65 dimensions"),
     "a negative dimension": (quantized(data={"codes": {"packed": [4, -8, [-4, -4], 0]}}), r"the shape \[-4, -4\]"),
-    "a fraction of a dimension": (
-        quantized(data={"codes": {"packed": [4, -8, [4.0, 4], 0]}}),
-        r"the shape \[4\.0, 4\]",
-    ),
+    "half a dimension": (quantized(data={"codes": {"packed": [4, -8, [4.5, 4], 0]}}), r"the shape \[4\.5, 4\]"),
     "a large claim": ({"sparse": [[1 << 50], 0, 1]}, "a mask of shape"),
     "a large mask": (HUGE, r"claims the shape \(1099511627776,\)"),
     "a mask that does not fit": ({**HUGE, "mask": [[64], 0], "shape": [5]}, "does not broadcast to"),
@@ -167,17 +164,11 @@ def test_fault_1_a_header_nested_deep_is_one_error(tmp_path) -> None:
 def test_fault_1_the_checksum_is_of_names_types_and_order_too(tmp_path) -> None:
     jc.save(tmp_path / "f", {"a": jnp.ones(3), "b": jnp.zeros(3) + 2})
     data = (tmp_path / "f").read_bytes()
-    for old, new in (
-        (b'"a":{', b'"c":{'),
-        (b'"F32"', b'"I32"'),
-        (b'[[\\"a\\"', b'[[\\"d\\"'),
-        (b'[\\"a\\",0]', b'[\\"a\\",1]'),
-    ):
+    changes = {b'"a":{': b'"c":{', b'"F32"': b'"I32"', b'[[\\"a\\"': b'[[\\"d\\"', b'[\\"a\\",0]': b'[\\"a\\",1]'}
+    for old, new in changes.items():
         assert old in data
         (tmp_path / "g").write_bytes(data.replace(old, new, 1))
-        with pytest.raises(
-            FileError, match="does not match its checksum: it was damaged or edited; get the file again"
-        ):
+        with pytest.raises(FileError, match="does not match its checksum: it was damaged or edited"):
             jc.load(tmp_path / "g")
 
 
@@ -198,9 +189,10 @@ def test_fault_1_changed_bytes_are_one_error(seed, tmp_path) -> None:
             jc.load(tmp_path / "f")
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")], ids=repr
-)
+STOPS = [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")]
+
+
+@pytest.mark.parametrize("error", STOPS, ids=["full", "interrupted", "failed"])
 def test_fault_1_nothing_is_left_of_a_save_that_stops_midway(error, tmp_path) -> None:
     (tmp_path / "f").write_bytes(b"old")
 
