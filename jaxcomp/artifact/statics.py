@@ -18,7 +18,7 @@ from jaxcomp.artifact.tensors import DTYPES, Tensor
 from jaxcomp.core.specs import Spec
 from jaxcomp.quantization.companding import Compander
 from jaxcomp.structure.analysis import Options
-from jaxcomp.structure.groups import Group, Groups, Slice, Term
+from jaxcomp.structure.groups import Frozen, Group, Groups, Slice, Term
 from jaxcomp.structure.labelling import Unknown
 from jaxcomp.structure.plans import Plan
 from jaxcomp.trace.calibrate import Stats
@@ -31,7 +31,7 @@ BRANCHES = {c.__name__: c for c in (Range, Stats)}
 """Classes whose fields are trees."""
 VALUES = {c.__name__: c for c in (Plan, Groups)}
 """Classes that stand in a tree where an array could."""
-_PARTS = {**VALUES, **{c.__name__: c for c in (Group, Slice, Term, Options, Unknown)}}
+_PARTS = {**VALUES, **{c.__name__: c for c in (Frozen, Group, Slice, Term, Options, Unknown)}}
 _WIDE = 1 << 63
 
 

@@ -56,19 +56,17 @@ def main(kind: str, parameters: int, path: Path, *, repeats: int) -> dict[str, A
     rng = np.random.default_rng(0)
     columns = parameters // LAYERS // 2048
     tree = {f"layer_{i}": {"kernel": layer(kind, 2048, columns + i, rng)} for i in range(LAYERS)}
-    held = jc.nbytes(tree)
-    before = high_water()
+    figures: dict[str, Any] = {"tree": jc.nbytes(tree)}
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    figures: dict[str, Any] = {"tree": held}
     saves, loads = [], []
     for i in range(repeats):
         wall, own, size = seconds(lambda: jc.save(path, tree))
         saves.append((wall, own))
         if not i:
-            figures |= {"save_compiles": len(compiled), "save_over": high_water() - before}
+            figures |= {"save_compiles": len(compiled)}
     for i in range(repeats):
         compiled.clear()
         wall, own, _ = seconds(lambda: jc.load(path))
@@ -78,15 +76,18 @@ def main(kind: str, parameters: int, path: Path, *, repeats: int) -> dict[str, A
     return figures | {"file": size, "save": saves, "load": loads}
 
 
-def only_load(path: Path) -> dict[str, Any]:
-    """The most bytes held beyond what the process had before loading, and the tree's."""
+def peaks(path: Path) -> dict[str, Any]:
+    """The most bytes held while a file is loaded and its tree saved, beyond what the process had before."""
     jax.block_until_ready(jnp.ones(3) + 1)
     before = high_water()
     tree = jax.block_until_ready(jc.load(path))
-    return {"load_over": high_water() - before, "tree": jc.nbytes(tree)}
+    loaded = high_water() - before
+    jc.save(path.with_suffix(".again"), tree)
+    path.with_suffix(".again").unlink()
+    return {"tree": jc.nbytes(tree), "load_peak": loaded, "save_peak": high_water() - before}
 
 
 if __name__ == "__main__":
     what, count, where, times = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    out = only_load(where) if what == "load" else main(what, count, where, repeats=times)
+    out = peaks(where) if what == "peaks" else main(what, count, where, repeats=times)
     print(json.dumps({**out, "build": os.path.dirname(jc.__file__)}))
