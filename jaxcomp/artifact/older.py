@@ -1,13 +1,20 @@
-"""What older files say otherwise: static fields of leaves and specs, as today's classes have them."""
+"""What older files say otherwise, in today's words: how their JSON names tensors, and static fields of leaves."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy as np
+
+from jaxcomp.artifact.tensors import NAMES
 from jaxcomp.core.types import Shape
 
+Json = Any
 Fields = Mapping[str, Any]
 
 # Fields that specs had when files were written, by class and name: dropped on reading. A grid said how many neighbours
@@ -46,3 +53,120 @@ def _codebook(fields: Fields, shape: Shape) -> Fields:
     if bucket:
         return {**kept, "blocks": (-(-math.prod(shape) // bucket), 1), "bucket": bucket}
     return {**kept, "blocks": tuple(n if a in axes else 1 for a, n in enumerate(shape)), "bucket": 0}
+
+
+class _Entry(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class _Reader(Protocol):
+    @property
+    def entries(self) -> Sequence[_Entry]: ...
+
+    def read(self, number: int) -> np.ndarray: ...
+
+
+def old_digest(described: Mapping[str, Json], reader: _Reader) -> str:
+    """The checksum of versions 1 and 2: of the JSON without it, and of the tensors by name."""
+    said = {k: v for k, v in described.items() if k != "sha256"}
+    sha = hashlib.sha256(json.dumps(said, separators=(",", ":"), allow_nan=False).encode())
+    for name, number in sorted((entry.name, number) for number, entry in enumerate(reader.entries)):
+        x = reader.read(number)
+        sha.update(f"\n{name} {NAMES[x.dtype]} {list(x.shape)}\n".encode())
+        sha.update(x)
+    return sha.hexdigest()
+
+
+def all_names(held: Mapping[str, int], same: object) -> dict[str, int]:
+    """The numbers of tensors by name, with the names of version 2 that refer to another tensor's.
+
+    Raises:
+      ValueError: a name that refers to nothing, or stands for two tensors.
+    """
+    if not isinstance(same, Mapping):
+        raise ValueError("has a damaged list of equal tensors")
+    for name, first in same.items():
+        if name in held:
+            raise ValueError(f"is damaged: {name!r} is held by the file and refers to {first!r}, too")
+        if not isinstance(first, str) or first not in held:
+            raise ValueError(f"is damaged: {name!r} refers to {first!r}, which the file does not hold")
+    return {**held, **{name: held[first] for name, first in same.items()}}
+
+
+def numbered(node: Json, numbers: Mapping[str, int], fields_of: Callable[[str, str], Mapping[str, bool]]) -> Json:
+    """The JSON of a file of version 1 or 2 as one of version 3 has it: tensors by number, not by the node's path.
+
+    Args:
+      node: the tree.
+      numbers: of the tensors, by name.
+      fields_of: of a leaf's class, by its name and the path, the fields that are children, and whether they are coded.
+
+    Raises:
+      ValueError: two nodes have one name: one of them overwrote the other when the file was written.
+
+    >>> numbered({"dict": [["w", "array"]]}, {"w": 0}, lambda name, path: {})
+    {'dict': [['w', 0]]}
+    """
+    return _Numbering(numbers, fields_of).node(node, "")
+
+
+@dataclass(frozen=True)
+class _Numbering:
+    numbers: Mapping[str, int]
+    fields_of: Callable[[str, str], Mapping[str, bool]]
+    taken: set[str] = field(default_factory=set)
+
+    def number(self, name: str) -> int:
+        if name in self.taken:
+            raise ValueError(
+                f"two leaves of the tree have the name {name!r}, of which an older jaxcomp wrote one only; save the"
+                " tree again from where it came"
+            )
+        if name not in self.numbers:
+            raise ValueError(f"there is no tensor {name!r}, which the tree refers to")
+        self.taken.add(name)
+        return self.numbers[name]
+
+    def node(self, node: Json, path: str) -> Json:
+        if node == "array":
+            return self.number(path)
+        if "dict" in node:
+            return {"dict": [[k, self.node(v, _join(path, k))] for k, v in node["dict"]]}
+        for kind in ("list", "tuple"):
+            if kind in node:
+                return {kind: [self.node(v, _join(path, i)) for i, v in enumerate(node[kind])]}
+        if "sparse" in node:
+            return {"sparse": [node["sparse"], self.number(f"{path}.mask"), self.number(path)]}
+        if "leaf" in node:
+            return {"leaf": self.leaf(node["leaf"], path)}
+        return self.masked(node, path) if "masked" in node else node
+
+    def masked(self, node: Json, path: str) -> Json:
+        inner = node["masked"]
+        if inner == "survivors":
+            inner = {"survivors": self.number(path)}
+        elif "survivors" in inner:
+            inner = {"survivors": self.leaf(inner["survivors"], path)}
+        else:
+            inner = self.node(inner, path)
+        return {**node, "masked": inner, "mask": [node["mask"], self.number(f"{path}.mask")]}
+
+    def leaf(self, body: Json, path: str) -> Json:
+        name, meta, *rest = body
+        said = rest[0] if rest else {}
+        data: dict[str, Json] = {}
+        for part, coded in self.fields_of(name, path).items():
+            at = path if coded else f"{path}.{part}"
+            if part not in said:  # an array, or None
+                if at in self.numbers:
+                    data[part] = self.number(at)
+            elif "packed" in said[part]:
+                data[part] = {"packed": [*said[part]["packed"], self.number(at)]}
+            else:
+                data[part] = self.node(said[part], at)
+        return [name, meta, data]
+
+
+def _join(path: str, key: str | int) -> str:
+    return f"{path}/{key}" if path else str(key)

@@ -1,4 +1,7 @@
-"""Codes of 1 to 8 bits in a byte stream with no byte wasted: eight codes of b bits take b bytes."""
+"""Codes of 1 to 8 bits in a byte stream with no byte wasted: eight codes of b bits take b bytes.
+
+In jax for programs, and by numpy for arrays that lie in the host's memory, such as those that a file is made of.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
 _PERIOD = 8  # codes after which the stream is at a byte boundary whatever their width
+CHUNK = 1 << 18
+"""How many elements the functions on the host handle at once: a multiple of 8, and what a core's cache holds."""
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -64,6 +69,105 @@ def unpack_bits(
     rows = _pad_to(data, bits).reshape(-1, bits).astype(dtype)
     codes = jnp.stack([_code_of(rows, j, bits) for j in range(_PERIOD)], axis=1)
     return codes.reshape(-1)[:count]
+
+
+def in_host_memory(x: object) -> np.ndarray | None:
+    """The array's own memory where its values are known and lie in that of one CPU device; else None."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or len(x.devices()) != 1:
+        return None
+    return np.asarray(x) if next(iter(x.devices())).platform == "cpu" else None
+
+
+def put_beside(host: np.ndarray, x: jax.Array) -> jax.Array:
+    """An array of these values on the one device of ``x``; committed to it only where ``x`` is."""
+    return jax.device_put(host, next(iter(x.devices())) if x.committed else None)
+
+
+def aligned(size: int) -> np.ndarray:
+    """So many bytes, not yet set, that jax takes over without a copy."""
+    room = np.empty(size + 63, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size]
+
+
+def as_bytes(codes: jax.Array, *, signed: bool) -> jax.Array:
+    """Integers of at most 8 bits, held in any type, as int8 or uint8."""
+    dtype = np.dtype(np.int8 if signed else np.uint8)
+    host = in_host_memory(codes)
+    if host is None:
+        return codes.astype(dtype)
+    out = aligned(host.size).view(dtype).reshape(host.shape)
+    np.copyto(out, host, casting="unsafe")
+    return put_beside(out, codes)
+
+
+def pack_bits_on_host(codes: np.ndarray, bits: int, low: int = 0) -> np.ndarray:
+    """:func:`pack_bits` of ``codes - low`` by numpy, which compiles nothing; codes in any type that holds them.
+
+    >>> pack_bits_on_host(np.array([1.0, 2.0, -1.0]), 4, -8)
+    array([169,   7], dtype=uint8)
+    """
+    flat = codes.reshape(-1)
+    out = aligned(packed_size(flat.size, bits))
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        if part.dtype == np.bool_:
+            part = part.view(np.uint8)
+        elif part.dtype != np.uint8 or low:
+            part = (part.astype(np.int16) - np.int16(low)).astype(np.uint8)
+        at = start * bits // 8
+        out[at : at + packed_size(part.size, bits)] = squeezed(part, bits)
+    return out
+
+
+def squeezed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """:func:`pack_bits` of a chunk of bytes."""
+    if bits == 8:
+        return codes
+    if bits == 1:
+        return np.packbits(codes, bitorder="little")
+    size = packed_size(codes.size, bits)
+    codes = np.pad(codes, (0, -codes.size % _PERIOD)) if codes.size % _PERIOD else np.ascontiguousarray(codes)
+    if 8 % bits == 0:  # no code lies across two bytes: those of one byte are a word
+        lanes = codes.view(f"<u{8 // bits}")
+        out = lanes.copy()
+        for j in range(1, 8 // bits):
+            out |= lanes >> ((8 - bits) * j)
+        return out.astype(np.uint8)[:size]
+    words, width, held = codes.view("<u8"), 8, bits
+    for _ in range(3):  # neighbours move together: 8 lanes of ``bits`` bits, 4 of twice as many, ...
+        mask = _lanes(2 * width, held)
+        words = (words & mask) | ((words >> np.uint64(width - held)) & (mask << np.uint64(held)))
+        width, held = 2 * width, 2 * held
+    return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[:size]
+
+
+def spread_out(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The inverse of :func:`squeezed`: a chunk's first ``count`` codes, as bytes."""
+    if bits == 8:
+        return data[:count]
+    if bits == 1:
+        return np.unpackbits(data, count=count, bitorder="little")
+    if 8 % bits == 0:
+        lanes = data.astype(f"<u{8 // bits}")
+        out = lanes.copy()
+        for j in range(1, 8 // bits):
+            out |= lanes << ((8 - bits) * j)
+        out &= int.from_bytes(bytes([2**bits - 1]) * (8 // bits), "little")
+        return out.view(np.uint8)[:count]
+    rows = np.zeros((-(-count // _PERIOD), 8), np.uint8)
+    rows[:, :bits] = np.pad(data, (0, len(rows) * bits - data.size)).reshape(-1, bits)
+    words, width, held = rows.view("<u8").reshape(-1), 64, 8 * bits
+    for _ in range(3):
+        width, held = width // 2, held // 2
+        mask = _lanes(2 * width, held)
+        words = (words & mask) | ((words & (mask << np.uint64(held))) << np.uint64(width - held))
+    return words.view(np.uint8)[:count]
+
+
+def _lanes(width: int, held: int) -> np.uint64:
+    """A word whose lanes of ``width`` bits have their low ``held`` bits set."""
+    return np.uint64(sum(((1 << held) - 1) << start for start in range(0, 64, width)))
 
 
 def _words(data: jax.Array, size: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.bits import pack_bits, unpack_bits
+from jaxcomp.core.bits import in_host_memory, pack_bits, pack_bits_on_host, put_beside, unpack_bits
 from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
@@ -53,6 +53,9 @@ class Packed:
     @staticmethod
     def of(values: jax.Array, bits: int, low: int) -> Packed:
         """Packs integers in ``[low, low + 2**bits)``, held in any type."""
+        host = in_host_memory(values)
+        if host is not None:
+            return Packed(put_beside(pack_bits_on_host(host, bits, low), values), bits, low, tuple(values.shape))
         shifted = (values.astype(jnp.int32) - low).astype(jnp.uint8)
         return Packed(pack_bits(shifted, bits), bits, low, tuple(values.shape))
 

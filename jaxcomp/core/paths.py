@@ -30,6 +30,15 @@ def path_str(key_path: Iterable[object]) -> str:
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['block/0/kernel']
     """
+    return "/".join(path_keys(key_path))
+
+
+def path_keys(key_path: Iterable[object]) -> tuple[str, ...]:
+    """The components of :func:`path_str`, which tell ``{"a/b": x}`` from ``{"a": {"b": x}}``.
+
+    >>> [path_keys(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a/b": 1.0, "a": {"b": 2.0}})]
+    [('a', 'b'), ('a/b',)]
+    """
     keys = tuple(key_path)
     if (
         len(keys) > 1
@@ -38,7 +47,7 @@ def path_str(key_path: Iterable[object]) -> str:
         and isinstance(keys[-2], DictKey)
     ):
         keys = keys[:-1]
-    return "/".join(_key_name(k) for k in keys)
+    return tuple(_key_name(k) for k in keys)
 
 
 def _key_name(key: object) -> str:

@@ -7,7 +7,9 @@ from typing import ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcomp.core.bits import CHUNK, as_bytes, in_host_memory
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.gradients import masked_through
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
@@ -89,11 +91,7 @@ class Quantized(CompressedLeaf):
         self._check_numbers()
         numbers, scale = (unpacked(self.codes), self.scale) if self.grid.has_zero else self._by_scale()
         stored, low = self.grid.stored(numbers)
-        codes = (
-            stored.astype(jnp.int8 if low < 0 else jnp.uint8)
-            if self.grid.bits == 8
-            else Packed.of(stored, self.grid.bits, low)
-        )
+        codes = as_bytes(stored, signed=low < 0) if self.grid.bits == 8 else Packed.of(stored, self.grid.bits, low)
         return replace(self, codes=codes, scale=pack(scale))
 
     def _by_scale(self) -> tuple[jax.Array, jax.Array]:
@@ -106,8 +104,16 @@ class Quantized(CompressedLeaf):
 
     def _check_numbers(self) -> None:
         """Raises ValueError where concrete values are NaN, which integers cannot say."""
-        if count_known(jnp.isnan, self.codes) or count_known(jnp.isnan, dense(self.scale)):
+        if _holds_nan(unpacked(self.codes)) or _holds_nan(dense(self.scale)):
             raise ValueError("was quantized from values that are NaN; mend the training that made them")
+
+
+def _holds_nan(x: jax.Array) -> bool:
+    host = in_host_memory(x)
+    if host is None:
+        return bool(count_known(jnp.isnan, x))
+    flat = host.reshape(-1)
+    return any(np.isnan(flat[start : start + CHUNK]).any() for start in range(0, flat.size, CHUNK))
 
 
 def encoded(w: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Array | None, **how: Unpack[How]) -> jax.Array:

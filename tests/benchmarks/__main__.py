@@ -20,6 +20,7 @@ NAMES = (
     "kmeans",
     "low_rank",
     "analysis",
+    "save_load",
 )
 
 
