@@ -22,12 +22,13 @@ from jaxcomp.structure.groups import Frozen, Group, Groups, Slice, Term
 from jaxcomp.structure.labelling import Unknown
 from jaxcomp.structure.plans import Plan
 from jaxcomp.trace.calibrate import Stats
+from jaxcomp.trace.exact import Count, Sum
 from jaxcomp.trace.ranges import Range
 
 Json = Any
 """What JSON holds: nested lists and dicts of strings, numbers, booleans and None."""
 
-BRANCHES = {c.__name__: c for c in (Range, Stats)}
+BRANCHES = {c.__name__: c for c in (Range, Stats, Count, Sum)}
 """Classes whose fields are trees."""
 VALUES = {c.__name__: c for c in (Plan, Groups)}
 """Classes that stand in a tree where an array could."""
