@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -11,7 +12,7 @@ import optax
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import materialize
-from jaxcomp.core.paths import is_float_array, path_str, some_paths
+from jaxcomp.core.paths import is_float_array, leaves_with_paths, path_str, some_paths
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State
 
@@ -138,6 +139,9 @@ def dense_value_and_grad(
       loss: of materialized parameters and further arguments.
       has_aux: whether ``loss`` gives ``(value, auxiliary)``; then so is ``value``.
 
+    Raises:
+      TypeError: when called, a leaf that is no array.
+
     >>> from jaxcomp.pruning import prune
     >>> t = prune(0.5)
     >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
@@ -147,12 +151,23 @@ def dense_value_and_grad(
     """
 
     def value_and_grads(state: State, params: Params, *args: PyTree) -> tuple[PyTree, Params, Params]:
+        _check_arrays("dense_value_and_grad", params)
         seen, pull_back = jax.vjp(lambda p: materialize(transform.apply(state, p)), params)
         value, dense = jax.value_and_grad(loss, has_aux=has_aux)(seen, *args)
         (grads,) = pull_back(dense)
         return value, grads, dense
 
     return value_and_grads
+
+
+def _check_arrays(owner: str, params: Params) -> None:
+    """Raises TypeError where a leaf has no gradient, as an activation function in an Equinox module."""
+    for path, leaf in leaves_with_paths(params)[0]:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"{owner}: {path!r} is {leaf!r}, not an array; give the arrays alone, as optax and jax.grad want them:"
+                " equinox.filter(module, equinox.is_inexact_array)."
+            )
 
 
 class WrapState(NamedTuple):
@@ -190,6 +205,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
       transform: any transform.
 
     Raises:
+      TypeError: at ``init``, a leaf that is no array.
       ValueError: ``update`` without params.
 
     >>> import jax, optax
@@ -205,6 +221,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
     inside = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> WrapState:
+        _check_arrays("wrap_optax", params)
         latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
         return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
 

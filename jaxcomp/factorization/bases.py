@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.specs import is_integer
+from jaxcomp.core.specs import is_integer, share_of
 from jaxcomp.core.types import Shape
 from jaxcomp.factorization import decompositions as decomp
 from jaxcomp.factorization.axes import Placed
@@ -85,7 +85,7 @@ def _count(rank: object, most: int, shape: Shape, largest: Count) -> int:
             raise ValueError(f"has shape {shape}, of rank {largest} at most; got rank {rank}")
         return int(rank)
     if isinstance(rank, numbers.Real) and 0 < float(rank) <= 1:
-        return max(1, round(float(rank) * most))
+        return max(1, share_of(float(rank), most))
     raise ValueError(f"wants a rank of at least 1, or a fraction of the largest in (0, 1], got {rank!r}")
 
 

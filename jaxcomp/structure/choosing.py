@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxcomp.core.paths import Where, describe, matches
+from jaxcomp.core.specs import share_of
 from jaxcomp.core.types import Params
 from jaxcomp.structure.groups import Group, Groups
 from jaxcomp.structure.plans import Plan
@@ -72,7 +73,7 @@ def plan(
     _check_scores(groups, scores)
     ladder = _Ladder(groups, scores, scope, round_to, min_channels, _excluded(groups, params, exclude))
     if sparsity is not None:
-        return ladder.plan(round(sparsity * ladder.top))
+        return ladder.plan(share_of(sparsity, ladder.top))
     if latency is not None:
         return _search(ladder, *latency, "latency")
     if parameters is not None:

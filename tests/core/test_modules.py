@@ -144,3 +144,13 @@ def test_fault_14_an_optimizer_takes_the_arrays_of_a_module():
     moved = eqx.apply_updates(MODULE, updates)
     assert float((moved.first.weight == 0).mean()) == 0.5
     assert moved.activation is jax.nn.gelu
+
+
+def test_fault_14_what_wants_gradients_names_the_leaf_that_has_none():
+    wants = r"'activation' is <.*gelu.*>, not an array; .* equinox.filter\(module, equinox.is_inexact_array\)"
+    with pytest.raises(TypeError, match="wrap_optax: " + wants):
+        jc.wrap_optax(optax.sgd(0.1), jc.prune(0.5)).init(MODULE)
+    t = jc.prune(0.5)
+    step = jc.core.dense_value_and_grad(t, lambda module: jnp.sum(fn(module, X)))
+    with pytest.raises(TypeError, match="dense_value_and_grad: " + wants):
+        step(t.init(MODULE), MODULE)
