@@ -1,6 +1,6 @@
 """Every public transform and function on meshes of eight devices, with Explicit and with Auto axes.
 
-``python -m tests.meshes`` prints the table of docs/measured.md; with names, the cases of these names. Each line of its
+``python -m tests.meshes`` prints the table; with names, the cases of these names. Each line of its
 other output, ``python -m tests.meshes --json NAME...``, is a case, a way to run it, and what came out.
 """
 
