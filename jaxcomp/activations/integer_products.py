@@ -47,7 +47,7 @@ class Factor:
     Attributes:
       codes: int8, or float8.
       scale: float, of the codes' rank; each dimension divides the codes'.
-      zero: int32 in the scale's shape, or None for 0.
+      zero: int32, of the scale's shape or 1 where that says more, as which rows hold NaN; or None for 0.
       reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.
     """
 
@@ -58,7 +58,8 @@ class Factor:
 
     def value(self) -> jax.Array:
         """The array that the codes stand for, in the scale's type."""
-        return dequantize(self.codes, self.scale, None if self.zero is None else self.zero.astype(self.scale.dtype))
+        zero = self.zero if self.zero is None else jnp.broadcast_to(self.zero, self.scale.shape)
+        return dequantize(self.codes, self.scale, zero if zero is None else zero.astype(self.scale.dtype))
 
 
 _WHOLE = 1.5 * 2.0**23
