@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcomp.core.bits import CHUNK, in_host_memory
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.layouts import Blocks, Layout
 from jaxcomp.core.leaves import CompressedLeaf, Masked, is_compressed, unpacked
@@ -155,12 +157,18 @@ def check_finite(found: Mapping[str, Slot], owner: str) -> None:
     """
     for slot in found.values():
         x = slot.array
-        bad = count_known(lambda x: ~jnp.isfinite(x), x) if is_float_array(x) else 0
+        bad = _not_finite(x) if is_float_array(x) else 0
         if bad:
             raise ValueError(
                 f"{owner}: {slot.path!r} has {bad} values that are not finite, of {x.size}; mend the training that made"
                 " them, or leave the leaf out by a rule."
             )
+
+
+def _not_finite(x: jax.Array) -> int:
+    """How many known values are NaN or infinite; of a small array by numpy, for which no program is compiled."""
+    host = in_host_memory(x) if x.size <= CHUNK else None
+    return count_known(lambda x: ~jnp.isfinite(x), x) if host is None else int(np.sum(~np.isfinite(host)))
 
 
 def _open_slots(
