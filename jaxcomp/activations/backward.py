@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxcomp.activations.avals import operands_of
 from jaxcomp.activations.codes import Value
 from jaxcomp.activations.fake import Names, scale_blocks
-from jaxcomp.activations.integer_products import Factor, integer_product, refusal
+from jaxcomp.activations.integer_products import Factor, integer_product, nan_rows, refusal
 from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens
@@ -190,8 +190,8 @@ def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     _, top = how.spec.grid.code_range
     x = x.astype(compute_dtype(x.dtype))
     blocks = scale_blocks(x.shape, roles, Tokens())
-    largest = block_absmax(x, blocks) * (1.0 / top) if x.size else jnp.zeros((1,) * x.ndim, x.dtype)
-    scale = jnp.where(largest == 0, jnp.ones_like(largest), jnp.maximum(largest, jnp.finfo(x.dtype).tiny))
+    end = block_absmax(x, blocks) * (1.0 / top) if x.size else jnp.zeros((1,) * x.ndim, x.dtype)
+    scale = jnp.where(end == 0, jnp.ones_like(end), jnp.maximum(end, jnp.finfo(x.dtype).tiny)) + nan_rows(x, roles)
     # The clip changes nothing but keeps the product apart from the difference below, in jit as in eager.
     steps = jnp.clip(in_steps(x, scale), -top, top)
     codes = nearest(steps)

@@ -17,6 +17,7 @@ from jaxcomp.activations.planning import BARRED, Planned
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.types import Key
+from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.ranges import Range
 
@@ -123,8 +124,8 @@ class _Product:
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
         codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
-        if given is not None:  # a range of the value's own is NaN where the value is
-            scale = scale + nan_rows(value, site.operands[index].roles).astype(scale.dtype)
+        lost = nan_rows(value, site.operands[index].roles).astype(scale.dtype)
+        scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
         if zero is None:
             return Factor(codes, scale, None, max(-low, high))
         return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)

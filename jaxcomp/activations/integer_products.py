@@ -26,6 +26,7 @@ from jaxcomp.activations.reasons import (
     short_blocks,
 )
 from jaxcomp.core.layouts import Tokens
+from jaxcomp.core.reductions import nan_in
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import block_reduce, dequantize, spread
 from jaxcomp.trace.flow import Op
@@ -79,12 +80,8 @@ def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def nan_rows(x: jax.Array, roles: Names) -> jax.Array:
-    """NaN for each index that a product does not sum over where the value has one, else 0: codes hold no NaN.
-
-    A sum, for that is what XLA on CPU reduces fast.
-    """
-    only = jnp.where(x == x, jnp.zeros_like(x), x)
-    return block_reduce(only, scale_blocks(x.shape, roles, Tokens()), jnp.sum)
+    """NaN for each index that a product does not sum over where the value has one, else 0: codes hold no NaN."""
+    return nan_in(x, lambda v: block_reduce(v, scale_blocks(x.shape, roles, Tokens()), jnp.sum))
 
 
 def refusal(op: Op, a: Factor, b: Factor) -> Why | None:

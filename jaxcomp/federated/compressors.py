@@ -12,6 +12,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gates import all_finite
 from jaxcomp.core.leaves import Packed
 from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
+from jaxcomp.core.reductions import max_or_nan, nan_in
 from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number, share_of
 from jaxcomp.core.types import Key, Leaf
 from jaxcomp.federated.arrays import (
@@ -132,7 +133,7 @@ def uniform(bits: int, *, limit: float | None = None, axis_name: str | None = No
 
     def encode_leaf(path: str, x: jax.Array, state: State, key: Key, shared: Key) -> tuple[Uniform, None]:
         wide = x.astype(compute_dtype(x.dtype)).reshape(-1)
-        top = jnp.max(jnp.abs(wide)) if limit is None else jnp.asarray(limit, wide.dtype)
+        top = max_or_nan(jnp.abs(wide)) if limit is None else jnp.asarray(limit, wide.dtype) + nan_in(wide)
         if axis_name is not None:
             top = jax.lax.pmax(top, axis_name)
         half_step = half_step_of(top, bits)

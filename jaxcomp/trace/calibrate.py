@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxcomp.core.paths import Where, matches, some_paths
+from jaxcomp.core.reductions import nan_in
 from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.exact import Count, Sum, counted, summed
 from jaxcomp.trace.flow import Op
@@ -61,7 +62,8 @@ def observe(x: jax.Array) -> Stats:
     (-1.0, 2.0, [1, 3])
     """
     x = jnp.asarray(x).astype(jnp.float32)
-    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
+    unknown = nan_in(x)
+    low, high = jnp.min(x, initial=jnp.inf) + unknown, jnp.max(x, initial=-jnp.inf) + unknown
     some = x.size > 0  # a batch without elements has no extremes to average
     low_sum, high_sum = (summed(end if some else jnp.zeros_like(end)) for end in (low, high))
     return Stats(_histogram(x), low, high, low_sum, high_sum, counted(jnp.uint32(some)))

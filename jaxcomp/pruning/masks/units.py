@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.lib.array_utils import normalize_axis_tuple
 
+from jaxcomp.core.reductions import max_or_nan
 from jaxcomp.core.types import Shape
 from jaxcomp.pruning.specs import Block, Element, Filters, Order, Structure, Units
 
@@ -109,9 +110,9 @@ def norms(x: Float[Array, "*shape"], axes: tuple[int, ...], order: Order) -> Flo
         return _nuclear(x, axes)
     p, x = 2.0 if order == "fro" else float(order), jnp.abs(x)
     if p == math.inf:
-        return jnp.max(x, axis=axes, keepdims=True)
+        return max_or_nan(x, axes, keepdims=True)
     if p == -math.inf:
-        return jnp.min(x, axis=axes, keepdims=True)
+        return -max_or_nan(-x, axes, keepdims=True)
     if p == 0:
         return jnp.sum(x != 0, axis=axes, keepdims=True, dtype=jnp.float32)
     if p == 1:
@@ -158,7 +159,7 @@ def _pooled_blocks(x: Array, structure: Block) -> Array:
     if boolean:
         return jnp.any(split, axis=inner)
     if structure.pool == "max":
-        return jnp.max(split, axis=inner)
+        return max_or_nan(split, inner)
     return jnp.sum(split, axis=inner) / jnp.asarray(_block_sizes(counts, extents, ends))
 
 

@@ -152,7 +152,7 @@ def in_type(x: Float[Array, "*shape"], scale: Float[Array, "*blocks"], dtype: DT
     The end of a grid may lie beyond the range that its scale is of, and so beyond the type. The gradient passes.
 
     >>> in_type(jnp.array([-7e4, 1.0]), jnp.array([3.5e4]), jnp.dtype("float16"))
-    Array([-6.5504e+04,  1.0000e+00], dtype=float16)
+    Array([-6.55e+04,  1.00e+00], dtype=float16)
     """
     most = min(float(jnp.finfo(x.dtype).max), float(jnp.finfo(dtype).max))
     end = jnp.where(scale < jnp.inf, jnp.full_like(scale, most), jnp.full_like(scale, jnp.inf))

@@ -28,7 +28,7 @@ def nearest(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The nearest integer. A half goes towards zero, and so does what is a half but for rounding errors.
 
     >>> nearest(jnp.array([0.5, 1.5, -1.5, 1.5000005, 1.6]))
-    Array([0., 1., -1., 1., 2.], dtype=float32)
+    Array([ 0.,  1., -1.,  1.,  2.], dtype=float32)
     """
     return jnp.round(x * hair(x.dtype))
 
