@@ -171,21 +171,21 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
 def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]]:
     """A factor with contracted axes cut into blocks, and where each of its axes went: (block, within) if it was cut."""
     shape: list[int] = []
-    scales: list[int] = []
     places: list[list[int]] = []
-    repeats = [1] * f.codes.ndim
     for i, n in enumerate(f.codes.shape):
-        count, own = counts.get(i, 1), f.scale.shape[i]
+        count = counts.get(i, 1)
         new = [count, n // count] if count > 1 else [n]
         places.append([len(shape) + k for k in range(len(new))])
         shape += new
-        repeats[i] = count // own if count > 1 and own > 1 else 1
-        scales += [count if own > 1 else 1, 1] if count > 1 else [own]
 
     def split(v: jax.Array) -> jax.Array:
-        for axis, times in enumerate(repeats):
-            v = jnp.repeat(v, times, axis) if times > 1 else v
-        return v.reshape(scales)
+        """A scale or zero points, each of whose axes may be shared."""
+        split_shape: list[int] = []
+        for axis, own in enumerate(v.shape):
+            count = counts.get(axis, 1)
+            v = jnp.repeat(v, count // own, axis) if 1 < own < count else v
+            split_shape += [count if own > 1 else 1, 1] if count > 1 else [own]
+        return v.reshape(split_shape)
 
     zero = None if f.zero is None else split(f.zero)
     return Factor(f.codes.reshape(shape), split(f.scale), zero, f.reach), places
