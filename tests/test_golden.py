@@ -298,7 +298,8 @@ def test_rows_that_were_finished_are_not_made_again(interrupted, tmp_path) -> No
         jc.materialize(jc.load(interrupted / file))
 
 
-@pytest.mark.parametrize("method", ["joint", pytest.param("w4a4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["joint", "w4a4"])
 def test_a_method_that_was_stopped_goes_on_from_its_checkpoint(method, interrupted, tmp_path) -> None:
     assert (interrupted / method / "checkpoints" / "1").is_dir()
     first = (interrupted / method / "metrics.jsonl").read_text()

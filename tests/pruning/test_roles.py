@@ -18,6 +18,7 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.pruning.specs import Tied
+from tests.marks import quick
 
 KEY = jax.random.key(0)
 
@@ -111,7 +112,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, "scan", "tied"))
 def test_groups_and_filters_fall_where_the_program_sums_and_keeps(name) -> None:
     make, wanted = LAYOUTS[name]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

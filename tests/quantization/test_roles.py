@@ -237,6 +237,7 @@ def test_factors_know_their_own_axes(name, u, v) -> None:
     assert (leaf.u.scale.shape, leaf.v.scale.shape) == (u, v)
 
 
+@pytest.mark.slow
 def test_recipes_are_a_grid_and_groups() -> None:
     params, roles = eqx_net()
     w, slots = params.head.weight, {"roles": roles, "where": "head/weight"}

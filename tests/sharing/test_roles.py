@@ -143,6 +143,7 @@ def test_vectors_lie_along_what_products_sum_over(name) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_what_path_and_rank_settle_needs_no_roles() -> None:
     t = jc.share(2, per=Channels())
     params = {"dense": {"kernel": normal(6, 4)}, "torch": {"weight": normal(5, 8)}, "conv": {"kernel": normal(3, 6, 7)}}

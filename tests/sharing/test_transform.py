@@ -259,6 +259,7 @@ def test_the_quantized_table_is_on_the_grid() -> None:
     assert leaf.table.scale.shape == (1, 1)
 
 
+@pytest.mark.slow
 def test_one_step_prunes_shares_and_distils(tmp_path) -> None:
     """Zeros and at most 16 values in every selected leaf, at every step and in the file."""
     sizes, steps = {"one": (16, 32), "two": (32, 10)}, 8

@@ -13,6 +13,7 @@ from jax.extend import core
 
 from jaxcomp.trace import nested, walk
 from jaxcomp.trace.control_flow import rebuilt
+from tests.marks import quick
 from tests.trace.models import CASES, normal
 
 
@@ -67,7 +68,7 @@ class Thing:
     pass
 
 
-@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("free", quick([True, False], True))
 def test_variables_are_forgotten_after_their_last_use_where_wanted(free: bool) -> None:
     jaxpr = jax.make_jaxpr(lambda x: jnp.sin(jnp.cos(jnp.tanh(x))))(1.0)
     alive, made = [], []
