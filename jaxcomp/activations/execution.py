@@ -120,11 +120,13 @@ class _Product:
         at = Entry(site.operands[index].roles, given)
         if isinstance(self.act, Float8):
             return Factor(*float8_codes(value, self.act, at), None, 0)
-        numbers, scale, zero = encode(value, self.act, at)
+        # Or XLA on CPU computes the value twice, for its codes and in search of NaN.
+        x: jax.Array = jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
+        numbers, scale, zero = encode(x, self.act, at)
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
         codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
-        lost = nan_rows(value, site.operands[index].roles).astype(scale.dtype)
+        lost = nan_rows(x, site.operands[index].roles).astype(scale.dtype)
         scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
         if zero is None:
             return Factor(codes, scale, None, max(-low, high))
