@@ -11,6 +11,7 @@ from jax.extend import core
 from jaxcomp.structure.atoms import FREE, FROZEN, UNIFORM, Dim, Label, arrays, fixed
 from jaxcomp.structure.labelling import ONE, Result, Walk, out_shape, rule, unknown
 from jaxcomp.trace.primitives import COPIES, ELEMENTWISE, PASSES, ZERO_ALL, ZERO_ANY, ZERO_FIRST
+from jaxcomp.trace.products import DotNumbers, dot_numbers
 from jaxcomp.trace.walk import aval_of
 
 NOT_ZERO = "it is summed over, and neither factor is zero there when its parameters are"
@@ -90,7 +91,14 @@ def same(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 @rule("dot_general")
 def dot_general(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """Contracted and batch dimensions pair up; a contraction is exact where either side is zero when masked."""
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    return dotted(walk, eqn, ins, dot_numbers(eqn))
+
+
+def dotted(
+    walk: Walk, eqn: core.JaxprEqn, ins: Sequence[Label], numbers: DotNumbers, groups: Sequence[int] = ()
+) -> tuple[list[Label], list[Label]]:
+    """Of a dot, and of one whose right operand has a matrix for each of some ``groups``."""
+    (lc, rc), (lb, rb) = numbers
     left, right = ins
     ldims, rdims = list(left.dims), list(right.dims)
     for i, j in zip((*lb, *lc), (*rb, *rc), strict=True):
@@ -99,7 +107,7 @@ def dot_general(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
         if not (left.zero_at(i) or right.zero_at(j)):
             walk.freeze(ldims[i], why=NOT_ZERO)
     lfree = [i for i in range(len(ldims)) if i not in (*lb, *lc)]
-    rfree = [j for j in range(len(rdims)) if j not in (*rb, *rc)]
+    rfree = [j for j in range(len(rdims)) if j not in (*rb, *rc, *groups)]
     walk.count((*left.shape, *(right.shape[j] for j in rfree)), (*ldims, *(rdims[j] for j in rfree)))
     dims = [*(ldims[i] for i in (*lb, *lfree)), *(rdims[j] for j in rfree)]
     zero = [

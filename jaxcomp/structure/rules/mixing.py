@@ -6,7 +6,8 @@ from jax.extend import core
 
 from jaxcomp.structure.atoms import FREE, Label, fixed
 from jaxcomp.structure.labelling import Result, Walk, out_shape, rule, unknown
-from jaxcomp.structure.rules.math import NOT_ZERO, varied
+from jaxcomp.structure.rules.math import dotted, varied
+from jaxcomp.trace.products import dot_numbers
 from jaxcomp.trace.walk import aval_of, shape_of
 
 MIXED = "every index of the result is made from all of it"
@@ -72,26 +73,16 @@ def approx_top_k(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
 @rule("ragged_dot_general")
 def ragged_dot(walk: Walk, eqn: core.JaxprEqn, ins: list[Label]) -> Result:
     """A dot of each group's rows with its own matrix: rows and groups stay, the others are a dot's."""
-    numbers, shape = eqn.params["ragged_dot_dimension_numbers"], out_shape(eqn)
-    (lc, rc), (lb, _) = numbers.dot_dimension_numbers
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, _), (lb, _) = numbers.dot_dimension_numbers
     (rows,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     left, right, *sizes = ins
     if rows in (*lb, *lc) or lb:
         return unknown(walk, eqn, ins)
     walk.freeze(left.dims[rows], *(right.dims[g] for g in groups), why=RAGGED)
     walk.freeze(*(d for s in sizes for d in s.dims), why=RAGGED)
-    ldims, rdims = list(left.dims), list(right.dims)
-    for i, j in zip(lc, rc, strict=True):
-        ldims[i] = rdims[j] = walk.join(left.dims[i], right.dims[j])
-        if not (left.zero_at(i) or right.zero_at(j)):
-            walk.freeze(ldims[i], why=NOT_ZERO)
-    lfree = [i for i in range(len(ldims)) if i not in lc]
-    rfree = [j for j in range(len(rdims)) if j not in (*rc, *groups)]
-    walk.count((*left.shape, *(right.shape[j] for j in rfree)), (*ldims, *(rdims[j] for j in rfree)))
-    dims = [*(ldims[i] for i in lfree), *(rdims[j] for j in rfree)]
-    zero = (*(left.zero_at(i) for i in lfree), *(right.zero_at(j) for j in rfree))
-    out = Label(shape, tuple(map(varied, dims)), zero, left.null or right.null)
-    return [left.with_dims(ldims), right.with_dims(rdims), *sizes], [out]
+    uses, outs = dotted(walk, eqn, (left, right), dot_numbers(eqn), groups)
+    return [*uses, *sizes], outs
 
 
 @rule("empty", "platform_index", "create_token", "after_all", "dce_sink", "debug_callback", "debug_print")
