@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxcomp.artifact.disk import write_all
 from jaxcomp.artifact.statics import Json
-from jaxcomp.artifact.tensors import BLOCK, DTYPES, NAMES, Tensor
+from jaxcomp.artifact.tensors import BLOCK, DTYPES, MAX_DIMS, NAMES, Tensor
 from jaxcomp.core.bits import aligned
 from jaxcomp.core.types import Shape
 
@@ -202,8 +202,8 @@ def _entry(name: str, said: Json, first: int) -> Entry:
         raise ValueError(f"is damaged: the header's entry of {name!r} is none; get the file again")
     if dtype not in DTYPES:
         raise ValueError(f"holds {name!r} of type {dtype}, which is not known")
-    if len(shape) > 64:
-        raise ValueError(f"holds {name!r} of {len(shape)} dimensions; an array has at most 64")
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"holds {name!r} of {len(shape)} dimensions; an array has at most {MAX_DIMS}")
     size = DTYPES[dtype].itemsize
     for n in shape:
         size *= n

@@ -15,13 +15,12 @@ from jaxcomp.artifact.encoding import MAX_DEPTH, bits_of
 from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream
 from jaxcomp.artifact.older import of_today
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, Statics, dtype_named, known_at, number_again
+from jaxcomp.artifact.tensors import MAX_DIMS
 from jaxcomp.core.bits import aligned, packed_size, spread_out
 from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed
 from jaxcomp.core.types import Leaf, PyTree, Shape
 from jaxcomp.quantization.companding import LOG, Compander
 
-MAX_DIMS = 64
-"""How many dimensions an array of numpy has at most."""
 _RATIO, _ALWAYS = 4096, 1 << 30
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -118,20 +118,16 @@ class _Encoder:
         """Its tensor; a bitmap and the entries that are not zero where that is smaller; or another type's tensor."""
         if x.dtype in OTHERS:
             return {"typed": [x.dtype.name, list(x.shape), self._stored_as(x, at)]}
-        if x.dtype not in NAMES:
-            raise TypeError(f"save: {at.path!r} is of type {x.dtype}, which files do not hold.")
+        _check_type(x, at)
         words = nonzero_bits(x)
         count = int(np.count_nonzero(words))
         if not x.size or packed_size(x.size, 1) + count * x.itemsize >= x.nbytes * 0.98:
             return self.out.add_array(at.path, x)
-        nonzero = lambda start, stop: part_of(words)(start, stop) != 0  # noqa: E731
-        mask = self._stream(f"{at.path}.mask", packed_size(x.size, 1), lambda: bitmap(nonzero, x.size))
-
-        def values() -> Iterator[np.ndarray]:
-            kept = Kept(np.concatenate([*bitmap(nonzero, x.size)]), x.shape)
-            return kept.take(part_of(x))
-
-        return {"sparse": [list(x.shape), mask, self.out.add(at.path, x.dtype, (count,), values)]}
+        nonzero = part_of(words)
+        kept = Kept(np.concatenate([*bitmap(lambda start, stop: nonzero(start, stop) != 0, x.size)]), x.shape)
+        mask = self.out.add_array(f"{at.path}.mask", kept.bits)
+        values = self.out.add(at.path, x.dtype, (count,), lambda: kept.take(part_of(x)))
+        return {"sparse": [list(x.shape), mask, values]}
 
     def _stored_as(self, x: np.ndarray, at: At) -> Tensor:
         """An array of a type that safetensors does not have: its parts, its bits in a stream, or its bytes."""
@@ -140,9 +136,6 @@ class _Encoder:
         bits = bits_of(x.dtype)
         codes = x.reshape(-1).view(np.uint8) & np.uint8((1 << bits) - 1)
         return self.out.add_array(at.path, pack_bits_on_host(codes, bits))
-
-    def _stream(self, name: str, size: int, blocks: object) -> Tensor:
-        return self.out.add(name, np.dtype(np.uint8), (size,), blocks)  # type: ignore[arg-type]
 
     # Leaves
 
@@ -204,11 +197,9 @@ class _Encoder:
 
     def _plain(self, value: Leaf, at: At) -> Json:
         host = host_array(value, at.path)
-        return self.host(host, at) if host.dtype in OTHERS else self._checked(host, at)
-
-    def _checked(self, host: np.ndarray, at: At) -> Tensor:
-        if host.dtype not in NAMES:
-            raise TypeError(f"save: {at.path!r} is of type {host.dtype}, which files do not hold.")
+        if host.dtype in OTHERS:
+            return self.host(host, at)
+        _check_type(host, at)
         return self.out.add_array(at.path, host)
 
     def _packed(self, value: Packed, at: At) -> Json:
@@ -221,9 +212,15 @@ class _Encoder:
             host = host_array(value, at.path)
             return self.out.add(at.path, host.dtype, (count,), lambda: kept.take(part_of(host)))
         codes = part_of_stream(host_array(value.data, at.path), value.bits)
-        size = packed_size(count, value.bits)
-        tensor = self._stream(at.path, size, lambda: stream_of(kept.take(codes), value.bits))
+        shape = (packed_size(count, value.bits),)
+        stream = lambda: stream_of(kept.take(codes), value.bits)  # noqa: E731
+        tensor = self.out.add(at.path, np.dtype(np.uint8), shape, stream)
         return {"packed": [value.bits, value.low, [count], tensor]}
+
+
+def _check_type(x: np.ndarray, at: At) -> None:
+    if x.dtype not in NAMES:
+        raise TypeError(f"save: {at.path!r} is of type {x.dtype}, which files do not hold.")
 
 
 def host_array(x: Leaf, path: str) -> np.ndarray:
