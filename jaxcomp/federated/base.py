@@ -98,6 +98,11 @@ def combine_stacked(stacked: Message, weights: jax.Array | None = None) -> Messa
     return treedef.unflatten([combined_leaf(x, weights) for _, x in named])
 
 
+def kept_unless(fine: jax.Array | np.bool_, new: State, old: State) -> State:
+    """What a compressor remembers after a step: the new where the step was fine, else the old, in the new's types."""
+    return jax.tree.map(lambda n, o: jnp.where(fine, n, o.astype(n.dtype)), new, old)
+
+
 class _Functions(NamedTuple):
     init: Callable[[Update], State]
     encode: EncodeFn

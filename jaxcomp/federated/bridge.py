@@ -11,7 +11,7 @@ import optax
 from jaxcomp.core.gates import all_finite
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Params, PyTree, State
-from jaxcomp.federated.base import Compressor, Update, combine_stacked
+from jaxcomp.federated.base import Compressor, Update, combine_stacked, kept_unless
 
 
 class CompressState(NamedTuple):
@@ -62,8 +62,6 @@ def compress_updates(
         if axis_name is not None:
             message = combine_stacked(jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), message))
         decoded = compressor.decode(message)
-        fine = all_finite(decoded)
-        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old.astype(new.dtype)), inner, state.inner)
-        return decoded, CompressState(state.step + 1, state.key, kept)
+        return decoded, CompressState(state.step + 1, state.key, kept_unless(all_finite(decoded), inner, state.inner))
 
     return optax.GradientTransformationExtraArgs(on_any_mesh(init), on_any_mesh(update))

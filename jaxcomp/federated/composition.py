@@ -12,7 +12,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gates import all_finite
 from jaxcomp.core.paths import Where, first_matches, leaves_with_paths
 from jaxcomp.core.types import Key
-from jaxcomp.federated.base import Compressor, Message, State, Update, checked
+from jaxcomp.federated.base import Compressor, Message, State, Update, checked, kept_unless
 from jaxcomp.federated.messages import poisoned
 
 
@@ -107,8 +107,8 @@ def error_feedback(compressor: Compressor) -> Compressor:
         said = jax.lax.optimization_barrier(compressor.decode(message))
         after = FeedbackState(jax.tree.map(lambda x, s: x - _wide(s), whole, said), inner)
         fine = jnp.asarray(all_finite(update))
-        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old.astype(new.dtype)), after, state)
-        return poisoned(message, jnp.where(fine, jnp.float32(1), jnp.float32(jnp.nan))), kept
+        spoilt = poisoned(message, jnp.where(fine, jnp.float32(1), jnp.float32(jnp.nan)))
+        return spoilt, kept_unless(fine, after, state)
 
     return Compressor(init, encode)
 
