@@ -95,10 +95,10 @@ def find_chains(program: Program) -> Found:
             continue
         end = _follow(site, op, levels[site.location[:-1]])
         seen |= {o.location for o in end.seen}
-        why = end.why if end.chain is None else _unfoldable(site, op) or end.why
+        why = end.why if end.chain is None else _unfoldable(site, op)
         if why:
             left.append(Unfolded(site.path, why))
-        if end.chain is not None and not _unfoldable(site, op):
+        elif end.chain is not None:
             found.append(end.chain)
     alone = {common_path(_scales(op)): None for op in program.flow.ops if op.location not in seen and _scales(op)}
     return Found(tuple(found), (*left, *(Unfolded(path, "no product stands right before it") for path in alone)))

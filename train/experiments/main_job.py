@@ -22,7 +22,7 @@ from train.errors import RunError, TrainingError
 from train.experiments.methods import MAIN_JOB, METHODS, Recipe, Start
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
-from train.loop.progress import Progress
+from train.loop.progress import Progress, say
 from train.loop.step import init_variables
 from train.networks.compressed import macs_of
 from train.networks.linen import build
@@ -112,14 +112,14 @@ def claim_folder(config: Config, console: Console) -> None:
     folder, other = config.folder, check_folder(config)
     try:
         if other is not None:
-            _say(console, f"{folder} held {other}; that one had made nothing, and this one takes its place.")
+            say(console, f"{folder} held {other}; that one had made nothing, and this one takes its place.")
             for left in folder.glob("*/metrics.jsonl"):  # of epochs that no checkpoint holds
                 left.unlink()
         elif _holds_work(folder):
-            _say(console, f"{folder} holds a run with these settings: this one goes on with it.")
+            say(console, f"{folder} holds a run with these settings: this one goes on with it.")
             beside = {p.stem for p in folder.glob("*.safetensors")} - {BASELINE, *(config.methods or MAIN_JOB)}
             if beside:
-                _say(console, f"Also there, and not in this table: {', '.join(sorted(beside))}.")
+                say(console, f"Also there, and not in this table: {', '.join(sorted(beside))}.")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "settings.json", json.dumps(_settings(config), indent=1).encode())
     except OSError as e:
@@ -134,10 +134,6 @@ def _settings(config: Config) -> dict[str, object]:
 def _holds_work(folder: Path) -> bool:
     """Whether there is a finished file or a whole checkpoint."""
     return any(folder.glob("*.safetensors")) or any(p.name.isdigit() for p in folder.glob("*/checkpoints/*"))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finished(done: Path, file: Path) -> Row | None:

@@ -58,6 +58,11 @@ class Bar:
                 self._board.add_scalar(f"{line.run}/{name}", getattr(line, name), line.step)
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """Bars of trainings, one after the other.
 
@@ -98,7 +103,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def resumed(self, name: str, *, epoch: int, of: int, step: int) -> None:
         """Says where a training goes on, if it does not begin."""
