@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, Value, rows
-from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
+from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, made_once
 from jaxcomp.activations.integer_products import Factor, nan_rows, refusal, small_integers
-from jaxcomp.activations.planning import BARRED, Planned
+from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.types import Key
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.ranges import Range
 
 
@@ -120,8 +121,7 @@ class _Product:
         at = Entry(site.operands[index].roles, given)
         if isinstance(self.act, Float8):
             return Factor(*float8_codes(value, self.act, at), None, 0)
-        # Or XLA on CPU computes the value twice, for its codes and in search of NaN.
-        x: jax.Array = jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
+        x = made_once(value)  # for its codes, and in search of NaN
         numbers, scale, zero = encode(x, self.act, at)
         low, high = self.act.grid.code_range
         shift = 128 if high > 127 else 0  # int8 by int8 is the fast product

@@ -154,11 +154,16 @@ def _(source: PACT, x: jax.Array, act: Act, at: Entry) -> jax.Array:
 def _value(coded: Coded, like: jax.Array) -> jax.Array:
     """What the codes stand for, in the type of the value that they were made of.
 
-    On CPU a barrier keeps XLA from computing it, and all that led to it, anew inside the transposed copy that a
-    kernel's gradient reads: ResNet-18's step is a tenth faster for it. Accelerators fuse it into the product.
+    Or XLA on CPU computes it, and all that led to it, anew inside the transposed copy that a kernel's gradient reads:
+    ResNet-18's step is a tenth faster for it.
     """
-    value = dequantize(coded.numbers, coded.scale).astype(like.dtype)
-    return jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
+    return made_once(dequantize(coded.numbers, coded.scale).astype(like.dtype))
+
+
+def made_once(value: jax.Array) -> jax.Array:
+    """The value, which XLA on CPU makes once for all that read it; accelerators fuse it into each."""
+    barred: jax.Array = jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
+    return barred
 
 
 def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:

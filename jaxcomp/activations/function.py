@@ -12,7 +12,7 @@ from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
-from jaxcomp.activations.planning import BARRED, OWNER, Planned, Rules, assigned, checked_ranges
+from jaxcomp.activations.planning import OWNER, Planned, Rules, assigned, checked_ranges
 from jaxcomp.activations.reasons import IN_FLOAT, MULTIPLIED_OUT, Record, Why
 from jaxcomp.activations.specs import Backward
 from jaxcomp.activations.thin_claims import (
@@ -31,7 +31,7 @@ from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
-from jaxcomp.trace.primitives import JOINS
+from jaxcomp.trace.primitives import BARRED, JOINS
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag

@@ -278,7 +278,7 @@ def _rescaled(
     """Corrects for zero points and scales; ``placed(v, side)`` puts an operand's value in the result's axes."""
     a, b = factors
     scales = [placed(spread(f.scale, f.codes.shape), side) for side, f in enumerate(factors)]
-    zeros = [None if f.zero is None else placed(_spread_zero(f), side) for side, f in enumerate(factors)]
+    zeros = [None if f.zero is None else placed(spread(f.zero, f.codes.shape), side) for side, f in enumerate(factors)]
     if zeros[0] is not None:
         sums = sums - zeros[0] * placed(_total(b.codes, summed[1]), 1)
     if zeros[1] is not None:
@@ -286,12 +286,6 @@ def _rescaled(
     if zeros[0] is not None and zeros[1] is not None:
         sums = sums + n * zeros[0] * zeros[1]
     return sums.astype(scales[0].dtype) * (scales[0] * scales[1])
-
-
-def _spread_zero(f: Factor) -> jax.Array:
-    """The zero points, each over its block."""
-    assert f.zero is not None
-    return spread(f.zero.astype(jnp.float32), f.codes.shape).astype(f.zero.dtype)
 
 
 def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxcomp.core.paths import Where, describe, first_matches, some_paths
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.trace.calibrate import Stats, activation_name
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.primitives import CUSTOM_RULE, SEALED
+from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.ranges import Range, lost_energy, min_max
 from jaxcomp.trace.sites import Site, sites_of, unread
@@ -26,8 +26,6 @@ Rules = Mapping[Where, ActSpec | None]
 """An ordered table from sites, by path or as a predicate of ``(path, site)``, to what their activations are."""
 
 OWNER = "quantize_function"
-BARRED = CUSTOM_RULE | SEALED | {"while_cond"}
-"""Equations inside of which nothing is rewritten."""
 
 
 @dataclass(frozen=True)

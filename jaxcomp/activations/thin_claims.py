@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jaxcomp.activations.codes import LAYOUT
-from jaxcomp.activations.planning import BARRED, Planned
+from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.reasons import IN_FLOAT, OF_FACTORS, Record, Why, barred
 from jaxcomp.activations.thin_products import ThinOp
 from jaxcomp.activations.thin_values import ThinFactors, factors_of, moved
@@ -17,7 +17,7 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.trace import nested
 from jaxcomp.trace.interpreter import Claim
-from jaxcomp.trace.primitives import JOINS
+from jaxcomp.trace.primitives import BARRED, JOINS
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
 

@@ -17,7 +17,7 @@ from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.exact import Count, Sum, counted, summed
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Monoid, zeros
-from jaxcomp.trace.primitives import SEALED
+from jaxcomp.trace.primitives import UNSEEN
 from jaxcomp.trace.sites import Site
 from jaxcomp.trace.walk import Fn
 
@@ -149,8 +149,8 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
     """
 
     def observer(site: Site, op: Op) -> Observer | None:
-        sealed = not (SEALED | {"while_cond"}).isdisjoint(site.inside)
-        if site.kind == "embed" or sealed or not site.activations:
+        unseen = not UNSEEN.isdisjoint(site.inside)
+        if site.kind == "embed" or unseen or not site.activations:
             return None
         seen = [i for i in site.activations if "complex" not in site.operands[i].dtype]
         if not seen or not matches(where, site.path, site):

@@ -18,7 +18,7 @@ from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
 from jaxcomp.trace.exact import Squares, Sum, squared, squared_by_group, summed
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.primitives import CUSTOM_RULE, SEALED
+from jaxcomp.trace.primitives import BARRED, UNSEEN
 from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
 from jaxcomp.trace.sites import Operand, Site
 from jaxcomp.trace.walk import Fn
@@ -111,8 +111,7 @@ class _Rows(NamedTuple):
 
 def _rows(site: Site, op: Op) -> _Rows | None:
     """Where the leaf's rows lie in the activation, in the leaf's order; None where that has no meaning."""
-    barred = CUSTOM_RULE | SEALED | {"while_cond"}
-    if site.weight is None or len(site.activations) != 1 or not barred.isdisjoint(site.inside):
+    if site.weight is None or len(site.activations) != 1 or not BARRED.isdisjoint(site.inside):
         return None
     weight, x = site.operands[site.weight], site.operands[site.activations[0]]
     if not weight.exact or site.groups != 1 or site.kind == "embed":
@@ -186,7 +185,7 @@ def _plain_weight(site: Site, op: Op) -> Operand | None:
     alone = len(weight.leaf_axes(CONTRACTED)) == 1 and x.roles.count(CONTRACTED) == 1
     batch = len(weight.leaf_axes(BATCH)) == weight.roles.count(BATCH)
     layers = tuple(weight.leaf_shape[i] for i in weight.leaf_axes(STACKED)) == site.layer_steps
-    return weight if alone and batch and layers and (SEALED | {"while_cond"}).isdisjoint(site.inside) else None
+    return weight if alone and batch and layers and UNSEEN.isdisjoint(site.inside) else None
 
 
 def _squares(site: Site, op: Op) -> Observer:

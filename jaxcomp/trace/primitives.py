@@ -30,6 +30,10 @@ CONTROL = frozenset({"scan", "while", "cond"})
 """Equations that run inner jaxprs several times, or one of several."""
 SEALED = frozenset({"shard_map"})
 """Equations whose inner jaxpr is read, and never rewritten."""
+UNSEEN = SEALED | {"while_cond"}
+"""Where values cannot be gathered from: these, and conditions of while loops."""
+BARRED = CUSTOM_RULE | UNSEEN
+"""Equations inside of which nothing is rewritten."""
 UNREAD = {
     **dict.fromkeys(
         ("pallas_call", "cudnn_fusion", "ffi_call", "pure_callback", "io_callback", "call_exported", "mpmd_map"),
