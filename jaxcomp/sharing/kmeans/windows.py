@@ -12,10 +12,18 @@ from jaxtyping import Array, Float, Int
 from jaxcomp.sharing.kmeans.lloyd import means, runs_of
 from jaxcomp.sharing.kmeans.points import Points, place_of_rank
 
-_PIECES = 16  # a run
 _ROUNDS = 6
-_SMALL, _FEW_ROUNDS = 1 << 12, 2  # up to so many points, which may be many tables, later rounds find next to nothing
-_PAYS = 1e-4  # a round that gains less, of the inertia, is the last
+_SMALL = 1 << 12  # up to so many points, which may be those of many tables at once, less will do
+
+
+class _Effort(NamedTuple):
+    """How many pieces a run is cut into, and the part of the inertia that a round must gain to be followed by one."""
+
+    pieces: int
+    pays: float
+
+
+_MUCH, _LITTLE = _Effort(16, 1e-4), _Effort(8, 5e-2)
 
 
 class _Round(NamedTuple):
@@ -33,28 +41,28 @@ def windowed(points: Points, table: Float[Array, " k"]) -> Float[Array, " k"]:
     run away from the old ones. All borders may move together, so entries wander from where there are too many to where
     there are too few, which Lloyd's iterations do not do. A round costs O(K) of a fixed number of pieces, squared.
     """
-    rounds = _FEW_ROUNDS if points.values.size <= _SMALL else _ROUNDS
+    effort = _LITTLE if points.values.size <= _SMALL else _MUCH
 
     def goes_on(carry: _Round) -> jax.Array:
-        return carry.paid & (carry.number < rounds)
+        return carry.paid & (carry.number < _ROUNDS)
 
     def one(last: _Round) -> _Round:
-        table, paid = _moved(points, last.table)
+        table, paid = _moved(points, last.table, effort)
         return _Round(table, paid, last.number + 1)
 
     return jax.lax.while_loop(goes_on, one, _Round(table, jnp.bool_(True), jnp.int32(0))).table
 
 
-def _cuts(points: Points, table: jax.Array) -> Int[Array, " ends"]:
-    """Where pieces start, as indices of points, and where the last ends; the run of entry k starts at ``16 k``.
+def _cuts(points: Points, table: jax.Array, pieces: int) -> Int[Array, " ends"]:
+    """Where pieces start, as indices of points, and where the last ends; the run of entry k starts at ``pieces k``.
 
     Half of the cuts are evenly spaced between a run's extremes: they part the outliers, and equal values. Half are by
     count, from a weight beside the run's ends up to a half: borders that are nearly right are set to the weight.
     """
-    runs, quarter = runs_of(points, table), _PIECES // 4
+    runs, quarter = runs_of(points, table), pieces // 4
     first, stop = points.before[runs.start][:, None], points.before[runs.stop][:, None]
     count = stop - first
-    share = np.concatenate([[0], 2.0 ** np.linspace(-quarter, -1, quarter)])
+    share = np.concatenate([[0], 2.0 ** np.arange(-4, 0, 4 // quarter)])
     by = (count.astype(table.dtype) * jnp.asarray(share, table.dtype)[None]).astype(count.dtype)
     by = jnp.maximum(by, jnp.arange(quarter + 1, dtype=count.dtype)[None])
     at_ranks = place_of_rank(points, jnp.concatenate([first + by, stop - jnp.minimum(by[:, 1:-1], stop)], axis=1))
@@ -67,13 +75,13 @@ def _cuts(points: Points, table: jax.Array) -> Int[Array, " ends"]:
     return jnp.concatenate([cuts.reshape(-1), jnp.full((1,), points.values.size, jnp.int32)])
 
 
-def _moved(points: Points, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _moved(points: Points, table: jax.Array, effort: _Effort) -> tuple[jax.Array, jax.Array]:
     """The entries between the best borders, and whether that pays; the old ones where it is no gain."""
-    cuts = _cuts(points, table)
+    cuts = _cuts(points, table, effort.pieces)
     count, mean = means(points, cuts[:-1], cuts[1:])
     sums = _sums_about(count.astype(mean.dtype), mean, table)
     new, before, after = _best(sums, table)
-    return jnp.where(after < before, jnp.sort(new), table), after < before * (1 - _PAYS)
+    return jnp.where(after < before, jnp.sort(new), table), after < before * (1 - effort.pays)
 
 
 def _sums_about(mass: jax.Array, mean: jax.Array, table: jax.Array) -> Float[Array, "k 3 ends"]:
@@ -82,7 +90,7 @@ def _sums_about(mass: jax.Array, mean: jax.Array, table: jax.Array) -> Float[Arr
     Distances are from the entry, and each end of a piece has the sum from the window's middle to there, negative to
     its left: a difference of two loses nothing to what lies farther out.
     """
-    entries, pieces = table.size, _PIECES
+    entries, pieces = table.size, mean.size // table.size
 
     def windows(v: jax.Array) -> jax.Array:
         rows = jnp.pad(v.reshape(entries, pieces), ((1, 1), (0, 0)))
@@ -102,7 +110,8 @@ def _best(sums: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     ``best(k, c) = min over c' of best(k - 1, c') + cost(c', c)``: c' and c are the ends of pieces up to one run away
     from the run's old borders. An entry without a weight stays.
     """
-    pieces, choice = _PIECES, np.arange(2 * _PIECES + 1)
+    pieces = sums.shape[-1] // 3
+    choice = np.arange(2 * pieces + 1, dtype=np.int32)
 
     def cost(left: jax.Array, right: jax.Array) -> jax.Array:
         number, first, second = right - left

@@ -190,17 +190,23 @@ def test_vectors_find_planted_centers() -> None:
     assert (far.argmin(1) == np.asarray(codes)).all()
 
 
-@pytest.mark.parametrize("spread", quick(SPREADS, "laplace"))
-def test_fault_4_tables_of_channels_are_near_the_optimum(spread) -> None:
-    """Many small tables at once: each within 1% of the best, on average within 0.1%."""
-    x = jnp.asarray(SPREADS[spread](np.random.default_rng(1), (48, 192)), jnp.float32)
-    tables = jax.vmap(lambda row: fit(row, None, clusters=8))(x)
+TAILS = ("tails", 96, 16)
+SMALL_TABLES = [*((spread, 192, 8) for spread in SPREADS), TAILS]
+
+
+@pytest.mark.parametrize("case", quick(SMALL_TABLES, ("laplace", 192, 8), TAILS), ids=str)
+def test_fault_4_tables_of_channels_are_near_the_optimum(case) -> None:
+    """Many small tables at once: each within 2% of the best, on average within 0.1%."""
+    spread, size, k = case
+    make = SPREADS.get(spread, lambda rng, shape: rng.standard_t(2, shape))
+    x = jnp.asarray(make(np.random.default_rng(1), (48, size)), jnp.float32)
+    tables = jax.vmap(lambda row: fit(row, None, clusters=k))(x)
     over = []
     for row, table in zip(np.asarray(x, np.float64), tables, strict=True):
         values, counts = np.unique(row, return_counts=True)
-        best = inertia(row, optimal_table(values, counts.astype(float), 8))
+        best = inertia(row, optimal_table(values, counts.astype(float), k))
         over.append((inertia(row, table) + 1e-9) / (best + 1e-9))
-    assert max(over) < 1.01
+    assert max(over) < 1.02
     assert np.mean(over) < 1.001
 
 
