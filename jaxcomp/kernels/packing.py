@@ -27,9 +27,9 @@ FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 
 class PackedWeight:
     """``dense[..., n, k] == (number(..., n, k) - zero[..., n, k // group]) * scale[..., n, k // group]``.
 
-    A number is what its code says: of an integer grid the code itself, as two's complement of ``grid.bits`` bits (codes
-    of an asymmetric grid are lowered by half their range, and so is the zero point: an 8-bit weight is int8 always); of
-    a table the level that the code, an index, names.
+    A number is what its code says: of an integer grid ``code - 2**(bits - 1)``, with codes from 0 on (numbers of an
+    asymmetric grid are lowered by half their range, and so is the zero point); of a table the level that the code, an
+    index, names. The codes of 8-bit integers are the numbers themselves, in int8.
 
     The contracted axis is cut into blocks of ``block`` codes, the last one padded with code 0. A block of b-bit codes
     is ``block * b / 8`` bytes: first all codes' low field, then the next (``FIELDS``: 3 bits are 2 and 1). A field of f
@@ -83,21 +83,23 @@ class PackedWeight:
         return self.named(unpack_blocks(self.codes, self.bits, self.block)[..., : self.length])
 
     def named(self, fields: jax.Array) -> jax.Array:
-        """The numbers that raw codes in ``[0, 2**bits)`` name; bytes of 8-bit integers are their own."""
+        """The numbers of codes; in the scale's type those of a table, in int8 integers."""
         if not self.is_integer:
             return self.grid.loaded(fields, self.scale.dtype)
         if self.bits == 8:
-            return fields.astype(jnp.int8) if fields.dtype != jnp.int8 else fields
-        half = jnp.int8(2 ** (self.bits - 1))
-        return (fields.astype(jnp.int8) ^ half) - half
+            return fields
+        return fields.astype(jnp.int8) - jnp.int8(2 ** (self.bits - 1))
+
+    def values(self) -> jax.Array:
+        """``(numbers - zero) * scale`` in the scale's type."""
+        x = self.numbers().astype(self.scale.dtype)
+        if self.zero is not None:
+            x = x - spread_groups(self.zero, self.group, self.length)
+        return x * spread_groups(self.scale, self.group, self.length)
 
     def dense(self) -> jax.Array:
         """The weight, contracted axis last: the same bits that the leaf it was made of gives."""
-        x = self.numbers().astype(self.scale.dtype)
-        scale = spread_groups(self.scale, self.group, self.length)
-        if self.zero is not None:
-            x = x - spread_groups(self.zero, self.group, self.length)
-        return in_type(x * scale, scale, self.dtype)
+        return in_type(self.values(), spread_groups(self.scale, self.group, self.length), self.dtype)
 
 
 def spread_groups(v: jax.Array, group: int, length: int) -> jax.Array:
