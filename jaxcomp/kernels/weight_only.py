@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,93 +54,62 @@ def _forms(rows: int, w: PackedWeight) -> tuple[Form, Form]:
 
 
 def summable(w: PackedWeight) -> bool:
-    """Whether sums of products of bytes can be: codes are integers, and no block has two scales."""
-    return w.is_integer and (w.scale.shape[-1] == 1 or w.group % w.block == 0)
-
-
-class _Term(NamedTuple):
-    """Part of a sum over a block: bytes, and the activations, or what stands for them, that they are multiplied by."""
-
-    bytes: jax.Array
-    by: jax.Array
+    """Whether sums of products of bytes can be: a code is one field of an integer, and no block has two scales."""
+    return w.is_integer and len(FIELDS[w.bits]) == 1 and (w.scale.shape[-1] == 1 or w.group % w.block == 0)
 
 
 def wrapped_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
-    """One row on CPU: a kernel for each code in a byte, that multiplies bytes by numbers and does nothing else.
+    """One row on CPU: bytes are multiplied by numbers, and nothing else is done to them.
 
     XLA on CPU keeps products, sums and conversions of bytes in one kernel with the sum over them, and writes out what
     is shifted or masked. So no code is cut out: of a byte ``Σ f_j 2**(w j)`` the product ``2**(8 - w (j + 1))``, modulo
     256, is field j at the top with those below it, which are taken out of the sum by the activations:
     ``Σ f_j x_j == Σ_j wrapped_j (x_j - x_(j+1) / 2**w) / 2**(8 - w)``, exactly.
     """
-    return _sums(x, w, _wrapped, apart=True)
+    data, runs = _paired(x, w)
+    width, sums = w.bits, []
+    for j, run in enumerate(runs):
+        above = runs[j + 1] * 2.0**-width if j + 1 < len(runs) else jnp.zeros_like(run)
+        top = data if width == 8 else data * jnp.uint8(2 ** (8 - width * (j + 1)))
+        sums.append(_scaled((top.astype(x.dtype) * ((run - above) * 2.0 ** (width - 8))).sum(-1), w))
+    return _with_offset(sum(sums[1:], sums[0]), x, w)
 
 
 def shifted_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
     """One row elsewhere: codes are cut out of the bytes by shifts, multiplied and summed in one kernel."""
-    return _sums(x, w, _shifted, apart=False)
+    data, runs = _paired(x, w)
+    width, mask = w.bits, jnp.uint8(2**w.bits - 1)
+    fields = [data] if width == 8 else [(data >> jnp.uint8(width * j)) & mask for j in range(len(runs))]
+    products = [field.astype(x.dtype) * run for field, run in zip(fields, runs, strict=True)]
+    return _with_offset(_scaled(sum(products[1:], products[0]).sum(-1), w), x, w)
 
 
-def _wrapped(data: jax.Array, x: jax.Array, width: int) -> list[_Term]:
-    terms, count = [], 8 // width
-    for j in range(count):
-        above = x[:, j + 1] * 2.0**-width if j + 1 < count else jnp.zeros_like(x[:, j])
-        terms.append(_Term(data * jnp.uint8(2 ** (8 - width * (j + 1))), (x[:, j] - above) * 2.0 ** (width - 8)))
-    return terms
+def _paired(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, list[jax.Array]]:
+    """Bytes ``(features, groups, bytes)``, and for each code in a byte the activations ``(groups, bytes)`` it meets.
 
-
-def _shifted(data: jax.Array, x: jax.Array, width: int) -> list[_Term]:
-    mask = jnp.uint8(2**width - 1)
-    return [_Term((data >> jnp.uint8(width * j)) & mask, x[:, j]) for j in range(8 // width)]
-
-
-def _sums(
-    x: jax.Array, w: PackedWeight, cut: Callable[[jax.Array, jax.Array, int], list[_Term]], *, apart: bool
-) -> jax.Array:
-    """``Σ_g scale_g (Σ_k code_k x_k + (lowest - zero_g) Σ_k x_k)``, with raw codes, of one row.
-
-    Args:
-      x: ``(1, length)``.
-      w: the weight.
-      cut: the terms of one field of the codes, given its bytes ``(features, blocks, bytes)`` and ``(blocks, runs,
-        bytes)`` activations.
-      apart: whether each term is a kernel of its own.
+    The axis of groups is left out where there is one.
     """
-    features, block = w.codes.shape[0], w.block
-    x = jnp.pad(x[0], (0, w.padded - w.length)).reshape(-1, block)
-    data = lax.optimization_barrier(w.codes.reshape(features, x.shape[0], -1))  # or it is cut up after its conversion
-    terms, at, done = [], 0, 0
-    if w.bits == 8:
-        terms = [_Term(data, x)]
-    else:
-        for width in FIELDS[w.bits]:
-            size = block * width // 8
-            field = data[..., at : at + size]
-            parts = cut(field, x.reshape(-1, 8 // width, size), width)
-            terms += [_Term(part.bytes, part.by * 2.0**done) for part in parts]
-            at, done = at + size, done + width
-    lowest = 0 if w.bits == 8 else -(2 ** (w.bits - 1))
-    return _scaled(terms, x, w, lowest, apart=apart)
+    runs, groups = 8 // w.bits, w.scale.shape[-1]
+    by_run = jnp.pad(x[0], (0, w.padded - w.length)).reshape(-1, runs, w.block // runs)
+    shape = (-1,) if groups == 1 else (groups, -1)
+    data = w.codes if groups == 1 else w.codes.reshape(w.codes.shape[0], *shape)
+    data = lax.optimization_barrier(data)  # or XLA cuts it into groups after its conversion, one by one
+    return data, [by_run[:, j].reshape(shape) for j in range(runs)]
 
 
-def _scaled(terms: list[_Term], x: jax.Array, w: PackedWeight, lowest: int, *, apart: bool) -> jax.Array:
-    groups = w.scale.shape[-1]
-    per = 1 if groups == 1 else w.group // w.block  # blocks that share a scale
-    dtype = w.scale.dtype
-    products = [term.bytes.astype(dtype) * term.by for term in terms]
-    if not apart:
-        products = [sum(products[1:], products[0])] if len({p.shape for p in products}) == 1 else products
-    by_block = [product.sum(-1) for product in products]
-    scale = w.scale if per == 1 else jnp.repeat(w.scale, per, -1)
-    offset = jnp.asarray(lowest, dtype) if w.zero is None else lowest - w.zero
-    if groups == 1:
-        y = sum(b.sum(-1) for b in by_block) + (offset * x.sum()).reshape(-1)
-        return (y * scale[:, 0])[None]
-    of_x = x.reshape(groups, -1).sum(-1)
-    y = sum((b * scale).sum(-1) for b in by_block)
-    if w.zero is not None or lowest:
-        y = y + (offset * w.scale * of_x).sum(-1)
-    return y[None]
+def _scaled(sums: jax.Array, w: PackedWeight) -> jax.Array:
+    """A number for each feature, of one for each of its groups."""
+    return sums * w.scale[:, 0] if w.scale.shape[-1] == 1 else (sums * w.scale).sum(-1)
+
+
+def _with_offset(y: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
+    """``y + Σ_g scale_g (lowest - zero_g) Σ x``: codes begin at the lowest number."""
+    lowest = 0.0 if w.bits == 8 else -(2.0 ** (w.bits - 1))
+    if w.zero is None and not lowest:
+        return y[None]
+    offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
+    of_x = x.reshape(w.scale.shape[-1], -1).sum(-1)
+    return (y + (offset * w.scale * of_x).sum(-1))[None]
 
 
 def chunks(x: jax.Array, w: PackedWeight) -> jax.Array:
