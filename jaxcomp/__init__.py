@@ -17,6 +17,7 @@ from jaxcomp import (
     artifact,
     core,
     factorization,
+    kernels,
     pruning,
     quantization,
     sharing,
@@ -42,6 +43,7 @@ from jaxcomp.core import (
     wrap_optax,
 )
 from jaxcomp.factorization import factorize, low_rank
+from jaxcomp.kernels import prepare
 from jaxcomp.pruning import NM, Filters, cubic, prune
 from jaxcomp.quantization import Float, Int, Log, quantize
 from jaxcomp.sharing import share
@@ -78,6 +80,7 @@ __all__ = [
     "once",
     "pack",
     "plan",
+    "prepare",
     "prune",
     "quantize",
     "quantize_function",

@@ -30,7 +30,8 @@ METHODS = {"distill", "factorization", "federated", "pruning", "quantization", "
 LEVELS = [
     {"core"},
     METHODS,
-    {"activations", "artifact", "kernels", "ptq", "recipes", "structure"},
+    {"kernels"},
+    {"activations", "artifact", "ptq", "recipes", "structure"},
     {"cli", "export", "report", "search"},
 ]
 """The rooms and loose files of jaxcomp, lowest first."""

@@ -9,16 +9,16 @@ from functools import partial, wraps
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.demands import Seen, put
+from jaxcomp.activations.demands import Done, Seen, put
 from jaxcomp.activations.execution import Mode
-from jaxcomp.activations.function import Call, shapes_of
+from jaxcomp.activations.function import Call
 from jaxcomp.activations.planning import Planned, Rules, assigned
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.trace.program import is_array_like, trace
+from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.sites import sites_of, unread
 
@@ -31,11 +31,12 @@ class Covered:
       path: of the site, or of the scope of an operation that nothing can look into, or that no rule reads.
       kind: "dot", "ragged", "conv", "embed", or that operation's primitive.
       done: "integer" or "float8" (the product runs on codes), "fake" (activations rounded in float), "lookup" (rows of
-        a table of codes), "factored" or "fake, factored" (thin products), or "exact" (activations as they are; the
-        weight as the tree has it).
+        a table of codes), "factored" or "fake, factored" (thin products), "weight-only" (the product reads the packed
+        bytes of a prepared weight), or "exact" (activations as they are; the weight as the tree has it).
       weight: what the tree holds; empty between activations.
       activations: the rule's ``Act`` or ``Float8``, or empty.
       why: why no more was done.
+      form: how the product runs, where there are several ways and jaxcomp chooses.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Covered:
     weight: str
     activations: str
     why: str
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Coverage:
         return tuple(row for row in self.rows if row.why)
 
     def __str__(self) -> str:
-        head = ("site", "kind", "done", "weight", "activations", "why no more")
-        cells = [head, *((r.path, r.kind, r.done, r.weight, r.activations, r.why) for r in self.rows)]
+        head = ("site", "kind", "done", "form", "weight", "activations", "why no more")
+        cells = [head, *((r.path, r.kind, r.done, r.form, r.weight, r.activations, r.why) for r in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
@@ -118,9 +120,9 @@ def _seen(call: Call, integer: bool) -> Seen:
 
 
 def _covered(p: Planned, seen: Seen, leaves: dict[str, Leaf]) -> Covered:
-    done, why = seen.get(p.site.path, ("exact", p.why))
+    done, why, form = seen.get(p.site.path, Done("exact", p.why))
     acts = "" if p.act is None else str(p.act)
-    return Covered(p.site.path, p.site.kind, done, _weight(p, leaves), acts, "" if why is None else why.reason)
+    return Covered(p.site.path, p.site.kind, done, _weight(p, leaves), acts, "" if why is None else why.reason, form)
 
 
 def _weight(p: Planned, leaves: dict[str, Leaf]) -> str:

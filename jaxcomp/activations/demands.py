@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import jax
 
@@ -11,11 +12,22 @@ from jaxcomp.activations.reasons import UNQUANTIZED, Why
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params
+from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.sites import Site
 
-Seen = dict[str, tuple[str, Why | None]]
-"""What was done at each site, by its path, and why no more was done."""
+
+
+class Done(NamedTuple):
+    """What was done at a site, why no more was done, and by which form."""
+
+    done: str
+    why: Why | None
+    form: str = ""
+
+
+Seen = dict[str, Done]
+"""What was done at each site, by its path."""
 
 ON_CODES = frozenset({"integer", "float8"})
 
@@ -24,9 +36,9 @@ class NotOnIntegers(UserWarning):
     """Sites that ``integer=True`` asked for run in float; the message names each, the reason and the mend."""
 
 
-def put(seen: Seen, path: str, done: str, why: Why | None) -> None:
+def put(seen: Seen, path: str, done: str, why: Why | None, form: str = "") -> None:
     """Notes what was done at a site."""
-    seen[path] = done, why
+    seen[path] = Done(done, why, form)
 
 
 def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str, tuple[Site, Why]]:
@@ -37,7 +49,7 @@ def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str,
     quantized = {path for path, leaf in leaves_with_paths(params, is_leaf=is_compressed)[0] if _is_quantized(leaf)}
     found = {}
     for p in planned:
-        done, why = seen.get(p.site.path, ("exact", p.why))
+        done, why, _ = seen.get(p.site.path, Done("exact", p.why))
         if p.asked and _could_be(p.site, quantized) and done not in ON_CODES:
             found[p.site.path] = p.site, why or UNQUANTIZED
     return found
@@ -45,7 +57,7 @@ def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str,
 
 def _is_quantized(leaf: object) -> bool:
     """Whether it holds codes of a grid: under a mask, or in factors, too."""
-    return any(isinstance(x, Quantized) for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Quantized)))
+    return any(isinstance(x, Quantized | Prepared) for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Quantized | Prepared)))
 
 
 def _could_be(site: Site, quantized: set[str]) -> bool:

@@ -14,9 +14,11 @@ from jaxcomp.activations.codes import Codes, Value, rows
 from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, made_once
 from jaxcomp.activations.integer_products import Factor, nan_rows, refusal, small_integers
 from jaxcomp.activations.planning import Planned
+from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.types import Key
+from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -46,12 +48,14 @@ class Around:
       ranges: those given, by name.
       reasons: why the codes of a leaf do not come to its site, by its path.
       record: learns what was done at a site.
+      prepared: the leaves that are laid out for their products, by path.
     """
 
     mode: Mode
     ranges: Mapping[str, Range]
     reasons: Mapping[str, Why]
     record: Record
+    prepared: Mapping[str, Prepared]
 
 
 def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
@@ -60,14 +64,15 @@ def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
     if site.kind == "embed":
         return Claim(_lookup(planned, around.record)) if mode.integer and BARRED.isdisjoint(site.inside) else None
     if planned.act is None:
-        return None
+        return product_claim(planned, around.prepared, around.record)
     key = mode.gradients.key_of(index, planned.op)
     side = Side({i: around.ranges[name] for i, name in planned.ranges.items()}, key)
     return Claim(_Product(planned, planned.act, around), side)
 
 
 def _lookup(planned: Planned, record: Record) -> Callable[..., list[jax.Array]]:
-    def run(table: Value, *rest: jax.Array) -> list[jax.Array]:
+    def run(given: Value | Carried, *rest: jax.Array) -> list[jax.Array]:
+        table = in_arrays(given)
         if not isinstance(table, Codes):
             return planned.op.bind(table, *rest)
         record(planned.site.path, "lookup", None)
@@ -84,7 +89,8 @@ class _Product:
     act: ActSpec
     around: Around
 
-    def __call__(self, side: Side, *values: Value) -> list[jax.Array]:
+    def __call__(self, side: Side, *given: Value | Carried) -> list[jax.Array]:
+        values = tuple(map(in_arrays, given))
         path, op, spec = self.planned.site.path, self.planned.op, self.around.mode.gradients.spec
         why = None
         if self.around.mode.integer:

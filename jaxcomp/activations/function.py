@@ -13,6 +13,7 @@ from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
 from jaxcomp.activations.planning import OWNER, Planned, Rules, assigned, checked_ranges
+from jaxcomp.activations.prepared import Carried, carried, checked, layout_claims
 from jaxcomp.activations.reasons import IN_FLOAT, MULTIPLIED_OUT, Record, Why
 from jaxcomp.activations.specs import Backward
 from jaxcomp.activations.thin_claims import (
@@ -25,14 +26,13 @@ from jaxcomp.activations.thin_claims import (
 )
 from jaxcomp.activations.thin_values import ThinFactors
 from jaxcomp.core.leaves import dense, is_compressed
-from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED, JOINS
-from jaxcomp.trace.program import Program, trace
+from jaxcomp.trace.program import Program, shapes_of, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.tags import Tag
 from jaxcomp.trace.walk import Location
@@ -135,12 +135,15 @@ class Call:
         program = self.program
         factors = kept_factors(program, self.params, mode.gradients.spec is not None)
         planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
-        tree, reasons = _placed(program, self.params, factors.kept, mode.integer)
-        around = Around(mode, ranges, reasons, record)
+        prepared = checked(program, self.params)
+        kept = {**factors.kept, **{path: carried(leaf) for path, leaf in prepared.items()}}
+        tree, reasons = _placed(program, self.params, kept, mode.integer)
+        around = Around(mode, ranges, reasons, record, prepared)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         if mode.integer:
             claims |= _layout_claims(program)
+        claims |= layout_claims(program, prepared)
         claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
         apart = joins(program, factors.kept)
         claims = {at: claim for at, claim in claims.items() if at not in apart}
@@ -148,36 +151,29 @@ class Call:
         return evaluate(program, claims, values, to_array=_dense).out
 
 
-def shapes_of(params: Params) -> Params:
-    """The tree with a shape in the place of each compressed leaf."""
-
-    def shape(x: Leaf) -> Leaf:
-        if not is_compressed(x):
-            return x
-        explicit = explicit_mesh(jax.tree.leaves(x)) is not None
-        return jax.eval_shape(dense, x) if explicit else jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-    return jax.tree.map(shape, params, is_leaf=is_compressed)
+Kept = ThinFactors | Carried
+"""What stands where a leaf of factors or a prepared one did."""
 
 
 @on_any_mesh
-def _dense(value: Leaf | Codes | ThinFactors) -> jax.Array:
-    return value.dense() if isinstance(value, Codes | ThinFactors) else dense(value)
+def _dense(value: Leaf | Kept | Codes) -> jax.Array:
+    return value.dense() if isinstance(value, Carried | Codes | ThinFactors) else dense(value)
 
 
 def _placed(
-    program: Program, params: Params, kept: Mapping[str, ThinFactors], integer: bool
+    program: Program, params: Params, kept: Mapping[str, Kept], integer: bool
 ) -> tuple[PyTree, dict[str, Why]]:
     """The tree with factors and, for integers, codes where leaves have them; and why others reach no site as codes."""
     stepped = stepped_axes(program) if integer else {}
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-    leaves: list[Leaf | Codes | ThinFactors] = []
+    leaves: list[Leaf | Kept | Codes] = []
     reasons: dict[str, Why] = {}
     for path, leaf in named:
         found: Codes | Why | None = None
         if path in kept:
-            leaves.append(kept[path])
-            reasons[path] = IN_FLOAT
+            value = kept[path]
+            leaves.append(value)
+            reasons[path] = MULTIPLIED_OUT if isinstance(value, Carried) else IN_FLOAT
             continue
         if integer:
             axes = frozenset(stepped.get(path, ()))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Why(NamedTuple):
@@ -13,8 +12,11 @@ class Why(NamedTuple):
     mend: str = ""
 
 
-Record = Callable[[str, str, Why | None], None]
-"""Called with a site's path, what was done ("integer", "float8", "fake", "lookup"), and why no more was done."""
+class Record(Protocol):
+    """Learns what was done at a site."""
+
+    def __call__(self, path: str, done: str, why: Why | None, form: str = "") -> None:
+        """What was done at a site ("integer", "float8", "fake", "lookup", …), why no more, and by which form."""
 
 TO_INT = "quantize it with Int(bits), or give the site the rule None"
 LEAVE = "give the site the rule None"

@@ -53,6 +53,14 @@ def _forms(rows: int, w: PackedWeight) -> tuple[Form, Form]:
     return (wrapped_sums if few else chunks), (shifted_sums if few else whole)
 
 
+def form_of(rows: int, w: PackedWeight) -> str:
+    """The name of the form for so many rows."""
+    cpu, other = (form.__name__ for form in _forms(rows, w))
+    names = {"wrapped_sums": "sums", "shifted_sums": "sums"}
+    cpu, other = names.get(cpu, cpu), names.get(other, other)
+    return cpu if cpu == other else f"{cpu} on CPU, else {other}"
+
+
 def summable(w: PackedWeight) -> bool:
     """Whether sums of products of bytes can be: a code is one field of an integer, and no block has two scales."""
     return w.is_integer and len(FIELDS[w.bits]) == 1 and (w.scale.shape[-1] == 1 or w.group % w.block == 0)

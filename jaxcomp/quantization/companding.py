@@ -80,6 +80,7 @@ class Companded(Grid):
     compander: Compander = LOG
 
     linear: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bits("Companded", self.bits)

@@ -27,6 +27,9 @@ class Numbers(Spec, ABC):
     In training a leaf holds the numbers, in the scale's type; packed, it holds their codes.
     """
 
+    proportional: ClassVar[bool] = True
+    """Whether ``decode`` is ``(numbers - zero_point) * scale``."""
+
     @property
     @abstractmethod
     def bits(self) -> int:

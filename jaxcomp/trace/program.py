@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 from jax.extend import core
 
-from jaxcomp.core.meshes import is_explicit, shape_of
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.meshes import explicit_mesh, is_explicit, shape_of
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.flow import Flow, flow
@@ -121,3 +122,15 @@ def shape_like(leaf: Leaf) -> jax.ShapeDtypeStruct:
 def is_array_like(leaf: Leaf) -> bool:
     """Whether ``leaf`` is traced: an array, a shape of one, or a tracer; Python numbers are constants."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def shapes_of(params: Params) -> Params:
+    """The tree with a shape in the place of each compressed leaf."""
+
+    def shape(x: Leaf) -> Leaf:
+        if not is_compressed(x):
+            return x
+        explicit = explicit_mesh(jax.tree.leaves(x)) is not None
+        return jax.eval_shape(dense, x) if explicit else jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    return jax.tree.map(shape, params, is_leaf=is_compressed)

@@ -1,0 +1,188 @@
+"""Prepared weights on their way through a program, and the products that read them as they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.activations import codes as as_arrays
+from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.codes import LAYOUT, Codes
+from jaxcomp.activations.planning import OWNER, Planned
+from jaxcomp.activations.reasons import Record
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Params, Shape
+from jaxcomp.kernels.leaves import Axes, Prepared, restored, scale_shape, without_first
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
+from jaxcomp.kernels.weight_only import form_of, weight_only
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.primitives import BARRED, JOINS
+from jaxcomp.trace.products import dot_numbers
+from jaxcomp.trace.program import Program
+from jaxcomp.trace.walk import Location
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["leaf_shape", "leaf_axes", "dtype", "moves"]
+)
+@dataclass(frozen=True)
+class Carried:
+    """A prepared weight where an array stood: the array is ``weight`` in its leaf's axes after the ``moves``.
+
+    Attributes:
+      weight: as it lies; a scan slices its leading axes.
+      leaf_shape, leaf_axes: of the leaf, whole.
+      dtype: of the array here, after casts.
+      moves: the layout operations that it came through.
+    """
+
+    weight: PackedWeight
+    leaf_shape: Shape
+    leaf_axes: Axes
+    dtype: jnp.dtype
+    moves: tuple[Op, ...] = ()
+
+    def dense(self) -> jax.Array:
+        """The array here."""
+        shape, axes = self._here()
+        x = restored(self.weight.dense(), shape, axes)
+        for op in self.moves:
+            (x,) = op.bind(x)
+        return x
+
+    def codes(self) -> Codes | jax.Array:
+        """The array here in codes; as it is where the codes name levels."""
+        w, grid = self.weight, self.weight.grid
+        if not w.is_integer:
+            return self.dense()
+        shape, axes = self._here()
+        scales = scale_shape(shape, axes, w.group)
+        numbers = restored(w.numbers(), shape, axes)
+        scale, zero = (None if v is None else restored(v, scales, axes) for v in (w.scale, w.zero))
+        low, high = grid.code_range or (0, 0)
+        assert scale is not None
+        box = Codes(numbers, scale, zero, w.dtype, high - low if zero is not None else max(-low, high))
+        for op in self.moves:
+            (box,) = as_arrays.moved(op, box)
+        return box
+
+    def _here(self) -> tuple[Shape, Axes]:
+        """The shape and the axes of the leaf, or of the slice of it that a scan has made."""
+        shape, axes = self.leaf_shape, self.leaf_axes
+        for _ in range(len(axes[0]) + 2 - self.weight.codes.ndim):
+            shape, axes = without_first(shape, axes)
+        return shape, axes
+
+
+def carried(leaf: Prepared) -> Carried:
+    """A prepared leaf as a value of the program."""
+    return Carried(leaf.weight, leaf.shape, leaf.axes, leaf.dtype)
+
+
+def in_arrays(value: object) -> object:
+    """What a product on codes takes where a prepared weight came by; other values are the same."""
+    return value.codes() if isinstance(value, Carried) else value
+
+
+def checked(program: Program, params: Params) -> dict[str, Prepared]:
+    """The prepared leaves of a tree, by path.
+
+    Raises:
+      ValueError: one is prepared for products that this program has not.
+    """
+    found = {p: x for p, x in leaves_with_paths(params, is_leaf=is_compressed)[0] if isinstance(x, Prepared)}
+    wanted = wanted_axes(program) if found else {}
+    for path, leaf in found.items():
+        check_layout(OWNER, path, leaf, wanted.get(path, []))
+    return found
+
+
+_KEEP = frozenset({"reshape", "squeeze", "transpose", "copy", "copy_p", "name", "stop_gradient"})
+"""Layout operations after which a site still finds its weight as it lies."""
+
+
+def layout_claims(program: Program, leaves: Mapping[str, Prepared]) -> dict[Location, Claim]:
+    """Claims on the layout operations between a prepared leaf and its products."""
+    found = {}
+    for op in program.flow.ops:
+        origins = [tag.origin for tag in op.tags if tag.origin is not None]
+        mine = any(origin.path in leaves and origin.exact for origin in origins)
+        if mine and BARRED.isdisjoint(op.inside):
+            if op.name in LAYOUT:
+                found[op.location] = Claim(partial(_moved, op))
+            elif op.name in JOINS:
+                found[op.location] = Claim(partial(_joined, op))
+    return found
+
+
+def _moved(op: Op, value: object, *rest: jax.Array) -> Sequence[object]:
+    if not isinstance(value, Carried):
+        return as_arrays.moved(op, value, *rest)
+    cast = op.name == "convert_element_type" and jnp.issubdtype(op.eqn.params["new_dtype"], jnp.floating)
+    if not cast and op.name not in _KEEP:
+        return as_arrays.moved(op, in_arrays(value), *rest)
+    dtype = op.eqn.params["new_dtype"] if cast else value.dtype
+    return [replace(value, moves=(*value.moves, op), dtype=dtype)]
+
+
+def _joined(op: Op, *values: object) -> Sequence[object]:
+    return as_arrays.joined(op, *map(in_arrays, values))
+
+
+def product_claim(planned: Planned, leaves: Mapping[str, Prepared], record: Record) -> Claim | None:
+    """A claim on a product whose activations stay as they are and whose weight is prepared."""
+    leaf = leaves.get(planned.site.leaf or "")
+    if leaf is None or not BARRED.isdisjoint(planned.site.inside):
+        return None
+    here = site_axes(planned.site, planned.op) == leaf.axes
+    return Claim(_on_bytes(planned, record) if here else _on_arrays(planned))
+
+
+def _on_arrays(planned: Planned) -> Callable[..., Sequence[jax.Array]]:
+    def run(*values: object) -> Sequence[jax.Array]:
+        return planned.op.bind(*(v.dense() if isinstance(v, Carried | Codes) else v for v in values))
+
+    return run
+
+
+def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Array]]:
+    op, side = planned.op, planned.site.weight
+    assert side is not None
+    contract, batch = dot_numbers(op.eqn)
+    other = 1 - side
+
+    def run(*values: object) -> Sequence[jax.Array]:
+        value, x = values[side], values[other]
+        if not isinstance(value, Carried) or not isinstance(x, jax.Array):
+            return _on_arrays(planned)(*values)
+        free = [i for i in range(x.ndim) if i not in contract[other] and i not in batch[other]]
+        moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
+        shared, rows = x_shape(moved, len(batch[other]), len(free))
+        out = result_of(op)
+        record(planned.site.path, "weight-only", None, form_of(math.prod(rows), value.weight))
+        y = _product(moved.reshape(math.prod(shared), math.prod(rows), value.weight.length), value.weight, out.dtype)
+        y = y if side == 1 else jnp.swapaxes(y, -1, -2)
+        return [y.reshape(out.shape)]
+
+    return run
+
+
+def x_shape(x: jax.Array, shared: int, free: int) -> tuple[Shape, Shape]:
+    """The sizes of the first ``shared`` axes and of the ``free`` ones after them."""
+    return x.shape[:shared], x.shape[shared : shared + free]
+
+
+def _product(x: jax.Array, w: PackedWeight, dtype: jnp.dtype) -> jax.Array:
+    """``(shared, rows, features)`` of activations ``(shared, rows, length)``."""
+    run = partial(weight_only, dtype=dtype)
+    if w.codes.ndim == 2:
+        return run(x[0], w)[None]
+    return jax.vmap(run)(x, jax.tree.map(lambda v: v.reshape(-1, *v.shape[-2:]), w))

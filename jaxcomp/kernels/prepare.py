@@ -1,0 +1,113 @@
+"""``prepare``: a compressed tree whose weights lie as the products of a function read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxcomp.core.leaves import CompressedLeaf, is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.placement import on_any_mesh
+from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.kernels.leaves import Axes, Prepared, prepared
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import BARRED
+from jaxcomp.trace.products import dot_numbers
+from jaxcomp.trace.program import Program, shapes_of, trace
+from jaxcomp.trace.sites import Site, sites_of
+
+
+def prepare(tree: Params, fn: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> Params:
+    """The tree with each quantized leaf that a dot of ``fn(tree, *args)`` multiplies laid out for it.
+
+    What a product sums over lies last, codes in bytes in the order in which kernels read them, a scale for each feature
+    and group. ``materialize`` gives the same bits as before, and ``quantize_function(fn, rules)`` runs the leaf as it
+    lies: a product whose activations no rule rounds on the packed bytes, without the dense weight. Done once, for one
+    function; what is no quantized leaf, or is multiplied by no dot, stays as it is.
+
+    Args:
+      tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
+      fn: the function that the tree is for, of arrays.
+      args, kwargs: its other arguments, or their shapes: arrays, or ``jax.ShapeDtypeStruct``.
+
+    Raises:
+      ValueError: no leaf of the tree can be laid out; the message says why of each. Or one is prepared for another
+        function; the message names the site.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import jaxcomp as jc
+    >>> f = lambda p, x: x @ p["w"]
+    >>> params = jc.quantize(jc.Int(4)).apply((), {"w": jnp.arange(32.0).reshape(8, 4)})
+    >>> tree = prepare(params, f, jnp.ones((1, 8)))
+    >>> tree["w"].codes.shape, bool((jc.materialize(tree)["w"] == jc.materialize(params)["w"]).all())
+    ((4, 4), True)
+    """
+    program = trace(fn, shapes_of(tree), *args, **kwargs)
+    wanted = wanted_axes(program)
+    named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
+    leaves, reasons = [], []
+    for path, leaf in named:
+        found = _laid(path, leaf, wanted.get(path, []))
+        if isinstance(found, str):
+            reasons.append(f"{path!r}: {found}")
+        leaves.append(leaf if isinstance(found, str) else found)
+    if not any(isinstance(leaf, Prepared) for leaf in leaves):
+        told = "; ".join(reasons[:_TOLD]) or "it has no compressed leaf"
+        raise ValueError(f"prepare: no leaf of this tree can be laid out ({told}); quantize what its dots multiply.")
+    return treedef.unflatten(leaves)
+
+
+_TOLD = 5
+
+
+def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]]) -> Leaf | str:
+    """A leaf laid out, or as it is where it is no compressed one; or why it cannot be."""
+    if isinstance(leaf, Prepared):
+        check_layout("prepare", path, leaf, wanted)
+        return leaf
+    if not isinstance(leaf, CompressedLeaf):
+        return leaf
+    if not wanted:
+        return "no dot multiplies it as it is"
+    site, axes = wanted[0]
+    return on_any_mesh(prepared)(leaf, axes, site.path)
+
+
+def check_layout(owner: str, path: str, leaf: Prepared, wanted: list[tuple[Site, Axes]]) -> None:
+    """Raises ValueError where a leaf was prepared for other products than those that a function has for it."""
+    if wanted and all(axes != leaf.axes for _, axes in wanted):
+        site, axes = wanted[0]
+        raise ValueError(
+            f"{owner}: {path!r} was prepared for the site {leaf.site!r}, which sums over its axes {leaf.axes[2]} and"
+            f" keeps {leaf.axes[1]}, and the site {site.path!r} of this function sums over {axes[2]} and keeps"
+            f" {axes[1]}; prepare the tree for this function."
+        )
+
+
+def wanted_axes(program: Program) -> dict[str, list[tuple[Site, Axes]]]:
+    """The dots that multiply a leaf as it is, moved or cast at most, and how each wants the leaf's axes; by its path."""
+    found: dict[str, list[tuple[Site, Axes]]] = {}
+    ops = {op.location: op for op in program.flow.ops}
+    for site in sites_of(program):
+        axes = site_axes(site, ops[site.location])
+        if axes is not None and site.leaf is not None and BARRED.isdisjoint(site.inside):
+            found.setdefault(site.leaf, []).append((site, axes))
+    return found
+
+
+def site_axes(site: Site, op: Op) -> Axes | None:
+    """How a dot wants the axes of its weight's leaf; None where it is no dot of a leaf with activations."""
+    if site.kind != "dot" or site.weight is None or len(site.activations) != 1:
+        return None
+    origin = op.tags[site.weight].origin
+    if origin is None or not site.operands[site.weight].exact:
+        return None
+    contract, batch = dot_numbers(op.eqn)
+    summed, shared = contract[site.weight], batch[site.weight]
+    free = [i for i in range(len(origin.axes)) if i not in summed and i not in shared]
+    lead, kept, last = (tuple(a for i in part for a in origin.axes[i]) for part in (shared, free, summed))
+    lead = (*origin.stacked, *lead)
+    named = [*lead, *kept, *last]
+    single = tuple(a for a, n in enumerate(origin.shape) if a not in named)  # axes of one element, on no axis here
+    if len(set(named)) != len(named) or any(origin.shape[a] != 1 for a in single):
+        return None
+    return lead, (*kept, *single), last
