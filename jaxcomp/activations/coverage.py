@@ -17,6 +17,7 @@ from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.factorization.leaves import FactorLeaf
+from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.ranges import Range
@@ -138,7 +139,7 @@ def _weight(p: Planned, leaves: dict[str, Leaf]) -> str:
 def _leaf(leaf: Leaf) -> str:
     if isinstance(leaf, Masked):
         return f"Masked {_leaf(leaf.values)}"
-    if isinstance(leaf, Quantized):
+    if isinstance(leaf, Quantized | Prepared):
         return repr(leaf.grid).replace(", symmetric=True", "").replace(", narrow=False", "")
     if isinstance(leaf, FactorLeaf):
         return f"{type(leaf).__name__} of rank {leaf.rank}"

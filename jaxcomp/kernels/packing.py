@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.quantization.grids import Numbers
@@ -123,8 +122,8 @@ def pack_blocks(codes: jax.Array, bits: int, block: int) -> jax.Array:
     for width in FIELDS[bits]:
         field = (blocks >> done) & jnp.uint8(2**width - 1)
         runs = field.reshape(*lead, -1, 8 // width, block * width // 8)
-        shifts = np.arange(0, 8, width, dtype=np.uint8)
-        parts.append(jnp.sum(runs << shifts[:, None], axis=-2, dtype=jnp.uint8))
+        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8).reshape(*(1,) * (runs.ndim - 2), -1, 1)
+        parts.append(jnp.sum(runs << shifts, axis=-2, dtype=jnp.uint8))
         done += width
     return jnp.concatenate(parts, axis=-1).reshape(*lead, -1)
 

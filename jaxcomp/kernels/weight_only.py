@@ -73,13 +73,23 @@ def wrapped_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
     is shifted or masked. So no code is cut out: of a byte ``Σ f_j 2**(w j)`` the product ``2**(8 - w (j + 1))``, modulo
     256, is field j at the top with those below it, which are taken out of the sum by the activations:
     ``Σ f_j x_j == Σ_j wrapped_j (x_j - x_(j+1) / 2**w) / 2**(8 - w)``, exactly.
+
+    Infinities would meet in these differences: a row that has some, or NaN, goes by :func:`chunks`. The branch also
+    keeps XLA from making the factors, which are alike in all products of a program, once for all, in the bytes' size.
     """
+    if w.bits == 8:
+        return _wrapped(x, w)
+    return lax.cond(jnp.isfinite(x).all(), _wrapped, chunks, x, w)
+
+
+def _wrapped(x: jax.Array, w: PackedWeight) -> jax.Array:
     data, runs = _paired(x, w)
     width, sums = w.bits, []
     for j, run in enumerate(runs):
         above = runs[j + 1] * 2.0**-width if j + 1 < len(runs) else jnp.zeros_like(run)
-        top = data if width == 8 else data * jnp.uint8(2 ** (8 - width * (j + 1)))
-        sums.append(_scaled((top.astype(x.dtype) * ((run - above) * 2.0 ** (width - 8))).sum(-1), w))
+        by = (run - above) * 2.0 ** (width - 8)
+        top = data if j + 1 == len(runs) else data * jnp.uint8(2 ** (8 - width * (j + 1)))
+        sums.append(_scaled((top.astype(x.dtype) * by[None]).sum(-1), w))
     return _with_offset(sum(sums[1:], sums[0]), x, w)
 
 
@@ -88,7 +98,7 @@ def shifted_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
     data, runs = _paired(x, w)
     width, mask = w.bits, jnp.uint8(2**w.bits - 1)
     fields = [data] if width == 8 else [(data >> jnp.uint8(width * j)) & mask for j in range(len(runs))]
-    products = [field.astype(x.dtype) * run for field, run in zip(fields, runs, strict=True)]
+    products = [field.astype(x.dtype) * run[None] for field, run in zip(fields, runs, strict=True)]
     return _with_offset(_scaled(sum(products[1:], products[0]).sum(-1), w), x, w)
 
 
@@ -117,7 +127,7 @@ def _with_offset(y: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
         return y[None]
     offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
     of_x = x.reshape(w.scale.shape[-1], -1).sum(-1)
-    return (y + (offset * w.scale * of_x).sum(-1))[None]
+    return (y + (offset * w.scale * of_x[None]).sum(-1))[None]
 
 
 def chunks(x: jax.Array, w: PackedWeight) -> jax.Array:
