@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.avals import operands_of
+from jaxcomp.activations.avals import operands_of, result_of
 from jaxcomp.activations.codes import Value
+from jaxcomp.activations.convolutions import convolution_of_gradient
+from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Names, scale_blocks
-from jaxcomp.activations.integer_products import Factor, integer_product, nan_rows, refusal
+from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal
 from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens
@@ -177,10 +179,10 @@ def _product(op: Op, spec: Backward, key: Key | None, *values: jax.Array) -> lis
     keys = [None, None] if key is None else list(jax.random.split(key))
     a, b = (_rounded(x, roles, Gradients(spec, k)) for x, roles, k in zip(values, product.roles, keys, strict=True))
 
-    # XLA on CPU has a fast int8 convolution for the layouts of a forward pass alone.
-    slow = product.kind == "conv" and jax.default_backend() == "cpu"
-    if slow or refusal(op, a, b) is not None:
+    if refusal(op, a, b) is not None:
         return op.bind(*(dequantize(f.codes, f.scale).astype(x.dtype) for f, x in zip((a, b), values, strict=True)))
+    if product.kind == "conv":
+        return [convolution_of_gradient(op, a, b).astype(result_of(op).dtype)]
     return [integer_product(op, a, b)]
 
 

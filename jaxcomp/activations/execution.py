@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, Value, rows
-from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, made_once
-from jaxcomp.activations.integer_products import Factor, nan_rows, refusal, small_integers
+from jaxcomp.activations.factors import Factor
+from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
+from jaxcomp.activations.integer_products import nan_rows, refusal, small_integers
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
+from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
 from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.quantization.numerics.affine import spread

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.activations.specs import LSQ, PACT, Act, ActLayout, ActSpec, Float8, RangeKind
+from jaxcomp.core.barriers import made_once
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import scale_gradient, straight_through
 from jaxcomp.core.roles import AxisRoles
@@ -158,12 +159,6 @@ def _value(coded: Coded, like: jax.Array) -> jax.Array:
     ResNet-18's step is a tenth faster for it.
     """
     return made_once(dequantize(coded.numbers, coded.scale).astype(like.dtype))
-
-
-def made_once(value: jax.Array) -> jax.Array:
-    """The value, which XLA on CPU makes once for all that read it; accelerators fuse it into each."""
-    barred: jax.Array = jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
-    return barred
 
 
 def _within(x: jax.Array, coded: Coded, grid: Int) -> jax.Array:

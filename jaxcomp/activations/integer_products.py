@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -14,6 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.convolutions import convolution
+from jaxcomp.activations.factors import Factor, total
 from jaxcomp.activations.fake import Names, scale_blocks
 from jaxcomp.activations.reasons import (
     CUT_WINDOW,
@@ -27,40 +27,12 @@ from jaxcomp.activations.reasons import (
 )
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.reductions import nan_in
-from jaxcomp.core.types import DType
-from jaxcomp.quantization.numerics.affine import block_reduce, dequantize, spread
+from jaxcomp.quantization.numerics.affine import block_reduce, spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
-
-
-NARROW, WIDE = 17, 32
-"""Convolutions with fewer channels than this, in and out, get features of zeros up to that many."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["reach"])
-@dataclass(frozen=True)
-class Factor:
-    """One operand: ``value == (codes - zero) * scale``.
-
-    Attributes:
-      codes: int8, or float8.
-      scale: float, of the codes' rank; each dimension divides the codes'.
-      zero: int32, of the scale's shape or 1 where that says more, as which rows hold NaN; or None for 0.
-      reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None
-    reach: int
-
-    def value(self) -> jax.Array:
-        """The array that the codes stand for, in the scale's type."""
-        zero = self.zero if self.zero is None else jnp.broadcast_to(self.zero, self.scale.shape)
-        return dequantize(self.codes, self.scale, zero if zero is None else zero.astype(self.scale.dtype))
 
 
 _WHOLE = 1.5 * 2.0**23
@@ -121,12 +93,8 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
 
     ``Σ (a - za) sa (b - zb) sb == sa sb (Σ a b - za Σ b - zb Σ a + n za zb)``, all in int32 up to the rescale.
     """
-    products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": _conv}
+    products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": convolution}
     return products[op.name](op, a, b).astype(result_of(op).dtype)
-
-
-def _sum_type(a: Factor) -> DType:
-    return jnp.int32 if a.codes.dtype == jnp.int8 else jnp.float32
 
 
 def _summed(op: Op) -> list[tuple[int, int]]:
@@ -149,7 +117,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
         batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
         numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=_sum_type(a))
+    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=a.sum_type)
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -204,7 +172,7 @@ def _ragged(op: Op, a: Factor, b: Factor) -> jax.Array:
     """What belongs to a group, as the weight's scale and the sums over its codes do, is taken for each of its rows."""
     at, sizes = by_rows(op.eqn), cast(jax.Array, op.rest[0])
     assert at is not None
-    (sums,) = op.bind(a.codes, b.codes, preferred_element_type=_sum_type(a))
+    (sums,) = op.bind(a.codes, b.codes, preferred_element_type=a.sum_type)
     group_of = groups_of(sizes, a.codes.shape[1 - at.left])
 
     def placed(v: jax.Array, side: int) -> jax.Array:
@@ -216,56 +184,6 @@ def _ragged(op: Op, a: Factor, b: Factor) -> jax.Array:
         return jnp.take(by_group, group_of, 0, mode="fill", fill_value=0)
 
     return _rescaled(sums, (a, b), ((at.left,), (at.right,)), a.codes.shape[at.left], placed)
-
-
-def _conv(op: Op, x: Factor, kernel: Factor) -> jax.Array:
-    p = op.eqn.params
-    numbers = p["dimension_numbers"]
-    changed: dict[str, object] = {"preferred_element_type": _sum_type(x)}
-    if x.zero is not None:
-        # What a convolution pads with is the code 0, which is not the value 0 here: pad by hand, holes too.
-        edges = [(0, 0, 0)] * x.codes.ndim
-        for axis, (low, high), hole in zip(numbers.lhs_spec[2:], p["padding"], p["lhs_dilation"], strict=True):
-            edges[axis] = (low, high, hole - 1)
-        x = Factor(_padded(x, edges), x.scale, x.zero, x.reach)
-        flat = len(p["padding"])
-        changed |= {"padding": ((0, 0),) * flat, "lhs_dilation": (1,) * flat}
-    wide = _widened(op, kernel.codes)
-    features = kernel.codes.shape[numbers.rhs_spec[0]]
-    (sums,) = op.bind(x.codes, wide, **changed)
-    sums = lax.slice_in_dim(sums, 0, features, axis=numbers.out_spec[1])
-    specs = numbers.lhs_spec, numbers.rhs_spec
-
-    def placed(v: jax.Array, side: int) -> jax.Array:
-        shape = [1] * v.ndim
-        shape[numbers.out_spec[side]] = v.shape[specs[side][0]]
-        return v.reshape(shape)
-
-    summed = tuple(numbers.lhs_spec[1:]), tuple(numbers.rhs_spec[1:])
-    n = math.prod(kernel.codes.shape[j] for j in summed[1])
-    return _rescaled(sums, (x, kernel), summed, n, placed)
-
-
-def _widened(op: Op, kernel: jax.Array) -> jax.Array:
-    """A kernel of few channels with features of zeros added: XLA on CPU has a fast int8 convolution from 17 on only.
-
-    16 by 16 channels, 3x3, 32x32, batch 8, one core: 6.2 ms as they are, 0.5 ms with 32 features.
-    """
-    inputs, features = (kernel.shape[op.eqn.params["dimension_numbers"].rhs_spec[i]] for i in (1, 0))
-    if max(inputs, features) >= NARROW or op.eqn.params["feature_group_count"] != 1 or kernel.dtype != jnp.int8:
-        return kernel
-    edges = [(0, 0, 0)] * kernel.ndim
-    edges[op.eqn.params["dimension_numbers"].rhs_spec[0]] = (0, WIDE - features, 0)
-    return lax.pad(kernel, jnp.int8(0), edges)
-
-
-def _padded(x: Factor, edges: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Codes padded with the zero point; one zero point for each image at most."""
-    assert x.zero is not None
-    if x.zero.size == 1:
-        return lax.pad(x.codes, x.zero.reshape(()).astype(jnp.int8), edges)
-    inside = lax.pad(jnp.ones(x.codes.shape, bool), jnp.zeros((), bool), edges)
-    return jnp.where(inside, lax.pad(x.codes, jnp.int8(0), edges), x.zero.astype(jnp.int8))
 
 
 def _rescaled(
@@ -280,16 +198,9 @@ def _rescaled(
     scales = [placed(spread(f.scale, f.codes.shape), side) for side, f in enumerate(factors)]
     zeros = [None if f.zero is None else placed(spread(f.zero, f.codes.shape), side) for side, f in enumerate(factors)]
     if zeros[0] is not None:
-        sums = sums - zeros[0] * placed(_total(b.codes, summed[1]), 1)
+        sums = sums - zeros[0] * placed(total(b.codes, summed[1]), 1)
     if zeros[1] is not None:
-        sums = sums - zeros[1] * placed(_total(a.codes, summed[0]), 0)
+        sums = sums - zeros[1] * placed(total(a.codes, summed[0]), 0)
     if zeros[0] is not None and zeros[1] is not None:
         sums = sums + n * zeros[0] * zeros[1]
     return sums.astype(scales[0].dtype) * (scales[0] * scales[1])
-
-
-def _total(codes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum over some axes, kept as 1; in float32 where that is exact, for on CPU only sums of floats are fast."""
-    n = math.prod(codes.shape[i] for i in axes)
-    exact = n * 128 <= 2**24
-    return jnp.sum(codes.astype(jnp.float32 if exact else jnp.int32), axes, keepdims=True).astype(jnp.int32)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8, UInt32
 
+from jaxcomp.core.barriers import made_once
+
 _PERIOD = 8  # codes after which the stream is at a byte boundary whatever their width
 CHUNK = 1 << 18
 """How many elements the functions on the host handle at once: a multiple of 8, and what a core's cache holds."""
@@ -180,7 +182,7 @@ def _words(data: jax.Array, size: int) -> jax.Array:
     if size == 4:
         return jax.lax.bitcast_convert_type(rows, jnp.uint32)
     low, middle, high = (rows[:, i].astype(jnp.uint32) << (8 * i) for i in range(3))
-    return jax.lax.optimization_barrier(low | middle | high)
+    return made_once(low | middle | high)
 
 
 def _pack_within_bytes(codes: jax.Array, bits: int) -> jax.Array:
@@ -196,7 +198,7 @@ def _pack_within_bytes(codes: jax.Array, bits: int) -> jax.Array:
         rows = _pad_to(codes.reshape(-1), per_byte).reshape(-1, per_byte)
     shifts = jnp.arange(per_byte, dtype=jnp.uint8) * jnp.uint8(bits)
     shifted = jnp.left_shift(rows, jax.lax.broadcast_in_dim(shifts, rows.shape, (rows.ndim - 1,)))
-    return jax.lax.optimization_barrier(jnp.sum(shifted, axis=-1, dtype=jnp.uint8)).reshape(-1)
+    return made_once(jnp.sum(shifted, axis=-1, dtype=jnp.uint8)).reshape(-1)
 
 
 def _pad_to(flat: jax.Array, multiple: int) -> jax.Array:

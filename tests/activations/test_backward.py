@@ -12,6 +12,7 @@ import jaxcomp as jc
 from jaxcomp.activations import Act, Backward, Dynamic, quantize_function
 from jaxcomp.trace.program import trace
 from tests.activations.digits import Net, learned
+from tests.activations.platforms import PLATFORMS, run_as_on
 from tests.marks import quick
 from tests.trace.models import normal
 
@@ -97,11 +98,11 @@ def products(fn, p, x):
 
 
 def test_both_products_run_on_integers(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run_as_on("tpu", monkeypatch)
     found = {name: products(fn, {"w": w}, x) for name, (fn, w, x) in CASES.items()}
     # The kernel's gradient of a grouped convolution groups the batch.
     assert found == {"dot": (2, 1), "conv": (2, 1), "grouped conv": (1, 2), "two activations": (2, 1)}
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    run_as_on("cpu", monkeypatch)
     assert products(conv, {"w": CASES["conv"][1]}, CASES["conv"][2]) == (0, 3)
 
 
@@ -109,10 +110,11 @@ def test_both_products_run_on_integers(monkeypatch):
 def test_integer_convolutions_equal_those_in_float(name, monkeypatch):
     fn, w, x = CASES[name]
     found = []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    for platform in PLATFORMS:
+        run_as_on(platform, monkeypatch)
         found.append(gradient(fn, Backward())({"w": w}, x, KEY))
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    for a, b, c in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 

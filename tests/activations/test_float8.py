@@ -17,6 +17,7 @@ from jaxcomp.core import Groups, Tokens
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
 from tests.activations.test_quantize_function import dot, quantized
+from tests.activations.platforms import run_as_on
 from tests.trace.models import normal
 
 TYPES = {4: ml_dtypes.float8_e4m3fn, 5: ml_dtypes.float8_e5m2}
@@ -62,7 +63,8 @@ def attend(p, x):
 
 
 @pytest.mark.parametrize(("fn", "w", "x"), [(conv, (3, 3, 4, 6), (2, 5, 6, 4)), (attend, (8, 8), (2, 5, 8))])
-def test_real_products_equal_fake_ones(fn, w, x):
+def test_real_products_equal_fake_ones(fn, w, x, monkeypatch):
+    run_as_on("cpu", monkeypatch)
     p, x, rules = {"w": normal(1, *w).astype("float8_e4m3fn")}, normal(2, *x), {".*": Float8(4)}
     fake, real = (jax.jit(quantize_function(fn, rules, integer=i))(p, None, x) for i in (False, True))
     np.testing.assert_allclose(real, fake, rtol=1e-5, atol=1e-5 * float(jnp.abs(fake).max()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.lib.array_utils import normalize_axis_index
 
+from jaxcomp.core.barriers import made_once
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.leaves import dense
 from jaxcomp.core.placement import on_any_mesh
@@ -79,8 +80,8 @@ def _axis(structure: NM, ndim: int) -> int:
 def _by_groups(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
     """An entry is kept if fewer than n of its group beat it; at equal keys the later one wins.
 
-    In two passes, a group's verdicts as the bits of one number between them. XLA fuses what is elementwise into the
-    loop over the mask, and would compare every pair once for each entry of its group; a reduction ends that fusion.
+    On CPU in two passes, a group's verdicts as the bits of one number between them. XLA fuses what is elementwise into
+    the loop over the mask, and would compare every pair once for each entry of its group; a reduction ends that fusion.
     """
     m = groups.shape[axis]
     entry = [jax.lax.index_in_dim(groups, i, axis, keepdims=False) for i in range(m)]
@@ -89,8 +90,15 @@ def _by_groups(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
         for j in range(i + 1, m):
             later = (entry[j] >= entry[i]).astype(jnp.uint8)
             beaten[i], beaten[j] = beaten[i] + later, beaten[j] + (1 - later)
-    verdicts = _bits([b < n for b in beaten])
-    return (jnp.expand_dims(verdicts, axis) >> _along(m, groups.ndim, axis).astype(verdicts.dtype)) & 1 != 0
+    each = [b < n for b in beaten]
+    return jax.lax.platform_dependent(each, cpu=partial(_by_bits, axis=axis), default=partial(jnp.stack, axis=axis))
+
+
+def _by_bits(each: list[Array], axis: int) -> Bool[Array, "*groups"]:
+    """The verdicts side by side along the axis, by way of numbers that hold them."""
+    verdicts = _bits(each)
+    places = _along(len(each), verdicts.ndim + 1, axis).astype(verdicts.dtype)
+    return (jnp.expand_dims(verdicts, axis) >> places) & 1 != 0
 
 
 def _bits(each: list[Array]) -> Array:
@@ -115,7 +123,7 @@ def _by_entries(groups: Array, axis: int, n: int) -> Bool[Array, "*groups"]:
     for j in range(m):
         other = rows[:, j : j + 1]
         beaten = beaten + ((other > rows) | ((other == rows) & (place < j))).astype(jnp.int32)
-    return jax.lax.optimization_barrier(beaten < n).reshape(groups.shape)
+    return made_once(beaten < n).reshape(groups.shape)
 
 
 def _along(size: int, ndim: int, axis: int) -> Array:
