@@ -1,8 +1,16 @@
 """Tests are stricter than users: no silent promotion of types or ranks, shapes of kernels checked at run time."""
 
+import os
+
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+from tests.marks import DRY, why_no_gpu
+
+# Several test processes (pytest -n) on one GPU: the first must not take nearly all of its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # Before anything imports them: the array mathematics, where every signature gives shapes.
 install_import_hook(
@@ -27,3 +35,17 @@ checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("jaxcomp", max_examples=25, deadline=None, derandomize=True, suppress_health_check=checks)
 settings.register_profile("explore", max_examples=500, deadline=None, suppress_health_check=checks)
 settings.load_profile("jaxcomp")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without an accelerator, every test of one is skipped by name: none passes without having run."""
+    if item.get_closest_marker("gpu") and (why := why_no_gpu(jax.default_backend(), os.environ.get(DRY))):
+        pytest.skip(why)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Where the tests of an accelerator run, if they were asked for."""
+    asked = config.option.markexpr
+    if "gpu" not in asked or "not gpu" in asked:
+        return None
+    return f"gpu tests: {why_no_gpu(jax.default_backend(), os.environ.get(DRY)) or jax.devices()[0].device_kind}"

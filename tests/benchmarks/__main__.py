@@ -1,14 +1,21 @@
-"""``python -m tests.benchmarks [NAME ...] [--json FILE]``: runs benchmarks and prints their tables."""
+"""``python -m tests.benchmarks [NAME ...] [--json FILE] [--toy]``: runs benchmarks and prints their tables.
+
+``gpu`` is not among those that run by default. It has sections, ``gpu.dots`` say, and wants a GPU; see its docstring.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from tests.benchmarks.timing import Report
 
 NAMES = (
     "qat_step",
@@ -21,27 +28,54 @@ NAMES = (
     "low_rank",
     "analysis",
     "save_load",
+    "decode",
 )
+TOY = ("gpu", "decode")
+"""Those that also run at toy size, which shows that they run and no more."""
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; all by default: {', '.join(NAMES)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; all by default: {', '.join(NAMES)}; or gpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, table by table")
+    parser.add_argument("--toy", action="store_true", help=f"at toy size, anywhere: {', '.join(TOY)}")
     args = parser.parse_args()
-    for name in args.names:
-        if name not in NAMES:
-            parser.error(f"no benchmark is called {name!r}; there are {', '.join(NAMES)}")
+    try:
+        wanted = {name: _started(name, toy=args.toy) for name in args.names or NAMES}
+    except ValueError as error:
+        parser.error(str(error))
     console = Console(width=None if Console().is_terminal else 150)
     figures: dict[str, list[Any]] = {}
-    for name in args.names or NAMES:
+    for name, start in wanted.items():
         figures[name] = []
-        for report in importlib.import_module(f"tests.benchmarks.{name}").run():
+        for report in start():
             console.print(report.table())
             figures[name].append(report.json())
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n")
+            if args.json:
+                _write(args.json, figures)
+
+
+def _started(name: str, *, toy: bool) -> Callable[[], Iterator[Report]]:
+    """What runs the benchmark of this name, or the section of one."""
+    stem, _, section = name.partition(".")
+    if stem not in (*NAMES, "gpu"):
+        raise ValueError(f"no benchmark is called {name!r}; there are {', '.join((*NAMES, 'gpu'))}")
+    if toy and stem not in TOY:
+        raise ValueError(f"{stem!r} has no toy size; these have: {', '.join(TOY)}")
+    module = importlib.import_module(f"tests.benchmarks.{stem}")
+    if stem == "gpu":
+        return module.sections(section, toy=toy)
+    if section:
+        raise ValueError(f"{stem!r} has no sections, so there is no {name!r}")
+    return partial(module.run, toy=True) if toy else module.run
+
+
+def _write(file: Path, figures: dict[str, list[Any]]) -> None:
+    """The figures so far: whole, whenever the run is cut off."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(figures, indent=2) + "\n")
+    part.replace(file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +30,7 @@ class Row:
       ratio, low, high: median, p10 and p90 of the paired ratios; equal where the figure does not vary.
       detail: what else was measured, in words.
       target: what the ratio is wanted to be ("<= 1.08", ">= 0.9"), or nothing.
+      error: why there is no figure; the ratio is NaN then.
     """
 
     name: str
@@ -36,6 +39,12 @@ class Row:
     high: float
     detail: str = ""
     target: str = ""
+    error: str = ""
+
+    @classmethod
+    def failed(cls, name: str, error: str, target: str = "") -> Row:
+        """A row in the place of a figure that was not to be had."""
+        return cls(name, math.nan, math.nan, math.nan, target=target, error=error)
 
     @property
     def met(self) -> bool | None:
@@ -44,6 +53,11 @@ class Row:
             return None
         relation, value = self.target.split()
         return bool(self.ratio <= float(value) if relation == "<=" else self.ratio >= float(value))
+
+    def json(self) -> dict[str, Any]:
+        """For a file, which has no NaN."""
+        figures = {"ratio": None, "low": None, "high": None} if self.error else {}
+        return {**asdict(self), **figures, "met": self.met}
 
 
 @dataclass(frozen=True)
@@ -66,13 +80,14 @@ class Report:
         table.add_column("measured")
         for row in self.rows:
             verdict = {None: "", True: " [green]met[/]", False: " [red]missed[/]"}[row.met]
-            spread = "" if row.low == row.high else f"{row.low:.3f}-{row.high:.3f}"
-            table.add_row(row.name, f"{row.ratio:.3f}", spread, row.target + verdict, row.detail)
+            spread = "" if row.low == row.high or row.error else f"{row.low:.3f}-{row.high:.3f}"
+            figure = "[red]none[/]" if row.error else f"{row.ratio:.3f}"
+            table.add_row(row.name, figure, spread, row.target + verdict, escape(row.error or row.detail))
         return table
 
     def json(self) -> dict[str, Any]:
         """For a file."""
-        return {**asdict(self), "rows": [{**asdict(row), "met": row.met} for row in self.rows]}
+        return {**asdict(self), "rows": [row.json() for row in self.rows]}
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,9 @@ class Timings:
         return [where, f"{self.rounds} interleaved rounds, {load}; ratios are medians of paired rounds"]
 
 
-def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1, warm: bool = False) -> Timings:
+def measure(
+    cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1, warm: bool = False, queued: bool = False
+) -> Timings:
     """Runs all cases once a round, A B C A B C, and times each.
 
     Args:
@@ -126,6 +143,7 @@ def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1,
       rounds: after one that is not counted.
       inner: calls a timing; the seconds are of one.
       warm: one more call before each timing, so that caches and the allocator's pages are as the case itself left them.
+      queued: the calls of a timing are waited for together, so that a device never waits for the host.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     quiet: list[bool | None] = []
@@ -137,7 +155,8 @@ def measure(cases: dict[str, Callable[[], Any]], *, rounds: int, inner: int = 1,
                 jax.block_until_ready(call())
             start = time.perf_counter()
             for _ in range(inner):
-                jax.block_until_ready(call())
+                result = call() if queued else jax.block_until_ready(call())
+            jax.block_until_ready(result)
             if i:
                 seconds[name].append((time.perf_counter() - start) / inner)
         if i:

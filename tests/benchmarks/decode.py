@@ -1,0 +1,65 @@
+"""Decoding on a CPU with weights alone in codes: four layers of 4096^2, one row, over the float32 products beside them.
+
+``python -m tests.benchmarks decode``, under ``taskset -c 0`` for one core. Peak memory is counted, not sampled: the
+bytes of arguments, results and temporaries in the compiled program. An exported file that onnxruntime runs
+(MatMulNBits) is the faster answer on a CPU; these rows say what stays in JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxcomp as jc
+from tests.benchmarks.gpu_cases import Call, Compiled, Ran, Setting, run_cases
+from tests.benchmarks.gpu_products import GRIDS, LAYERS, layers, our_layers
+from tests.benchmarks.timing import Report, Row
+
+FLOAT, AGAIN = "float32", "float32 again (control)"
+AIMS = {"int8": ">= 1.2", "int4 g128": ">= 1"}
+MEMORY = "<= 2"
+
+
+def run(*, toy: bool = False) -> Iterator[Report]:
+    """The reports: one row, and sixteen."""
+    setting = Setting.lasting(3600, toy=toy)
+    d = setting.pick(4096, 256)
+    keys = jax.random.split(jax.random.key(1), LAYERS)
+    params = {f"l{i}": jax.random.normal(k, (d, d)) / np.sqrt(d).astype(np.float32) for i, k in enumerate(keys)}
+    trees = {name: jax.jit(lambda p, t=t: jc.pack(t.apply((), p)))(params) for name, t in GRIDS.items()}
+    for batch in (1, 16):
+        yield decoded(setting, params, trees, jax.random.normal(jax.random.key(2), (batch, d)))
+
+
+def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) -> Report:
+    """Each way to run the codes: multiplied out by hand, by ``quantize_function``, and that of a prepared tree."""
+    makers: dict[str, Callable[[], Call]] = {name: partial(Compiled, layers, params, x) for name in (FLOAT, AGAIN)}
+    aims: dict[str, str] = {}
+    for grid, tree in trees.items():
+        makers[f"{grid}, materialized"] = partial(Compiled, lambda p, x: layers(jc.materialize(p), x), tree, x)
+        makers[f"{grid}, as packed"] = partial(our_layers, tree, x, {}, prepare=False)
+        makers[f"{grid}, prepared"] = partial(our_layers, tree, x, {}, prepare=True)
+        aims[f"{grid}, prepared"] = AIMS[grid] if len(x) == 1 else ""
+    ran = run_cases(makers, setting, inner=3, rounds=11)
+    rows = []
+    for name in makers:
+        if name != FLOAT:
+            rows.append(ran.speed(name, FLOAT, target=aims.get(name, ""), compared=name != AGAIN))
+    rows += [_memory(ran, name, aims) for name in makers if name not in (FLOAT, AGAIN)]
+    batch, d = x.shape
+    return ran.report(f"{LAYERS} layers of {d}^2, float32, batch {batch}", rows, FLOAT)
+
+
+def _memory(ran: Ran, name: str, aims: dict[str, str]) -> Row:
+    """Megabytes beside the leaves that the program is given."""
+
+    def beside(case: Compiled) -> float:
+        memory = case.program.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return (peak - sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[0]))) / 1e6
+
+    return ran.counted(name, "peak memory beside the leaves", beside, target=MEMORY if name in aims else "", unit="MB")
