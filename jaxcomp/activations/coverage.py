@@ -78,9 +78,9 @@ def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) 
     >>> f = lambda p, x: (x @ p["a"]) @ p["b"]
     >>> p = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
     >>> print(coverage(f, {"a": Act(8)})(p, jnp.ones((1, 2))))
-    site  kind  done   weight   activations                 why no more
-    a     dot   fake   float32  8 bits, asymmetric, Static
-    b     dot   exact  float32                              no rule matches it
+    site  kind  done   form  weight   activations                 why no more
+    a     dot   fake         float32  8 bits, asymmetric, Static
+    b     dot   exact        float32                              no rule matches it
     """
 
     @wraps(fn)

@@ -17,7 +17,6 @@ from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.sites import Site
 
 
-
 class Done(NamedTuple):
     """What was done at a site, why no more was done, and by which form."""
 
@@ -57,7 +56,10 @@ def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str,
 
 def _is_quantized(leaf: object) -> bool:
     """Whether it holds codes of a grid: under a mask, or in factors, too."""
-    return any(isinstance(x, Quantized | Prepared) for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Quantized | Prepared)))
+    return any(
+        isinstance(x, Quantized | Prepared)
+        for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Quantized | Prepared))
+    )
 
 
 def _could_be(site: Site, quantized: set[str]) -> bool:

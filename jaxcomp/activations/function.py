@@ -136,7 +136,7 @@ class Call:
         factors = kept_factors(program, self.params, mode.gradients.spec is not None)
         planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
         prepared = checked(program, self.params)
-        kept = {**factors.kept, **{path: carried(leaf) for path, leaf in prepared.items()}}
+        kept: dict[str, Kept] = {**factors.kept, **{path: carried(leaf) for path, leaf in prepared.items()}}
         tree, reasons = _placed(program, self.params, kept, mode.integer)
         around = Around(mode, ranges, reasons, record, prepared)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
@@ -160,9 +160,7 @@ def _dense(value: Leaf | Kept | Codes) -> jax.Array:
     return value.dense() if isinstance(value, Carried | Codes | ThinFactors) else dense(value)
 
 
-def _placed(
-    program: Program, params: Params, kept: Mapping[str, Kept], integer: bool
-) -> tuple[PyTree, dict[str, Why]]:
+def _placed(program: Program, params: Params, kept: Mapping[str, Kept], integer: bool) -> tuple[PyTree, dict[str, Why]]:
     """The tree with factors and, for integers, codes where leaves have them; and why others reach no site as codes."""
     stepped = stepped_axes(program) if integer else {}
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)

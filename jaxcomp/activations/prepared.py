@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations import codes as as_arrays
 from jaxcomp.activations.avals import result_of
-from jaxcomp.activations.codes import LAYOUT, Codes
+from jaxcomp.activations.codes import LAYOUT, Codes, Value
 from jaxcomp.activations.planning import OWNER, Planned
 from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
@@ -71,7 +71,10 @@ class Carried:
         assert scale is not None
         box = Codes(numbers, scale, zero, w.dtype, high - low if zero is not None else max(-low, high))
         for op in self.moves:
-            (box,) = as_arrays.moved(op, box)
+            (moved,) = as_arrays.moved(op, box)
+            if not isinstance(moved, Codes):
+                return self.dense()
+            box = moved
         return box
 
     def _here(self) -> tuple[Shape, Axes]:
@@ -87,7 +90,7 @@ def carried(leaf: Prepared) -> Carried:
     return Carried(leaf.weight, leaf.shape, leaf.axes, leaf.dtype)
 
 
-def in_arrays(value: object) -> object:
+def in_arrays(value: Value | Carried) -> Value:
     """What a product on codes takes where a prepared weight came by; other values are the same."""
     return value.codes() if isinstance(value, Carried) else value
 
@@ -123,7 +126,7 @@ def layout_claims(program: Program, leaves: Mapping[str, Prepared]) -> dict[Loca
     return found
 
 
-def _moved(op: Op, value: object, *rest: jax.Array) -> Sequence[object]:
+def _moved(op: Op, value: Value | Carried, *rest: jax.Array) -> Sequence[Value | Carried]:
     if not isinstance(value, Carried):
         return as_arrays.moved(op, value, *rest)
     cast = op.name == "convert_element_type" and jnp.issubdtype(op.eqn.params["new_dtype"], jnp.floating)
@@ -133,7 +136,7 @@ def _moved(op: Op, value: object, *rest: jax.Array) -> Sequence[object]:
     return [replace(value, moves=(*value.moves, op), dtype=dtype)]
 
 
-def _joined(op: Op, *values: object) -> Sequence[object]:
+def _joined(op: Op, *values: Value | Carried) -> Sequence[Value]:
     return as_arrays.joined(op, *map(in_arrays, values))
 
 

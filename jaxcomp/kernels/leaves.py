@@ -106,10 +106,8 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
         return f"its scales serve {group} elements along what is summed, {LEAST_GROUP} are wanted"
     block = min(BLOCK, -(-max(length, 1) // 8) * 8)
 
-    def of_groups(v: jax.Array | None) -> jax.Array | None:
+    def of_groups(v: jax.Array) -> jax.Array:
         """Of a scale's shape, in that of the packed weight's: ``(*lead, features, groups)``."""
-        if v is None:
-            return None
         shape = list(inner.shape)
         for i, count in zip(summed, blocks, strict=True):
             shape[i] = count
@@ -120,7 +118,7 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
     return Prepared(
         codes=_whole_bytes(codes, inner.grid, block),
         scale=of_groups(dense(inner.scale)),
-        zero=of_groups(None if zero is None else zero - half),
+        zero=None if zero is None else of_groups(zero - half),
         grid=inner.grid,
         length=length,
         group=group,
@@ -135,7 +133,7 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
 def _raw(leaf: Quantized, mask: jax.Array | None) -> jax.Array:
     """Codes from 0 on of a packed leaf, uint8, with that of 0 where the mask hides."""
     codes = unpacked(leaf.codes)
-    lowest = leaf.grid.code_range is not None and not leaf.grid.code_range[0] == 0
+    lowest = leaf.grid.code_range is not None and leaf.grid.code_range[0] != 0
     raw = codes.astype(jnp.int32) + 2 ** (leaf.grid.bits - 1) if lowest else codes
     if mask is not None:
         nothing = leaf.code_of_zero(leaf.shape)
@@ -192,4 +190,3 @@ def without_first(shape: Shape, axes: Axes) -> tuple[Shape, Axes]:
         return tuple(i - (i > gone) for i in part)
 
     return tuple(n for i, n in enumerate(shape) if i != gone), (left(tuple(lead)), left(axes[1]), left(axes[2]))
-

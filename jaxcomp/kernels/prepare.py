@@ -84,7 +84,7 @@ def check_layout(owner: str, path: str, leaf: Prepared, wanted: list[tuple[Site,
 
 
 def wanted_axes(program: Program) -> dict[str, list[tuple[Site, Axes]]]:
-    """The dots that multiply a leaf as it is, moved or cast at most, and how each wants the leaf's axes; by its path."""
+    """By a leaf's path the dots that multiply it as it is, moved or cast at most, and how each wants its axes."""
     found: dict[str, list[tuple[Site, Axes]]] = {}
     ops = {op.location: op for op in program.flow.ops}
     for site in sites_of(program):

@@ -2,13 +2,12 @@
 
 Three forms. **Sums** for one row: the bytes are multiplied by the activations and summed in one kernel, which reads
 packed bytes and writes a number for each feature. **Chunks** for more on CPU: a few features at a time are dequantized
-into what a core's cache holds, and multiplied. **Whole** for more elsewhere: the weight is dequantized, then multiplied.
+into what a core's cache holds, and multiplied. **Whole** for more elsewhere: the weight is dequantized first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Prepared trees: the same bits, products on packed bytes in every kind of program, files, meshes; errors name sites."""
+"""Prepared trees: the same bits, products on packed bytes in every kind of program, files; errors name sites."""
 
 from __future__ import annotations
 

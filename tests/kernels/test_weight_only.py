@@ -1,4 +1,4 @@
-"""Products with packed weights equal numpy's with the dense ones: all widths, odd shapes, every form; no dense weight."""
+"""Products with packed weights equal numpy's with the dense ones: widths, odd shapes, every form; no dense weight."""
 
 from __future__ import annotations
 
