@@ -87,15 +87,11 @@ def restored(x: jax.Array, shape: Shape, axes: Axes) -> jax.Array:
 
 def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
     """A quantized leaf, masked or not, laid out for a site, or why it cannot be."""
+    why = _refusal(leaf)
+    if why:
+        return why
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
-    if not isinstance(inner, Quantized):
-        return f"it is a {type(inner).__name__}, not codes with a scale"
-    if not inner.grid.proportional or inner.grid.bits < 2:
-        return f"a weight on {inner.grid!r} is not its codes times a scale"
-    if mask is not None and not inner.grid.has_zero:
-        return f"{inner.grid!r} has no zero for what the mask hides"
-    if not inner.size:
-        return "it is empty"
+    assert isinstance(inner, Quantized)
     inner = inner.pack()
     stored = _raw(inner, None if mask is None else unpacked(mask))
     summed = axes[2]
@@ -128,6 +124,18 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
         axes=axes,
         site=site,
     )
+
+
+def _refusal(leaf: CompressedLeaf) -> str:
+    """Why a leaf has no codes that are its values but for scale and zero point; empty where it has."""
+    inner = leaf.values if isinstance(leaf, Masked) else leaf
+    if not isinstance(inner, Quantized):
+        return f"it is a {type(inner).__name__}, not codes with a scale"
+    if not inner.grid.proportional or inner.grid.bits < 2:
+        return f"a weight on {inner.grid!r} is not its codes times a scale"
+    if isinstance(leaf, Masked) and not inner.grid.has_zero:
+        return f"{inner.grid!r} has no zero for what the mask hides"
+    return "" if inner.size else "it is empty"
 
 
 def _raw(leaf: Quantized, mask: jax.Array | None) -> jax.Array:

@@ -16,8 +16,8 @@ from jaxcomp.activations import Dynamic, Float8, NotOnIntegers, Static, coverage
 from jaxcomp.core import Groups, Tokens
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
-from tests.activations.test_quantize_function import dot, quantized
 from tests.activations.platforms import run_as_on
+from tests.activations.test_quantize_function import dot, quantized
 from tests.trace.models import normal
 
 TYPES = {4: ml_dtypes.float8_e4m3fn, 5: ml_dtypes.float8_e5m2}

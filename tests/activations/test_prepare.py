@@ -130,7 +130,7 @@ def test_a_shared_weight_runs_packed_where_it_lies_right() -> None:
         return jnp.tanh(p["table"][tokens]) @ p["table"].T
 
     params, tokens = {"table": normal(12, 16)}, jnp.array([3, 5])
-    tree = jc.quantize(jc.Int(8)).apply((), params)
+    tree = jc.quantize(jc.Int(8), per=jc.Tensor()).apply((), params)
     ready = jc.prepare(tree, tied, tokens)
     for integer in (False, True):
         got = quantize_function(tied, {}, integer=integer)(ready, None, tokens)
