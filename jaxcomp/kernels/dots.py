@@ -86,14 +86,19 @@ def coded_dot(
     >>> coded_dot(jnp.array([3, 7], jnp.int8), w, scale=jnp.float32(2), zero=jnp.int32(2)).tolist()
     [5.0, -34.0]
     """
+
+    def wide(v: jax.Array) -> jax.Array:
+        """Of the features, in the result's axes."""
+        return v.reshape((1,) * (x.ndim - 1) + v.shape)
+
     integers = w.codes.dtype == jnp.int8
     last = ((x.ndim - 1,), (1,)), ((), ())
     sums = lax.dot_general(x, w.codes, last, preferred_element_type=jnp.int32 if integers else jnp.float32)
     if offset is not None:
-        sums = sums - offset
+        sums = sums - wide(offset)
     if zero is not None:
         assert w.sums is not None
-        sums = sums - zero * w.sums
+        sums = sums - zero * wide(w.sums)
     if w.zero is not None:
-        sums = sums - w.zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
-    return (sums.astype(jnp.float32) * (scale * w.scale).astype(jnp.float32)).astype(dtype)
+        sums = sums - wide(w.zero) * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
+    return (sums.astype(jnp.float32) * (scale * wide(w.scale)).astype(jnp.float32)).astype(dtype)

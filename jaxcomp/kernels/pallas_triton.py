@@ -86,8 +86,8 @@ def _kernel(x_ref: Ref, codes_ref: Ref, scale_ref: Ref, *rest: Ref, read: Readin
     precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
     def column(ref: Ref, group: jax.Array | int) -> jax.Array:
-        """The scales or zero points of a group, one for each feature."""
-        return _masked(ref, group, 1, features).astype(jnp.float32).reshape(n)
+        """The scales or zero points of a group: ``(features, 1)``."""
+        return _masked(ref, group, 1, features).astype(jnp.float32)
 
     def add(at: jax.Array, total: jax.Array) -> jax.Array:
         """A packed block more."""
@@ -100,16 +100,16 @@ def _kernel(x_ref: Ref, codes_ref: Ref, scale_ref: Ref, *rest: Ref, read: Readin
                 inside = rows & (start + jnp.arange(read.length) < of.length)[None, :]
                 left = _masked(x_ref, start, read.length, inside)
                 numbers = read.numbers(run, load).astype(jnp.float32)
-                numbers = numbers - column(zeros[0], group)[:, None] if zeros else numbers
+                numbers = numbers - column(zeros[0], group) if zeros else numbers
                 part += lax.dot_general(
                     left, numbers.astype(left.dtype), _LAST, precision, preferred_element_type=jnp.float32
                 )
-            total += part if read.group is None else part * column(scale_ref, group)
+            total += part if read.group is None else part * column(scale_ref, group).reshape(1, n)
         return total
 
     first = pl.program_id(2) * of.share
     total = lax.fori_loop(first, jnp.minimum(first + of.share, of.count), add, jnp.zeros((m, n), jnp.float32))
-    total = total * column(scale_ref, 0) if read.group is None else total
+    total = total * column(scale_ref, 0).reshape(1, n) if read.group is None else total
     plgpu.store(out_ref, total.astype(out_ref.dtype), mask=rows & features.reshape(1, n))
 
 

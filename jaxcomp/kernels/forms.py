@@ -1,0 +1,192 @@
+"""One table: the form in which a product runs, by operation, backend, types and class of shape.
+
+The first form of the first row that fits, and that can run the product, is the one that runs. :func:`form_of` answers
+for one backend, :func:`forms_of` for all, in words for a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxcomp.core.types import DType
+from jaxcomp.kernels import pallas_mosaic, pallas_triton
+from jaxcomp.kernels.blocks import shape_class
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.weight_only import summable
+
+BACKENDS = ("cpu", "cuda", "rocm", "tpu")
+"""Those that the table names; another is served by the rows for all."""
+ANY = "*"
+"""Fits everything."""
+
+
+class Row(NamedTuple):
+    """Which forms serve some products, the best first."""
+
+    operation: str
+    backend: str
+    types: str
+    shape: str
+    forms: tuple[str, ...]
+
+
+TABLE = (
+    Row("weight_only", "cpu", ANY, "one", ("sums", "chunks", "whole")),
+    Row("weight_only", "cpu", ANY, ANY, ("chunks", "whole")),
+    Row("weight_only", "cuda", "bytes", "one", ("sums", "triton", "whole")),
+    Row("weight_only", "cuda", ANY, "one", ("triton", "sums", "whole")),
+    Row("weight_only", "cuda", ANY, "few", ("triton", "whole")),
+    Row("weight_only", "tpu", ANY, "one", ("mosaic", "sums", "whole")),
+    Row("weight_only", "tpu", ANY, "few", ("mosaic", "whole")),
+    Row("weight_only", ANY, ANY, "one", ("sums", "whole")),
+    Row("weight_only", ANY, ANY, ANY, ("whole",)),
+    Row("dot", ANY, "int8", ANY, ("integer",)),
+    Row("dot", "cpu", "float8", ANY, ("widened",)),
+    Row("dot", ANY, "float8", ANY, ("float8",)),
+)
+"""First match wins. Types of ``weight_only`` are "bytes", 8 bits with one scale a feature, or "packed"."""
+
+
+class Product(NamedTuple):
+    """What a form is chosen by.
+
+    Attributes:
+      rows: of activations.
+      dtype: theirs.
+      weight: what multiplies them, arrays or their shapes.
+      kept: whether the program is to be kept, as jax.export does: then only what jax promises to run later serves.
+      parted: whether the compiler parts it over several devices, which it cannot do to a kernel.
+      device: the kind of the device that it is for, or "" where that is not known.
+    """
+
+    rows: int
+    dtype: DType
+    weight: PackedWeight
+    kept: bool = False
+    parted: bool = False
+    device: str = ""
+
+
+class Form(NamedTuple):
+    """A way to run a product: on which backends, and why it cannot run one there; None if it can."""
+
+    backends: frozenset[str]
+    refusal: Callable[[Product], str | None]
+
+
+def _sums(p: Product) -> str | None:
+    if p.rows != 1:
+        return f"it takes one row, and there are {p.rows}"
+    return None if summable(p.weight) and _is_full(p) else "codes of this weight lie across fields or scales"
+
+
+def _whole(p: Product) -> str | None:
+    return None
+
+
+def _chunks(p: Product) -> str | None:
+    return None if _is_full(p) else "there is nothing to multiply"
+
+
+def _is_full(p: Product) -> bool:
+    return 0 not in (p.rows, *p.weight.shape)
+
+
+def _kernel(why: Callable[[PackedWeight], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:
+    def refusal(p: Product) -> str | None:
+        if p.parted:
+            return "the compiler cannot part a kernel over several devices; use jax.shard_map around it"
+        if p.dtype not in types:
+            return f"it takes {', '.join(sorted(t.name for t in types))}, and the activations are {p.dtype}"
+        return _chunks(p) or why(p.weight)
+
+    return refusal
+
+
+def _triton(p: Product) -> str | None:
+    """Triton's call has no promise to run later, and it is not lowered but for a known device."""
+    known = None if p.device else "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
+    return known or _kernel(pallas_triton.refusal, _FLOATS)(p)
+
+
+_FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+FORMS: Mapping[str, Form] = {
+    "sums": Form(frozenset({ANY}), _sums),
+    "chunks": Form(frozenset({"cpu"}), _chunks),
+    "whole": Form(frozenset({ANY}), _whole),
+    "triton": Form(frozenset({"cuda"}), _triton),
+    "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
+}
+"""The forms of a product of float activations and a packed weight.
+
+"sums": bytes times activations, summed, in XLA's kernels. "chunks": some features dequantized at a time. "whole": all
+of them. "triton", "mosaic": Pallas kernels.
+"""
+UNPROMISED = frozenset({"triton"})
+"""Forms that a kept program holds only where they are asked for."""
+
+
+def form_of(backend: str, p: Product, asked: str | None = None) -> str:
+    """The form in which a product of float activations and a packed weight runs.
+
+    Args:
+      backend: "cpu", "cuda", "rocm", "tpu", or another.
+      p: the product.
+      asked: this form, and no other.
+
+    Raises:
+      ValueError: the backend lacks the form asked for, or it cannot run this product.
+    """
+    chosen = next(
+        form
+        for row in TABLE
+        if _fits(row, backend, p)
+        for form in row.forms
+        if not _refusal(form, backend, p) and not (p.kept and form in UNPROMISED)
+    )
+    if asked is None or asked == chosen:
+        return chosen
+    if asked not in FORMS:
+        raise ValueError(f"weight_only: there is no form {asked!r}; there are {', '.join(FORMS)}, or None to choose.")
+    if why := _refusal(asked, backend, p):
+        raise ValueError(
+            f"weight_only: the form {asked!r} does not run on {backend} here: {why}; {chosen!r} runs: ask for it, or"
+            " for None."
+        )
+    return asked
+
+
+def _fits(row: Row, backend: str, p: Product) -> bool:
+    types = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
+    wanted = (row.backend, row.types, row.shape)
+    found = (backend, types, shape_class(p.rows))
+    return row.operation == "weight_only" and all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _refusal(name: str, backend: str, p: Product) -> str | None:
+    form = FORMS[name]
+    if not form.backends & {ANY, backend}:
+        return f"it is for {', '.join(sorted(form.backends))}"
+    return form.refusal(p)
+
+
+def forms_of(rows: int, dtype: DType, w: PackedWeight) -> str:
+    """The forms of a product by backend, in words.
+
+    >>> from jaxcomp.quantization.grids import Int
+    >>> w = PackedWeight(jnp.zeros((8, 64), jnp.uint8), jnp.ones((8, 1)), None, Int(4), 128, 128, 128, jnp.float32)
+    >>> forms_of(1, jnp.dtype(jnp.bfloat16), w)
+    'sums on cpu and rocm, triton on cuda, mosaic on tpu'
+    >>> forms_of(100, jnp.dtype(jnp.bfloat16), w)
+    'chunks on cpu, whole on cuda, rocm and tpu'
+    """
+    found: dict[str, list[str]] = {}
+    for backend in BACKENDS:
+        found.setdefault(form_of(backend, Product(rows, dtype, w, device=ANY)), []).append(backend)
+    if len(found) == 1:
+        return next(iter(found))
+    listed = {form: " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names) for form, names in found.items()}
+    return ", ".join(f"{form} on {names}" for form, names in listed.items())

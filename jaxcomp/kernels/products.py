@@ -1,0 +1,181 @@
+"""The product of float activations and a packed weight, in the form that its platform has: chosen when it is lowered.
+
+One program lowered for several platforms holds the form of each. ``jax.lax.platform_dependent`` cannot serve: lowered
+for several platforms at once it lowers each branch for all of them, and a Pallas call has no lowering for CPU. A
+primitive has a rule for each platform, lowered for that one alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TypedDict, Unpack
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jaxcomp.core.types import DType, PyTree
+from jaxcomp.kernels.blocks import Blocks, blocks_for
+from jaxcomp.kernels.forms import BACKENDS, Product, form_of
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.pallas_mosaic import mosaic_product
+from jaxcomp.kernels.pallas_triton import triton_product
+from jaxcomp.kernels.weight_only import chunks, shifted_sums, whole, wrapped_sums
+from jaxcomp.kernels.weight_only import weight_only as plain
+
+Run = Callable[[jax.Array, PackedWeight], jax.Array]
+
+
+def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None, form: str | None = None) -> jax.Array:
+    """``x @ values(w).T``, with sums in float32 at least, in the form that the table has for where it runs.
+
+    Its gradient is that of the plain forms. Over stacked weights, in ``jax.vmap``, the plain forms run.
+
+    Args:
+      x: ``(..., length)``, float.
+      w: ``(features, length)``; its values are not rounded to its own type.
+      dtype: of the result ``(..., features)``; that of ``x`` if None.
+      form: this form of ``jaxcomp.kernels.forms``, and no other.
+
+    Raises:
+      ValueError: the backend that it is lowered for lacks the form asked for, or it cannot run these shapes and types.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp.quantization import Int
+    >>> codes = jnp.pad(jnp.array([[1, 2], [3, -4]], jnp.int8), ((0, 0), (0, 6)))
+    >>> w = PackedWeight(codes, jnp.array([[1.0], [0.5]]), None, Int(8), 2, 2, 8, jnp.dtype("float32"))
+    >>> weight_only(jnp.array([1.0, 10.0]), w).tolist()
+    [21.0, -18.5]
+    >>> weight_only(jnp.array([1.0, 10.0]), w, form="mosaic")
+    Traceback (most recent call last):
+    ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'sums' runs: ask for it...
+    """
+    rows = x.reshape(-1, w.length)
+    y = _product(rows, w, jax.numpy.dtype(dtype or x.dtype), form)
+    return y.reshape(*x.shape[:-1], w.shape[-2])
+
+
+class _Static(TypedDict):
+    """What the primitive knows beside arrays: how they make operands, the result's type, and the form asked for."""
+
+    tree: PyTree
+    dtype: DType
+    form: str | None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, w: PackedWeight, dtype: DType, form: str | None) -> jax.Array:
+    leaves, tree = jax.tree.flatten((x, w))
+    return _primitive.bind(*leaves, tree=tree, dtype=dtype, form=form)
+
+
+@_product.defjvp
+def _product_jvp(dtype: DType, form: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    _, tangent = jax.jvp(partial(plain, dtype=dtype), primals, tangents)
+    return _product(*primals, dtype, form), tangent
+
+
+def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
+    """The function of a form: ``(rows, length)`` by a weight to ``(rows, features)``, of any float type.
+
+    Args:
+      form: its name.
+      backend: where it will run.
+      blocks: for a kernel.
+    """
+    if form in _KERNELS:
+        assert blocks is not None
+        return partial(_KERNELS[form], blocks=blocks)
+    run = _SUMS.get(backend, shifted_sums) if form == "sums" else _PLAIN[form]
+    return lambda x, w: run(x.astype(w.scale.dtype), w)
+
+
+_KERNELS = {"triton": triton_product, "mosaic": mosaic_product}
+_PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole}
+_SUMS: dict[str, Run] = {"cpu": wrapped_sums}
+
+
+_primitive = Primitive("weight_only")
+
+
+def _abstract(*avals: jax.core.ShapedArray, **static: Unpack[_Static]) -> jax.core.ShapedArray:
+    x, w = jax.tree.unflatten(static["tree"], avals)
+    return jax.core.ShapedArray((x.shape[0], w.shape[-2]), static["dtype"])
+
+
+@cache
+def _jitted(**static: Unpack[_Static]) -> Callable[..., jax.Array]:
+    return jax.jit(partial(_primitive.bind, **static))
+
+
+_primitive.def_abstract_eval(_abstract)
+_primitive.def_impl(lambda *leaves, **static: _jitted(**static)(*leaves))
+
+
+def _batched(
+    leaves: Sequence[jax.Array], axes: Sequence[int | None], **static: Unpack[_Static]
+) -> tuple[jax.Array, int]:
+    """More rows where only the activations are batched; else the plain forms."""
+    x, tree = leaves[0], static["tree"]
+    if axes[0] is not None and all(axis is None for axis in axes[1:]):
+        x = jax.numpy.moveaxis(x, axes[0], 0)
+        y = _primitive.bind(x.reshape(-1, x.shape[-1]), *leaves[1:], **static)
+        return y.reshape(*x.shape[:-1], -1), 0
+    if static["form"] is not None:
+        raise ValueError(
+            f"weight_only: the form {static['form']!r} does not run under vmap over weights; leave the form to the table,"
+            " or map over the weights with jax.lax.map."
+        )
+
+    def run(*parts: jax.Array) -> jax.Array:
+        return plain(*jax.tree.unflatten(tree, parts), dtype=static["dtype"])
+
+    return jax.vmap(run, tuple(axes))(*leaves), 0
+
+
+batching.primitive_batchers[_primitive] = _batched
+
+
+def _rule(backend: str) -> Callable[..., Sequence[object]]:
+    """How the primitive is lowered for one backend."""
+
+    def lower(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Sequence[object]:
+        device = device_kind(backend)
+        module = ctx.module_context
+
+        def run(*leaves: jax.Array) -> jax.Array:
+            x, w = jax.tree.unflatten(static["tree"], leaves)
+            kept = getattr(module.lowering_parameters, "for_export", False)
+            p = Product(x.shape[0], x.dtype, w, kept=kept, parted=_parted(module.axis_context), device=device)
+            form = form_of(backend, p, static["form"])
+            blocks = blocks_for(form, device, p.rows) if form in _KERNELS else None
+            return run_of(form, backend, blocks)(x, w).astype(static["dtype"])
+
+        return mlir.lower_fun(run, multiple_results=False)(ctx, *values)
+
+    return lower
+
+
+for _backend in BACKENDS:
+    mlir.register_lowering(_primitive, _rule(_backend), platform=_backend)
+mlir.register_lowering(_primitive, _rule("other"))
+
+
+def device_kind(backend: str) -> str:
+    """The kind of device that a program is lowered for, as jax names it; "" where none of this backend is known."""
+    named = jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None and named.platform in (backend, None):
+        return named.device_kind
+    try:
+        return jax.local_devices(backend=backend)[0].device_kind
+    except RuntimeError:
+        return ""
+
+
+def _parted(axes: object) -> bool:
+    """Whether the compiler parts the program over devices, beyond what is mapped by hand."""
+    mesh = getattr(axes, "mesh", None)
+    if mesh is None:
+        return getattr(axes, "num_devices", 1) != 1
+    return mesh.size > 1 and set(mesh.axis_names) != set(getattr(axes, "manual_axes", ()))
