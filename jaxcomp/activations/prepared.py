@@ -18,10 +18,11 @@ from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
+from jaxcomp.kernels.forms import forms_of
 from jaxcomp.kernels.leaves import Axes, Prepared, restored, scale_shape, without_first
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
-from jaxcomp.kernels.weight_only import form_of, weight_only
+from jaxcomp.kernels.products import weight_only
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED, JOINS
@@ -170,7 +171,7 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
         moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
         shared, rows = x_shape(moved, len(batch[other]), len(free))
         out = result_of(op)
-        record(planned.site.path, "weight-only", None, form_of(math.prod(rows), value.weight))
+        record(planned.site.path, "weight-only", None, forms_of(math.prod(rows), x.dtype, value.weight))
         y = _product(moved.reshape(math.prod(shared), math.prod(rows), value.weight.length), value.weight, out.dtype)
         y = y if side == 1 else jnp.swapaxes(y, -1, -2)
         return [y.reshape(out.shape)]

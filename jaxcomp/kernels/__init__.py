@@ -3,6 +3,6 @@
 from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.prepare import prepare
-from jaxcomp.kernels.weight_only import weight_only
+from jaxcomp.kernels.products import weight_only
 
 __all__ = ["PackedWeight", "Prepared", "prepare", "weight_only"]

@@ -70,7 +70,7 @@ def coded_dot(
     scale: jax.Array,
     zero: jax.Array | None = None,
     offset: jax.Array | None = None,
-    dtype: DType = jnp.dtype(jnp.float32),
+    dtype: DType | None = None,
 ) -> jax.Array:
     """``Σ_k (x - zero) scale * dense[n, k]``: the sums are exact, one multiplication rounds, one cast to the result.
 
@@ -80,7 +80,7 @@ def coded_dot(
       scale: of ``x``: ``()``, or ``(..., 1)`` where each token has its own.
       zero: of ``x``, int32, of the scale's shape; None for 0, or where ``offset`` says it.
       offset: what :func:`folded` made of a zero point that was known before.
-      dtype: of the result ``(..., features)``.
+      dtype: of the result ``(..., features)``; float32 if None.
 
     >>> w = coded_matrix(jnp.array([[1, 2], [3, -4]], jnp.int8), jnp.array([0.5, 1.0]), jnp.array([1, 0]))
     >>> coded_dot(jnp.array([3, 7], jnp.int8), w, scale=jnp.float32(2), zero=jnp.int32(2)).tolist()
@@ -101,4 +101,4 @@ def coded_dot(
         sums = sums - zero * wide(w.sums)
     if w.zero is not None:
         sums = sums - wide(w.zero) * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
-    return (sums.astype(jnp.float32) * (scale * wide(w.scale)).astype(jnp.float32)).astype(dtype)
+    return (sums.astype(jnp.float32) * (scale * wide(w.scale)).astype(jnp.float32)).astype(dtype or jnp.float32)

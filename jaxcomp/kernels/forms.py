@@ -108,7 +108,9 @@ def _kernel(why: Callable[[PackedWeight], str | None], types: frozenset[DType]) 
 
 def _triton(p: Product) -> str | None:
     """Triton's call has no promise to run later, and it is not lowered but for a known device."""
-    known = None if p.device else "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
+    known = (
+        None if p.device else "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
+    )
     return known or _kernel(pallas_triton.refusal, _FLOATS)(p)
 
 
@@ -188,5 +190,7 @@ def forms_of(rows: int, dtype: DType, w: PackedWeight) -> str:
         found.setdefault(form_of(backend, Product(rows, dtype, w, device=ANY)), []).append(backend)
     if len(found) == 1:
         return next(iter(found))
-    listed = {form: " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names) for form, names in found.items()}
+    listed = {
+        form: " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names) for form, names in found.items()
+    }
     return ", ".join(f"{form} on {names}" for form, names in listed.items())

@@ -12,7 +12,6 @@ from jax import lax
 
 from jaxcomp.kernels.packing import FIELDS, PackedWeight
 
-
 Ref = Any
 """What a kernel reads and writes; jax has no public type for it."""
 

@@ -60,8 +60,9 @@ def form_of(rows: int, w: PackedWeight) -> str:
 
 
 def summable(w: PackedWeight) -> bool:
-    """Whether sums of products of bytes can be: a code is one field of an integer, and no block has two scales."""
-    return w.is_integer and len(FIELDS[w.bits]) == 1 and (w.scale.shape[-1] == 1 or w.group % w.block == 0)
+    """Whether sums of products of bytes can be: a code is one field of an integer, and groups are whole blocks."""
+    whole_blocks = w.scale.shape[-1] == 1 or w.group % w.block == 0 == w.length % w.group
+    return w.is_integer and len(FIELDS[w.bits]) == 1 and whole_blocks
 
 
 def sums(x: jax.Array, w: PackedWeight) -> jax.Array:

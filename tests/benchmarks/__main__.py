@@ -30,14 +30,17 @@ NAMES = (
     "save_load",
     "decode",
 )
+ON_A_DEVICE = ("gpu", "tune_kernels")
+"""Those that want an accelerator, and run where they are named only."""
 TOY = ("gpu", "decode")
 """Those that also run at toy size, which shows that they run and no more."""
+_WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; all by default: {', '.join(NAMES)}; or gpu")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=_WHICH)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file, table by table")
     parser.add_argument("--toy", action="store_true", help=f"at toy size, anywhere: {', '.join(TOY)}")
     args = parser.parse_args()
@@ -59,8 +62,8 @@ def main() -> None:
 def _started(name: str, *, toy: bool) -> Callable[[], Iterator[Report]]:
     """What runs the benchmark of this name, or the section of one."""
     stem, _, section = name.partition(".")
-    if stem not in (*NAMES, "gpu"):
-        raise ValueError(f"no benchmark is called {name!r}; there are {', '.join((*NAMES, 'gpu'))}")
+    if stem not in NAMES + ON_A_DEVICE:
+        raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(NAMES + ON_A_DEVICE)}")
     if toy and stem not in TOY:
         raise ValueError(f"{stem!r} has no toy size; these have: {', '.join(TOY)}")
     module = importlib.import_module(f"tests.benchmarks.{stem}")

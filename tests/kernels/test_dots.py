@@ -24,7 +24,9 @@ def test_int8_is_exact(rows, length, features, asymmetric, per_token) -> None:
     scale, of_x = 2.0 ** rng.integers(-3, 3, features), 2.0 ** rng.integers(-3, 3, tokens)
     zeros = (zero, of_w) if asymmetric else (0, np.zeros(features, int))
     want = ((x - zeros[0]) @ (w - zeros[1][:, None]).T) * scale * of_x
-    matrix = coded_matrix(jnp.asarray(w, jnp.int8), jnp.asarray(scale, jnp.float32), jnp.asarray(of_w) if asymmetric else None)
+    matrix = coded_matrix(
+        jnp.asarray(w, jnp.int8), jnp.asarray(scale, jnp.float32), jnp.asarray(of_w) if asymmetric else None
+    )
     codes = jnp.asarray(x, jnp.int8)
     z = jnp.asarray(zero, jnp.int32) if asymmetric else None
     got = jax.jit(coded_dot)(codes, matrix, scale=jnp.asarray(of_x, jnp.float32), zero=z)

@@ -36,10 +36,7 @@ def test_every_row_of_the_table_is_reached_and_names_what_there_is() -> None:
                     row
                     for row in TABLE
                     if row.operation == "weight_only"
-                    and all(
-                        a in ("*", b)
-                        for a, b in zip(row[1:4], (backend, types, shape_class(rows)), strict=True)
-                    )
+                    and all(a in ("*", b) for a, b in zip(row[1:4], (backend, types, shape_class(rows)), strict=True))
                 )
                 assert form_of(backend, p) == row.forms[0]
                 found.add(row)
@@ -79,7 +76,9 @@ def test_a_form_that_is_not_there_is_named_with_what_runs() -> None:
     three, _ = weight_of(Case(3, 16, 80, 3, 20))
     with pytest.raises(ValueError, match=r"'mosaic' does not run on tpu here: only 4 neighbours .*; 'whole' runs"):
         form_of("tpu", Product(3, BF16, three), "mosaic")
-    with pytest.raises(ValueError, match="'sums' does not run on cpu here: it takes one row, and there are 2; 'chunks'"):
+    with pytest.raises(
+        ValueError, match="'sums' does not run on cpu here: it takes one row, and there are 2; 'chunks'"
+    ):
         weight_only(jnp.concatenate([x, x]), WEIGHT, form="sums")
     with pytest.raises(ValueError, match="it takes bfloat16, float16, float32, and the activations are float64"):
         form_of("cuda", Product(3, jnp.dtype(jnp.float64), WEIGHT, device="some"), "triton")
@@ -125,8 +124,7 @@ def test_one_exported_function_holds_the_form_of_each_platform() -> None:
     x = activations(INT4, jnp.bfloat16)
     made = export.export(jax.jit(weight_only), platforms=PLATFORMS)(x, WEIGHT)
     assert calls_of(made) == [0, 1], "what jax promises to keep, and no more"
-    again = export.deserialize(made.serialize())
-    assert again.call(x, WEIGHT).tolist() == weight_only(x, WEIGHT).tolist()
+    assert made.call(x, WEIGHT).tolist() == weight_only(x, WEIGHT).tolist()
     one = {name: calls_of(export.export(jax.jit(weight_only), platforms=[name])(x, WEIGHT)) for name in PLATFORMS}
     assert one == {"cpu": [0, 0], "cuda": [0, 0], "tpu": [0, 1]}
 
