@@ -108,10 +108,9 @@ def _kernel(why: Callable[[PackedWeight], str | None], types: frozenset[DType]) 
 
 def _triton(p: Product) -> str | None:
     """Triton's call has no promise to run later, and it is not lowered but for a known device."""
-    known = (
-        None if p.device else "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
-    )
-    return known or _kernel(pallas_triton.refusal, _FLOATS)(p)
+    if not p.device:
+        return "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
+    return _kernel(pallas_triton.refusal, _FLOATS)(p)
 
 
 _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))

@@ -32,14 +32,14 @@ class _Of(NamedTuple):
 
     Attributes:
       rows, features, length: of the product.
-      count: packed blocks along the contracted axis.
+      blocks: packed blocks along the contracted axis.
       share: those that a program takes.
     """
 
     rows: int
     features: int
     length: int
-    count: int
+    blocks: int
     share: int
 
 
@@ -108,7 +108,7 @@ def _kernel(x_ref: Ref, codes_ref: Ref, scale_ref: Ref, *rest: Ref, read: Readin
         return total
 
     first = pl.program_id(2) * of.share
-    total = lax.fori_loop(first, jnp.minimum(first + of.share, of.count), add, jnp.zeros((m, n), jnp.float32))
+    total = lax.fori_loop(first, jnp.minimum(first + of.share, of.blocks), add, jnp.zeros((m, n), jnp.float32))
     total = total * column(scale_ref, 0).reshape(1, n) if read.group is None else total
     plgpu.store(out_ref, total.astype(out_ref.dtype), mask=rows & features.reshape(1, n))
 

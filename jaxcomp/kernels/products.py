@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 from jax.extend.core import Primitive
@@ -124,8 +124,8 @@ def _batched(
         return y.reshape(*x.shape[:-1], -1), 0
     if static["form"] is not None:
         raise ValueError(
-            f"weight_only: the form {static['form']!r} does not run under vmap over weights; leave the form to the table,"
-            " or map over the weights with jax.lax.map."
+            f"weight_only: the form {static['form']!r} does not run under vmap over weights; leave the form to the"
+            " table, or map over the weights with jax.lax.map."
         )
 
     def run(*parts: jax.Array) -> jax.Array:
@@ -137,10 +137,10 @@ def _batched(
 batching.primitive_batchers[_primitive] = _batched
 
 
-def _rule(backend: str) -> Callable[..., Sequence[object]]:
+def _rule(backend: str) -> Callable[..., Any]:
     """How the primitive is lowered for one backend."""
 
-    def lower(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Sequence[object]:
+    def lower(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> object:
         device = device_kind(backend)
         module = ctx.module_context
 

@@ -130,8 +130,8 @@ def short_runs(w: PackedWeight, least: int) -> str | None:
     if (length := reading(w).length) >= least:
         return None
     return (
-        f"only {length} neighbours share bytes and scales ({w.bits} bits, blocks of {w.block}, groups of {w.group}), and"
-        f" the kernel takes {least} at least"
+        f"only {length} neighbours share bytes and scales ({w.bits} bits, blocks of {w.block}, groups of {w.group}),"
+        f" and the kernel takes {least} at least"
     )
 
 

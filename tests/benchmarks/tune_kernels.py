@@ -1,7 +1,7 @@
 """Blocks of the Pallas kernels, measured on the device that is there: rows for ``jaxcomp/kernels/blocks.py``.
 
 Every candidate runs the product of some rows by a weight of 4 bits in groups of 128 and by one of 8 bits; what counts
-is the sum of both times. Candidates take turns, so that all see the same machine; one that does not compile is left out.
+is the sum of both times. Candidates take turns, so that all see the same machine; what does not compile is left out.
 The table printed has the best few of each class of shape, beside the plain form and the dense product in bfloat16.
 """
 

@@ -1,4 +1,4 @@
-"""Pallas kernels over odd shapes: their statements run on CPU against numpy, and they lower for the hardware they are for."""
+"""Pallas kernels over odd shapes: their statements run on CPU against numpy, and they lower for their hardware."""
 
 from __future__ import annotations
 
