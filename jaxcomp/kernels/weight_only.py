@@ -31,6 +31,7 @@ def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None) ->
       w: ``(features, length)``; its values are not rounded to its own type.
       dtype: of the result ``(..., features)``; that of ``x`` if None.
 
+    >>> from dataclasses import replace
     >>> from jaxcomp.quantization import Int
     >>> codes = jnp.array([[1, 2], [3, -4]], jnp.int8)
     >>> w = PackedWeight(codes, jnp.array([[1.0], [0.5]]), None, Int(8), 2, 2, 8, jnp.dtype("float32"))
