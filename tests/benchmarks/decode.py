@@ -62,4 +62,4 @@ def _memory(ran: Ran, name: str, aims: dict[str, str]) -> Row:
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return (peak - sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[0]))) / 1e6
 
-    return ran.counted(name, "peak memory beside the leaves", beside, target=MEMORY if name in aims else "", unit="MB")
+    return ran.counted(name, "memory beside the leaves", beside, target=MEMORY if name in aims else "", unit="MB")

@@ -15,7 +15,7 @@ from functools import partial
 
 import jax
 
-from tests.benchmarks import gpu_methods, gpu_networks, gpu_products
+from tests.benchmarks import gpu_cache, gpu_methods, gpu_networks, gpu_products
 from tests.benchmarks.gpu_cases import Setting, said
 from tests.benchmarks.timing import Report, Row
 
@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Report]]] = {
     "bandwidth": gpu_products.bandwidth,
     "dots": gpu_products.dots,
     "decode": gpu_products.decode,
+    "cache": gpu_cache.cache,
     "quantize": gpu_methods.quantize,
     "kmeans": gpu_methods.kmeans,
     "masks": gpu_methods.masks,

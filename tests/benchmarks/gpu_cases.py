@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ import numpy as np
 from tests.benchmarks.timing import Report, Row, Timings, measure
 
 Call = Callable[[], Any]
+WRONG = 0.5
+"""What is further off than that is no result of this product: the coarsest grid here is off by a quarter."""
 BASE, CONTROL = "bf16", "bf16 again (control)"
 
 
@@ -121,19 +123,25 @@ class Ran:
           case, base: names.
           target: what is aimed at, at full size.
           detail: makes words of the seconds.
-          compared: whether to say how far the result is from the base's.
+          compared: whether to say how far the result is from the base's, and to fail where it is another.
         """
-        return self._row(case, base, Timings.speed_row, target, partial(self._words, case, base, detail, compared))
+        off = self._off(case, base) if compared else 0.0
+        if off > WRONG:
+            return Row.failed(case, f"wrong: {off:.1%} off the result of {base}", self.setting.pick(target, ""))
+        words = (lambda s: f"{detail(s)}, {off:.1%} off") if compared else detail
+        return self._row(case, base, Timings.speed_row, target, words)
 
     def time(self, case: str, base: str = BASE, *, target: str = "", detail: Callable[[float], str] = in_ms) -> Row:
         """Time over the base's."""
         return self._row(case, base, Timings.row, target, detail)
 
-    def _words(self, case: str, base: str, detail: Callable[[float], str], compared: bool, seconds: float) -> str:
-        if not compared:
-            return detail(seconds)
+    def _off(self, case: str, base: str) -> float:
+        """How far a result is from the base's, over the base's norm; 0 where one of them is missing."""
+        if not {case, base} <= self.cases.keys():
+            return 0.0
         got, wanted = (np.asarray(self.cases[name]()).astype(np.float64) for name in (case, base))
-        return f"{detail(seconds)}, {np.linalg.norm(got - wanted) / np.linalg.norm(wanted):.1%} off"
+        off = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+        return math.inf if math.isnan(off) else off
 
     def milliseconds(self, case: str, *, target: str = "") -> Row:
         """A case by itself."""

@@ -25,7 +25,7 @@ def doubled(p: Any) -> Any:
 
 def masks(setting: Setting) -> Iterator[Report]:
     """A global mask and 2:4 masks of two leaves."""
-    for size in setting.pick((100_000_000, 1_000_000_000), (100_000,)):
+    for size in setting.pick((100_000_000, 1_000_000_000), (96_000,)):
         yield _masked(setting, size)
 
 

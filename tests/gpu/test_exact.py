@@ -51,7 +51,7 @@ __all__ = [
     "test_packed_codes_take_their_bits_and_no_more",
 ]
 
-SHAPES = {"wide": {"kernel": (300, 512)}, "tall": {"kernel": (1024, 96)}}
+SHAPES = {"wide": {"kernel": (320, 512)}, "tall": {"kernel": (1024, 96)}}
 TRANSFORMS = {
     "element": jc.prune(0.5),
     "global": jc.prune(0.7, scope=jc.Global()),
