@@ -69,7 +69,7 @@ def sums(x: jax.Array, w: PackedWeight) -> jax.Array:
     """One row: codes are cut out of the bytes by shifts, multiplied and summed in one kernel."""
     data, runs = _paired(x, w)
     products = [field.astype(x.dtype) * run[None] for field, run in zip(_fields(data, w.bits), runs, strict=True)]
-    return _with_offset(_scaled(sum(products[1:], products[0]).sum(-1), w), x, w)
+    return _scaled(sum(products[1:], products[0]).sum(-1), x, w)
 
 
 def sums_of_bytes(x: jax.Array, w: PackedWeight) -> jax.Array:
@@ -82,15 +82,16 @@ def sums_of_bytes(x: jax.Array, w: PackedWeight) -> jax.Array:
 
 def _apart(x: jax.Array, w: PackedWeight) -> jax.Array:
     data, runs = _paired(x, w)
-    fields = _fields(data, w.bits)
-    parts = [_scaled((f.astype(x.dtype) * run[None]).sum(-1), w) for f, run in zip(fields, runs, strict=True)]
-    return _with_offset(sum(parts[1:], parts[0]), x, w)
+    parts = [(f.astype(x.dtype) * run[None]).sum(-1) for f, run in zip(_fields(data, w.bits), runs, strict=True)]
+    return _scaled(sum(parts[1:], parts[0]), x, w)
 
 
 def _fields(data: jax.Array, width: int) -> list[jax.Array]:
     """The codes in each byte, the low ones first."""
-    mask = jnp.uint8(2**width - 1) if width < 8 else None
-    return [data] if mask is None else [(data >> jnp.uint8(at)) & mask for at in range(0, 8, width)]
+    if width == 8:
+        return [data]
+    shifted = [data >> jnp.uint8(at) if at else data for at in range(0, 8, width)]
+    return [*(field & jnp.uint8(2**width - 1) for field in shifted[:-1]), shifted[-1]]
 
 
 def _paired(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, list[jax.Array]]:
@@ -102,23 +103,20 @@ def _paired(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, list[jax.Array]]:
     by_run = jnp.pad(x[0], (0, w.padded - w.length)).reshape(-1, runs, w.block // runs)
     shape = (-1,) if groups == 1 else (groups, -1)
     data = w.codes if groups == 1 else w.codes.reshape(w.codes.shape[0], *shape)
-    # The barrier keeps XLA from cutting into groups after the conversion, by copies.
-    return lax.optimization_barrier(data), [by_run[:, j].reshape(shape) for j in range(runs)]
+    if w.bits == 8:
+        data = lax.optimization_barrier(data)  # or XLA cuts into groups after the conversion, by copies
+    return data, [by_run[:, j].reshape(shape) for j in range(runs)]
 
 
-def _scaled(sums: jax.Array, w: PackedWeight) -> jax.Array:
-    """A number for each feature, of one for each of its groups."""
-    return sums * w.scale[:, 0] if w.scale.shape[-1] == 1 else (sums * w.scale).sum(-1)
-
-
-def _with_offset(y: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
-    """``y + Σ_g scale_g (lowest - zero_g) Σ x``: codes begin at the lowest number."""
+def _scaled(sums: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
+    """``Σ_g scale_g (sums_g + (lowest - zero_g) Σ x)``: codes begin at the lowest number."""
     lowest = 0.0 if w.bits == 8 else -(2.0 ** (w.bits - 1))
-    if w.zero is None and not lowest:
-        return y[None]
-    offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
-    of_x = x.reshape(w.scale.shape[-1], -1).sum(-1)
-    return (y + (offset * w.scale * of_x[None]).sum(-1))[None]
+    if sums.ndim == 1:
+        sums = sums[:, None]
+    if w.zero is not None or lowest:
+        offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
+        sums = sums + offset * x.reshape(w.scale.shape[-1], -1).sum(-1)[None]
+    return (sums * w.scale).sum(-1)[None]
 
 
 def chunks(x: jax.Array, w: PackedWeight) -> jax.Array:
