@@ -20,6 +20,8 @@ from jaxcomp.kernels.packing import FIELDS, PackedWeight
 
 CHUNK = 1 << 17
 """How many weights are dequantized at once on CPU: half a megabyte of float32."""
+SUMMED = 1 << 19
+"""How many are cut out of their bytes at once on CPU: half a megabyte."""
 
 
 def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None) -> jax.Array:
@@ -49,15 +51,12 @@ def _forms(rows: int, w: PackedWeight) -> tuple[Form, Form]:
     """The form on CPU and the one elsewhere."""
     if 0 in (rows, *w.shape):
         return whole, whole
-    few = rows == 1 and summable(w)
-    return (wrapped_sums if few else chunks), (shifted_sums if few else whole)
+    return (sums_of_bytes, sums) if rows == 1 and summable(w) else (chunks, whole)
 
 
 def form_of(rows: int, w: PackedWeight) -> str:
     """The name of the form for so many rows."""
-    cpu, other = (form.__name__ for form in _forms(rows, w))
-    names = {"wrapped_sums": "sums", "shifted_sums": "sums"}
-    cpu, other = names.get(cpu, cpu), names.get(other, other)
+    cpu, other = (form.__name__.replace("_", " ") for form in _forms(rows, w))
     return cpu if cpu == other else f"{cpu} on CPU, else {other}"
 
 
@@ -66,40 +65,33 @@ def summable(w: PackedWeight) -> bool:
     return w.is_integer and len(FIELDS[w.bits]) == 1 and (w.scale.shape[-1] == 1 or w.group % w.block == 0)
 
 
-def wrapped_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
-    """One row on CPU: bytes are multiplied by numbers, and nothing else is done to them.
+def sums(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """One row: codes are cut out of the bytes by shifts, multiplied and summed in one kernel."""
+    data, runs = _paired(x, w)
+    products = [field.astype(x.dtype) * run[None] for field, run in zip(_fields(data, w.bits), runs, strict=True)]
+    return _scaled(sum(products[1:], products[0]).sum(-1), x, w)
 
-    XLA on CPU keeps products, sums and conversions of bytes in one kernel with the sum over them, and writes out what
-    is shifted or masked. So no code is cut out: of a byte ``Σ f_j 2**(w j)`` the product ``2**(8 - w (j + 1))``, modulo
-    256, is field j at the top with those below it, which are taken out of the sum by the activations:
-    ``Σ f_j x_j == Σ_j wrapped_j (x_j - x_(j+1) / 2**w) / 2**(8 - w)``, exactly.
 
-    Infinities would meet in these differences: a row that has some, or NaN, goes by :func:`chunks`. The branch also
-    keeps XLA from making the factors, which are alike in all products of a program, once for all, in the bytes' size.
+def sums_of_bytes(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """One row on CPU: XLA keeps conversions and products in one kernel with their sum, but neither shifts nor masks.
+
+    So codes of less than a byte are cut out as bytes first, of some features at a time.
     """
-    if w.bits == 8:
-        return _wrapped(x, w)
-    return lax.cond(jnp.isfinite(x).all(), _wrapped, chunks, x, w)
+    return _by_features(_apart, SUMMED, x, w) if w.bits < 8 else _apart(x, w)
 
 
-def _wrapped(x: jax.Array, w: PackedWeight) -> jax.Array:
+def _apart(x: jax.Array, w: PackedWeight) -> jax.Array:
     data, runs = _paired(x, w)
-    width, sums = w.bits, []
-    for j, run in enumerate(runs):
-        above = runs[j + 1] * 2.0**-width if j + 1 < len(runs) else jnp.zeros_like(run)
-        by = (run - above) * 2.0 ** (width - 8)
-        top = data if j + 1 == len(runs) else data * jnp.uint8(2 ** (8 - width * (j + 1)))
-        sums.append(_scaled((top.astype(x.dtype) * by[None]).sum(-1), w))
-    return _with_offset(sum(sums[1:], sums[0]), x, w)
+    parts = [(f.astype(x.dtype) * run[None]).sum(-1) for f, run in zip(_fields(data, w.bits), runs, strict=True)]
+    return _scaled(sum(parts[1:], parts[0]), x, w)
 
 
-def shifted_sums(x: jax.Array, w: PackedWeight) -> jax.Array:
-    """One row elsewhere: codes are cut out of the bytes by shifts, multiplied and summed in one kernel."""
-    data, runs = _paired(x, w)
-    width, mask = w.bits, jnp.uint8(2**w.bits - 1)
-    fields = [data] if width == 8 else [(data >> jnp.uint8(width * j)) & mask for j in range(len(runs))]
-    products = [field.astype(x.dtype) * run[None] for field, run in zip(fields, runs, strict=True)]
-    return _with_offset(_scaled(sum(products[1:], products[0]).sum(-1), w), x, w)
+def _fields(data: jax.Array, width: int) -> list[jax.Array]:
+    """The codes in each byte, the low ones first."""
+    if width == 8:
+        return [data]
+    shifted = [data >> jnp.uint8(at) if at else data for at in range(0, 8, width)]
+    return [*(field & jnp.uint8(2**width - 1) for field in shifted[:-1]), shifted[-1]]
 
 
 def _paired(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, list[jax.Array]]:
@@ -111,41 +103,44 @@ def _paired(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, list[jax.Array]]:
     by_run = jnp.pad(x[0], (0, w.padded - w.length)).reshape(-1, runs, w.block // runs)
     shape = (-1,) if groups == 1 else (groups, -1)
     data = w.codes if groups == 1 else w.codes.reshape(w.codes.shape[0], *shape)
-    data = lax.optimization_barrier(data)  # or XLA cuts it into groups after its conversion, one by one
+    if w.bits == 8:
+        data = lax.optimization_barrier(data)  # or XLA cuts into groups after the conversion, by copies
     return data, [by_run[:, j].reshape(shape) for j in range(runs)]
 
 
-def _scaled(sums: jax.Array, w: PackedWeight) -> jax.Array:
-    """A number for each feature, of one for each of its groups."""
-    return sums * w.scale[:, 0] if w.scale.shape[-1] == 1 else (sums * w.scale).sum(-1)
-
-
-def _with_offset(y: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
-    """``y + Σ_g scale_g (lowest - zero_g) Σ x``: codes begin at the lowest number."""
+def _scaled(sums: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
+    """``Σ_g scale_g (sums_g + (lowest - zero_g) Σ x)``: codes begin at the lowest number."""
     lowest = 0.0 if w.bits == 8 else -(2.0 ** (w.bits - 1))
-    if w.zero is None and not lowest:
-        return y[None]
-    offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
-    of_x = x.reshape(w.scale.shape[-1], -1).sum(-1)
-    return (y + (offset * w.scale * of_x[None]).sum(-1))[None]
+    if sums.ndim == 1:
+        sums = sums[:, None]
+    if w.zero is not None or lowest:
+        offset = jnp.full_like(w.scale, lowest) if w.zero is None else lowest - w.zero
+        sums = sums + offset * x.reshape(w.scale.shape[-1], -1).sum(-1)[None]
+    return (sums * w.scale).sum(-1)[None]
 
 
 def chunks(x: jax.Array, w: PackedWeight) -> jax.Array:
-    """Some features at a time; for the gradient each is dequantized again, so that no dense weight is kept."""
-    features = w.codes.shape[0]
-    size = min(features, max(8, CHUNK // max(w.padded, 1)))
-    count = -(-features // size)
+    """Some features at a time are dequantized, and multiplied."""
     rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])  # a product of one row is slow on CPU
+    return _by_features(whole, CHUNK, rows, w)[: x.shape[0]]
+
+
+def _by_features(form: Form, most: int, x: jax.Array, w: PackedWeight) -> jax.Array:
+    """A form on at most so many weights at a time; for the gradient each part is made again, and none is kept."""
+    features = w.codes.shape[0]
+    size = min(features, max(8, most // max(w.padded, 1)))
+    count = -(-features // size)
+    if count == 1:
+        return form(x, w)
 
     @jax.checkpoint
     def part(x: jax.Array, w: PackedWeight, start: jax.Array) -> jax.Array:
-        cut = jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, start, size, 0), w)
-        return _dot(x, cut.values())
+        return form(x, jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, start, size, 0), w))
 
     starts = np.minimum(np.arange(count) * size, features - size).astype(np.int32)  # the last may overlap
-    parts = lax.map(lambda start: part(rows, w, start), starts)[:, : x.shape[0]]
+    parts = lax.map(lambda start: part(x, w, start), starts)
     first = jnp.moveaxis(parts[:-1], 0, 1).reshape(x.shape[0], -1)
-    return jnp.concatenate([first, parts[-1][:, (count * size - features) :]], -1)
+    return jnp.concatenate([first, parts[-1][:, count * size - features :]], -1)
 
 
 def whole(x: jax.Array, w: PackedWeight) -> jax.Array:
