@@ -54,9 +54,9 @@ def attend_rows(
 ) -> jax.Array:
     """``softmax(q · keys * scale) · values``, the keys' and values' scales outside both products.
 
-    ``q · k == (q · numbers - zero * sum(q)) * s`` and ``sum_t p_t v_t == sum_t (p_t s_t) numbers_t - sum_t p_t s_t z_t``:
-    what is multiplied are the numbers, and only a block of them is ever held as floats. Blocks that nobody sees are not
-    read. A query that sees nothing gives 0.
+    ``q · k == (q · numbers - zero * sum(q)) * s``, and ``sum_t p_t v_t`` is the sum of ``p_t s_t`` times the numbers,
+    less that of ``p_t s_t z_t``: what is multiplied are the numbers, and only a block of them is ever held as floats.
+    Blocks that nobody sees are not read. A query that sees nothing gives 0.
 
     Args:
       q: ``(batch, heads, sharing, queries, width)``; ``sharing`` query heads read one head of keys.

@@ -61,11 +61,8 @@ class KVCache:
 
         def written(old: CodedRows, x: jax.Array) -> CodedRows:
             new = old.of(jnp.swapaxes(no_gradient("append", x), 1, 2))
-            put = partial(_put, layer=layer)
-            if start.ndim:
-                axis = 0 if layer is None else 1
-                put = jax.vmap(put, in_axes=(axis, 0, 0), out_axes=axis)
-            return jax.tree.map(lambda a, b: put(a, b, start), old, new)
+            put = _put_each if start.ndim else _put
+            return jax.tree.map(lambda a, b: put(a, b, start, layer=layer), old, new)
 
         return KVCache(written(self.keys, k), written(self.values, v))
 
@@ -229,7 +226,9 @@ def kv_cache(
     """
     sizes = {"batch": shape[0], "capacity": shape[1], "heads": shape[2], "width": shape[3]} if len(shape) == 4 else {}
     if not sizes or not all(is_integer(n) and n > 0 for n in sizes.values()):
-        raise ValueError(f"kv_cache: shape must be four positive integers (batch, capacity, heads, width), got {shape}.")
+        raise ValueError(
+            f"kv_cache: shape must be four positive integers (batch, capacity, heads, width), got {shape}."
+        )
     for name, n in (("value_width", value_width), ("layers", layers)):
         check_positive("kv_cache", n, name)
     batch, capacity, heads, width = shape
@@ -237,9 +236,7 @@ def kv_cache(
     first = checked_grid("kv_cache", "keys", keys)
     second = first if values is None else checked_grid("kv_cache", "values", values)
     rows = (*lead, batch, heads, capacity)
-    return KVCache(
-        blank_rows((*rows, width), first, dtype), blank_rows((*rows, value_width or width), second, dtype)
-    )
+    return KVCache(blank_rows((*rows, width), first, dtype), blank_rows((*rows, value_width or width), second, dtype))
 
 
 def _put(old: jax.Array, new: jax.Array, start: jax.Array, *, layer: jax.Array | None) -> jax.Array:
@@ -252,6 +249,16 @@ def _put(old: jax.Array, new: jax.Array, start: jax.Array, *, layer: jax.Array |
     moved = jnp.take(new, jnp.clip(source, 0, count - 1), axis=-2)
     inside = ((source >= 0) & (source < count))[:, None]
     return lax.dynamic_update_slice(old, jnp.where(inside, moved, kept.reshape(new.shape)).reshape(kept.shape), there)
+
+
+def _put_each(old: jax.Array, new: jax.Array, start: jax.Array, *, layer: jax.Array | None) -> jax.Array:
+    """:func:`_put` with a start for each row of the batch: one scatter, which drops what lies outside."""
+    batch, _, count, _ = new.shape
+    position = start[:, None] + jnp.arange(count, dtype=jnp.int32)
+    position = jnp.where(position < 0, old.shape[-2] - position, position)  # a negative one would count from the end
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    where = (row, slice(None), position) if layer is None else (layer, row, slice(None), position)
+    return old.at[where].set(jnp.swapaxes(new, 1, 2), mode="drop", unique_indices=True)
 
 
 def _integers(owner: str, name: str, x: int | jax.Array) -> jax.Array:
