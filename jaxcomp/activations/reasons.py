@@ -18,7 +18,6 @@ class Record(Protocol):
     def __call__(self, path: str, done: str, why: Why | None, form: str = "") -> None:
         """What was done at a site ("integer", "float8", "fake", "lookup", …), why no more, and by which form."""
 
-
 TO_INT = "quantize it with Int(bits), or give the site the rule None"
 LEAVE = "give the site the rule None"
 KEPT_AXES = (

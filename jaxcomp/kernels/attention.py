@@ -73,7 +73,8 @@ def attend_rows(
     def step(i: jax.Array, sums: Sums) -> Sums:
         begin = jnp.minimum(i * block, tokens - block)
         position = begin + jnp.arange(block, dtype=jnp.int32)
-        seen = reach.seen(position, begin) & (position >= i * block)  # the last block may begin in the one before
+        new = position >= i * block  # the last block may begin in the one before
+        seen = reach.seen(position, begin) & new.reshape(1, 1, 1, 1, -1)
         k, v = tokens_of(keys, begin, block, layer), tokens_of(values, begin, block, layer)
         scores = _product("bhgqd,bhtd->bhgqt", q, k, sums_type)
         if k.zero is not None:

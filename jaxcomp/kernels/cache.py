@@ -254,7 +254,7 @@ def _put(old: jax.Array, new: jax.Array, start: jax.Array, *, layer: jax.Array |
 def _put_each(old: jax.Array, new: jax.Array, start: jax.Array, *, layer: jax.Array | None) -> jax.Array:
     """:func:`_put` with a start for each row of the batch: one scatter, which drops what lies outside."""
     batch, _, count, _ = new.shape
-    position = start[:, None] + jnp.arange(count, dtype=jnp.int32)
+    position = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     position = jnp.where(position < 0, old.shape[-2] - position, position)  # a negative one would count from the end
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     where = (row, slice(None), position) if layer is None else (layer, row, slice(None), position)
