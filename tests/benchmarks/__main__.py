@@ -29,6 +29,7 @@ NAMES = (
     "analysis",
     "save_load",
     "decode",
+    "decode_lm",
 )
 TOY = ("gpu", "decode")
 """Those that also run at toy size, which shows that they run and no more."""

@@ -96,7 +96,7 @@ def test_float8_codes_are_the_bits_of_the_type():
 
 
 def test_an_asymmetric_grid_has_a_zero_point_of_a_byte():
-    cache, k, v = filled(values=Int(4, symmetric=False))
+    cache, _, v = filled(values=Int(4, symmetric=False))
     low = np.minimum(np.swapaxes(v, 1, 2).min(-1, keepdims=True), 0)
     high = np.maximum(np.swapaxes(v, 1, 2).max(-1, keepdims=True), 0)
     assert cache.values.zero.dtype == jnp.uint8
@@ -365,7 +365,7 @@ ERRORS = {
     "heads": "append: keys of shape (2, 23, 1, 6) do not fit a cache of batch 2, 2 heads and width 6; pass (2, new",
     "count": "append: 2 keys come with 3 values; pass as many of both.",
     "many": "append: 46 tokens are more than the cache's capacity of 23; make it larger.",
-    "beyond": "append: 1 tokens from position 23 on do not fit a cache of 23 tokens; make it larger, or begin a new one.",
+    "beyond": "append: 1 tokens from position 23 on do not fit a cache of 23 tokens; make it larger, or begin a",
     "beyond, a row": "append: 1 tokens from position Array([ 0, 23], dtype=int32) on do not fit a cache of 23 tokens",
     "starts": "append: start must be one integer or one for each of 2 rows, got (3,).",
     "float": "append: start must be integers, got 1.0.",
