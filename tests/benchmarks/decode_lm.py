@@ -76,7 +76,8 @@ def filled(empty: Any, tokens: int) -> Any:
     """Caches with random keys and values."""
     shape = (jax.tree.leaves(empty)[0].shape[0], tokens, MODEL.shared, MODEL.width)
     k, v = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
-    return jax.jit(lambda caches: tuple(cache.append(k, v, jnp.int32(0)) for cache in caches))(empty)
+    append = jax.jit(lambda caches, k, v: tuple(cache.append(k, v, jnp.int32(0)) for cache in caches))
+    return append(empty, k, v)
 
 
 def decoding(*, batch: int, tokens: int, capacity: int, rounds: int) -> Report:

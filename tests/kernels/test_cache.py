@@ -14,6 +14,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.kernels import KVCache, kv_cache
 from jaxcomp.quantization import E4M3, E5M2, NF4, Blocked, Int, Log
+from tests.marks import quick
 
 BATCH, TOKENS, HEADS, WIDTH = 2, 23, 2, 6
 SHAPE = (BATCH, TOKENS, HEADS, WIDTH)
@@ -116,7 +117,7 @@ def test_bytes_are_counted():
 
 @pytest.mark.parametrize("layers", [None, 3])
 @pytest.mark.parametrize("start", [7, [7, 3]], ids=["one start", "a start a row"])
-@pytest.mark.parametrize("grid", ["int8", "int4, asymmetric"])
+@pytest.mark.parametrize("grid", quick(["int8", "int4, asymmetric"], "int4, asymmetric"))
 def test_append_changes_the_new_tokens_only(grid, start, layers):
     layer = None if layers is None else jnp.int32(1)
     cache = kv_cache(SHAPE, keys=GRIDS[grid], layers=layers)
@@ -174,7 +175,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "starts", "window", "mask", "another sequence"))
 def test_attention_is_that_of_the_dense_cache(case):
     seen, options = CASES[case]
     cache, _, _ = filled(keys=Int(8), values=Int(4, symmetric=False))
@@ -185,9 +186,9 @@ def test_attention_is_that_of_the_dense_cache(case):
     np.testing.assert_allclose(out, oracle(cache, q, seen).astype(float), atol=3e-6)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", quick(GRIDS, "int4", "e4m3"))
 def test_attention_reads_every_grid(grid):
-    cache, _, _ = filled(keys=GRIDS[grid], value_width=None)
+    cache, _, _ = filled(keys=GRIDS[grid])
     q = normal(BATCH, 2, 3 * HEADS, WIDTH, seed=3)
     np.testing.assert_allclose(ATTEND(cache, q, 19, block=7), oracle(cache, q, Seen(19)).astype(float), atol=3e-6)
 
@@ -262,7 +263,7 @@ def test_layers_are_stepped_over_or_carried():
 # What is compiled
 
 
-@pytest.mark.parametrize("grid", ["int8", "int4", "e4m3"])
+@pytest.mark.parametrize("grid", quick(["int8", "int4", "e4m3"], "int4"))
 @pytest.mark.parametrize("ragged", [False, True], ids=["one start", "a start a row"])
 def test_a_step_is_in_place_and_writes_no_dense_cache(grid, ragged):
     shape = (2, 4096, 4, 64)
@@ -310,7 +311,7 @@ def test_it_lowers_for_accelerators(platform):
 # Saving, gradients, wrong input
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", quick(GRIDS, "int4, asymmetric"))
 def test_a_cache_is_saved_and_loaded(grid, tmp_path):
     cache, k, v = filled(11, keys=GRIDS[grid])
     jc.save(tmp_path / "cache.safetensors", {"layer": cache})
