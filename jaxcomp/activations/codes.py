@@ -207,20 +207,3 @@ def _cut(op: Op, v: jax.Array, rest: tuple[jax.Array, ...]) -> list[jax.Array]:
     begin = [0 if i in one else b for i, b in enumerate(p["start_indices"])]
     end = [1 if i in one else e for i, e in enumerate(p["limit_indices"])]
     return [lax.slice(v, begin, end, p["strides"])]
-
-
-def rows(op: Op, box: Codes, rest: tuple[jax.Array, ...]) -> jax.Array:
-    """The rows that a lookup takes of a table of codes; only they are dequantized."""
-
-    def taken(table: jax.Array, fill: int) -> jax.Array:
-        """What the lookup fills in out of bounds is the scale's, times 1: integers hold no NaN."""
-        fills = op.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-        return op.bind(table, *rest, **({"fill_value": fill} if fills else {}))[0]
-
-    (scale,) = op.bind(_full(box.scale, box.codes.shape), *rest)
-    codes, zero = taken(box.codes, 1), None if box.zero is None else taken(_full(box.zero, box.codes.shape), 0)
-    return in_type(dequantize(codes, scale, zero), scale, box.dtype)
-
-
-def _full(v: jax.Array, shape: Shape) -> jax.Array:
-    return jnp.broadcast_to(spread(v, shape), shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
-from jaxcomp.activations.codes import Codes, Value, rows
+from jaxcomp.activations.codes import Codes, Value
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
 from jaxcomp.activations.integer_products import nan_rows, refusal, small_integers
+from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
@@ -64,23 +65,12 @@ def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
     """The claim that the plan with this ``index`` makes on its site, if any."""
     site, mode = planned.site, around.mode
     if site.kind == "embed":
-        return Claim(_lookup(planned, around.record)) if mode.integer and BARRED.isdisjoint(site.inside) else None
+        return Claim(lookup(planned, around.record)) if BARRED.isdisjoint(site.inside) else None
     if planned.act is None:
         return product_claim(planned, around.prepared, around.record)
     key = mode.gradients.key_of(index, planned.op)
     side = Side({i: around.ranges[name] for i, name in planned.ranges.items()}, key)
     return Claim(_Product(planned, planned.act, around), side)
-
-
-def _lookup(planned: Planned, record: Record) -> Callable[..., list[jax.Array]]:
-    def run(given: Value | Carried, *rest: jax.Array) -> list[jax.Array]:
-        table = in_arrays(given)
-        if not isinstance(table, Codes):
-            return planned.op.bind(table, *rest)
-        record(planned.site.path, "lookup", None)
-        return [rows(planned.op, table, rest)]
-
-    return run
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
+from jaxcomp.activations.lookups import Table, table_claims, tables
 from jaxcomp.activations.planning import OWNER, Planned, Rules, assigned, checked_ranges
 from jaxcomp.activations.prepared import Carried, carried, checked, layout_claims
 from jaxcomp.activations.reasons import IN_FLOAT, MULTIPLIED_OUT, Record, Why
@@ -136,28 +137,33 @@ class Call:
         factors = kept_factors(program, self.params, mode.gradients.spec is not None)
         planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
         prepared = checked(program, self.params)
-        kept: dict[str, Kept] = {**factors.kept, **{path: carried(leaf) for path, leaf in prepared.items()}}
+        looked_up = tables(program, planned, self.params)
+        kept: dict[str, Kept] = {
+            **factors.kept,
+            **looked_up,
+            **{path: carried(leaf) for path, leaf in prepared.items()},
+        }
         tree, reasons = _placed(program, self.params, kept, mode.integer)
         around = Around(mode, ranges, reasons, record, prepared)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         if mode.integer:
             claims |= _layout_claims(program)
-        claims |= layout_claims(program, prepared)
+        claims |= {**layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
-        apart = joins(program, factors.kept)
+        apart = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in apart}
         values = program.flatten(tree, *self.args, **self.kwargs)
         return evaluate(program, claims, values, to_array=_dense).out
 
 
-Kept = ThinFactors | Carried
-"""What stands where a leaf of factors or a prepared one did."""
+Kept = ThinFactors | Carried | Table
+"""What stands where a leaf of factors, a prepared one, or a table that is looked up did."""
 
 
 @on_any_mesh
 def _dense(value: Leaf | Kept | Codes) -> jax.Array:
-    return value.dense() if isinstance(value, Carried | Codes | ThinFactors) else dense(value)
+    return value.dense() if isinstance(value, Kept | Codes) else dense(value)
 
 
 def _placed(program: Program, params: Params, kept: Mapping[str, Kept], integer: bool) -> tuple[PyTree, dict[str, Why]]:

@@ -99,8 +99,8 @@ def thin_layouts(program: Program, kept: Mapping[str, ThinFactors]) -> dict[Loca
     return found
 
 
-def joins(program: Program, kept: Mapping[str, ThinFactors]) -> set[Location]:
-    """The concatenations that factors enter, which multiply them out."""
+def joins(program: Program, kept: Mapping[str, object]) -> set[Location]:
+    """The concatenations that leaves enter which are kept as they are, by path: there they are multiplied out."""
     return {
         op.location
         for op in program.flow.ops

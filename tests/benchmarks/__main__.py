@@ -29,6 +29,7 @@ NAMES = (
     "analysis",
     "save_load",
     "decode",
+    "decode_lm",
 )
 ON_A_DEVICE = ("gpu", "tune_kernels")
 """Those that want an accelerator, and run where they are named only."""
