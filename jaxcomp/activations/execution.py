@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxcomp.activations.codes import Codes, Value, rows
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
 from jaxcomp.activations.integer_products import nan_rows, refusal, small_integers
+from jaxcomp.activations.memory import Memory
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
@@ -51,6 +52,7 @@ class Around:
       reasons: why the codes of a leaf do not come to its site, by its path.
       record: learns what was done at a site.
       prepared: the leaves that are laid out for their products, by path.
+      encoded: gives a value in codes.
     """
 
     mode: Mode
@@ -58,6 +60,7 @@ class Around:
     reasons: Mapping[str, Why]
     record: Record
     prepared: Mapping[str, Prepared]
+    encoded: Memory[Factor] = field(default_factory=lambda: Memory(_encoded))
 
 
 def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
@@ -127,18 +130,7 @@ class _Product:
             why = self.around.reasons.get(site.leaf or "", UNQUANTIZED)
             return COMPUTED if why in (UNQUANTIZED, MULTIPLIED_OUT) and not site.operands[index].exact else why
         at = Entry(site.operands[index].roles, given)
-        if isinstance(self.act, Float8):
-            return Factor(*float8_codes(value, self.act, at), None, 0)
-        x = made_once(value)  # for its codes, and in search of NaN
-        numbers, scale, zero = encode(x, self.act, at)
-        low, high = self.act.grid.code_range
-        shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
-        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
-        lost = nan_rows(x, site.operands[index].roles).astype(scale.dtype)
-        scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
-        if zero is None:
-            return Factor(codes, scale, None, max(-low, high))
-        return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)
+        return self.around.encoded(value, self.act, at)
 
     def rounded(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[jax.Array, jax.Array]:
         """The operands as the float product takes them."""
@@ -154,8 +146,22 @@ class _Product:
         return fake_quantize(value, self.act, Entry(site.operands[index].roles, given))
 
 
+def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
+    """An activation in codes."""
+    if isinstance(act, Float8):
+        return Factor(*float8_codes(value, act, at), None, 0)
+    x = made_once(value)  # for its codes, and in search of NaN
+    numbers, scale, zero = encode(x, act, at)
+    low, high = act.grid.code_range
+    shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
+    codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
+    lost = nan_rows(x, at.roles).astype(scale.dtype)
+    scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
+    if zero is None:
+        return Factor(codes, scale, None, max(-low, high))
+    return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)
+
+
 def _done(a: Factor) -> tuple[str, Why | None]:
-    """What a product on codes is called, and what its backend makes of it."""
-    if a.codes.dtype == jnp.int8:
-        return "integer", None
-    return "float8", WIDENED if jax.default_backend() == "cpu" else None
+    """What a product on codes is called, and what a backend makes of it."""
+    return ("integer", None) if a.codes.dtype == jnp.int8 else ("float8", WIDENED)

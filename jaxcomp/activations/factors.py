@@ -36,7 +36,7 @@ class Factor:
     @property
     def sum_type(self) -> DType:
         """The type in which products of its codes are summed."""
-        return {jnp.dtype(jnp.int8): jnp.int32, jnp.dtype(jnp.float64): jnp.float64}.get(self.codes.dtype, jnp.float32)
+        return jnp.dtype(jnp.int32) if self.codes.dtype == jnp.int8 else self.scale.dtype
 
     def value(self) -> jax.Array:
         """The array that the codes stand for, in the scale's type."""

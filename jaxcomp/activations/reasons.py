@@ -37,7 +37,7 @@ CUT_WINDOW = Why("a scale varies along what the convolution sums over", KEPT_AXE
 GROUPED_BATCH = Why("the convolution groups its batch", LEAVE)
 SHIFTED_KERNEL = Why("a convolution's weight needs a symmetric grid", "quantize it with Int(bits), whose zero is 0")
 RAGGED = Why("integers are for ragged dots of rows, each by one group's matrix", LEAVE)
-WIDENED = Why("the CPU backend widens float8 before it multiplies")
+WIDENED = Why("on CPU, float8 is widened before it is multiplied")
 OF_FACTORS = "merge the factors with materialize and quantize the result, or " + LEAVE
 IN_FLOAT = Why("its factors run in float", OF_FACTORS)
 
