@@ -23,6 +23,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import backward as under_its_axes
 from jaxcomp.core.meshes import here
+from jaxcomp.core.noise import bits
 from jaxcomp.core.types import Key, PyTree
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, in_steps
 from jaxcomp.quantization.numerics.rounding import nearest
@@ -199,6 +200,6 @@ def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     codes = nearest(steps)
     if how.key is not None:
         codes = jnp.floor(steps)
-        noise = jax.random.bits(how.key, x.shape, jnp.uint16).astype(x.dtype)
+        noise = (bits(how.key, x.shape) >> (32 - _NOISE_BITS)).astype(jnp.int32).astype(x.dtype)
         codes = codes + (noise + 0.5 < (steps - codes) * 2.0**_NOISE_BITS).astype(x.dtype)
     return Factor(codes.astype(jnp.int8), scale, None, top)
