@@ -29,8 +29,8 @@ def bits(key: Key, shape: Shape) -> UInt32[Array, "*shape"]:
     >>> int(bits(jax.random.key(0), (1000,)).astype(jnp.float32).mean() / 2**32 * 10)
     4
 
-    Source: the constants are those of Wellons, Prospecting for hash functions, 2018; the second word of the key comes in
-    after the first round, or keys would give shifted copies of one sequence.
+    Source: the constants are those of Wellons, Prospecting for hash functions, 2018; the second word of the key comes
+    in after the first round, or keys would give shifted copies of one sequence.
     """
     words = jax.random.key_data(key).reshape(-1)
     first, second = reduce(jnp.bitwise_xor, words[::2]), reduce(jnp.bitwise_xor, words[1::2])
