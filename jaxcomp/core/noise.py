@@ -33,7 +33,8 @@ def bits(key: Key, shape: Shape) -> UInt32[Array, "*shape"]:
     in after the first round, or keys would give shifted copies of one sequence.
     """
     words = jax.random.key_data(key).reshape(-1)
-    first, second = reduce(jnp.bitwise_xor, words[::2]), reduce(jnp.bitwise_xor, words[1::2])
+    # Of a key of four words both pairs may be the same, so they are not to cancel.
+    first, second = (reduce(lambda seed, word: seed * np.uint32(_MIX[0][1]) + word, words[i::2]) for i in (0, 1))
     x = jnp.full(shape, first, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
