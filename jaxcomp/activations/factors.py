@@ -22,7 +22,7 @@ class Factor:
     """One operand: ``value == (codes - zero) * scale``.
 
     Attributes:
-      codes: int8, or float8.
+      codes: int8, float8, or a float type that holds either, without a zero then.
       scale: float, of the codes' rank; each dimension divides the codes'.
       zero: int32, of the scale's shape or 1 where that says more, as which rows hold NaN; or None for 0.
       reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.

@@ -42,6 +42,15 @@ OF_FACTORS = "merge the factors with materialize and quantize the result, or " +
 IN_FLOAT = Why("its factors run in float", OF_FACTORS)
 
 
+AS_VALUES = "in float its values are multiplied, at the highest precision"
+"""Why a product is slow in fake mode on a backend that rounds what it multiplies: no such rounding may change it."""
+
+ALONG_SUM = Why(f"a scale varies along what the product sums over: {AS_VALUES}", KEPT_AXES)
+GROUPED_BATCH_VALUES = Why(f"{GROUPED_BATCH.reason}: {AS_VALUES}", LEAVE)
+RAGGED_VALUES = Why(f"a ragged dot that is none of rows, each by one group's matrix: {AS_VALUES}", LEAVE)
+LONG_SUM = Why("its sums may leave 2^24, beyond which float32 rounds them", FEWER_BITS)
+
+
 def barred(primitive: str) -> Why:
     """A site inside of an equation that nothing rewrites."""
     return Why(f"it is inside a {primitive}, where nothing is rewritten", LEAVE)
