@@ -17,12 +17,14 @@ from jaxcomp.activations.codes import Value
 from jaxcomp.activations.convolutions import convolution_of_gradient
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Names, scale_blocks
+from jaxcomp.activations.float_products import Form, apart, times
 from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal
 from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import backward as under_its_axes
 from jaxcomp.core.meshes import here
+from jaxcomp.core.noise import bits
 from jaxcomp.core.types import Key, PyTree
 from jaxcomp.quantization.numerics.affine import block_absmax, dequantize, in_steps
 from jaxcomp.quantization.numerics.rounding import nearest
@@ -78,8 +80,8 @@ def checked_key(owner: str, spec: Backward, args: tuple[object, ...]) -> Key | N
     return key
 
 
-def integer_product_with_gradient(
-    op: Op, spec: Backward | None, rounded: Callable[..., tuple[jax.Array, jax.Array]]
+def product_with_gradient(
+    op: Op, spec: Backward | None, rounded: Callable[..., tuple[jax.Array, jax.Array]], form: Form
 ) -> Callable[..., jax.Array]:
     """``product(operands, ranges, key, factors)``: on codes, with the gradient of ``op`` on the values they stand for.
 
@@ -89,23 +91,26 @@ def integer_product_with_gradient(
       op: the equation.
       spec: how the gradient is rounded, if at all.
       rounded: gives the two values from ``(operands, ranges)``, and with them the gradient in both.
+      form: of the product on codes.
     """
     dtypes = [operand.dtype for operand in operands_of(op)[:2]]
 
     @jax.custom_vjp
     def product(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> jax.Array:
-        return integer_product(op.given(*operands[2:]), *factors)
+        return form.multiply(op.given(*operands[2:]), *factors)
 
     def forward(operands: Operands, ranges: Ranges, key: Key | None, factors: Pair) -> tuple[jax.Array, Kept]:
         _, pull = jax.vjp(rounded, operands, ranges)
-        return integer_product(op.given(*operands[2:]), *factors), (pull, key, factors, operands[2:])
+        return form.multiply(op.given(*operands[2:]), *factors), (pull, key, factors, operands[2:])
 
     def backward(kept: Kept, g: jax.Array) -> tuple[PyTree, PyTree, None, None]:
         pull, key, factors, rest = kept
         # Or XLA makes the values while it goes forward, and all of them wait.
         factors, g = jax.lax.optimization_barrier((factors, g))
-        a, b = (f.value().astype(dtype) for f, dtype in zip(factors, dtypes, strict=True))
-        return *pull(_both(op.given(*rest), (a, b, g), Gradients(spec, key))), None, None
+        every = zip(factors, form.single, dtypes, strict=True)
+        (a, outer_a), (b, outer_b) = (apart(f, single=single, dtype=dtype) for f, single, dtype in every)
+        of_a, of_b = _both(op.given(*rest), (a, b, g), Gradients(spec, key))
+        return *pull((times(of_a, outer_b), times(of_b, outer_a))), None, None
 
     product.defvjp(forward, under_its_axes(backward))
     return product
@@ -199,6 +204,6 @@ def _rounded(x: jax.Array, roles: Names, how: Gradients) -> Factor:
     codes = nearest(steps)
     if how.key is not None:
         codes = jnp.floor(steps)
-        noise = jax.random.bits(how.key, x.shape, jnp.uint16).astype(x.dtype)
+        noise = (bits(how.key, x.shape) >> (32 - _NOISE_BITS)).astype(jnp.int32).astype(x.dtype)
         codes = codes + (noise + 0.5 < (steps - codes) * 2.0**_NOISE_BITS).astype(x.dtype)
     return Factor(codes.astype(jnp.int8), scale, None, top)

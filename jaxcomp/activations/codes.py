@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomp.activations.reasons import TO_INT, Why
+from jaxcomp.core.gradients import masked_through
 from jaxcomp.core.leaves import CompressedLeaf, Masked, dense, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
+from jaxcomp.quantization.learned import Learned
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, in_type, spread
 from jaxcomp.trace.flow import Op
@@ -55,6 +57,7 @@ def codes_of(leaf: CompressedLeaf, stepped: frozenset[int] = frozenset()) -> Cod
 
     Codes of an asymmetric 8-bit grid are shifted by 128, for a product of int8 by int8 is the fast one.
     """
+    leaf = leaf.in_training() if isinstance(leaf, Learned) else leaf
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
     if not isinstance(inner, Quantized):
         return Why(f"the weight is a {type(inner).__name__}, not integer codes", TO_INT)
@@ -67,7 +70,9 @@ def codes_of(leaf: CompressedLeaf, stepped: frozenset[int] = frozenset()) -> Cod
     zero = None if inner.zero_point is None else inner.zero_point - shift
     if mask is not None:
         nothing = jnp.zeros((), codes.dtype) if zero is None else spread(zero, codes.shape).astype(codes.dtype)
-        codes = jnp.where(unpacked(mask), codes, nothing)
+        inside = unpacked(mask)
+        through = isinstance(leaf, Masked) and leaf.straight
+        codes = nothing + masked_through(codes - nothing, inside) if through else jnp.where(inside, codes, nothing)
     box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
     return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
 

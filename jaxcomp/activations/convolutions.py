@@ -90,6 +90,8 @@ def _for_cpu(op: Op, x: Factor, kernel: Factor) -> Form:
 
 def _for_cuda(op: Op, x: Factor, kernel: Factor) -> Form:
     plain, p = _plain(op, x, kernel), op.eqn.params
+    if x.reach and x.codes.dtype != jnp.int8:
+        return plain
     dilated = {*p["lhs_dilation"], *p["rhs_dilation"]} - {1}
     lacking = p["feature_group_count"] > 1 or dilated or len(p["padding"]) > 2
     if lacking or kernel.codes.dtype != jnp.int8 or x.scale.dtype != jnp.float32:

@@ -13,6 +13,7 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params
 from jaxcomp.kernels.leaves import Prepared
+from jaxcomp.quantization.learned import Learned
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.sites import Site
 
@@ -55,11 +56,9 @@ def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str,
 
 
 def _is_quantized(leaf: object) -> bool:
-    """Whether it holds codes of a grid: under a mask, or in factors, too."""
-    return any(
-        isinstance(x, Quantized | Prepared)
-        for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Quantized | Prepared))
-    )
+    """Whether it holds codes of a grid, or will: under a mask, or in factors, too."""
+    coded = Quantized | Prepared | Learned
+    return any(isinstance(x, coded) for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, coded)))
 
 
 def _could_be(site: Site, quantized: set[str]) -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.backward import Gradients, integer_product_with_gradient, with_rounded_gradient
+from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, Value
 from jaxcomp.activations.factors import Factor
-from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes
-from jaxcomp.activations.integer_products import nan_rows, refusal, small_integers
+from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, scale_blocks
+from jaxcomp.activations.float_products import Form, float_product, long_sum, no_codes, value_product
+from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal, small_integers
 from jaxcomp.activations.lookups import lookup
+from jaxcomp.activations.memory import Memory
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
@@ -42,6 +45,13 @@ class Side(NamedTuple):
     key: Key | None
 
 
+class Operand(NamedTuple):
+    """An operand as the float product takes it: its value, which has the gradient, and its codes if there are any."""
+
+    value: jax.Array
+    factor: Factor | None
+
+
 @dataclass(frozen=True)
 class Around:
     """What the claims of all sites have in common.
@@ -52,6 +62,7 @@ class Around:
       reasons: why the codes of a leaf do not come to its site, by its path.
       record: learns what was done at a site.
       prepared: the leaves that are laid out for their products, by path.
+      encoded, faked: give a value in codes, and as the float product takes it.
     """
 
     mode: Mode
@@ -59,6 +70,8 @@ class Around:
     reasons: Mapping[str, Why]
     record: Record
     prepared: Mapping[str, Prepared]
+    encoded: Memory[Factor] = field(default_factory=lambda: Memory(_encoded))
+    faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))
 
 
 def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
@@ -89,13 +102,44 @@ class _Product:
             pair = self.factors(values, side.ranges)
             if not isinstance(pair, Why):
                 self.around.record(path, *_done(pair[0]))
-                product = integer_product_with_gradient(op, spec, self.rounded)
+                form = Form(integer_product, self.single(values, pair))
+                product = product_with_gradient(op, spec, self.rounded, form)
                 return [product(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
             why = pair
-        self.around.record(path, "fake", why)
-        x, y = self.rounded(values, side.ranges)
-        rest = values[2:]
-        return op.bind(x, y, *rest) if spec is None else [with_rounded_gradient(op, spec)(side.key, x, y, rest)]
+        return [self.fake(side, values, why)]
+
+    def fake(self, side: Side, values: tuple[Value, ...], why: Why | None) -> jax.Array:
+        """The product in float, on codes where both operands have them; ``why`` it is not on integers."""
+        op, spec, rest = self.planned.op, self.around.mode.gradients.spec, values[2:]
+        x, y = (self._rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values[:2]))
+        if x.factor is None or y.factor is None:
+            self.around.record(self.planned.site.path, "fake", why)
+            if spec is None:
+                return op.bind(x.value, y.value, *rest)[0]
+            return with_rounded_gradient(op, spec)(side.key, x.value, y.value, rest)
+        pair = x.factor, y.factor
+        refused = no_codes(op, *pair)
+        self.around.record(self.planned.site.path, "fake", why or refused or long_sum(op, *pair))
+        if refused is None:  # or XLA on CPU rounds anew for each that reads the codes
+            first, second = (replace(f, codes=made_once(f.codes)) for f in pair)
+            pair = first, second
+        form = Form(integer_product if refused is None else value_product, self.single(values, pair))
+        if spec is not None:
+            product = product_with_gradient(op, spec, self.rounded, form)
+            return product(values, side.ranges, side.key, pair)
+        return float_product(op, form)(x.value, y.value, pair, rest)
+
+    def single(self, values: tuple[Value, ...], pair: tuple[Factor, Factor]) -> tuple[bool, bool]:
+        """Which operands have one scale that goes outside of the products of the gradient: none if one is in blocks."""
+        if no_codes(self.planned.op, *pair) is not None:
+            return False, False
+        first, second = (self._has_one_scale(i, value) for i, value in enumerate(values[:2]))
+        return first, second
+
+    def _has_one_scale(self, index: int, value: Value) -> bool:
+        if isinstance(value, Codes):
+            return value.scale.size == 1
+        return math.prod(scale_blocks(value.shape, self.planned.site.operands[index].roles, self.act.per)) == 1
 
     def factors(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[Factor, Factor] | Why:
         """Both operands in codes, or why the product cannot be run on them."""
@@ -117,35 +161,53 @@ class _Product:
             why = self.around.reasons.get(site.leaf or "", UNQUANTIZED)
             return COMPUTED if why in (UNQUANTIZED, MULTIPLIED_OUT) and not site.operands[index].exact else why
         at = Entry(site.operands[index].roles, given)
-        if isinstance(self.act, Float8):
-            return Factor(*float8_codes(value, self.act, at), None, 0)
-        x = made_once(value)  # for its codes, and in search of NaN
-        numbers, scale, zero = encode(x, self.act, at)
-        low, high = self.act.grid.code_range
-        shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
-        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
-        lost = nan_rows(x, site.operands[index].roles).astype(scale.dtype)
-        scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
-        if zero is None:
-            return Factor(codes, scale, None, max(-low, high))
-        return Factor(codes, scale, (zero - shift).astype(jnp.int32), high - low)
+        return self.around.encoded(value, self.act, at)
 
     def rounded(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[jax.Array, jax.Array]:
         """The operands as the float product takes them."""
-        x, y = (self._rounded(i, value, ranges.get(i)) for i, value in enumerate(values[:2]))
+        x, y = (self._rounded(i, value, ranges.get(i)).value for i, value in enumerate(values[:2]))
         return x, y
 
-    def _rounded(self, index: int, value: Value, given: Range | None) -> jax.Array:
+    def _rounded(self, index: int, value: Value, given: Range | None) -> Operand:
         if isinstance(value, Codes):
-            return value.dense()
+            codes = value.codes.astype(value.scale.dtype)
+            numbers = codes if value.zero is None else codes - spread(value.zero, codes.shape)
+            factor = Factor(numbers.astype(value.dtype), value.scale, None, value.reach)
+            return Operand(value.dense(), factor)
         site = self.planned.site
         if index not in site.activations:
-            return value
-        return fake_quantize(value, self.act, Entry(site.operands[index].roles, given))
+            return Operand(value, None)
+        return self.around.faked(value, self.act, Entry(site.operands[index].roles, given))
+
+
+def _reach(act: ActSpec) -> int:
+    """How far codes are from their zero at most; 0 of float8."""
+    if isinstance(act, Float8):
+        return 0
+    low, high = act.grid.code_range
+    return max(-low, high) if act.symmetric else high - low
+
+
+def _faked(value: jax.Array, act: ActSpec, at: Entry) -> Operand:
+    """An activation rounded in float."""
+    found = fake_quantize(value, act, at)
+    return Operand(found.value, Factor(found.numbers, found.scale, None, _reach(act)))
+
+
+def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
+    """An activation in codes."""
+    if isinstance(act, Float8):
+        return Factor(*float8_codes(value, act, at), None, 0)
+    x = made_once(value)  # for its codes, and in search of NaN
+    numbers, scale, zero = encode(x, act, at)
+    _, high = act.grid.code_range
+    shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
+    codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
+    lost = nan_rows(x, at.roles).astype(scale.dtype)
+    scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
+    return Factor(codes, scale, None if zero is None else (zero - shift).astype(jnp.int32), _reach(act))
 
 
 def _done(a: Factor) -> tuple[str, Why | None]:
-    """What a product on codes is called, and what its backend makes of it."""
-    if a.codes.dtype == jnp.int8:
-        return "integer", None
-    return "float8", WIDENED if jax.default_backend() == "cpu" else None
+    """What a product on codes is called, and what a backend makes of it."""
+    return ("integer", None) if a.codes.dtype == jnp.int8 else ("float8", WIDENED)

@@ -22,7 +22,7 @@ class Factor:
     """One operand: ``value == (codes - zero) * scale``.
 
     Attributes:
-      codes: int8, or float8.
+      codes: int8, float8, or a float type that holds either, without a zero then.
       scale: float, of the codes' rank; each dimension divides the codes'.
       zero: int32, of the scale's shape or 1 where that says more, as which rows hold NaN; or None for 0.
       reach: the largest ``|codes - zero|``; 0 for float8, whose sums are floats.
@@ -36,7 +36,7 @@ class Factor:
     @property
     def sum_type(self) -> DType:
         """The type in which products of its codes are summed."""
-        return {jnp.dtype(jnp.int8): jnp.int32, jnp.dtype(jnp.float64): jnp.float64}.get(self.codes.dtype, jnp.float32)
+        return jnp.dtype(jnp.int32) if self.codes.dtype == jnp.int8 else self.scale.dtype
 
     def value(self) -> jax.Array:
         """The array that the codes stand for, in the scale's type."""

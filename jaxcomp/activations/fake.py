@@ -29,6 +29,18 @@ class Coded(NamedTuple):
     zero: jax.Array | None
 
 
+class Rounded(NamedTuple):
+    """A value on its grid, ``value == numbers * scale``; the gradient flows through the value, and so the numbers.
+
+    The numbers, in the value's own type, are integers (float8 numbers of a Float8), so a backend that rounds what it
+    multiplies leaves them as they are.
+    """
+
+    value: jax.Array
+    numbers: jax.Array
+    scale: jax.Array
+
+
 Names = tuple[str, ...]
 """What a site does with each axis of an operand, as ``Operand.roles`` has it."""
 
@@ -111,45 +123,55 @@ def float8_codes(x: jax.Array, act: Float8, at: Entry) -> tuple[jax.Array, jax.A
     return jnp.clip(x * spread(1.0 / scale, x.shape), -act.top, act.top).astype(act.dtype), scale
 
 
-def _fake_float8(x: jax.Array, act: Float8, at: Entry) -> jax.Array:
-    codes, scale = float8_codes(x, act, at)
-    end = spread(scale, x.shape) * (act.top * (1 + 2.0**-10))  # what rounds to the top without being clipped learns
-    passing = jnp.where(jnp.abs(x) <= end.astype(x.dtype), x, jax.lax.stop_gradient(x))
-    return straight_through(passing, dequantize(codes, scale).astype(x.dtype))
-
-
-def fake_quantize(x: jax.Array, act: ActSpec, at: Entry) -> jax.Array:
+def fake_quantize(x: jax.Array, act: ActSpec, at: Entry) -> Rounded:
     """The value rounded to its grid, in its own type; arguments as of :func:`encode`.
 
-    >>> act = Act(2, range=LSQ())
-    >>> fake_quantize(jnp.array([-1.0, 0.4, 9.0]), act, Entry(("output",), Range(jnp.float32(0), jnp.float32(3))))
-    Array([0., 0., 3.], dtype=float32)
+    >>> x, at = jnp.array([-1.0, 0.4, 9.0]), Entry(("output",), Range(jnp.float32(0), jnp.float32(6)))
+    >>> found = fake_quantize(x, Act(2, range=LSQ()), at)
+    >>> found.value.tolist(), found.numbers.tolist(), found.scale.tolist()
+    ([0.0, 0.0, 6.0], [0.0, 0.0, 3.0], [2.0])
     """
     if isinstance(act, Float8):
         return _fake_float8(x, act, at)
-    return _rounded(act.range, x, act, at)
+    coded, value = _rounded(act.range, x, act, at)
+    return _as_numbers(value, *jax.lax.stop_gradient((coded.numbers, coded.scale)))
+
+
+def _fake_float8(x: jax.Array, act: Float8, at: Entry) -> Rounded:
+    codes, scale = float8_codes(x, act, at)
+    end = spread(scale, x.shape) * (act.top * (1 + 2.0**-10))  # what rounds to the top without being clipped learns
+    passing = jnp.where(jnp.abs(x) <= end.astype(x.dtype), x, jax.lax.stop_gradient(x))
+    value = straight_through(passing, dequantize(codes, scale).astype(x.dtype))
+    return _as_numbers(value, codes, scale)
+
+
+def _as_numbers(value: jax.Array, numbers: jax.Array, scale: jax.Array) -> Rounded:
+    steps = value.astype(scale.dtype) * spread(1.0 / scale, value.shape)
+    return Rounded(value, straight_through(steps.astype(value.dtype), numbers.astype(value.dtype)), scale)
 
 
 @singledispatch
-def _rounded(source: RangeKind, x: jax.Array, act: Act, at: Entry) -> jax.Array:
+def _rounded(source: RangeKind, x: jax.Array, act: Act, at: Entry) -> tuple[Coded, jax.Array]:
+    """The codes, and what they stand for with the gradient that the kind of range gives it."""
     # One mask at most is kept for the gradient: every array that waits for the backward pass is written and read.
     coded = encode(jax.lax.stop_gradient(x), act, at)
     value = _value(coded, x)
-    return straight_through(x if at.given is None else _within(x, coded, act.grid), value)
+    return coded, straight_through(x if at.given is None else _within(x, coded, act.grid), value)
 
 
 @_rounded.register(LSQ)
-def _(source: LSQ, x: jax.Array, act: Act, at: Entry) -> jax.Array:
-    return _value(encode(x, act, at), x)
+def _(source: LSQ, x: jax.Array, act: Act, at: Entry) -> tuple[Coded, jax.Array]:
+    coded = encode(x, act, at)
+    return coded, _value(coded, x)
 
 
 @_rounded.register(PACT)
-def _(source: PACT, x: jax.Array, act: Act, at: Entry) -> jax.Array:
+def _(source: PACT, x: jax.Array, act: Act, at: Entry) -> tuple[Coded, jax.Array]:
     assert at.given is not None
     high = jnp.asarray(at.given.high, x.dtype)
     clipped = jnp.where(x < high, jnp.maximum(x, jnp.zeros((), x.dtype)), high)
     coded = encode(jax.lax.stop_gradient(x), act, at._replace(given=jax.lax.stop_gradient(at.given)))
-    return straight_through(clipped, _value(coded, x))
+    return coded, straight_through(clipped, _value(coded, x))
 
 
 def _value(coded: Coded, like: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 
@@ -50,7 +50,8 @@ def quantize_function(
     """``q(params, ranges, *args)``: ``fn`` with the activations that enter its products quantized.
 
     The tree says what the weights are: compressed leaves are run as they are. The rules say what the activations are.
-    In fake mode both are rounded in float, with straight-through gradients. With ``integer=True`` a product of a
+    In fake mode both are rounded in float, with straight-through gradients, and their codes are multiplied, scales
+    outside, so that it is the same on a backend that rounds what it multiplies. With ``integer=True`` a product of a
     ``Quantized`` leaf, or of two activations, runs on int8 codes with sums in int32, zero points exact, and one
     rescale; it equals the fake mode within rounding, and its gradient is the fake mode's, in reverse mode alone, so
     that a tree which is not packed trains on integers. A site that was asked for (a rule quantizes its activations, and
@@ -143,13 +144,11 @@ class Call:
             **looked_up,
             **{path: carried(leaf) for path, leaf in prepared.items()},
         }
-        tree, reasons = _placed(program, self.params, kept, mode.integer)
+        tree, reasons = _placed(program, self.params, kept, None if mode.integer else _entering(self.planned))
         around = Around(mode, ranges, reasons, record, prepared)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
-        if mode.integer:
-            claims |= _layout_claims(program)
-        claims |= {**layout_claims(program, prepared), **table_claims(program, looked_up)}
+        claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
         apart = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in apart}
@@ -166,9 +165,14 @@ def _dense(value: Leaf | Kept | Codes) -> jax.Array:
     return value.dense() if isinstance(value, Kept | Codes) else dense(value)
 
 
-def _placed(program: Program, params: Params, kept: Mapping[str, Kept], integer: bool) -> tuple[PyTree, dict[str, Why]]:
-    """The tree with factors and, for integers, codes where leaves have them; and why others reach no site as codes."""
-    stepped = stepped_axes(program) if integer else {}
+def _placed(
+    program: Program, params: Params, kept: Mapping[str, Kept], wanted: frozenset[str] | None
+) -> tuple[PyTree, dict[str, Why]]:
+    """The tree with factors and codes where leaves have them; and why others reach no site as codes.
+
+    ``wanted`` are the leaves whose codes are; None is all.
+    """
+    stepped = stepped_axes(program)
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
     leaves: list[Leaf | Kept | Codes] = []
     reasons: dict[str, Why] = {}
@@ -179,7 +183,7 @@ def _placed(program: Program, params: Params, kept: Mapping[str, Kept], integer:
             leaves.append(value)
             reasons[path] = MULTIPLIED_OUT if isinstance(value, Carried) else IN_FLOAT
             continue
-        if integer:
+        if wanted is None or path in wanted:
             axes = frozenset(stepped.get(path, ()))
             found = on_any_mesh(codes_of)(leaf, axes) if is_compressed(leaf) else of_float8(leaf)
         if isinstance(found, Codes):
@@ -190,6 +194,12 @@ def _placed(program: Program, params: Params, kept: Mapping[str, Kept], integer:
         if found is not None:
             reasons[path] = found
     return treedef.unflatten(leaves), reasons
+
+
+def _entering(planned: Iterable[Planned]) -> frozenset[str]:
+    """The leaves that enter products whose activations are quantized."""
+    operands = (operand for p in planned if p.act is not None for operand in p.site.operands)
+    return frozenset(path for o in operands for path in (o.params if o.leaf is None else (o.leaf,)))
 
 
 def _layout_claims(program: Program) -> dict[Location, Claim]:

@@ -38,9 +38,18 @@ CUT_WINDOW = Why("a scale varies along what the convolution sums over", KEPT_AXE
 GROUPED_BATCH = Why("the convolution groups its batch", LEAVE)
 SHIFTED_KERNEL = Why("a convolution's weight needs a symmetric grid", "quantize it with Int(bits), whose zero is 0")
 RAGGED = Why("integers are for ragged dots of rows, each by one group's matrix", LEAVE)
-WIDENED = Why("the CPU backend widens float8 before it multiplies")
+WIDENED = Why("on CPU, float8 is widened before it is multiplied")
 OF_FACTORS = "merge the factors with materialize and quantize the result, or " + LEAVE
 IN_FLOAT = Why("its factors run in float", OF_FACTORS)
+
+
+AS_VALUES = "in float its values are multiplied, at the highest precision"
+"""Why a product is slow in fake mode on a backend that rounds what it multiplies: no such rounding may change it."""
+
+ALONG_SUM = Why(f"a scale varies along what the product sums over: {AS_VALUES}", KEPT_AXES)
+GROUPED_BATCH_VALUES = Why(f"{GROUPED_BATCH.reason}: {AS_VALUES}", LEAVE)
+RAGGED_VALUES = Why(f"a ragged dot that is none of rows, each by one group's matrix: {AS_VALUES}", LEAVE)
+LONG_SUM = Why("its sums may leave 2^24, beyond which float32 rounds them", FEWER_BITS)
 
 
 def barred(primitive: str) -> Why:

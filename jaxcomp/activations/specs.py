@@ -163,8 +163,8 @@ class Backward:
 
     Each multiplies the incoming gradient with the other operand. Both factors are put on symmetric grids, with a scale
     for each index that the product does not sum over, and multiplied as int8 with sums in int32. Sums that may leave
-    int32, the kernel gradients of grouped convolutions, and on CPU all convolutions, run in float on the same rounded
-    factors.
+    int32, the kernel gradients of grouped convolutions, and on CPU and CUDA all convolutions, run in float on the same
+    codes.
 
     Args:
       bits: width of a code, 2..8.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import jax
@@ -81,6 +82,14 @@ class Learned(CompressedLeaf):
         if not isinstance(self.latent, Masked):
             return value
         return (masked_through if self.latent.straight else masked)(value, unpacked(self.latent.mask))
+
+    def in_training(self) -> Quantized | Masked:
+        """What ``pack`` gives, its codes still in a float type; they pass on the gradients of :meth:`materialize`."""
+        _check_latent(self.latent)
+        leaf = self.quantized()
+        steps = _gradient_of(self, leaf.numbers(), leaf.scale, leaf.zero_point) / spread(leaf.scale, self.shape)
+        leaf = replace(leaf, codes=straight_through(steps, leaf.codes))
+        return replace(self.latent, values=leaf) if isinstance(self.latent, Masked) else leaf
 
     def pack(self) -> Quantized | Masked:
         """``Quantized`` with codes of ``grid.bits`` bits; it trains no more."""

@@ -73,8 +73,7 @@ def test_real_products_equal_fake_ones(fn, w, x, monkeypatch):
     ops = trace(lambda p, x: quantize_function(fn, rules, integer=True)(p, None, x), p, x).flow.ops
     factors = [[str(v.aval.dtype) for v in op.eqn.invars] for op in ops if "general" in op.name]
     assert factors == [["float8_e4m3fn"] * 2] * len(rows)
-    widened = ["the CPU backend widens" in row.why for row in rows]
-    assert all(widened) if jax.default_backend() == "cpu" else not any(widened)
+    assert all("on CPU, float8 is widened" in row.why for row in rows)  # on whichever machine one asks
 
 
 def test_groups_have_scales_of_their_own():

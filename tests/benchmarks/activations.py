@@ -186,9 +186,30 @@ def inference(*, width: int, batch: int, rounds: int) -> Report:
     return Report(title, f"float ({timings.median(FLOAT) * 1e3:.1f} ms)", rows, timings.notes())
 
 
+def along_one_axis(*, channels: int, length: int, rounds: int) -> Report:
+    """A convolution with one spatial axis, as networks for sound have, on integers over float."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, length, channels)), jnp.float32)
+    params = {"w": jnp.asarray(rng.normal(size=(9, channels, channels)), jnp.float32)}
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    compress = jc.quantize(jc.Int(8), per=PER)
+    tree = jc.pack(compress.apply(compress.init(params), params))
+    name = "int8, dynamic symmetric"
+    q = quantize_activations(fn, {r".*": Act(8, symmetric=True, range=Dynamic())}, integer=True)
+    plain, integer = jax.jit(fn).lower(params, x).compile(), jax.jit(q).lower(tree, None, x).compile()
+    timings = measure({FLOAT: lambda: plain(params, x), name: lambda: integer(tree, None, x)}, rounds=rounds)
+    title = f"convolution of 9 taps along one axis, {channels} channels, 8 x {length}: speed"
+    rows = [timings.speed_row(name, FLOAT, factor=1.0, target=">= 1.5")]
+    return Report(title, f"float ({timings.median(FLOAT) * 1e3:.1f} ms)", rows, timings.notes())
+
+
 def run() -> Iterator[Report]:
     """The reports."""
     vit = ViT(patch=4, dim=256, depth=4, heads=4, mlp_dim=1024)
     yield inference(width=64, batch=8, rounds=9)
+    yield along_one_axis(channels=128, length=1024, rounds=9)
     yield steps("QAT step, ResNet-18 width 16, 32x32x3, batch 64", ResNet18(width=16), batch=64, rounds=9)
     yield steps("QAT step, transformer of 4 layers, d=256, 64 tokens, batch 16", vit, batch=16, rounds=9)
