@@ -287,6 +287,7 @@ for name in ("prune", "prune_global", "prune_filters", "int4", "int4_group", "in
 """
 
 
+@pytest.mark.slow  # a part of it is quick in test_meshes
 def test_eight_devices_give_what_one_gives() -> None:
     import os
 

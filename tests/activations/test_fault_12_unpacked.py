@@ -10,6 +10,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, coverage, quantize_function
+from tests.marks import quick
 from tests.trace.models import normal
 
 RULES = {".*": Act(8, range=Dynamic())}
@@ -47,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, "unpacked", "stacked behind", "tiled inputs"))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_fault_12_codes_reach_their_product(name, symmetric):
     fn, shapes, per = CASES[name]

@@ -17,6 +17,7 @@ from jax import lax
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, coverage, quantize_function
 from jaxcomp.core import Channels, Groups, leaves_with_paths
+from tests.marks import quick
 from tests.trace.models import filled, normal, variables_of
 
 KEY = jax.random.key(0)
@@ -160,7 +161,7 @@ def check(fn, rules, tree, x):
     return {row.done for row in report.rows}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("case", quick(CASES, equinox_convs, flax_stack, attention), ids=lambda make: make.__name__)
 def test_scales_on_the_axes_that_are_kept_run_on_integers(case):
     fn, params, x, axes = case()
     tree = on_grid(params, axes)

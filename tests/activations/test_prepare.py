@@ -78,7 +78,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), jc.materialize(a), jc.materialize(b)))
 
 
-@pytest.mark.parametrize("fn", PROGRAMS, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", quick(PROGRAMS, dense, heads, scanned), ids=lambda fn: fn.__name__)
 @pytest.mark.parametrize("grid", quick(GRIDS, "Int4"))
 def test_a_prepared_tree_is_the_tree(fn, grid) -> None:
     shapes, of_x = PROGRAMS[fn]

@@ -56,7 +56,7 @@ def test_codes_come_back_from_blocks(bits, length) -> None:
 
 
 @pytest.mark.parametrize("grid", quick(GRIDS, "asymmetric 4", "Int(8)"))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", quick(SHAPES, "odd", "groups across blocks", "last block is short"))
 def test_every_form_is_numpys_product_exactly(grid, shape) -> None:
     features, length, group, block = SHAPES[shape]
     w, values = packed(features, length, GRIDS[grid], group=group, block=block)

@@ -127,7 +127,7 @@ def test_groups_and_filters_fall_where_the_program_sums_and_keeps(name) -> None:
         np.testing.assert_array_equal(by_filters[path], half_of_filters(weights[path], own), path)
 
 
-@pytest.mark.parametrize("name", ["equinox", "torch"])
+@pytest.mark.parametrize("name", quick(["equinox", "torch"], "equinox"))
 def test_without_roles_names_settle_matrices_and_convolutions(name) -> None:
     make, wanted = LAYOUTS[name]
     _, params, _ = make()

@@ -15,6 +15,7 @@ from jaxcomp.quantization.adaround import adaround
 from jaxcomp.quantization.leaves import Folded
 from jaxcomp.quantization.microscaling import E8M0, Blocked
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 rng = np.random.default_rng(0)
 
@@ -170,7 +171,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, "groups", "named"))
 def test_layouts_that_name_their_axes_want_no_roles(name) -> None:
     per, shape = LAYOUTS[name]
     params = {"w": normal(2, 4, 3)}

@@ -17,6 +17,7 @@ from jaxcomp.sharing import Codebook, share_vectors
 from jaxcomp.sharing.kmeans import inits
 from jaxcomp.trace import roles
 from tests.laws import assert_same_bits
+from tests.marks import quick
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -106,7 +107,7 @@ def jax_defaults():
         yield
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", quick(PROGRAMS, "torch convolution", "stacked"))
 def test_each_index_that_no_product_sums_over_has_its_table(name) -> None:
     fn, params, args, own, _ = PROGRAMS[name]()
     t = jc.share(2, per=Channels(), roles=roles(fn)(params, *args), init=inits.linear, iterations=0)
@@ -120,7 +121,7 @@ def test_each_index_that_no_product_sums_over_has_its_table(name) -> None:
     np.testing.assert_allclose(leaf.table, np.stack([rows.min(1), rows.max(1)]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", quick(PROGRAMS, "tied", "out of heads"))
 def test_groups_lie_along_what_products_sum_over(name) -> None:
     fn, params, args, _, axis = PROGRAMS[name]()
     t = jc.share(2, per=Groups(4), roles=roles(fn)(params, *args), init=inits.linear, iterations=0)
@@ -131,7 +132,7 @@ def test_groups_lie_along_what_products_sum_over(name) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", quick(PROGRAMS, "equinox", "stacked"))
 def test_vectors_lie_along_what_products_sum_over(name) -> None:
     fn, params, args, _, axis = PROGRAMS[name]()
     t = share_vectors(3, size=4, key=jax.random.key(0), roles=roles(fn)(params, *args))
@@ -193,7 +194,7 @@ def test_roles_that_do_not_fit_are_refused(message) -> None:
         t.init({"w": normal(*shape)})
 
 
-@pytest.mark.parametrize("per", [jc.core.Tensor(), Channels(0), Buckets(10)], ids=repr)
+@pytest.mark.parametrize("per", quick([jc.core.Tensor(), Channels(0), Buckets(10)], Channels(0)), ids=repr)
 @pytest.mark.parametrize("init", [inits.random, inits.plus_plus], ids=lambda i: i.name)
 def test_another_leaf_changes_no_drawn_table(per, init) -> None:
     t = jc.share(3, per=per, init=init, iterations=0, key=jax.random.key(3))

@@ -216,6 +216,7 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_fault_11_resuming_says_what_is_found(tmp_path, monkeypatch) -> None:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         config = dataclasses.replace(SMALL, out=tmp_path / "run")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxcomp.core.bits import order_keys
 from jaxcomp.pruning.masks import thresholds
 from jaxcomp.pruning.masks.thresholds import fraction_of, smallest
+from tests.marks import quick
 
 select = jax.jit(lambda x, e, k: smallest([order_keys(x)], [e], k)[0])
 radix = jax.jit(lambda x, e, k: thresholds._kth_by_radix([order_keys(x)], [e], k))
@@ -38,7 +39,7 @@ def test_exactly_k_with_ties_by_index(seed, k, few, share) -> None:
 
 
 @pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("some", quick([False, True], True))
 def test_large_arrays_take_the_other_way(few, some) -> None:
     sizes, k = (300_001, 1000, 1 << 18), 123_456
     rng = np.random.default_rng(0)

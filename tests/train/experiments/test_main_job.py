@@ -203,6 +203,7 @@ def test_the_same_command_again_makes_nothing_anew(finished) -> None:
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_with_the_same_table(finished, tmp_path) -> None:
     out, rows = finished
     killed = tmp_path / "killed"

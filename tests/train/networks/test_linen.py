@@ -302,10 +302,12 @@ def test_convnet_learns_digits_as_its_docstring_says():
     assert (logits.argmax(-1) == digits.test.labels).mean() >= 0.985
 
 
-@pytest.mark.parametrize(
-    "model", [ResNet18(width=4), SMALL["convnet"], SMALL["mlp"]], ids=["resnet18", "convnet", "mlp"]
-)
-def test_the_same_class_at_a_plans_widths_loads_the_small_tree(model):
+PLANNED = {"resnet18": ResNet18(width=4), "convnet": SMALL["convnet"], "mlp": SMALL["mlp"]}
+
+
+@pytest.mark.parametrize("name", quick(PLANNED, "convnet", "mlp"))
+def test_the_same_class_at_a_plans_widths_loads_the_small_tree(name):
+    model = PLANNED[name]
     x = images(2, 12)
     variables = randomized(model, x)
     half = plan(channel_groups(model.apply)(variables, x), variables, sparsity=0.5)
