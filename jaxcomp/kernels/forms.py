@@ -1,4 +1,4 @@
-"""One table: the form in which a product runs, by operation, backend, types and class of shape.
+"""One table: the form in which a product of floats and a packed weight runs, by backend, types and class of shape.
 
 The first form of the first row that fits, and that can run the product, is the one that runs. :func:`form_of` answers
 for one backend, :func:`forms_of` for all, in words for a report.
@@ -26,7 +26,6 @@ ANY = "*"
 class Row(NamedTuple):
     """Which forms serve some products, the best first."""
 
-    operation: str
     backend: str
     types: str
     shape: str
@@ -34,20 +33,17 @@ class Row(NamedTuple):
 
 
 TABLE = (
-    Row("weight_only", "cpu", ANY, "one", ("sums", "chunks", "whole")),
-    Row("weight_only", "cpu", ANY, ANY, ("chunks", "whole")),
-    Row("weight_only", "cuda", "bytes", "one", ("sums", "triton", "whole")),
-    Row("weight_only", "cuda", ANY, "one", ("triton", "sums", "whole")),
-    Row("weight_only", "cuda", ANY, "few", ("triton", "whole")),
-    Row("weight_only", "tpu", ANY, "one", ("mosaic", "sums", "whole")),
-    Row("weight_only", "tpu", ANY, "few", ("mosaic", "whole")),
-    Row("weight_only", ANY, ANY, "one", ("sums", "whole")),
-    Row("weight_only", ANY, ANY, ANY, ("whole",)),
-    Row("dot", ANY, "int8", ANY, ("integer",)),
-    Row("dot", "cpu", "float8", ANY, ("widened",)),
-    Row("dot", ANY, "float8", ANY, ("float8",)),
+    Row("cpu", ANY, "one", ("sums", "chunks", "whole")),
+    Row("cpu", ANY, ANY, ("chunks", "whole")),
+    Row("cuda", "bytes", "one", ("sums", "triton", "whole")),
+    Row("cuda", ANY, "one", ("triton", "sums", "whole")),
+    Row("cuda", ANY, "few", ("triton", "whole")),
+    Row("tpu", ANY, "one", ("mosaic", "sums", "whole")),
+    Row("tpu", ANY, "few", ("mosaic", "whole")),
+    Row(ANY, ANY, "one", ("sums", "whole")),
+    Row(ANY, ANY, ANY, ("whole",)),
 )
-"""First match wins. Types of ``weight_only`` are "bytes", 8 bits with one scale a feature, or "packed"."""
+"""First match wins. Types are "bytes", 8 bits with one scale a feature, or "packed"."""
 
 
 class Product(NamedTuple):
@@ -164,7 +160,7 @@ def _fits(row: Row, backend: str, p: Product) -> bool:
     types = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
     wanted = (row.backend, row.types, row.shape)
     found = (backend, types, shape_class(p.rows))
-    return row.operation == "weight_only" and all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
+    return all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
 
 
 def _refusal(name: str, backend: str, p: Product) -> str | None:

@@ -54,12 +54,6 @@ def _forms(rows: int, w: PackedWeight) -> tuple[Form, Form]:
     return (sums_of_bytes, sums) if rows == 1 and summable(w) else (chunks, whole)
 
 
-def form_of(rows: int, w: PackedWeight) -> str:
-    """The name of the form for so many rows."""
-    cpu, other = (form.__name__.replace("_", " ") for form in _forms(rows, w))
-    return cpu if cpu == other else f"{cpu} on CPU, else {other}"
-
-
 def summable(w: PackedWeight) -> bool:
     """Whether sums of products of bytes can be: a code is one field of an integer, and groups are whole blocks."""
     whole_blocks = w.scale.shape[-1] == 1 or w.group % w.block == 0 == w.length % w.group

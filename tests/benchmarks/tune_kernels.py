@@ -17,9 +17,8 @@ import numpy as np
 from rich.table import Table
 
 from jaxcomp.kernels.blocks import Blocks, shape_class
-from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.products import device_kind, run_of
-from jaxcomp.quantization.grids import Int
+from tests.kernels.weights import square
 
 SIDE = 8192
 ROUNDS, INNER = 7, 10
@@ -57,23 +56,6 @@ def candidates(kernel: str, rows: int) -> Iterator[Blocks]:
         yield Blocks(few, n, splits=splits, warps=warps, stages=stages)
 
 
-def weight(bits: int, side: int) -> PackedWeight:
-    """A random weight, as ``prepare`` lays it out."""
-    key = jax.random.key(bits)
-    codes = jax.random.bits(key, (side, side * bits // 8), jnp.uint8)
-    groups = side // 128 if bits < 8 else 1
-    return PackedWeight(
-        codes=codes if bits < 8 else codes.view(jnp.int8),
-        scale=jnp.full((side, groups), 1e-3),
-        zero=None,
-        grid=Int(bits),
-        length=side,
-        group=side // groups,
-        block=128,
-        dtype=jnp.dtype(jnp.bfloat16),
-    )
-
-
 def measured(cases: dict[str, list[Callable[[], jax.Array]]], rounds: int = ROUNDS) -> dict[str, float]:
     """Seconds of each case, the median of rounds in which all take turns; those that fail are left out."""
     times: dict[str, list[float]] = {}
@@ -98,7 +80,7 @@ def run(side: int = SIDE) -> Iterator[Tuned]:
         print(f"tune_kernels: no kernel is for {backend}; run it where a GPU or a TPU is.")
         return
     backend = "cuda" if kernel == "triton" else backend
-    weights = [weight(bits, side) for bits in (4, 8)]
+    weights = [square(bits, side) for bits in (4, 8)]
     dense = jnp.full((side, side), 1e-3, jnp.bfloat16)
     for rows in (1, 16, 64):
         x = jax.random.normal(jax.random.key(rows), (rows, side), jnp.bfloat16)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxcomp.kernels import PackedWeight, weight_only
 from jaxcomp.kernels.packing import pack_blocks, unpack_blocks
-from jaxcomp.kernels.weight_only import chunks, form_of, summable, sums, sums_of_bytes, whole
+from jaxcomp.kernels.weight_only import _forms, chunks, summable, sums, sums_of_bytes, whole
 from jaxcomp.quantization import NF4, Int
 from tests.marks import quick
 
@@ -152,8 +152,8 @@ def test_it_lowers_elsewhere(platform) -> None:
         assert "while" not in text
 
 
-def test_the_form_says_its_name() -> None:
+def test_which_form_is_plain() -> None:
     w, _ = packed(4, 64, Int(4), group=16, block=16)
-    assert form_of(1, w) == "sums of bytes on CPU, else sums"
-    assert form_of(3, w) == "chunks on CPU, else whole"
-    assert form_of(1, packed(4, 64, Int(3))[0]) == "chunks on CPU, else whole"
+    assert _forms(1, w) == (sums_of_bytes, sums)
+    assert _forms(3, w) == (chunks, whole)
+    assert _forms(1, packed(4, 64, Int(3))[0]) == (chunks, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,3 +70,20 @@ def activations(case: Case, dtype: type, *, whole: bool = False, seed: int = 1) 
     rng = np.random.default_rng(seed)
     shape = (case.rows, case.length)
     return jnp.asarray(rng.integers(-3, 4, shape) if whole else rng.normal(size=shape), dtype)
+
+
+def square(bits: int, side: int) -> PackedWeight:
+    """A random weight as ``prepare`` lays it out: 4 bits in groups of 128, 8 with a scale a feature."""
+    key = jax.random.key(bits)
+    codes = jax.random.bits(key, (side, side * bits // 8), jnp.uint8)
+    groups = side // 128 if bits < 8 else 1
+    return PackedWeight(
+        codes=codes if bits < 8 else codes.view(jnp.int8),
+        scale=jnp.full((side, groups), 1e-3),
+        zero=None,
+        grid=Int(bits),
+        length=side,
+        group=side // groups,
+        block=128,
+        dtype=jnp.dtype(jnp.bfloat16),
+    )
