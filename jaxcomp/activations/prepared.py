@@ -169,7 +169,8 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
             return _on_arrays(planned)(*values)
         free = [i for i in range(x.ndim) if i not in contract[other] and i not in batch[other]]
         moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
-        shared, rows = x_shape(moved, len(batch[other]), len(free))
+        at = len(batch[other])
+        shared, rows = moved.shape[:at], moved.shape[at : at + len(free)]
         out = result_of(op)
         record(planned.site.path, "weight-only", None, forms_of(math.prod(rows), x.dtype, value.weight))
         y = _product(moved.reshape(math.prod(shared), math.prod(rows), value.weight.length), value.weight, out.dtype)
@@ -177,11 +178,6 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
         return [y.reshape(out.shape)]
 
     return run
-
-
-def x_shape(x: jax.Array, shared: int, free: int) -> tuple[Shape, Shape]:
-    """The sizes of the first ``shared`` axes and of the ``free`` ones after them."""
-    return x.shape[:shared], x.shape[shared : shared + free]
 
 
 def _product(x: jax.Array, w: PackedWeight, dtype: jnp.dtype) -> jax.Array:
