@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
@@ -56,8 +57,7 @@ class Packed:
         host = in_host_memory(values)
         if host is not None:
             return Packed(put_beside(pack_bits_on_host(host, bits, low), values), bits, low, tuple(values.shape))
-        shifted = (values.astype(jnp.int32) - low).astype(jnp.uint8)
-        return Packed(pack_bits(shifted, bits), bits, low, tuple(values.shape))
+        return Packed(_stream_of(values, bits, low), bits, low, tuple(values.shape))
 
     def unpack(self) -> jax.Array:
         """The integers as int8 or uint8, or the booleans."""
@@ -72,6 +72,12 @@ class Packed:
     def _stream(self, dtype: DType) -> jax.Array:
         count = int(np.prod(self.shape, dtype=np.int64))
         return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
+
+
+# One program an array where nobody else compiles one; inside jit it is inlined.
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _stream_of(values: jax.Array, bits: int, low: int) -> jax.Array:
+    return pack_bits((values.astype(jnp.int32) - low).astype(jnp.uint8), bits)
 
 
 def unpacked(x: jax.Array | Packed) -> jax.Array:
@@ -156,6 +162,7 @@ def dense(x: Leaf) -> Leaf:
 
 
 @on_any_mesh
+@partial(jax.jit, inline=True)  # one program a leaf where nobody else compiles one
 def _dense(x: CompressedLeaf) -> jax.Array:
     return x.materialize()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,11 @@ from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.transform import Transform, stateless
-from jaxcomp.core.types import Key, Params, PyTree, State, Step
+from jaxcomp.core.types import Key, Params, PyTree, Shape, State, Step
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized, encoded, scales_and_zero
-from jaxcomp.quantization.scales import AbsMax, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
+from jaxcomp.quantization.scales import AbsMax, Fixed, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
 
 OWNER = "quantize"
 
@@ -126,10 +128,34 @@ def _leaf_key(state: State, rounding: Stochastic, path: str) -> Key:
 
 def _quantized(x: Cut, grid: Grid, rule: ScaleRule | None, *, key: Key | None, clipped: bool) -> Quantized:
     """One array on its grid."""
-    w, ends = x.values, range_of(x, grid, rule)
-    scale, zero = scales_and_zero(grid, *ends)
-    noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
     # No weight is outside its own block's range, so the backward pass need not look.
     covered = isinstance(rule, AbsMax | None) and grid.scale_grid is None
-    codes = encoded(w, grid, dense(scale), zero, noise=noise, clipped=clipped and not covered)
+    how = {"grid": grid, "clipped": clipped and not covered}
+    if isinstance(rule, Fixed):
+        return _on_grid(x.values, range_of(x, grid, rule), key, **how)
+    return _ranged(x.values, x.mask, key, blocks=x.blocks, rule=rule, **how)
+
+
+class _How(TypedDict):
+    grid: Grid
+    clipped: bool
+
+
+# One program a leaf where nobody else compiles one; inside jit they are inlined.
+@partial(jax.jit, static_argnames=("blocks", "rule", "grid", "clipped"), inline=True)
+def _ranged(
+    w: jax.Array, mask: jax.Array | None, key: Key | None, *, blocks: Shape, rule: ScaleRule | None, **how: Unpack[_How]
+) -> Quantized:
+    """An array whose ranges a rule finds."""
+    return _on_grid(w, range_of(Cut(OWNER, "", w, mask, blocks), how["grid"], rule), key, **how)
+
+
+@partial(jax.jit, static_argnames=("grid", "clipped"), inline=True)
+def _on_grid(
+    w: jax.Array, ends: tuple[jax.Array, jax.Array | None], key: Key | None, *, grid: Grid, clipped: bool
+) -> Quantized:
+    """An array on the grid of known ranges."""
+    scale, zero = scales_and_zero(grid, *ends)
+    noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
+    codes = encoded(w, grid, dense(scale), zero, noise=noise, clipped=clipped)
     return Quantized(codes, scale, zero, grid.elements, jnp.dtype(w.dtype))

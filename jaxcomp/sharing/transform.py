@@ -250,13 +250,22 @@ class _Sharing:
 
     def codes(self, path: str, one: _Laid, tables: dict[str, jax.Array]) -> jax.Array:
         """The nearest entry of each weight; entry 0 of those that do not count."""
-        rows = one.rows(self.zero_first)
-        table = self.table(path, one, tables).astype(rows.values.dtype)
-        codes = jax.vmap(nearest)(rows.values, table[int(self.zero_first) :].T).astype(code_dtype(self.clusters))
-        codes = codes + jnp.asarray(self.zero_first, codes.dtype)
-        if rows.counted is not None:
-            codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
-        return from_rows(codes, tuple(one.slot.array.shape), one.blocks)
+        x, table = one.slot.array, self.table(path, one, tables)
+        return _codes(x, one.slot.full_mask, table, blocks=one.blocks, zero_first=self.zero_first)
+
+
+# One program a leaf where nobody else compiles one; inside jit it is inlined.
+@partial(jax.jit, static_argnames=("blocks", "zero_first"), inline=True)
+def _codes(
+    x: jax.Array, counted: jax.Array | None, table: jax.Array, *, blocks: Blocks, zero_first: bool
+) -> jax.Array:
+    rows = _rows(x, counted, blocks=blocks, zero_first=zero_first)
+    free = table.astype(rows.values.dtype)[int(zero_first) :]
+    codes = jax.vmap(nearest)(rows.values, free.T).astype(code_dtype(table.shape[0]))
+    codes = codes + jnp.asarray(zero_first, codes.dtype)
+    if rows.counted is not None:
+        codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
+    return from_rows(codes, tuple(x.shape), blocks)
 
 
 def _joined(rows: list[_Rows]) -> _Rows:
