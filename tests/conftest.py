@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+from tests import more
 from tests.marks import DRY, why_no_gpu
 
 # Several test processes (pytest -n) on one GPU: the first must not take nearly all of its memory.
@@ -35,6 +36,15 @@ checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("jaxcomp", max_examples=25, deadline=None, derandomize=True, suppress_health_check=checks)
 settings.register_profile("explore", max_examples=500, deadline=None, suppress_health_check=checks)
 settings.load_profile("jaxcomp")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases that the quick suite leaves out."""
+    further = more.listed()
+    for item in items:
+        if item.nodeid in further:
+            item.add_marker("more")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
