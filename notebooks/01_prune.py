@@ -53,6 +53,7 @@ class Net(nn.Module):
 net = Net()
 
 
+@jax.jit
 def accuracy(params):
     return (net.apply({"params": params}, test_x).argmax(-1) == test_y).mean()
 
@@ -111,7 +112,8 @@ by_hand = np.where(np.abs(kernel) > threshold, kernel, 0)
 
 # %%
 compress = jc.prune(0.9)
-masked = compress.apply(compress.init(params), params)
+state = compress.init(params)
+masked = compress.apply(state, params)
 assert (jc.materialize(masked)["Dense_0"]["kernel"] == by_hand).all()
 print(f"90% cut from the trained network: {accuracy(jc.materialize(masked)):.1%}")
 
@@ -136,8 +138,8 @@ ramps = {
     "gradually": jax.vmap(jc.cubic(1 - 1e-6, end=2 * STEPS // 3))(steps),
     "halfway, by lot": steps >= STEPS // 2,
 }
-sparsities = jnp.array([0.5, 0.7, 0.8, 0.9, 0.95, 0.98])
-starts = jax.vmap(start)(jax.random.split(jax.random.key(1), SEEDS))
+sparsities = jnp.array([0.5, 0.8, 0.9, 0.95, 0.98])
+starts = jax.jit(jax.vmap(start))(jax.random.split(jax.random.key(1), SEEDS))
 
 
 def result(ramp, by_lot, sparsity, start):
