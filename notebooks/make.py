@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -65,10 +66,11 @@ def book_of(path: Path, repository: str) -> nbformat.NotebookNode:
     return book
 
 
-def execute(book: nbformat.NotebookNode, folder: Path) -> None:
-    """Runs a notebook in a folder; its outputs are put into it."""
-    resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(book, timeout=None, kernel_name="python3", resources=resources).execute()
+def execute(book: nbformat.NotebookNode) -> None:
+    """Runs a notebook in a folder of its own; its outputs are put into it, the files it writes are not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        nbclient.NotebookClient(book, timeout=None, kernel_name="python3", resources=resources).execute()
 
 
 def main() -> None:
@@ -87,7 +89,7 @@ def main() -> None:
     for path in chosen:
         book = book_of(path, repository)
         if options.execute:
-            execute(book, options.out)
+            execute(book)
         target = options.out / f"{path.stem}.ipynb"
         nbformat.write(book, target)
         print(target, flush=True)
