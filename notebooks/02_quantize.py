@@ -144,7 +144,7 @@ def before_and_after(compress, params):
 
 floats = jax.jit(jax.vmap(lambda params: train(jc.chain(), params, batches[0])))(starts)
 results = {}
-for name, compress in {"float": jc.chain(), **{bits: jc.quantize(jc.Int(bits)) for bits in (4, 3, 2, 1)}}.items():
+for name, compress in {"float": jc.chain(), **{bits: jc.quantize(jc.Int(bits)) for bits in (4, 2, 1)}}.items():
     once, aware, tree = jax.jit(jax.vmap(lambda params, c=compress: before_and_after(c, params)))(floats)
     size = jc.save("net.safetensors", jax.tree.map(lambda a: a[0], tree))  # the first seed's
     results[name] = once, aware, size
