@@ -91,7 +91,7 @@ def train(compress, params, batches):
     return params, compress.apply(state, params)
 
 
-params, _ = jax.jit(lambda key: train(jc.chain(), *start(key)))(jax.random.key(0))
+params, _ = jax.jit(lambda key: train(jc.chain(), *start(key)))(jax.random.key(0, impl="rbg"))
 print(f"dense: {accuracy(params):.1%} of the test digits")
 
 # %% [markdown]
@@ -139,7 +139,7 @@ ramps = {
     "halfway, by lot": steps >= STEPS // 2,
 }
 sparsities = jnp.array([0.5, 0.8, 0.9, 0.95, 0.98])
-starts = jax.jit(jax.vmap(start))(jax.random.split(jax.random.key(1), SEEDS))
+starts = jax.jit(jax.vmap(start))(jax.random.split(jax.random.key(1, impl="rbg"), SEEDS))
 
 
 def result(ramp, by_lot, sparsity, start):

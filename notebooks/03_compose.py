@@ -90,7 +90,7 @@ def from_labels(tree, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits(tree, x), y).mean()
 
 
-keys = jax.random.split(jax.random.key(1), SEEDS)
+keys = jax.random.split(jax.random.key(1, impl="rbg"), SEEDS)
 starts = jax.jit(jax.vmap(lambda key: net.init(key, train_x[:1])["params"]))(keys)
 floats = jax.jit(jax.vmap(lambda params: train(jc.chain(), from_labels, params)))(starts)
 print("float:", ", ".join(f"{a:.1%}" for a in jax.vmap(accuracy)(floats)))
