@@ -12,8 +12,9 @@ import numpy as np
 from jaxcomp.core.bits import CHUNK, as_bytes, in_host_memory
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.gradients import masked_through
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, method_of, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
+from jaxcomp.core.words import block_words, on_hand, repeated
 from jaxcomp.quantization.grids import Grid, Numbers
 from jaxcomp.quantization.numerics.affine import block_absmax, in_type, no_weights, spread
 
@@ -51,6 +52,28 @@ class Quantized(CompressedLeaf):
 
     made_by: ClassVar[str] = "quantize"
     coded: ClassVar[str] = "codes"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return f"Quantized {self.grid.label}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        said = [block_words(self.shape, tuple(self.scale.shape))]
+        if isinstance(self.scale, Quantized):
+            said.append(f"{self.scale.grid.label} scales")
+        return tuple(said) if self.packed else (*said, "not packed")
+
+    def zeros_at(self) -> np.ndarray | None:  # noqa: D102
+        codes = self.codes.on_host() if isinstance(self.codes, Packed) else on_hand(self.codes)
+        scale, zero = on_hand(self.scale), on_hand(np.zeros(()) if self.zero_point is None else self.zero_point)
+        if codes is None or scale is None or zero is None:
+            return None
+        none: np.ndarray = repeated(scale, self.shape) == 0
+        if self.zero_point is not None:
+            none |= codes == repeated(zero, self.shape)
+        elif not self.packed or self.grid.has_zero:
+            none |= codes == (self.grid.code_of_zero if self.packed else 0)
+        return none
 
     @property
     def code_bits(self) -> int:  # noqa: D102
@@ -151,6 +174,13 @@ class Folded(CompressedLeaf):
     dense_shape: Shape
 
     made_by: ClassVar[str] = "quantize"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return method_of(self.rows)
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"buckets of {self.rows.shape[-1]}",)
 
     @property
     def shape(self) -> Shape:  # noqa: D102

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.words import shape_words
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import UNREAD
 from jaxcomp.trace.products import Product, leaf_roles, product_of
@@ -93,6 +94,16 @@ class Site:
     scope: str
     inside: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """One line: where, what, its weight's axes, its work."""
+        weight = None if self.weight is None else self.operands[self.weight]
+        parts = [f"{self.kind} {self.path}"]
+        if weight is not None:
+            parts.append(f"weight {shape_words(weight.shape)} ({', '.join(weight.leaf_roles or ())})")
+        parts.append(f"out {shape_words(self.out_shape)} {self.out_dtype}")
+        times = f", {self.steps} times" if self.steps != 1 else ""
+        return f"<{', '.join(parts)}, {self.macs:,} MACs{times}>"
+
     @property
     def leaf(self) -> str | None:
         """Path of the weight's leaf, the same at each use of a shared leaf."""
@@ -119,7 +130,16 @@ class Site:
         return self.steps * math.prod(self.out_shape) * jnp.dtype(self.out_dtype).itemsize
 
 
-def sites(fn: Fn) -> Callable[..., tuple[Site, ...]]:
+class Sites(tuple[Site, ...]):
+    """A tuple of sites that prints one a line."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no sites"
+
+
+def sites(fn: Fn) -> Callable[..., Sites]:
     """The sites of ``fn(params, *args)``, in the order of the program; an einsum shows as its dots.
 
     Nothing is computed: leaves may be ``jax.ShapeDtypeStruct``.
@@ -134,8 +154,8 @@ def sites(fn: Fn) -> Callable[..., tuple[Site, ...]]:
     """
 
     @wraps(fn)
-    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> tuple[Site, ...]:
-        return sites_of(trace(fn, params, *args, **kwargs))
+    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> Sites:
+        return Sites(sites_of(trace(fn, params, *args, **kwargs)))
 
     return found
 
