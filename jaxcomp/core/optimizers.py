@@ -13,7 +13,7 @@ import optax
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, path_str, some_paths
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State
 
 KeyPath = jax.tree_util.KeyPath
@@ -205,7 +205,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
       transform: any transform.
 
     Raises:
-      TypeError: at ``init``, a leaf that is no array.
+      TypeError: optimizer and transform are swapped, or are none; at ``init``, a leaf that is no array.
       ValueError: ``update`` without params.
 
     >>> import jax, optax
@@ -218,6 +218,9 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
     Array([[0. , 0. ],
            [2.9, 3.9]], dtype=float32)
     """
+    if isinstance(optimizer, Transform):
+        raise TypeError("wrap_optax: the optimizer comes first; write wrap_optax(optimizer, transform).")
+    checked_transform("wrap_optax", transform)
     inside = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> WrapState:
