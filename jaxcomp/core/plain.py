@@ -66,10 +66,9 @@ def _scalar(value: object, at: str) -> Plain:
     if is_key(value):
         return {"key": {"impl": str(jax.random.key_impl(value)), "data": jax.random.key_data(value).tolist()}}
     if isinstance(value, np.ndarray | jax.Array):
-        x = np.asarray(value)
-        data = base64.b64encode(x.tobytes()).decode()
-        kind = "numpy" if isinstance(value, np.ndarray) else "jax"
-        return {"array": {"dtype": x.dtype.name, "shape": list(x.shape), "base64": data, "kind": kind}}
+        host, kind = np.asarray(value), "numpy" if isinstance(value, np.ndarray) else "jax"
+        data = base64.b64encode(host.tobytes()).decode()
+        return {"array": {"dtype": host.dtype.name, "shape": list(host.shape), "base64": data, "kind": kind}}
     if isinstance(value, np.dtype):
         return {"dtype": value.name}
     raise TypeError(
@@ -151,7 +150,7 @@ def _named(name: str) -> object:
 
 
 def _array(body: Mapping[str, object]) -> np.ndarray | jax.Array:
-    flat = np.frombuffer(base64.b64decode(str(body["base64"])), jnp.dtype(body["dtype"]))
+    flat = np.frombuffer(base64.b64decode(str(body["base64"])), jnp.dtype(str(body["dtype"])))
     array = flat.reshape(body["shape"])  # type: ignore[call-overload] # a list of integers
     return array.copy() if body["kind"] == "numpy" else jnp.asarray(array)
 

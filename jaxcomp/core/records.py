@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.core.specs import Spec, is_number
+from jaxcomp.core.types import Key
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,7 +128,7 @@ def bound(maker: Callable[..., object], arguments: Mapping[str, object]) -> insp
     unknown = [name for name in arguments if name not in signature.parameters]
     if unknown:
         raise TypeError(f"has no parameter {unknown[0]!r}, only {', '.join(signature.parameters)}")
-    found = inspect.BoundArguments(signature, {n: arguments[n] for n in signature.parameters if n in arguments})  # type: ignore[arg-type] # any ordered mapping serves
+    found = inspect.BoundArguments(signature, {n: arguments[n] for n in signature.parameters if n in arguments})
     signature.bind(*found.args, **found.kwargs)
     return found
 
@@ -172,8 +174,8 @@ def text_of(value: object) -> str:
         inner = ", ".join(map(text_of, value))
         return f"[{inner}]" if type(value) is list else f"({inner},)" if len(value) == 1 else f"({inner})"
     if is_key(value):
-        return f"key({jax.random.key_data(value).tolist()})" if not isinstance(value, jax.core.Tracer) else "key"
-    if hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
+        return "key" if isinstance(value, jax.core.Tracer) else f"key({jax.random.key_data(value).tolist()})"
+    if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return f"{value.dtype}{list(value.shape)}"
     if callable(value) or hasattr(value, "__qualname__"):
         return getattr(value, "__qualname__", type(value).__name__)
@@ -183,7 +185,8 @@ def text_of(value: object) -> str:
 def _arguments(parts: Parts) -> list[str]:
     """The first argument, and what has no default, by place; all others by name."""
     call = parts.bound
-    by_place, by_name = [], []
+    by_place: list[str] = []
+    by_name: list[str] = []
     for i, (name, value) in enumerate(call.arguments.items()):
         parameter = call.signature.parameters[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -203,7 +206,7 @@ def _leads(place: int, name: str, call: inspect.BoundArguments) -> bool:
     return list(parameters)[place] == name and (needed or (place == 0 and not isinstance(call.arguments[name], bool)))
 
 
-def is_key(value: object) -> bool:
+def is_key(value: object) -> TypeGuard[Key]:
     """Whether it is a typed random key."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

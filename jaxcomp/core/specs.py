@@ -75,8 +75,7 @@ def checked_fraction(owner: str, fraction: object, wanted: str = "a number in [0
     """
     if is_number(fraction) and 0 <= fraction < 1:
         return float(str(fraction)) if isinstance(fraction, np.floating) else float(fraction)
-    percent = is_number(fraction) and 1 <= fraction < 100
-    mend = f"; for {fraction:g} percent write {fraction / 100:g}" if percent else ""
+    mend = f"; for {fraction:g} percent write {fraction / 100:g}" if is_number(fraction) and 1 <= fraction < 100 else ""
     raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}{mend}.")
 
 
