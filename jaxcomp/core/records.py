@@ -216,23 +216,23 @@ class Again(NamedTuple):
     """A call that pickles: the maker, and arguments of which those that were made are such calls in turn."""
 
     maker: Callable[..., object]
-    arguments: object
+    arguments: tuple[tuple[str, object], ...]
 
 
 def portable(value: object) -> object:
     """A value with what was made in it as calls, for closures do not pickle and the calls do."""
     made, parts = made_of(value), parts_of(value)
     if made is not None and made.arguments is None:
-        return Again(constant, {"name": made.name})
+        return Again(constant, (("name", made.name),))
     if parts is not None:
-        return Again(parts.maker, {name: portable(x) for name, x in parts.arguments.items()})
+        return Again(parts.maker, tuple((name, portable(x)) for name, x in parts.arguments.items()))
     return _through(portable, value)
 
 
 def again(value: object) -> object:
     """The inverse of :func:`portable`."""
     if isinstance(value, Again):
-        call = bound(value.maker, {name: again(x) for name, x in dict(value.arguments).items()})  # type: ignore[call-overload] # a dict
+        call = bound(value.maker, {name: again(x) for name, x in value.arguments})
         return value.maker(*call.args, **call.kwargs)
     return _through(again, value)
 

@@ -75,8 +75,16 @@ def checked_fraction(owner: str, fraction: object, wanted: str = "a number in [0
     """
     if is_number(fraction) and 0 <= fraction < 1:
         return float(str(fraction)) if isinstance(fraction, np.floating) else float(fraction)
-    mend = f"; for {fraction:g} percent write {fraction / 100:g}" if is_number(fraction) and 1 <= fraction < 100 else ""
-    raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}{mend}.")
+    raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}{as_percent(fraction)}.")
+
+
+def as_percent(amount: object) -> str:
+    """The end of a message on an amount that may be meant as percent.
+
+    >>> as_percent(80), as_percent(-1)
+    ('; for 80 percent write 0.8', '')
+    """
+    return f"; for {amount:g} percent write {amount / 100:g}" if is_number(amount) and 1 <= amount < 100 else ""
 
 
 def written(fraction: float) -> Fraction:
