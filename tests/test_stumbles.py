@@ -88,6 +88,17 @@ def test_what_a_leaf_has_not_names_the_mend() -> None:
     assert not hasattr(leaf_of("prune"), "sum")
 
 
+@pytest.mark.parametrize("name", quick(LEAVES, "prune", "quantize"))
+def test_an_optimizer_of_a_compressed_tree(name) -> None:
+    seen = {"Dense_0": {"kernel": leaf_of(name)}}
+    with pytest.raises(TypeError, match=r"wrap_optax: 'Dense_0/kernel' is a compressed leaf, .*; materialize the tree"):
+        jc.wrap_optax(optax.adam(0.1), jc.core.identity()).init(seen)
+    with pytest.raises(
+        ValueError, match=type(seen["Dense_0"]["kernel"]).__name__
+    ):  # optax's own, which names the class
+        optax.apply_updates(seen, {"Dense_0": {"kernel": np.ones((8, 4), np.float32)}})
+
+
 def test_leaves_pickle_and_copy_still() -> None:
     leaf = pickle.loads(pickle.dumps(leaf_of("prune")))
     laws.assert_same_bits(leaf.materialize(), leaf_of("prune").materialize())
