@@ -102,6 +102,9 @@ def test_an_optimizer_of_a_compressed_tree(name) -> None:
 def test_leaves_pickle_and_copy_still() -> None:
     leaf = pickle.loads(pickle.dumps(leaf_of("prune")))
     laws.assert_same_bits(leaf.materialize(), leaf_of("prune").materialize())
+    grid = pickle.loads(pickle.dumps(jc.Log(4)))
+    assert grid == jc.Log(4)
+    assert grid.compander is jc.Log(4).compander
 
 
 # Wrong arguments, accepted once and failing later

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.records import named, recorded
+from jaxcomp.core.records import constant, made_of, named, recorded
 from jaxcomp.core.specs import Spec, check_bits
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.grids import Grid, ScaleAndZero
@@ -34,6 +34,10 @@ class Compander(Spec):
     def __post_init__(self) -> None:
         if not self.name or not callable(self.compress) or not callable(self.expand):
             raise ValueError(f"Compander: wants a name and two functions, got {self!r}.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        made = made_of(self)
+        return (Compander, (self.name, self.compress, self.expand)) if made is None else (constant, (made.name,))
 
 
 @jax.custom_jvp
