@@ -288,7 +288,7 @@ def test_a_transform_is_plain_data_and_pickles(name) -> None:
 SAME = ["joint", "by_path", "gate_open", "share", "static_int4", "prune_movement", "stochastic"]
 
 
-@pytest.mark.parametrize("name", quick(SAME, "joint", "by_path", "stochastic"))
+@pytest.mark.parametrize("name", quick(SAME, "joint"))
 def test_what_was_read_does_the_same(name) -> None:
     t = TRANSFORMS[name]
     params = {"dense": {"kernel": jnp.asarray(KERNEL), "bias": jnp.zeros(4)}, "out": {"kernel": jnp.asarray(KERNEL)}}
@@ -297,22 +297,32 @@ def test_what_was_read_does_the_same(name) -> None:
         laws.assert_same_bits(jc.materialize(other.apply(laws.started(other, params), params)), wanted)
 
 
-def test_arrays_roles_and_numbers_are_plain_data() -> None:
+def of_arrays() -> list[jc.Transform]:
     roles = jc.roles(lambda p, x: x @ p["kernel"])({"kernel": jnp.asarray(KERNEL)}, jnp.asarray(X))
     mask = np.arange(32).reshape(8, 4) % 3 == 0
-    for t in (
+    return [
         jc.pruning.masked_by({"kernel": jnp.asarray(mask)}),
         jc.quantize(jc.Int(4), roles=roles),
         jc.quantize(jc.Int(4), scale=jc.quantization.Fixed({"kernel": jnp.full((1, 4), 0.1)})),
         jc.prune(np.float32(0.3), structure=jc.Filters(-1, order=float("inf"))),
         jc.prune(scope=jc.pruning.Given({jc.core.matrices: jc.cubic(0.5, end=3)})),
         jc.low_rank(2, moments={"kernel": jnp.ones(8)}),
-    ):
+    ]
+
+
+def test_arrays_roles_and_numbers_are_plain_data() -> None:
+    for t in of_arrays():
         again = jc.Transform.from_plain(json.loads(json.dumps(t.to_plain())))
         assert json.dumps(again.to_plain()) == json.dumps(t.to_plain())
-        params = {"kernel": jnp.asarray(KERNEL)}
+        assert json.dumps(pickle.loads(pickle.dumps(t)).to_plain()) == json.dumps(t.to_plain())
+
+
+@pytest.mark.slow
+def test_what_was_read_of_arrays_does_the_same() -> None:
+    params = {"kernel": jnp.asarray(KERNEL)}
+    for t in of_arrays():
         wanted = t.apply(laws.started(t, params), params)
-        for other in (again, pickle.loads(pickle.dumps(t))):
+        for other in (jc.Transform.from_plain(t.to_plain()), pickle.loads(pickle.dumps(t))):
             laws.assert_same_bits(other.apply(laws.started(other, params), params), wanted)
 
 
