@@ -52,6 +52,8 @@ from jaxcomp.sharing import share
 from jaxcomp.structure import channel_groups, plan, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, roles, sites
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NM",
     "Act",

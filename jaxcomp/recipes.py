@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 
 from jaxcomp.core.layouts import Groups
 from jaxcomp.core.paths import Where
+from jaxcomp.core.records import recorded_as
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.transform import Transform, chain
 from jaxcomp.pruning.schedules import Schedule
@@ -29,6 +30,7 @@ class Slots(TypedDict, total=False):
     where: Where | None
 
 
+@recorded_as("recipes.deep_compression")
 def deep_compression(
     sparsity: float | Schedule, clusters: int, *, where: Where | None = None, roles: Roles | None = None
 ) -> Transform:
@@ -45,6 +47,7 @@ def deep_compression(
     return chain(prune(sparsity, roles=roles, where=where), share(clusters, roles=roles, where=where))
 
 
+@recorded_as("recipes.mx")
 def mx(element: Int | Float = E2M1, block: int = 32, **slots: Unpack[Slots]) -> Transform:
     """A microscaling format: blocks along the axis that products sum over, each with a power of two as scale, a byte.
 
@@ -72,6 +75,7 @@ def mx(element: Int | Float = E2M1, block: int = 32, **slots: Unpack[Slots]) -> 
     return quantize(Blocked(element, E8M0()), per=Groups(block), **slots)
 
 
+@recorded_as("recipes.nvfp4")
 def nvfp4(**slots: Unpack[Slots]) -> Transform:
     """E2M1 elements in blocks of 16, E4M3 block scales, one float32 scale for the leaf.
 
@@ -86,6 +90,7 @@ def nvfp4(**slots: Unpack[Slots]) -> Transform:
     return quantize(Blocked(E2M1, E4M3), per=Groups(16), **slots)
 
 
+@recorded_as("recipes.nf4")
 def nf4(group: int = 64, **slots: Unpack[Slots]) -> Transform:
     """NormalFloat in groups along the axis that products sum over, a scale of the weights' type each.
 

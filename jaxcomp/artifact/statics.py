@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcomp.artifact.older import RETIRED
 from jaxcomp.artifact.tensors import DTYPES, Tensor
-from jaxcomp.core.specs import Spec
+from jaxcomp.core.specs import Spec, known
 from jaxcomp.quantization.companding import Compander
 from jaxcomp.structure.analysis import Options
 from jaxcomp.structure.groups import Frozen, Group, Groups, Slice, Term
@@ -64,27 +64,6 @@ def class_name(cls: type, base: type, path: str) -> str:
             f" {found.__module__}.{found.__qualname__}, which has the same name; rename the class."
         )
     return cls.__name__
-
-
-def known(base: type, name: str) -> type[Any]:
-    """The class of this name among the subclasses of ``base``; jaxcomp's own before others.
-
-    Raises:
-      ValueError: there is none, or there are several.
-    """
-    found: dict[str, type] = {}  # of one definition that ran twice, as in a notebook, the last
-    left: list[type] = base.__subclasses__()
-    while left:
-        cls = left.pop(0)
-        if cls.__name__ == name:
-            found[f"{cls.__module__}.{cls.__qualname__}"] = cls
-        left += cls.__subclasses__()
-    own = [cls for cls in found.values() if cls.__module__.partition(".")[0] == "jaxcomp"]
-    if len(own or found) == 1:
-        return own[0] if own else next(iter(found.values()))
-    if found:
-        raise ValueError(f"is made of {name!r}, and there are several: {', '.join(found)}; rename all but one")
-    raise ValueError(f"is made of {name!r}, which is not known here; import the module that defines it")
 
 
 def encode_static(value: object, path: str, add: Callable[[np.ndarray], Tensor]) -> Json:

@@ -17,6 +17,7 @@ from jaxcomp.core.leaves import (
 )
 from jaxcomp.core.optimizers import MaskState, WrapState, dense_value_and_grad, reset_regrown, wrap_optax
 from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
+from jaxcomp.core.records import named, recorded
 from jaxcomp.core.roles import AxisRoles, Roles
 from jaxcomp.core.slots import Slot, replace_slots, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
@@ -61,11 +62,13 @@ __all__ = [
     "leaves_with_paths",
     "materialize",
     "matrices",
+    "named",
     "nbytes",
     "never",
     "once",
     "pack",
     "path_str",
+    "recorded",
     "replace_slots",
     "reset_regrown",
     "slots",

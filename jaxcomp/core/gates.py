@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -13,14 +13,16 @@ import numpy as np
 
 from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
 from jaxcomp.core.paths import is_float_array
+from jaxcomp.core.records import named, recorded
 from jaxcomp.core.specs import is_integer
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
 
 Due = Callable[[jax.Array], jax.Array | np.bool_]
 """Says whether a step is due: a scalar integer step to a scalar boolean, jit-safe."""
 
 
+@recorded
 def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     """Due at ``start``, ``start + period``, … up to, not including, ``stop``.
 
@@ -40,6 +42,7 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     return due
 
 
+@partial(named, "never")
 def never(step: Step) -> np.bool_:
     """Never due: what ``init`` found is kept, as ``when(regrow(0.9, key=key), never)`` keeps its random masks.
 
@@ -49,6 +52,7 @@ def never(step: Step) -> np.bool_:
     return np.False_  # no array of jax's, which jit would trace: so inside jit, too, no update is compiled
 
 
+@recorded
 def when(transform: Transform, due: Due) -> Transform:
     """Says when: the transform is applied always, and updated at due steps only.
 
@@ -59,6 +63,7 @@ def when(transform: Transform, due: Due) -> Transform:
       due: when, such as :func:`every`, or :func:`never`.
 
     Raises:
+      TypeError: no transform, or a ``due`` that is no function of the step.
       ValueError: at ``init``, where ``due`` does not give a scalar boolean.
 
     >>> from jaxcomp import prune
@@ -67,6 +72,9 @@ def when(transform: Transform, due: Due) -> Transform:
     >>> [t.update(state, {"kernel": jnp.array([[2.0, 1.0]])}, step=i)["kernel"].tolist() for i in (9, 10)]
     [[[False, True]], [[True, False]]]
     """
+    checked_transform("when", transform)
+    if not callable(due):
+        raise TypeError(_no_due("when", due))
 
     def init(params: Params) -> State:
         _check_due("when", due)
@@ -85,6 +93,7 @@ class GateState(NamedTuple):
     inner: State
 
 
+@recorded
 def gate(transform: Transform, due: Due) -> Transform:
     """Says when: the transform sleeps until the first due step, and is updated at due steps only.
 
@@ -95,8 +104,12 @@ def gate(transform: Transform, due: Due) -> Transform:
       due: when, such as :func:`every`.
 
     Raises:
+      TypeError: no transform, or a ``due`` that is no function of the step.
       ValueError: at ``init``, where ``due`` does not give a scalar boolean.
     """
+    checked_transform("gate", transform)
+    if not callable(due):
+        raise TypeError(_no_due("gate", due))
 
     def init(params: Params) -> GateState:
         _check_due("gate", due)
@@ -113,11 +126,13 @@ def gate(transform: Transform, due: Due) -> Transform:
     return Transform(init, update, apply)
 
 
+@recorded
 def once(transform: Transform) -> Transform:
     """Updates at the first ``update`` whose statistics are finite: what it finds in those is kept.
 
     A step that loss scaling or ``optax.apply_if_finite`` skips has gradients that are not finite, and says nothing.
     """
+    checked_transform("once", transform)
 
     def init(params: Params) -> GateState:
         return GateState(jnp.zeros((), bool), transform.init(params))
@@ -145,6 +160,11 @@ def all_finite(stats: PyTree) -> jax.Array | np.bool_:
     """
     arrays = [x for x in jax.tree.leaves(stats) if is_float_array(x)]
     return reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in arrays)) if arrays else np.True_
+
+
+def _no_due(owner: str, due: object) -> str:
+    mend = f"every({due})" if is_integer(due) else "every(100)"
+    return f"{owner}: due must be a function of the step, got {due!r}; write {owner}(transform, {mend})."
 
 
 def _check_due(owner: str, due: Due) -> None:

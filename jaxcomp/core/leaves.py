@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.arraylike import ArrayLike
 from jaxcomp.core.bits import in_host_memory, pack_bits, pack_bits_on_host, put_beside, spread_out, unpack_bits
 from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
@@ -96,7 +97,7 @@ def unpacked(x: jax.Array | Packed) -> jax.Array:
     return x.unpack() if isinstance(x, Packed) else x
 
 
-class CompressedLeaf(ABC):
+class CompressedLeaf(ArrayLike, ABC):
     """What every compressed leaf offers.
 
     A subclass is made with :func:`compressed_leaf` and states its invariant in its docstring.
@@ -182,6 +183,10 @@ class CompressedLeaf(ABC):
     @abstractmethod
     def materialize(self) -> jax.Array:
         """The array that this leaf stands for."""
+
+    def __jax_array__(self) -> jax.Array:
+        array: jax.Array = dense(self)
+        return array
 
     @abstractmethod
     def pack(self) -> CompressedLeaf:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.leaves import materialize
+from jaxcomp.core.leaves import is_compressed, materialize
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, path_str, some_paths
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State
 
 KeyPath = jax.tree_util.KeyPath
@@ -170,6 +170,16 @@ def _check_arrays(owner: str, params: Params) -> None:
             )
 
 
+def _check_dense(params: Params) -> None:
+    """Raises TypeError where a leaf is compressed already: the loop holds arrays, which the transform compresses."""
+    for path, leaf in leaves_with_paths(params, is_leaf=is_compressed)[0]:
+        if is_compressed(leaf):
+            raise TypeError(
+                f"wrap_optax: {path!r} is a compressed leaf, {type(leaf).__name__}; materialize the tree first:"
+                " tx.init(jaxcomp.materialize(tree))."
+            )
+
+
 class WrapState(NamedTuple):
     """What :func:`wrap_optax` keeps: the step, the uncompressed parameters, both inner states."""
 
@@ -205,7 +215,7 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
       transform: any transform.
 
     Raises:
-      TypeError: at ``init``, a leaf that is no array.
+      TypeError: optimizer and transform are swapped, or are none; at ``init``, a leaf that is no array.
       ValueError: ``update`` without params.
 
     >>> import jax, optax
@@ -218,10 +228,14 @@ def wrap_optax(optimizer: optax.GradientTransformation, transform: Transform) ->
     Array([[0. , 0. ],
            [2.9, 3.9]], dtype=float32)
     """
+    if isinstance(optimizer, Transform):
+        raise TypeError("wrap_optax: the optimizer comes first; write wrap_optax(optimizer, transform).")
+    checked_transform("wrap_optax", transform)
     inside = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> WrapState:
         _check_arrays("wrap_optax", params)
+        _check_dense(params)
         latent = jax.tree.map(jnp.array, params)  # copies: a step may donate the parameters and this state
         return WrapState(jnp.zeros((), jnp.int32), latent, transform.init(params), optimizer.init(params))
 

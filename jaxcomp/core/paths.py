@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jaxcomp.core.meshes import here
+from jaxcomp.core.records import named
 from jaxcomp.core.types import Key, Leaf, PyTree
 
 Where = str | Callable[[str, Leaf], bool]
@@ -84,6 +86,7 @@ def is_float_array(leaf: Leaf) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+@partial(named, "matrices")
 def matrices(path: str, leaf: Leaf) -> bool:
     """The default rule: floating arrays with two or more axes that are not named as a bias or a norm's scale.
 
@@ -107,6 +110,7 @@ def matrices(path: str, leaf: Leaf) -> bool:
     return True
 
 
+@partial(named, "everything")
 def everything(path: str, leaf: Leaf) -> bool:
     """A rule that selects every floating array."""
     return is_float_array(leaf)
@@ -120,6 +124,8 @@ def matches(where: Where, path: str, leaf: Leaf) -> bool:
     """
     if isinstance(where, str):
         return where == path or _compiled(where).fullmatch(path) is not None
+    if not callable(where):
+        raise TypeError(f"a rule is a regular expression or a predicate of (path, leaf), got {where!r}.")
     return bool(where(path, leaf))
 
 
@@ -150,9 +156,25 @@ def first_matches(
         if i not in found:
             raise ValueError(
                 f"{owner}: rule {describe(where)} matches nothing that an earlier rule did not take; the {things} are"
-                f" {some_paths(path for path, _ in named)}."
+                f" {some_paths(path for path, _ in named)}{meant(where, [path for path, _ in named])}."
             )
     return found
+
+
+def meant(where: Where, paths: Iterable[str]) -> str:
+    """The end of a message on a rule that matches nothing: what to write where it matches a part of some path.
+
+    >>> meant("kernel", ["Dense_0/kernel", "Dense_0/bias"])
+    "; a rule matches the whole path, so write '.*kernel'"
+    >>> meant("conv", ["kernel"]), meant(".*kernel", ["kernel"])
+    ('', '')
+    """
+    paths = list(paths)
+    if not isinstance(where, str) or any(matches(where, path, None) for path in paths):
+        return ""
+    wider = (f".*{where}", f"{where}.*", f".*{where}.*")
+    found = next((rule for rule in wider if any(re.fullmatch(rule, path) for path in paths)), None)
+    return "" if found is None else f"; a rule matches the whole path, so write {found!r}"
 
 
 def describe(where: Where) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxcomp.core.paths import Where, is_float_array, matrices, some_paths
+from jaxcomp.core.records import MAKERS, remember
+from jaxcomp.core.specs import Spec
 from jaxcomp.core.types import Leaf
 
 CONTRACTED, OUTPUT, BATCH, SPATIAL, INDEXED = "contracted", "output", "batch", "spatial", "indexed"
@@ -17,7 +19,7 @@ _APART = (OUTPUT, BATCH, INDEXED, STACKED)
 
 
 @dataclass(frozen=True)
-class AxisRoles:
+class AxisRoles(Spec):
     """The role of each axis of one array.
 
     Fields:
@@ -69,6 +71,7 @@ class Roles(Mapping[str, AxisRoles]):
 
     def __init__(self, by_path: Mapping[str, AxisRoles]) -> None:
         self._by_path = dict(by_path)
+        remember(self, "Roles", {"by_path": self._by_path})
 
     def __getitem__(self, path: str) -> AxisRoles:
         return self._by_path[path]
@@ -82,6 +85,9 @@ class Roles(Mapping[str, AxisRoles]):
     def __repr__(self) -> str:
         lines = [f"  {path}: {', '.join(roles.names)}" for path, roles in self._by_path.items()]
         return "\n".join(["Roles(", *lines, ")"])
+
+
+MAKERS["Roles"] = Roles
 
 
 def settled(path: str, rank: int) -> AxisRoles | None:

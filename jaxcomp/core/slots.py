@@ -13,8 +13,8 @@ import numpy as np
 from jaxcomp.core.bits import CHUNK, in_host_memory
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.layouts import Blocks, Layout
-from jaxcomp.core.leaves import CompressedLeaf, Masked, is_compressed, unpacked
-from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, some_paths
+from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, is_compressed, unpacked
+from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, meant, some_paths
 from jaxcomp.core.roles import AxisRoles, Roles, roles_of
 from jaxcomp.core.types import Leaf, Params, PyTree
 
@@ -82,7 +82,8 @@ def slots(tree: Params, where: Where, owner: str) -> dict[str, Slot]:
                 found[slot.path] = slot
     if not found:
         raise ValueError(
-            f"{owner}: rule {describe(where)} matches nothing; the paths are {some_paths(p for p, _ in named)}."
+            f"{owner}: rule {describe(where)} matches nothing; the paths are {some_paths(p for p, _ in named)}"
+            f"{meant(where, [p for p, _ in named])}."
         )
     return found
 
@@ -195,14 +196,26 @@ def _check(slot: Slot, owner: str) -> None:
     inside = x.values if isinstance(x, Masked) else x
     if isinstance(inside, CompressedLeaf):
         maker = inside.made_by
+        if _is_packed(x):
+            raise ValueError(
+                f"{owner}: {slot.path!r} is packed, as {maker} and pack or load left it; materialize the tree first:"
+                " jaxcomp.materialize(tree)."
+            )
         raise ValueError(
-            f"{owner}: {slot.path!r} was made by {maker} earlier in this chain; put {owner} before {maker}."
+            f"{owner}: {slot.path!r} was made by {maker} earlier in this chain; put {owner} before {maker}. If the tree"
+            " was compressed before the chain, materialize it first."
         )
     if not is_float_array(x):
         found = f"of type {x.dtype}" if hasattr(x, "dtype") else f"{type(x).__name__}"
         raise ValueError(f"{owner}: {slot.path!r} is {found}, not a floating array; leave it out by a rule.")
     if 0 in x.shape:
         raise ValueError(f"{owner}: {slot.path!r} is empty (shape {tuple(x.shape)}); leave it out by a rule.")
+
+
+def _is_packed(leaf: CompressedLeaf) -> bool:
+    """Whether a part of the leaf is in its smallest storage, which no transform of a chain makes."""
+    parts = jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, Packed))
+    return any(isinstance(x, Packed) for x in parts)
 
 
 def _replaced(path: str, leaf: Leaf, new: Mapping[str, Leaf]) -> Leaf:

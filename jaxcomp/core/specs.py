@@ -6,7 +6,7 @@ import math
 import numbers
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,34 @@ MAX_BITS = 8
 
 
 class Spec:
-    """What every frozen spec is: a value that says what to do; files name it by its class and its fields."""
+    """What every frozen spec is: a value that says what to do; files name it by its class and its fields.
+
+    Class attributes:
+      goes_into: the transform that takes it, for messages.
+    """
+
+    goes_into: ClassVar[str] = ""
+
+
+def known(base: type, name: str) -> type[Any]:
+    """The class of this name among the subclasses of ``base``; jaxcomp's own before others.
+
+    Raises:
+      ValueError: there is none, or there are several.
+    """
+    found: dict[str, type] = {}  # of one definition that ran twice, as in a notebook, the last
+    left: list[type] = base.__subclasses__()
+    while left:
+        cls = left.pop(0)
+        if cls.__name__ == name:
+            found[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        left += cls.__subclasses__()
+    own = [cls for cls in found.values() if cls.__module__.partition(".")[0] == "jaxcomp"]
+    if len(own or found) == 1:
+        return own[0] if own else next(iter(found.values()))
+    if found:
+        raise ValueError(f"is made of {name!r}, and there are several: {', '.join(found)}; rename all but one")
+    raise ValueError(f"is made of {name!r}, which is not known here; import the module that defines it")
 
 
 def check_bits(owner: str, bits: object, least: int = 2) -> None:
@@ -48,7 +75,16 @@ def checked_fraction(owner: str, fraction: object, wanted: str = "a number in [0
     """
     if is_number(fraction) and 0 <= fraction < 1:
         return float(str(fraction)) if isinstance(fraction, np.floating) else float(fraction)
-    raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}.")
+    raise ValueError(f"{owner}: sparsity must be {wanted}, got {fraction!r}{as_percent(fraction)}.")
+
+
+def as_percent(amount: object) -> str:
+    """The end of a message on an amount that may be meant as percent.
+
+    >>> as_percent(80), as_percent(-1)
+    ('; for 80 percent write 0.8', '')
+    """
+    return f"; for {amount:g} percent write {amount / 100:g}" if is_number(amount) and 1 <= amount < 100 else ""
 
 
 def written(fraction: float) -> Fraction:
@@ -73,12 +109,12 @@ def share_of(fraction: float, total: int) -> int:
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Spec):
     """Each leaf meets the sparsity by itself."""
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Spec):
     """All selected leaves together meet the sparsity: one threshold for the whole tree."""
 
 

@@ -25,6 +25,7 @@ from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.core.placement import on_any_mesh
+from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import check_positive
@@ -40,6 +41,7 @@ Wanted = Rank | Energy | Budget | Mapping[str, Rank]
 """A rank for every leaf, what ranks must meet, or ranks by path."""
 
 
+@recorded
 def low_rank(
     rank: Wanted,
     *,

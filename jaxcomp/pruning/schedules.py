@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.gates import Due, every, gate
-from jaxcomp.core.specs import checked_fraction
+from jaxcomp.core.records import recorded
+from jaxcomp.core.specs import Spec, checked_fraction
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Step
 
@@ -19,7 +20,7 @@ Schedule = Callable[[Step], float | jax.Array]
 
 
 @dataclass(frozen=True)
-class PruningSchedule:
+class PruningSchedule(Spec):
     """A schedule and the steps at which it is meant to be looked at: ``plan(step)`` and ``plan.due(step)``.
 
     ``prune(plan)`` follows the schedule at every update; ``plan.gate(prune(plan))`` finds masks at due steps only and
@@ -42,6 +43,7 @@ class PruningSchedule:
         return gate(transform, self.due)
 
 
+@recorded
 def cubic(final: float, *, begin: int = 0, end: int, initial: float = 0.0) -> Schedule:
     """The gradual schedule ``final + (initial - final) (1 - (step - begin) / (end - begin))**3``, flat outside.
 
@@ -59,6 +61,7 @@ def cubic(final: float, *, begin: int = 0, end: int, initial: float = 0.0) -> Sc
     return _decay("cubic", final, initial, begin=begin, end=end, power=3)
 
 
+@recorded
 def polynomial(
     final: float, *, begin: int, end: int, power: float = 3, initial: float = 0.0, every: int = 100
 ) -> PruningSchedule:
@@ -86,6 +89,7 @@ def polynomial(
     return PruningSchedule(decay, _period("polynomial", every, begin, end))
 
 
+@recorded
 def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: int = 100) -> PruningSchedule:
     """One sparsity, at begin, begin + every, … up to ``end`` (None: for ever).
 
@@ -102,6 +106,7 @@ def constant(sparsity: float, *, begin: int = 0, end: int | None = None, every: 
     return PruningSchedule(optax.constant_schedule(fraction), _period("constant", every, begin, end))
 
 
+@recorded
 def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> PruningSchedule:
     """Prune, fine-tune for ``every`` steps, prune again: in each of ``rounds`` rounds a fraction of the survivors.
 
@@ -124,6 +129,7 @@ def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Prunin
     return PruningSchedule(optax.join_schedules(levels, [begin + k * every for k in range(rounds)]), due)
 
 
+@recorded
 def alternating(sparsity: float, *, sparse: int, dense: int, begin: int = 0, end: int | None = None) -> PruningSchedule:
     """AC/DC: phases of ``dense`` steps without a mask and ``sparse`` steps with one, dense first; sparse from ``end``.
 

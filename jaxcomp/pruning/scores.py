@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.core.paths import key_of_leaf
-from jaxcomp.core.specs import check_key, is_number
+from jaxcomp.core.records import named, recorded
+from jaxcomp.core.specs import Spec, check_key, is_number
 from jaxcomp.pruning.masks.units import pooled_axes
 from jaxcomp.pruning.specs import Filters
 
@@ -20,7 +21,7 @@ Known = Literal["path", "step", "structure"]
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Spec):
     """A score and what it needs.
 
     Args:
@@ -105,47 +106,57 @@ def _redundancy(w: Float[Array, "*shape"], structure: object) -> Float[Array, "*
     return distances.reshape([1 if i in pooled else s for i, s in enumerate(w.shape)])
 
 
-magnitude = Score("magnitude", _magnitude)
+magnitude = named("scores.magnitude", Score("magnitude", _magnitude))
 """``|w|``: l1 pruning. Source: Han et al. 2015, arXiv:1506.02626."""
 
-sensitivity = Score("sensitivity", _sensitivity, ("grads",), "jax.grad of the loss")
+sensitivity = named("scores.sensitivity", Score("sensitivity", _sensitivity, ("grads",), "jax.grad of the loss"))
 """``|∂L/∂w|``: what moves the loss least goes first. Source: Mozer and Smolensky 1988 (skeletonization)."""
 
-taylor = Score("taylor", _taylor, ("grads",), "jax.grad of the loss")
+taylor = named("scores.taylor", Score("taylor", _taylor, ("grads",), "jax.grad of the loss"))
 """``|w · ∂L/∂w|``: first-order change of the loss when w goes. Source: Molchanov et al. 2016, arXiv:1611.06440; as a
 score at initialization, SNIP, Lee et al. 2018, arXiv:1810.02340."""
 
-fisher = Score(
-    "fisher",
-    _fisher,
-    ("fisher",),
-    "jaxcomp.pruning.statistics.accumulate(prune(...), jaxcomp.pruning.statistics.fisher)",
+fisher = named(
+    "scores.fisher",
+    Score(
+        "fisher",
+        _fisher,
+        ("fisher",),
+        "jaxcomp.pruning.statistics.accumulate(prune(...), jaxcomp.pruning.statistics.fisher)",
+    ),
 )
 """``F w² / 2`` with the diagonal Fisher information ``F = E[(∂L/∂w)²]``: the loss's second-order change when w goes.
 Source: LeCun et al. 1989 (optimal brain damage); Theis et al. 2018, arXiv:1801.05787 (F for the Hessian)."""
 
-wanda = Score("wanda", _wanda, ("input_norms",), "jaxcomp.trace.input_norms(fn)(params, inputs)")
+wanda = named("scores.wanda", Score("wanda", _wanda, ("input_norms",), "jaxcomp.trace.input_norms(fn)(params, inputs)"))
 """``|w| ‖x‖₂`` with the norm of the activation that w multiplies. The paper compares within each output:
 ``structure=NM(n, m)``, with m the axis's size for a plain sparsity. Source: Sun et al. 2023, arXiv:2306.11695."""
 
-movement = Score(
-    "movement",
-    _movement,
-    ("movement",),
-    "jaxcomp.pruning.statistics.accumulate(prune(...), jaxcomp.pruning.statistics.movement)",
-    signed=True,
+movement = named(
+    "scores.movement",
+    Score(
+        "movement",
+        _movement,
+        ("movement",),
+        "jaxcomp.pruning.statistics.accumulate(prune(...), jaxcomp.pruning.statistics.movement)",
+        signed=True,
+    ),
 )
 """``-Σ w ∂L/∂w`` over steps: what moves toward zero goes first. Source: Sanh et al. 2020, arXiv:2005.07683; the paper
 lets the gradient pass the mask: ``gradient=StraightThrough()``."""
 
-importance = Score("importance", _importance, ("importance",), "you: any tree of scores like the parameters")
+importance = named(
+    "scores.importance",
+    Score("importance", _importance, ("importance",), "you: any tree of scores like the parameters"),
+)
 """Scores that are given."""
 
-redundancy = Score("redundancy", _redundancy, takes=("structure",), of_units=True)
+redundancy = named("scores.redundancy", Score("redundancy", _redundancy, takes=("structure",), of_units=True))
 """``Σ_j ‖w_i - w_j‖₂`` over the slices of a leaf: one near all others is replaceable. Needs ``Filters(axis)``.
 Source: He et al. 2018 (FPGM), arXiv:1811.00250, in its practical form, the sum of distances."""
 
 
+@recorded
 def norm(p: float | int) -> Score:
     """``|w|**p``: as magnitude, but summed or averaged in units and groups it weighs large entries more.
 
@@ -160,6 +171,7 @@ def norm(p: float | int) -> Score:
     return Score(f"norm({p})", lambda w: jnp.abs(w.astype(jnp.float32)) ** p)
 
 
+@recorded
 def random_score(key: Any) -> Score:
     """Uniform noise, the same at every step: a growing sparsity only adds to the mask.
 
@@ -180,6 +192,7 @@ def random_score(key: Any) -> Score:
     return Score("random", fn, takes=("path",))
 
 
+@recorded
 def lamp(score: Score = magnitude) -> Score:
     """Makes scores of different leaves comparable: ``s_i² / Σ_j s_j²`` over the j of one leaf that score at least s_i.
 

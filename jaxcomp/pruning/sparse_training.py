@@ -16,6 +16,7 @@ from jaxcomp.core.gates import all_finite, cond, every, when
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import Where, key_of_leaf, matrices
+from jaxcomp.core.records import recorded
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
@@ -31,6 +32,7 @@ Fraction = float | Callable[[Step], float | jax.Array]
 DENSE = " Gradients are those of dense_value_and_grad."
 
 
+@recorded
 def regrow(
     sparsity: Sparsity,
     *,
@@ -132,6 +134,7 @@ def regrow(
     return Transform(init, update, apply)
 
 
+@recorded
 def rigl(
     sparsity: Sparsity, *, key: Key, period: int, stop: int, fraction: float = 0.3, where: Where = matrices
 ) -> Transform:
@@ -161,6 +164,7 @@ def rigl(
     return when(moved, every(period, start=period, stop=stop))
 
 
+@recorded
 def sparse_evolution(
     sparsity: Sparsity,
     *,

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 
 from jaxcomp.core.paths import Where, describe
-from jaxcomp.core.specs import Global, Local, checked_fraction, is_integer, is_number
+from jaxcomp.core.specs import Global, Local, Spec, checked_fraction, is_integer, is_number
 from jaxcomp.core.types import Step
 
 Amount = float | int | Callable[[Step], float | jax.Array]
@@ -34,7 +34,7 @@ def checked_amount(owner: str, amount: object) -> Amount:
     return checked_fraction(owner, amount, "a number in [0, 1) or a schedule, or an int that counts units")
 
 
-class Units:
+class Units(Spec):
     """A structure whose units lie in one array and are chosen by a threshold over their scores.
 
     A new one is a frozen dataclass below this class and a score of its units, registered with
@@ -48,7 +48,7 @@ class Element(Units):
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Spec):
     """Keep the ``n`` best of every ``m`` neighbours along an axis: it fixes the sparsity, ``1 - n/m``.
 
     What is left over where ``m`` does not divide the axis is a group too, filled up with entries that go first.
@@ -159,7 +159,7 @@ class Filters(Units):
 
 
 @dataclass(frozen=True)
-class Tied:
+class Tied(Spec):
     """Prune slices of several leaves together: unit i is slice i of each, its score the sum of their scores.
 
     Args:
@@ -201,7 +201,7 @@ Structure = Units | NM | Tied
 
 
 @dataclass(frozen=True)
-class ERK:
+class ERK(Spec):
     """Each leaf by itself, denser the smaller it is: ``density_i = min(1, ε (Σ dims_i / Π dims_i)**power)``.
 
     ε is such that all leaves together meet the sparsity; a leaf whose density would pass 1 stays dense.
@@ -221,7 +221,7 @@ class ERK:
 
 
 @dataclass(frozen=True)
-class Heuristic:
+class Heuristic(Spec):
     """Each leaf by itself, sparser the larger it is: ``sparsity_i = min(most, α log(size_i))``.
 
     α is such that all leaves together meet the sparsity.
@@ -241,7 +241,7 @@ class Heuristic:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Spec):
     """Each leaf by itself, by a table of rule to amount; first match wins. ``prune`` then takes no sparsity itself.
 
     Args:
@@ -267,12 +267,12 @@ Scope = Local | Global | ERK | Heuristic | Given
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(Spec):
     """No gradient reaches what is masked."""
 
 
 @dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(Spec):
     """The gradient passes the mask: masked weights go on learning and may come back at the next update.
 
     Source: Bengio et al. 2013, arXiv:1308.3432 (the estimator); Lin et al. 2020, arXiv:2006.07253 (on masks).

@@ -14,15 +14,16 @@ import optax
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.gates import all_finite
 from jaxcomp.core.paths import Where, leaves_with_paths, matrices, some_paths
+from jaxcomp.core.records import named, recorded
 from jaxcomp.core.slots import Slot, broadcasts, slots
-from jaxcomp.core.specs import is_number
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.specs import Spec, is_number
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Params, PyTree, State, Stats, Step
 from jaxcomp.pruning.scores import Score
 
 
 @dataclass(frozen=True)
-class Running:
+class Running(Spec):
     """A statistic that is gathered step by step from the weights and their gradients.
 
     Args:
@@ -44,10 +45,10 @@ class Running:
             raise ValueError(f"Running: decay must be in [0, 1) or None, got {self.decay!r}.")
 
 
-movement = Running("movement", lambda w, grads: -w * grads)
+movement = named("statistics.movement", Running("movement", lambda w, grads: -w * grads))
 """The sum of ``-w ∂L/∂w``, for the score ``movement``."""
 
-fisher = Running("fisher", lambda w, grads: grads * grads, decay=0.99)
+fisher = named("statistics.fisher", Running("fisher", lambda w, grads: grads * grads, decay=0.99))
 """A moving average of squared gradients, for the score ``fisher``: the diagonal Fisher information up to the square of
 batch means (exact for batches of one)."""
 
@@ -60,6 +61,7 @@ class RunningState(NamedTuple):
     inner: State
 
 
+@recorded
 def accumulate(transform: Transform, *statistics: Running, where: Where = matrices) -> Transform:
     """Hands ``transform`` statistics that it gathers from ``grads=`` at every update; all others pass through.
 
@@ -73,6 +75,7 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
       where: for which leaves.
 
     Raises:
+      TypeError: no transform.
       ValueError: at ``init``, what :func:`~jaxcomp.core.slots.slots` raises; at ``update``, no ``grads=``, or none for
         a leaf.
 
@@ -84,6 +87,7 @@ def accumulate(transform: Transform, *statistics: Running, where: Where = matric
     >>> t.apply(state, params)["kernel"].materialize().tolist()
     [[0.0, 2.0]]
     """
+    checked_transform("accumulate", transform)
 
     def weights(params: Params) -> dict[str, jax.Array]:
         return {path: slot.array for path, slot in slots(params, where, "accumulate").items()}

@@ -13,6 +13,7 @@ from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.leaves import Masked, is_compressed
 from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
+from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, broadcasts, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import Global, Local
@@ -41,6 +42,7 @@ from jaxcomp.pruning.specs import (
 from jaxcomp.pruning.statistics import check_any_finite, for_score
 
 
+@recorded
 def prune(
     sparsity: Amount | None = None,
     *,
@@ -125,6 +127,7 @@ def prune(
     return Transform(init, update, apply)
 
 
+@recorded
 def masked_by(masks: PyTree) -> Transform:
     """Masks by given booleans, and no others; what ``masks`` has no entry for stays as it is.
 

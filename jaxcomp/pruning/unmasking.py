@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxcomp.core.leaves import Masked, is_compressed, unpacked
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.records import recorded
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Params, PyTree, State, Step
 
 
@@ -20,6 +21,7 @@ class FromZero(NamedTuple):
     inner: State
 
 
+@recorded
 def from_zero(transform: Transform) -> Transform:
     """What an update of ``transform`` unmasks starts at zero, without moments, instead of from where it was masked.
 
@@ -30,6 +32,7 @@ def from_zero(transform: Transform) -> Transform:
       transform: one that masks and may unmask, such as a pruning plan or a chain with one.
 
     Raises:
+      TypeError: no transform.
       ValueError: at ``init``, it masks no parameter.
 
     AC/DC, whose dense phases go on from the sparse weights:
@@ -51,6 +54,7 @@ def from_zero(transform: Transform) -> Transform:
 
     Source: Peste et al. 2021 (AC/DC), arXiv:2106.12379, section 3.
     """
+    checked_transform("from_zero", transform)
 
     def seen(inner: State, params: Params) -> FromZero:
         named, _ = leaves_with_paths(transform.apply(inner, params), is_leaf=is_compressed)

@@ -9,7 +9,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.specs import check_bits
+from jaxcomp.core.records import constant, made_of, named, recorded
+from jaxcomp.core.specs import Spec, check_bits
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.grids import Grid, ScaleAndZero
 from jaxcomp.quantization.numerics.affine import dequantize, in_steps, scale_for
@@ -17,7 +18,7 @@ from jaxcomp.quantization.numerics.rounding import round_with
 
 
 @dataclass(frozen=True)
-class Compander:
+class Compander(Spec):
     """A monotone odd pair ``(compress, expand)``, ``expand(compress(w)) == w``, with a name that files can hold.
 
     Args:
@@ -33,6 +34,10 @@ class Compander:
     def __post_init__(self) -> None:
         if not self.name or not callable(self.compress) or not callable(self.expand):
             raise ValueError(f"Compander: wants a name and two functions, got {self!r}.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        made = made_of(self)
+        return (Compander, (self.name, self.compress, self.expand)) if made is None else (constant, (made.name,))
 
 
 @jax.custom_jvp
@@ -52,7 +57,7 @@ _log_compress.defjvps(lambda t, _, w: t / (1 + jnp.abs(w)))
 _log_expand.defjvps(lambda t, _, v: t * jnp.exp(jnp.abs(v)))
 
 
-LOG = Compander("log1p", _log_compress, _log_expand)
+LOG = named("LOG", Compander("log1p", _log_compress, _log_expand))
 """``f(w) = sign(w) log(1 + |w|)`` and its inverse ``sign(v) (exp(|v|) - 1)``."""
 
 
@@ -125,6 +130,7 @@ class Companded(Grid):
         return stored
 
 
+@recorded
 def Log(bits: int = 8) -> Companded:
     """The logarithmic grid, ``Companded(bits, LOG)``."""
     return Companded(bits)

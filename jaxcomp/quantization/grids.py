@@ -93,6 +93,8 @@ class Grid(Numbers):
     asks for ``levels`` alone.
     """
 
+    goes_into: ClassVar[str] = "quantize"
+
     linear: ClassVar[bool] = True
     """Whether ``decode`` is linear in the scale, so that the scale can be trained, or be on a grid of its own."""
 

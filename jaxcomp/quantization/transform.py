@@ -14,6 +14,7 @@ from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import Masked, dense
 from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.transform import Transform, stateless
@@ -35,6 +36,7 @@ from jaxcomp.quantization.scales import (
 OWNER = "quantize"
 
 
+@recorded
 def quantize(
     grid: Grid = Int(8),  # noqa: B008 - frozen
     *,

@@ -14,6 +14,7 @@ from jaxcomp.core.errors import naming
 from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import Global, check_key, is_integer
@@ -65,6 +66,7 @@ def _rows(x: jax.Array, counted: jax.Array | None, *, blocks: Blocks, zero_first
     return _Rows(values, None if counted is None else to_rows(counted, blocks))
 
 
+@recorded
 def share(
     clusters: int,
     *,

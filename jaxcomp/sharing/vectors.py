@@ -12,6 +12,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
@@ -24,6 +25,7 @@ from jaxcomp.sharing.transform import MAX_CLUSTERS
 OWNER = "share_vectors"
 
 
+@recorded
 def share_vectors(
     clusters: int,
     *,

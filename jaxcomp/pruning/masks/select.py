@@ -12,7 +12,7 @@ from numpy.lib.array_utils import normalize_axis_index
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.paths import first_matches, some_paths
-from jaxcomp.core.specs import Global, Local, checked_fraction
+from jaxcomp.core.specs import Global, Local, as_percent, checked_fraction
 from jaxcomp.core.types import Step
 from jaxcomp.pruning.masks.densities import Shapes, erk, heuristic
 from jaxcomp.pruning.masks.thresholds import MAX_COUNT, fraction_of, smallest
@@ -49,7 +49,7 @@ def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[st
         if isinstance(amount, int) and amount > size:
             raise ValueError(
                 f"prune: {some_paths(names)}: {size} units, fewer than the {amount} to prune; take a smaller count, or"
-                " a fraction."
+                f" a fraction{as_percent(amount)}."
             )
         keys = [_key(units[name], dead[name]) for name in names]
         eligible = [alive[name] for name in names]

@@ -12,6 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxcomp.core.records import named
+from jaxcomp.core.specs import Spec
 from jaxcomp.core.types import DType, Key
 from jaxcomp.sharing.kmeans.lloyd import respaced
 from jaxcomp.sharing.kmeans.optimal import optimal_table
@@ -23,7 +25,7 @@ _OPTIMAL_CELLS = 1 << 13
 
 
 @dataclass(frozen=True)
-class Init:
+class Init(Spec):
     """A rule for the table that Lloyd's iterations start from.
 
     Args:
@@ -135,39 +137,39 @@ def _cube_root_mass(points: Points) -> tuple[jax.Array, jax.Array]:
     return ends, jnp.concatenate([jnp.zeros(1, grown.dtype), grown])
 
 
-linear = Init("linear", _linear)
+linear = named("inits.linear", Init("linear", _linear))
 """Evenly spaced from the least to the greatest weight. Source: Han et al. 2015, arXiv:1510.00149, section 3.2."""
 
-density = Init("density", _density)
+density = named("inits.density", Init("density", _density))
 """Where the distribution function reaches evenly spaced levels from 0.01 to 1: most entries where most weights are.
 
 Source: Han et al. 2015, arXiv:1510.00149, section 3.2; the levels are those of the TensorFlow Model Optimization
 Toolkit's DENSITY_BASED, which takes the next of 30 even values where this takes the weight itself.
 """
 
-quantile = Init("quantile", _quantile)
+quantile = named("inits.quantile", Init("quantile", _quantile))
 """The quantiles ``i / (clusters + 1)``, i = 1..clusters, each the weight nearest to it in rank.
 
 Source: Wu et al. 2018, PocketFlow, non-uniform quantization, initialization "quantile".
 """
 
-random = Init("random", _random, random=True)
+random = named("inits.random", Init("random", _random, random=True))
 """Uniformly drawn between the least and the greatest weight."""
 
-plus_plus = Init("plus_plus", _plus_plus, random=True)
+plus_plus = named("inits.plus_plus", Init("plus_plus", _plus_plus, random=True))
 """Weights drawn in proportion to their squared distance from those drawn so far.
 
 Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
 """
 
-near_optimal = Init("near_optimal", _near_optimal)
+near_optimal = named("inits.near_optimal", Init("near_optimal", _near_optimal))
 """Spaced by the cube root of the density, as the best table is when it is large: first of the density that counts show,
 then of that which the table's own runs do. Then a dynamic program moves all borders at once, as long as that pays.
 
 Source: Panter and Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels".
 """
 
-optimal = Init("optimal", _optimal)
+optimal = named("inits.optimal", Init("optimal", _optimal))
 """The best table by dynamic programming, on the host (a callback inside jit).
 
 Exact up to 8,192 distinct values. Above, for as many cells, spaced by the cube root of the density.
