@@ -235,7 +235,12 @@ def trained_tables(tree: Params, gradient: str = "mean") -> tuple[Params, Params
 
 
 def with_tables(trained: Params, fixed: Params) -> Params:
-    """The tree that :func:`trained_tables` took apart."""
+    """The tree that :func:`trained_tables` took apart.
+
+    Args:
+      trained: the tables, as the optimizer left them.
+      fixed: all else, as :func:`trained_tables` gave it.
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda x: x is None)
 
 
