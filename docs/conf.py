@@ -10,7 +10,13 @@ from typing import Any
 project = "jaxcomp"
 copyright = "the authors of jaxcomp"
 release = version = installed("jaxcomp")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinxcontrib.mermaid"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxcontrib.mermaid",
+]
 html_theme = "furo"
 html_title = f"jaxcomp {version}"
 exclude_patterns = ["build"]

@@ -53,7 +53,9 @@ def draw(path: Path) -> None:
     axes.tick_params(left=False)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_title("One small network on digits: bytes of the saved file, and what it gets right once loaded", fontsize=10)
+    axes.set_title(
+        "One small network on digits: bytes of the saved file, and what it gets right once loaded", fontsize=10
+    )
     figure.savefig(path, metadata={"Date": None})
 
 

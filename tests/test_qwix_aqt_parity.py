@@ -27,7 +27,9 @@ def fn(params, x):
 def test_weights_of_qwix_have_our_scale_and_differ_at_halves_alone(bits, tile) -> None:
     qarray = pytest.importorskip("qwix._src.core.qarray")
     tiled = {} if tile is None else {"tiled_axes": {0: tile}}
-    how = qarray.HowToQuantize(qtype=jnp.dtype(f"int{bits}"), channelwise_axes=(1,), calibration_method="absmax", **tiled)
+    how = qarray.HowToQuantize(
+        qtype=jnp.dtype(f"int{bits}"), channelwise_axes=(1,), calibration_method="absmax", **tiled
+    )
     theirs = qarray.quantize(W, how)
     per = jc.Channels() if tile is None else jc.Groups(tile)
     ours = jc.quantize(jc.Int(bits), per=per).apply((), {"kernel": W})["kernel"]

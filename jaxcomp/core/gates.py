@@ -25,7 +25,7 @@ def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     """Due at ``start``, ``start + period``, … up to, not including, ``stop``.
 
     Raises:
-      ValueError: a period below 1, or a start or a stop that is no step.
+      ValueError: a period that is no integer of at least 1, or a stop that is not after the start.
 
     >>> due = every(100, start=200)
     >>> bool(due(jnp.int32(100))), bool(due(jnp.int32(300))), bool(due(jnp.int32(301)))
