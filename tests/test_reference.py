@@ -1,4 +1,4 @@
-"""The reference is whole: every public name says what it is, what its arguments are, what it raises, and is shown in use.
+"""The reference is whole: every public name says what it is, what its arguments are and what it raises, and is shown.
 
 Docstrings are read, nothing is run: doctests and the blocks of the pages run in tests of their own.
 """

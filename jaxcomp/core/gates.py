@@ -101,7 +101,8 @@ def gate(transform: Transform, due: Due) -> Transform:
     >>> params = {"kernel": np.ones((2, 2), np.float32)}
     >>> t = gate(prune(0.5), every(10))
     >>> state = t.init(params)
-    >>> [bool((t.apply(s, params)["kernel"].materialize() == 0).any()) for s in (state, t.update(state, params, step=10))]
+    >>> later = t.update(state, params, step=10)
+    >>> [bool((t.apply(s, params)["kernel"].materialize() == 0).any()) for s in (state, later)]
     [False, True]
 
     Args:

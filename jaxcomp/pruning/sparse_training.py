@@ -149,7 +149,7 @@ def rigl(
       where: which leaves.
 
     Raises:
-      ValueError: a stop that is no later than the first move, a fraction outside [0, 1], and what :func:`regrow` raises.
+      ValueError: a stop that is no later than the first move, a fraction outside [0, 1], or as of :func:`regrow`.
 
     >>> rigl(0.9, key=jax.random.key(0), period=100, stop=7500).init({"w": jnp.ones((8, 5))}).masks["w"].sum()
     Array(4, dtype=int32)
