@@ -78,5 +78,5 @@ def test_the_wheel_works_alone_in_a_clean_environment(version, tmp_path) -> None
     run(inside, "-m", "pip", "install", "-q", wheel)
     run(inside, "-m", "pip", "check")
     run(inside, "-c", EXAMPLE)  # once, so that what is timed next is not the making of bytecode
-    seconds = min(float(run(inside, "-c", EXAMPLE)) for _ in range(3))
+    seconds = min(float(run(inside, "-c", EXAMPLE)) for _ in range(5))
     assert seconds <= 0.15, f"import jaxcomp adds {seconds:.3f} s of processor time"
