@@ -42,6 +42,13 @@ def deep_compression(
       where: which leaves; the default is those of two axes or more that the roles name, and without roles ``matrices``.
       roles: what the program does with each axis, ``jaxcomp.roles(fn)(params, *args)``.
 
+    >>> import numpy as np
+    >>> import jaxcomp as jc
+    >>> params = {"kernel": np.arange(1, 9, dtype=np.float32).reshape(4, 2)}
+    >>> t = deep_compression(0.5, 2)
+    >>> sorted(set(jc.materialize(t.apply(t.init(params), params))["kernel"].ravel().tolist()))
+    [0.0, 5.5, 7.5]
+
     Source: Han et al. 2015, arXiv:1510.00149; its entropy coding belongs to the file.
     """
     return chain(prune(sparsity, roles=roles, where=where), share(clusters, roles=roles, where=where))
@@ -85,6 +92,11 @@ def nvfp4(**slots: Unpack[Slots]) -> Transform:
     Args:
       slots: the other slots of :func:`~jaxcomp.quantization.transform.quantize`.
 
+    >>> import jax.numpy as jnp
+    >>> import jaxcomp as jc
+    >>> jc.nbytes(jc.pack(nvfp4().apply((), {"kernel": jnp.ones((64, 2))})))  # codes, a byte a block, a float32
+    76
+
     Source: NVIDIA 2025, arXiv:2509.25149, section 2.
     """
     return quantize(Blocked(E2M1, E4M3), per=Groups(16), **slots)
@@ -97,6 +109,11 @@ def nf4(group: int = 64, **slots: Unpack[Slots]) -> Transform:
     Args:
       group: how many neighbours share a scale.
       slots: the other slots of :func:`~jaxcomp.quantization.transform.quantize`.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxcomp as jc
+    >>> jc.nbytes(jc.pack(nf4(32).apply((), {"kernel": jnp.ones((64, 2))})))  # codes, a float32 a group
+    80
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; its scales on a grid are
     ``quantize(Blocked(NF4(), E4M3), per=Groups(64))``.

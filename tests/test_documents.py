@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +21,7 @@ BLOCKS = {
     for path in DOCUMENTS
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S), 1)
 }
-QUICK = ("README-1", "README-2", "pruning-1", "pruning-2", "pruning-4", "quantization-2")
+QUICK = ("README-1", "recipes-2", "first-steps-2", "pruning-1", "pruning-2", "pruning-4", "quantization-2")
 
 
 def prose(path: Path) -> str:
@@ -48,7 +49,62 @@ def test_code_of_documents_runs(block, tmp_path, monkeypatch) -> None:
 
 
 def test_readme_is_a_front_door() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_yes_of_readme_leads_to_a_test() -> None:
+    section = README.partition("## Beside other tools")[2].partition("\n## ")[0]
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    assert head[1] == "jaxcomp"
+    assert len(rows) >= 10
+    for what, ours, *_ in rows:
+        where = re.fullmatch(r"\[.+\]\((tests/\S+)\)", ours)
+        assert where or ours == "no", f"{what}: {ours}"
+        assert not where or "\ndef test_" in (ROOT / where[1]).read_text(), what
+
+
+def test_readmes_picture_shows_what_was_measured() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import picture
+    finally:
+        sys.path.pop(0)
+    drawn = re.sub(r"<[^>]*>", "\n", (ROOT / "docs" / "size.svg").read_text())
+    for name, accuracy, size in picture.rows():
+        assert f"{name}\n" in drawn, "python docs/picture.py"
+        assert re.search(rf"{size / 1000:,.0f} kB.*{accuracy} right", drawn), "python docs/picture.py"
+    for line in re.findall(r"^.*%.*x.*$", README.partition("```\nmethod")[2].partition("```")[0], flags=re.M):
+        assert line in (ROOT / "docs" / "measured.md").read_text(), f"README has a row that was not measured: {line}"
+
+
+@pytest.mark.parametrize("name", ["linen", "NNX"])
+def test_a_net_from_float_to_integers_takes_fewer_than_30_lines(name) -> None:
+    """What a new user would write: the blocks run as they stand, and use nothing of this repository but jaxcomp."""
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## From a float net")[2].partition("\n## ")[0]
+    block = re.findall(r"```python\n(.*?)```", page, flags=re.S)[("linen", "NNX").index(name)]
+    assert f"from flax import {name.lower()}" in block
+    assert len([line for line in block.splitlines() if line.strip()]) < 30
+    assert not re.search(r"^(from|import) (train|tests)", block, flags=re.M)
+    for step in ("prune(", "quantize(jc.Int(8))", "Act(8)", "shrink(", "save(", "load(", "integer=True, strict=True"):
+        assert step in block
+
+
+@pytest.mark.parametrize("title", ["The loop in linen", "The loop in NNX", "The loop in Equinox", "The loop in Haiku"])
+def test_a_loop_takes_fewer_than_30_lines(title) -> None:
+    section = (ROOT / "docs" / "recipes.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    assert len([line for line in block.splitlines() if line.strip()]) < 30
+
+
+@pytest.mark.slow
+def test_the_pages_build_as_a_site(tmp_path) -> None:
+    pytest.importorskip("sphinx")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "jaxcomp.prune" in (tmp_path / "reference" / "jaxcomp.html").read_text()
 
 
 def test_readme_leads_to_every_page() -> None:

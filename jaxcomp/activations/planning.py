@@ -166,6 +166,10 @@ def ranges_of(stats: Mapping[str, Stats], method: Callable[[Stats], Range] = min
     Outside ``jit`` it warns (:class:`PoorRange`) of activations of which zeros alone were seen, and of ranges whose
     clipping takes away more than half of the sum of squares.
 
+    Args:
+      stats: by activation, from ``calibrate``.
+      method: from statistics to a range.
+
     Raises:
       TypeError: a value that is no ``Stats``.
       ValueError: statistics without a finite range, outside ``jit``: the site was never reached, or met an infinity or

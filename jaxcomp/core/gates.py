@@ -26,6 +26,9 @@ Due = Callable[[jax.Array], jax.Array | np.bool_]
 def every(period: int, *, start: int = 0, stop: int | None = None) -> Due:
     """Due at ``start``, ``start + period``, … up to, not including, ``stop``.
 
+    Raises:
+      ValueError: a period that is no integer of at least 1, or a stop that is not after the start.
+
     >>> due = every(100, start=200)
     >>> bool(due(jnp.int32(100))), bool(due(jnp.int32(300))), bool(due(jnp.int32(301)))
     (False, True, False)
@@ -48,6 +51,9 @@ def never(step: Step) -> np.bool_:
 
     >>> bool(never(0))
     False
+
+    Args:
+      step: of the training, a number or a scalar array.
     """
     return np.False_  # no array of jax's, which jit would trace: so inside jit, too, no update is compiled
 
@@ -99,6 +105,15 @@ def gate(transform: Transform, due: Due) -> Transform:
 
     While it sleeps, ``apply`` gives the parameters as they are; that is what it is more than :func:`when`.
 
+    >>> import numpy as np
+    >>> from jaxcomp import every, prune
+    >>> params = {"kernel": np.ones((2, 2), np.float32)}
+    >>> t = gate(prune(0.5), every(10))
+    >>> state = t.init(params)
+    >>> later = t.update(state, params, step=10)
+    >>> [bool((t.apply(s, params)["kernel"].materialize() == 0).any()) for s in (state, later)]
+    [False, True]
+
     Args:
       transform: what.
       due: when, such as :func:`every`.
@@ -129,6 +144,17 @@ def gate(transform: Transform, due: Due) -> Transform:
 @recorded
 def once(transform: Transform) -> Transform:
     """Updates at the first ``update`` whose statistics are finite: what it finds in those is kept.
+
+    Args:
+      transform: what.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp import materialize, prune
+    >>> t = once(prune(0.5, where=".*"))
+    >>> first, later = {"w": jnp.array([[1.0, 9.0]])}, {"w": jnp.array([[9.0, 1.0]])}
+    >>> state = t.update(t.init(first), first, step=0)
+    >>> materialize(t.apply(t.update(state, later, step=1), later))
+    {'w': Array([[0., 1.]], dtype=float32)}
 
     A step that loss scaling or ``optax.apply_if_finite`` skips has gradients that are not finite, and says nothing.
     """

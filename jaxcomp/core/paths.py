@@ -28,6 +28,9 @@ def path_str(key_path: Iterable[object]) -> str:
 
     The last ``value`` of an ``nnx.State`` entry is dropped, so linen and NNX name a weight alike.
 
+    Args:
+      key_path: as ``jax.tree_util.tree_leaves_with_path`` gives it.
+
     >>> tree = {"block": [{"kernel": 1.0}]}
     >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['block/0/kernel']
@@ -68,8 +71,15 @@ def leaves_with_paths(
 ) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
     """``tree_flatten_with_path`` with string paths.
 
+    Args:
+      tree: any pytree.
+      is_leaf: as of ``jax.tree.leaves``.
+
     Raises:
       ValueError: two leaves have the same path, as in ``{1: x, "1": y}``; rules could not tell them apart.
+
+    >>> [path for path, _ in leaves_with_paths({"Dense_0": {"kernel": 1.0, "bias": 2.0}, "scales": [3.0]})[0]]
+    ['Dense_0/bias', 'Dense_0/kernel', 'scales/0']
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     named = [(path_str(p), leaf) for p, leaf in flat]
@@ -93,6 +103,10 @@ def matrices(path: str, leaf: Leaf) -> bool:
     Those names are bias, scale, offset, mean, var, gamma and beta, also after an underscore: such an array has one axis
     more where layers are stacked.
 
+    Args:
+      path: of the leaf, such as "Dense_0/kernel".
+      leaf: an array, or its shape.
+
     Raises:
       ValueError: an array of two or more axes whose whole name is "b", which may be a matrix or stacked biases.
 
@@ -112,7 +126,15 @@ def matrices(path: str, leaf: Leaf) -> bool:
 
 @partial(named, "everything")
 def everything(path: str, leaf: Leaf) -> bool:
-    """A rule that selects every floating array."""
+    """A rule that selects every floating array.
+
+    Args:
+      path: of the leaf, such as "Dense_0/bias".
+      leaf: an array, or its shape.
+
+    >>> everything("bias", jnp.zeros(3)), everything("count", jnp.zeros(3, int))
+    (True, False)
+    """
     return is_float_array(leaf)
 
 

@@ -72,6 +72,9 @@ def slots(tree: Params, where: Where, owner: str) -> dict[str, Slot]:
     Raises:
       ValueError: nothing is selected, or a selected leaf is closed, not floating, empty, or (where its values are
         known) not finite. The message names the path.
+
+    >>> list(slots({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, ".*", "mine"))
+    ['bias', 'kernel']
     """
     named, _ = leaves_with_paths(tree, is_leaf=is_compressed)
     found: dict[str, Slot] = {}
@@ -89,7 +92,17 @@ def slots(tree: Params, where: Where, owner: str) -> dict[str, Slot]:
 
 
 def replace_slots(tree: Params, new: Mapping[str, Leaf]) -> Params:
-    """The tree with the leaves at the given slot paths replaced; all others are the same objects."""
+    """The tree with the leaves at the given slot paths replaced; all others are the same objects.
+
+    Args:
+      tree: parameters, some of them perhaps compressed.
+      new: what takes the place, by the paths that :func:`slots` gives.
+
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    >>> new = replace_slots(params, {"kernel": jnp.zeros((2, 2))})
+    >>> float(new["kernel"].sum()), new["bias"] is params["bias"]
+    (0.0, True)
+    """
     named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
     return treedef.unflatten([_replaced(path, leaf, new) for path, leaf in named])
 

@@ -158,7 +158,15 @@ _HINTS = {"prune": "0.5", "quantize": "Int(8)", "share": "16", "low_rank": "8"}
 
 @recorded
 def stateless(apply: Callable[[Params], Params]) -> Transform:
-    """A transform without a state; ``init`` runs ``apply`` on shapes alone, so that a misfit is found at once."""
+    """A transform without a state; ``init`` runs ``apply`` on shapes alone, so that a misfit is found at once.
+
+    Args:
+      apply: from the parameters to what the forward pass sees.
+
+    >>> halved = stateless(lambda params: jax.tree.map(lambda w: w / 2, params))
+    >>> halved.apply(halved.init({"w": jax.numpy.ones(2)}), {"w": jax.numpy.ones(2)})
+    {'w': Array([0.5, 0.5], dtype=float32)}
+    """
 
     def init(params: Params) -> State:
         def run() -> None:  # its result may hold functions, as an Equinox module does, which no jit gives back
@@ -185,7 +193,12 @@ def _check_none(state: State) -> None:
 
 @recorded
 def identity() -> Transform:
-    """Leaves everything as it is."""
+    """Leaves everything as it is.
+
+    >>> params = {"kernel": jax.numpy.ones(2)}
+    >>> identity().apply((), params) is params
+    True
+    """
     return stateless(lambda params: params)
 
 
@@ -233,6 +246,14 @@ def by_path(table: Mapping[Where, Transform]) -> Transform:
 
     A rule's transform sees its leaves alone, as a flat dict by path: so a global scope is global over the rule. Its own
     ``where`` holds too.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp import Int, prune, quantize
+    >>> params = {"body": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    >>> t = by_path({"head/.*": identity(), ".*kernel": quantize(Int(4))})
+    >>> seen = t.apply(t.init(params), params)
+    >>> type(seen["body"]["kernel"]).__name__, seen["head"]["kernel"] is params["head"]["kernel"]
+    ('Quantized', True)
 
     Args:
       table: rule (regular expression over the whole path, or predicate) to transform, in order.

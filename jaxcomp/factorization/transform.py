@@ -134,6 +134,10 @@ def factorize(
     The leaves are those of :func:`low_rank`, which has the arguments, with each term's size shared evenly among its
     factors. Train on ``fn(materialize(params), …)`` or, with fewer operations, on ``factored(fn)(params, …)``.
 
+    Args:
+      params: arrays, in any containers.
+      rank, method, roles, where, moments, reuse, max_rank: as in :func:`low_rank`.
+
     >>> import jax
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "bias": jnp.zeros(32)}
     >>> small = factorize(params, 4)
@@ -163,6 +167,10 @@ def choose_ranks(
     With a ``Budget`` the ranks of all leaves compete: the greedy climb goes where the error falls most for each
     parameter (or multiply-accumulate) that it costs. For ``RankOne`` and ``CP`` the falls are those of the terms as
     they are found.
+
+    Args:
+      params, method, roles, where, moments, reuse, max_rank: as in :func:`low_rank`.
+      target: ``Energy(fraction)`` or ``Budget(…)``.
 
     Raises:
       TypeError: a target of another kind.

@@ -33,7 +33,15 @@ class EncodeFn(Protocol):
 
 
 def decode(message: Message) -> Update:
-    """The update that a message (one sender's, or a combined one) stands for."""
+    """The update that a message (one sender's, or a combined one) stands for.
+
+    Args:
+      message: from ``encode``, or from :func:`combine`.
+
+    >>> from jaxcomp.federated import topk
+    >>> decode(topk(count=1).encode((), {"w": jnp.array([1.0, 4.0])})[0])["w"].tolist()
+    [0.0, 4.0]
+    """
     return materialize(message)
 
 
@@ -88,6 +96,12 @@ def combine_stacked(stacked: Message, weights: jax.Array | None = None) -> Messa
 
     Raises:
       ValueError: an array of integers, which has no mean. The message names the path.
+
+    >>> from jaxcomp.federated import topk
+    >>> updates = {"w": jnp.array([[0.0, 4.0], [2.0, 1.0]])}  # of two senders
+    >>> stacked = jax.vmap(lambda u: topk(count=1).encode((), u)[0])(updates)
+    >>> decode(combine_stacked(stacked))["w"].tolist()
+    [1.0, 2.0]
     """
     named, treedef = leaves_with_paths(stacked, is_leaf=is_compressed)
     if any(x.shape[:1] == (0,) for x in jax.tree.leaves(stacked)):

@@ -81,6 +81,15 @@ def error_feedback(compressor: Compressor) -> Compressor:
       ValueError: a compressor whose error may be larger than the update, which would grow from round to round; or, at
         encode, an update unlike the one that ``init`` was given.
 
+    >>> import jax.numpy as jnp
+    >>> from jaxcomp.federated import topk
+    >>> t, update = error_feedback(topk(count=1)), {"w": jnp.array([4.0, 3.0])}
+    >>> state = t.init(update)
+    >>> for _ in range(2):
+    ...     message, state = t.encode(state, update)
+    >>> t.decode(message)["w"].tolist(), state.memory["w"].tolist()
+    ([0.0, 6.0], [4.0, 0.0])
+
     Source: Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847, algorithm 2.
     """
     if not isinstance(compressor, Compressor):

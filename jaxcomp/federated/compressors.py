@@ -32,7 +32,12 @@ from jaxcomp.federated.messages import Drawn, Factors, Sparse
 
 
 def dense() -> Compressor:
-    """Sends the update as it is."""
+    """Sends the update as it is.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> dense().decode(dense().encode((), update)[0])["w"].tolist()
+    [3.0, -1.0, 2.0, -2.0]
+    """
     return leafwise("dense", lambda path, x, state, key, shared: (x, None))
 
 
@@ -42,9 +47,17 @@ def topk(fraction: float | None = None, *, count: int | None = None) -> Compress
     ``max(1, round(fraction * size))`` of them, or exactly ``count``. The places take ``ceil(log2(size))`` bits each, or
     a bit for every element of the array where that is less. ``‖x - decode‖² <= (1 - count/size) ‖x‖²``.
 
+    Args:
+      fraction: of each array's elements.
+      count: so many of each array, in its place.
+
     Raises:
       ValueError: not one of the two given, a fraction outside (0, 1], a count below 1, or (at ``init`` and ``encode``)
         above an array's size.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> topk(count=2).decode(topk(count=2).encode((), update)[0])["w"].tolist()
+    [3.0, 0.0, 2.0, 0.0]
 
     Source: Aji and Heafield 2017, arXiv:1704.05021; Stich et al. 2018, arXiv:1809.07599.
     """
@@ -62,8 +75,18 @@ def randomk(fraction: float | None = None, *, count: int | None = None, unbiased
     Unbiased, the values count ``size / count`` fold: ``E[decode] == x``. Otherwise they count once, which contracts:
     ``E‖x - decode‖² == (1 - count/size) ‖x‖²``. Needs ``shared=``.
 
+    Args:
+      fraction, count: as in :func:`topk`.
+      unbiased: whether the values count ``size / count`` fold.
+
     Raises:
       ValueError: as :func:`topk` does.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> t = randomk(count=2)
+    >>> sent = t.decode(t.encode((), update, shared=jax.random.key(0))[0])["w"]
+    >>> int((sent != 0).sum()), bool(((sent == 0) | (sent == 2 * update["w"])).all())
+    (2, True)
 
     Source: Konečný et al. 2016, arXiv:1610.05492 (random mask, sent as a seed); Stich et al. 2018, arXiv:1809.07599.
     """
@@ -86,6 +109,10 @@ def sign(*, vote: bool = False, unbiased: bool = False) -> Compressor:
       vote: combine by majority: each element takes the sign that most senders have, 0 at a tie, times the mean scale.
       unbiased: the scale ``‖x‖² / ‖x‖₁``, for which ``<decode, x> == ‖x‖²``; inside :func:`rotate` the decoded update
         is then unbiased (DRIVE) up to how near the Hadamard rotation is to a uniform one, but it no longer contracts.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> sign().decode(sign().encode((), update)[0])["w"].tolist()
+    [2.0, -2.0, 2.0, -2.0]
 
     Source: Bernstein et al. 2018, arXiv:1802.04434, arXiv:1810.05291 (majority vote); Karimireddy et al. 2019,
     arXiv:1901.09847 (scaled by the mean); Vargaftik et al. 2021, arXiv:2105.08339 (DRIVE).
@@ -120,6 +147,11 @@ def uniform(bits: int, *, limit: float | None = None, axis_name: str | None = No
 
     Raises:
       ValueError: bits outside 1..8, a limit that is not positive, or both limit and axis_name.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> message, _ = uniform(2).encode((), update, key=jax.random.key(0))
+    >>> sorted(set(uniform(2).decode(message)["w"].tolist()) - {-3.0, -1.0, 1.0, 3.0})
+    []
 
     Source: Suresh et al. 2017, arXiv:1611.00429 (stochastic k-level quantization); Alistarh et al. 2017 (QSGD),
     arXiv:1610.02132. Deviation: levels are symmetric about 0 and the range is the largest magnitude, as one scalar.
@@ -157,6 +189,12 @@ def rotate(compressor: Compressor, *, block: int | None = None) -> Compressor:
 
     Raises:
       ValueError: a block that is not a power of two.
+
+    >>> update = {"w": jnp.array([3.0, -1.0, 2.0, -2.0])}
+    >>> t = rotate(sign())
+    >>> message, _ = t.encode(t.init(update), update, shared=jax.random.key(0))
+    >>> t.bits(message)  # a bit an element, a scale, 32 bits of the key
+    72
 
     Source: Suresh et al. 2017, arXiv:1611.00429, section 3; Vargaftik et al. 2021, arXiv:2105.08339.
     """
@@ -199,6 +237,12 @@ def powersgd(rank: int, *, key: jax.Array, where: Where = matrices, axis_name: s
 
     Raises:
       ValueError: a rank below 1, no key, or (at ``init``) a selected array of fewer than two axes or of a smaller rank.
+
+    >>> update = {"kernel": jnp.outer(jnp.arange(1.0, 5.0), jnp.array([1.0, 2.0]))}  # of rank one
+    >>> t = powersgd(1, key=jax.random.key(0))
+    >>> message, _ = t.encode(t.init(update), update)
+    >>> bool(jnp.allclose(t.decode(message)["kernel"], update["kernel"], atol=1e-4))
+    True
 
     Source: Vogels et al. 2019, arXiv:1905.13727, algorithm 1. Deviation: QR in place of Gram-Schmidt.
     """

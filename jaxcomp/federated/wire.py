@@ -54,6 +54,11 @@ def from_bytes(data: bytes, *, like: Message) -> Message:
 
     Raises:
       WireError: the bytes are truncated, damaged, no message, of a newer version, or of another layout than ``like``.
+
+    >>> from jaxcomp.federated import sign
+    >>> message, _ = sign().encode((), {"w": jnp.array([3.0, -1.0])})
+    >>> sign().decode(from_bytes(to_bytes(message), like=message))["w"].tolist()
+    [2.0, -2.0]
     """
     if len(data) < HEADER_BYTES or data[:4] != _MAGIC:
         raise WireError(f"from_bytes: these {len(data)} bytes are no message of jaxcomp.federated.")

@@ -1,4 +1,7 @@
-"""Few rows by a packed weight on a TPU, through Mosaic: bytes travel packed and are unpacked beside the product."""
+"""Few rows by a packed weight on a TPU, through Mosaic: bytes travel packed and are unpacked beside the product.
+
+Pallas is imported by the kernels that need it: it takes as long as the rest of the package.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxcomp.core.types import DType
 from jaxcomp.kernels.blocks import Blocks
@@ -39,6 +40,9 @@ def mosaic_product(
       dtype: of the result ``(rows, features)``; that of ``x`` if None.
       interpret: run the kernel's statements as XLA's operations, on any backend.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     (rows, features), read = (x.shape[0], w.codes.shape[0]), reading(w)
     m, n = blocks.rows, min(blocks.features, -(-features // LANES) * LANES)
     taken = _blocks_a_step(read, w.padded // w.block, blocks.length)
@@ -75,6 +79,8 @@ def _blocks_a_step(read: Reading, count: int, wanted: int) -> int:
 
 def _kernel(x_ref: Ref, codes_ref: Ref, scale_ref: Ref, *rest: Ref, read: Reading, taken: int) -> None:
     """One step along the contracted axis for one tile of the result."""
+    from jax.experimental import pallas as pl
+
     *zeros, out_ref, total_ref = rest
     step = pl.program_id(2)
 

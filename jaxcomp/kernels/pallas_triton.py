@@ -1,4 +1,7 @@
-"""Few rows by a packed weight on a GPU, through Triton: each byte is read once and unpacked in registers."""
+"""Few rows by a packed weight on a GPU, through Triton: each byte is read once and unpacked in registers.
+
+Pallas is imported by the kernels that need it: it takes as long as the rest of the package.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxcomp.core.types import DType
 from jaxcomp.kernels.blocks import Blocks
@@ -55,6 +56,9 @@ def triton_product(
       dtype: of the result ``(rows, features)``; that of ``x`` if None.
       interpret: run the kernel's statements as XLA's operations, on any backend.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     (m, n), dtype, read = blocks[:2], dtype or x.dtype, reading(w)
     count = w.padded // w.block
     share = -(-count // min(blocks.splits, count))
@@ -79,6 +83,9 @@ def triton_product(
 
 def _kernel(x_ref: Ref, codes_ref: Ref, scale_ref: Ref, *rest: Ref, read: Reading, of: _Of) -> None:
     """One tile of the result, over this program's share of the contracted axis."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     *zeros, out_ref = rest
     m, n = out_ref.shape
     rows = (pl.program_id(0) * m + jnp.arange(m) < of.rows)[:, None]
@@ -119,5 +126,8 @@ _LAST = (((1,), (1,)), ((), ()))
 
 def _masked(ref: Ref, start: jax.Array | int, length: int, inside: jax.Array) -> jax.Array:
     """Columns of what lies in memory, 0 where ``inside`` says that it does not."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     wanted = ref.at[:, pl.ds(start, length)]
     return plgpu.load(wanted, mask=jnp.broadcast_to(inside, (ref.shape[0], length)), other=0)

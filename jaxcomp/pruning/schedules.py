@@ -113,6 +113,12 @@ def iterative(rate: float, *, rounds: int, every: int, begin: int = 0) -> Prunin
     ``sparsity = 1 - (1 - rate)**k`` after the k-th round; ``plan.gate(prune(plan, regrow=False))`` prunes among
     survivors only.
 
+    Args:
+      rate: the fraction of the survivors that goes in each round.
+      rounds: how many.
+      every: steps of a round.
+      begin: the step of the first.
+
     Raises:
       ValueError: a rate outside (0, 1), fewer than one round, or a period below 1.
 

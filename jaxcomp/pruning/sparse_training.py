@@ -143,6 +143,17 @@ def rigl(
     Its ``update`` wants ``grads=`` of the materialized weights: see
     :func:`~jaxcomp.core.optimizers.dense_value_and_grad`.
 
+    Args:
+      sparsity: a fraction, or a distribution such as ``ERK``, as in :func:`regrow`.
+      key: of the first masks.
+      period: steps between two moves.
+      stop: the step from which on masks stay.
+      fraction: of the active weights that move, at first.
+      where: which leaves.
+
+    Raises:
+      ValueError: a stop that is no later than the first move, a fraction outside [0, 1], or as of :func:`regrow`.
+
     >>> rigl(0.9, key=jax.random.key(0), period=100, stop=7500).init({"w": jnp.ones((8, 5))}).masks["w"].sum()
     Array(4, dtype=int32)
 
@@ -175,6 +186,11 @@ def sparse_evolution(
     where: Where = matrices,
 ) -> Transform:
     """Grows at random, from random masks (SET).
+
+    Args:
+      sparsity, key, period, where: as in :func:`rigl`.
+      stop: the step from which on masks stay; None is never.
+      fraction: of the active weights that move: a number, or a function of the step.
 
     >>> sparse_evolution(0.9, key=jax.random.key(0), period=100).init({"w": jnp.ones((8, 5))}).masks["w"].sum()
     Array(4, dtype=int32)

@@ -173,6 +173,9 @@ def masked_by(masks: PyTree) -> Transform:
 def is_pruned(tree: PyTree) -> bool:
     """Whether any leaf is masked: what ``prune`` has been applied to, and ``materialize`` has not.
 
+    Args:
+      tree: arrays and leaves, in any containers.
+
     >>> params = {"kernel": jnp.ones((2, 2))}
     >>> t = prune(0.5)
     >>> is_pruned(params), is_pruned(t.apply(t.init(params), params))

@@ -132,5 +132,12 @@ class Companded(Grid):
 
 @recorded
 def Log(bits: int = 8) -> Companded:
-    """The logarithmic grid, ``Companded(bits, LOG)``."""
+    """The logarithmic grid, ``Companded(bits, LOG)``.
+
+    Args:
+      bits: of a code, its sign included.
+
+    >>> Log(4).bits
+    4
+    """
     return Companded(bits)

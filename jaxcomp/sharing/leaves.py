@@ -251,7 +251,19 @@ def trained_tables(tree: Params, gradient: str = "mean") -> tuple[Params, Params
 
 
 def with_tables(trained: Params, fixed: Params) -> Params:
-    """The tree that :func:`trained_tables` took apart."""
+    """The tree that :func:`trained_tables` took apart.
+
+    Args:
+      trained: the tables, as the optimizer left them.
+      fixed: all else, as :func:`trained_tables` gave it.
+
+    >>> from jaxcomp import share
+    >>> params = {"w": jnp.array([[1.0, 1.0], [3.0, 4.0]])}
+    >>> shared = share(2).apply(share(2).init(params), params)
+    >>> again = with_tables(*trained_tables(shared))
+    >>> bool((again["w"].materialize() == shared["w"].materialize()).all())
+    True
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda x: x is None)
 
 

@@ -161,6 +161,14 @@ def without_branches(branches: Sequence[Branch]) -> Callable[[Params], Params]:
 
     Raises (on call):
       ValueError: the tree lacks one of the parameters or has it in another shape.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import residual_branches
+    >>> f = lambda p, x: (x + x @ p["a"]) @ p["b"]
+    >>> params, x = {"a": np.ones((2, 2), np.float32), "b": np.ones((2, 1), np.float32)}, np.ones((1, 2), np.float32)
+    >>> branches = residual_branches(f)(params, x)
+    >>> without_branches(branches)(params)["a"] is None
+    True
     """
     gone = {path: s for b in branches for path, s in b.shapes.items()}
 
@@ -184,8 +192,20 @@ def drop_branches(fn: Fn, branches: Sequence[Branch]) -> Fn:
     the branches' own parameters (their batch statistics) come back as None. It is a function like any other:
     ``channel_groups`` and ``shrink`` take it.
 
+    Args:
+      fn: the function with its branches, ``fn(params, *args)``.
+      branches: from ``residual_branches``.
+
     Raises (on call):
       ValueError: the program has no such sum at a branch's place: it was found in another function or mode.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import residual_branches
+    >>> f = lambda p, x: (x + x @ p["a"]) @ p["b"]
+    >>> params, x = {"a": np.ones((2, 2), np.float32), "b": np.ones((2, 1), np.float32)}, np.ones((1, 2), np.float32)
+    >>> branches = residual_branches(f)(params, x)
+    >>> float(drop_branches(f, branches)(without_branches(branches)(params), x)[0, 0])
+    2.0
     """
     dropped = {b.at: b.kept for b in branches}
     gone = {path: s for b in branches for path, s in b.shapes.items()}

@@ -55,6 +55,14 @@ def plan(
     Raises:
       ValueError: not exactly one target; a target out of range; no groups; ``exclude`` matches nothing; the smallest
         network that the other arguments allow is still over the budget (the message says what it needs).
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> half = plan(groups, params, sparsity=0.5)
+    >>> half.widths, half.take(params)["up"].tolist()
+    ({'down': (2, 1), 'up': (1, 2)}, [[3.0, 2.0]])
     """
     targets = {"sparsity": sparsity, "parameters": parameters, "macs": macs, "latency": latency}
     given = [name for name, value in targets.items() if value is not None]

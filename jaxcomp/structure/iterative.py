@@ -103,6 +103,19 @@ def fraction_per_round(sparsity: float, rounds: int) -> float:
 def composed(first: Plan, second: Plan) -> Plan:
     """One plan for two in turn: ``composed(a, b).take(tree) == b.take(a.take(tree))``.
 
+    Args:
+      first: over the whole tree.
+      second: over what it leaves.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups, plan
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> first = plan(groups, params, sparsity=0.5)
+    >>> small = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(first.take(params), np.ones((2, 1), np.float32))
+    >>> composed(first, plan(small, first.take(params), sparsity=0.5)).take(params)["up"].tolist()
+    [[3.0]]
+
     Raises:
       ValueError: ``second`` is not a plan over the tree that ``first`` leaves.
     """

@@ -212,6 +212,13 @@ def mask(plan: Plan) -> Callable[[Params], Params]:
 
     Raises (on call):
       ValueError: the tree is not the one that the plan was made for.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups, plan
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> mask(plan(groups, params, sparsity=0.5))(params)["up"].tolist()
+    [[3.0, 0.0, 2.0, 0.0]]
     """
 
     def masked(params: Params) -> Params:

@@ -71,6 +71,16 @@ def unit_score(score: Score, *, reduce: Reduce = "sum", where: Where = weights, 
 def l1(*, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
     """``sum |w|`` over a unit's slices; arguments as ``unit_score``. Li et al. 2017, arXiv:1608.08710, over whole
     groups as in DepGraph.
+
+    Args:
+      reduce, where: as in ``unit_score``.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> l1()(groups, params)
+    (array([4. , 1.1, 3. , 1.2]),)
     """
     return unit_score(magnitude, reduce=reduce, where=where)
 
@@ -78,6 +88,16 @@ def l1(*, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
 def l2(*, reduce: Reduce = "sum", where: Where = weights) -> UnitScore:
     """``sqrt(sum w^2)`` over a unit's slices; arguments as ``unit_score``. DepGraph, Fang et al. 2023,
     arXiv:2301.12900.
+
+    Args:
+      reduce, where: as in ``unit_score``.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> [score.round(2).tolist() for score in l2()(groups, params)]
+    [[3.16, 1.0, 2.24, 1.02]]
     """
     squares = unit_score(norm(2), reduce=reduce, where=where)
     return lambda groups, params: tuple(np.sqrt(s) for s in squares(groups, params))
@@ -90,6 +110,14 @@ def group_fisher(example_grads: PyTree, *, reduce: Reduce = "sum", where: Where 
       example_grads: the gradients of single examples (or batches): a tree like the parameters with one more axis,
         the examples, in front of every leaf.
       reduce, where: as in ``unit_score``.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> grads = {name: np.ones((2, *w.shape), np.float32) for name, w in params.items()}  # of two examples
+    >>> [score.round(2).tolist() for score in group_fisher(grads)(groups, params)]
+    [[16.0, 1.21, 9.0, 1.44]]
 
     Source: group Fisher pruning, Liu et al. 2021, arXiv:2108.00708.
     """
@@ -110,6 +138,17 @@ def batch_norm_scale(where: Where, *, reduce: Reduce = "sum") -> UnitScore:
     """``|γ|`` of the scales that ``where`` selects; network slimming, Liu et al. 2017, arXiv:1708.06519.
 
     A group without such a scale gets infinite scores: it is pruned last.
+
+    Args:
+      where: the scales.
+      reduce: of several scales of a unit, their sum or their mean.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> [score.round(2).tolist() for score in batch_norm_scale("up")(groups, params)]
+    [[3.0, 0.1, 2.0, 0.2]]
     """
 
     def score(groups: Groups, params: Params) -> UnitScores:
@@ -132,6 +171,16 @@ def fpgm(*, where: Where = weights) -> UnitScore:
     """``sum_j ||w_i - w_j||``: a unit near all others is replaceable. He et al. 2019, arXiv:1811.00250.
 
     A unit is the vector of all its weights that ``where`` selects; in a stack each layer is measured by itself.
+
+    Args:
+      where: the parameters whose weights make a unit's vector.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups
+    >>> params = {"up": np.float32([[3, 0.1, 2, 0.2]]), "down": np.ones((4, 1), np.float32)}
+    >>> groups = channel_groups(lambda p, x: x @ p["up"] @ p["down"])(params, np.ones((2, 1), np.float32))
+    >>> [score.round(2).tolist() for score in fpgm()(groups, params)]
+    [[6.7, 4.9, 4.7, 4.7]]
     """
 
     def score(groups: Groups, params: Params) -> UnitScores:

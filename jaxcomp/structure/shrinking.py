@@ -40,9 +40,21 @@ def shrink(fn: Fn, plan: Plan) -> Fn:
     Constants keep their full-size value, such as the divisor of a mean or attention's 1/sqrt(d). Outputs that
     are new values of parameters (batch statistics) come back smaller.
 
+    Args:
+      fn: the function at full size, ``fn(params, *args)``.
+      plan: what stays.
+
     Raises (on call):
       ValueError: the tree is not what ``plan.take`` gives, or the plan splits what this call of ``fn`` ties
         together (it was made from another function or in another mode); names the path.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups, plan
+    >>> f = lambda p, x: x @ p["up"] @ p["down"]
+    >>> params, x = {"up": np.float32([[3, 0.1]]), "down": np.ones((2, 1), np.float32)}, np.ones((1, 1), np.float32)
+    >>> half = plan(channel_groups(f)(params, x), params, sparsity=0.5)
+    >>> float(shrink(f, half)(half.take(params), x)[0, 0])
+    3.0
     """
 
     def small(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
@@ -57,11 +69,20 @@ def check_shrink(fn: Fn, plan: Plan, params: Params, *args: PyTree, **kwargs: Py
     """The largest absolute difference between the shrunken network's outputs and the masked network's; NaN shows.
 
     Args:
+      fn, plan: as in ``shrink``.
       params: the full-size tree of arrays.
-      args: the function's further arguments.
+      args, kwargs: the function's further arguments.
 
     Raises:
       ValueError: as ``shrink``.
+
+    >>> import numpy as np
+    >>> from jaxcomp.structure import channel_groups, plan
+    >>> f = lambda p, x: x @ p["up"] @ p["down"]
+    >>> params, x = {"up": np.float32([[3, 0.1]]), "down": np.ones((2, 1), np.float32)}, np.ones((1, 1), np.float32)
+    >>> half = plan(channel_groups(f)(params, x), params, sparsity=0.5)
+    >>> check_shrink(f, half, params, x)
+    0.0
     """
     analysis = _again(fn, plan, params, args, kwargs)
     keep, program = keep_of(plan, analysis), analysis.program

@@ -90,7 +90,15 @@ def _histogram(x: jax.Array) -> Count:
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The statistics of two sets of batches together: the same in any order, sums of extremes to 48 bits."""
+    """The statistics of two sets of batches together: the same in any order, sums of extremes to 48 bits.
+
+    Args:
+      a, b: of the same activation.
+
+    >>> s = merge(observe(jnp.array([1.0, 2.0])), observe(jnp.array([-3.0])))
+    >>> float(s.low), float(s.high), int(s.batches.total())
+    (-3.0, 2.0, 2)
+    """
     return Stats(
         a.counts.plus(b.counts),
         jnp.minimum(a.low, b.low),
@@ -116,8 +124,15 @@ _merge = jax.jit(merge)
 def merge_all(*calibrations: dict[str, Stats]) -> dict[str, Stats]:
     """Calibrations of several batches as one.
 
+    Args:
+      calibrations: what :func:`calibrate` gave, by site.
+
     Raises:
       ValueError: none is given, or they name different sites.
+
+    >>> a, b = {"w": observe(jnp.array([1.0, 2.0]))}, {"w": observe(jnp.array([-3.0]))}
+    >>> float(merge_all(a, b)["w"].low)
+    -3.0
     """
     if not calibrations:
         raise ValueError("merge_all: wants at least one calibration, got none.")
@@ -132,6 +147,15 @@ def activation_name(site: Site, operand: int) -> str:
     """How an activation is named: its site's path, and the operand's number where both are activations.
 
     The leaf's own path at the site of a weight: "Dense_0/kernel". Between activations: "attn/dot_0:0" and ":1".
+
+    Args:
+      site: from :func:`~jaxcomp.trace.sites`.
+      operand: 0 or 1.
+
+    >>> from jaxcomp.trace import sites
+    >>> found = sites(lambda p, x: x @ p["w"] @ x.T)({"w": jnp.ones((2, 2))}, jnp.ones((3, 2)))
+    >>> [activation_name(site, 0) for site in found]
+    ['w', 'dot_0:0']
     """
     return site.path if len(site.activations) == 1 else f"{site.path}:{operand}"
 

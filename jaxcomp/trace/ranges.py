@@ -37,12 +37,34 @@ RangeOf = Callable[[Stats], Range]
 
 
 def min_max(stats: Stats) -> Range:
-    """From the smallest to the largest element seen."""
+    """From the smallest to the largest element seen.
+
+    Args:
+      stats: what :func:`~jaxcomp.trace.calibrate` saw of one activation.
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = min_max(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (-1.0, 2.0)
+    """
     return Range(stats.low, stats.high)
 
 
 def absmax(stats: Stats) -> Range:
-    """``(-a, a)`` with ``a`` the largest magnitude seen."""
+    """``(-a, a)`` with ``a`` the largest magnitude seen.
+
+    Args:
+      stats: what :func:`~jaxcomp.trace.calibrate` saw of one activation.
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = absmax(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (-2.0, 2.0)
+    """
     end = jnp.maximum(-stats.low, stats.high)
     return Range(-end, end)
 
@@ -51,6 +73,16 @@ def averaged(stats: Stats) -> Range:
     """The mean over batches of their smallest and largest elements.
 
     A moving average without an order: unlike an exponential one it is the same for every order of the batches.
+
+    Args:
+      stats: what :func:`~jaxcomp.trace.calibrate` saw of one activation.
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = averaged(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (-1.0, 2.0)
     """
     batches = stats.batches.rounded()
     return Range(stats.low_sum.rounded() / batches, stats.high_sum.rounded() / batches)
@@ -64,6 +96,13 @@ def percentile(q: float) -> RangeOf:
 
     Raises:
       ValueError: q outside (50, 100].
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = percentile(60.0)(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (0.0, 0.516)
     """
     if not isinstance(q, numbers.Real) or not 50 < q <= 100:
         raise ValueError(f"percentile: q must be in (50, 100], got {q!r}.")
@@ -79,6 +118,13 @@ def mse(bits: int, *, symmetric: bool = False) -> RangeOf:
     Args:
       bits: of the codes.
       symmetric: whether the grid is, as of ``Act``.
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = mse(2)(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (-0.917, 1.834)
 
     Source: Banner et al. 2019, arXiv:1810.05723, with the histogram in place of a fitted density, and the error of each
     level in place of the step's twelfth.
@@ -99,6 +145,13 @@ def entropy(bits: int, *, symmetric: bool = False) -> RangeOf:
     Args:
       bits: of the codes.
       symmetric: whether the grid is, as of ``Act``.
+
+    >>> from jaxcomp.trace import calibrate
+    >>> x = np.float32([[-1, 0.5], [2, 0]])
+    >>> stats = calibrate(lambda p, x: x @ p["w"])({"w": np.ones((2, 2), np.float32)}, x)["w"]
+    >>> r = entropy(2)(stats)
+    >>> round(float(r.low), 3), round(float(r.high), 3)
+    (-1.0, 2.0)
 
     Source: Migacz 2017, "8-bit inference with TensorRT", GTC S7310. Deviation: zeros do not count, for they are on
     every grid.
