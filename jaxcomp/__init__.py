@@ -20,6 +20,7 @@ from jaxcomp import (
     kernels,
     pruning,
     quantization,
+    report,
     sharing,
     structure,
     trace,
@@ -46,6 +47,7 @@ from jaxcomp.factorization import factorize, low_rank
 from jaxcomp.kernels import prepare
 from jaxcomp.pruning import NM, Filters, cubic, prune
 from jaxcomp.quantization import Float, Int, Log, quantize
+from jaxcomp.report.summary import summary
 from jaxcomp.sharing import share
 from jaxcomp.structure import channel_groups, plan, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, roles, sites
@@ -89,6 +91,7 @@ __all__ = [
     "share",
     "shrink",
     "sites",
+    "summary",
     "wrap_optax",
 ]
 

@@ -13,12 +13,10 @@ from jaxcomp.activations.demands import Done, Seen, put
 from jaxcomp.activations.execution import Mode
 from jaxcomp.activations.function import Call
 from jaxcomp.activations.planning import Planned, Rules, assigned
-from jaxcomp.core.leaves import Masked, is_compressed
+from jaxcomp.core.leaves import is_compressed, method_of
 from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.tables import columns
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.factorization.leaves import FactorLeaf
-from jaxcomp.kernels.leaves import Prepared
-from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.sites import sites_of, unread
@@ -63,8 +61,7 @@ class Coverage:
     def __str__(self) -> str:
         head = ("site", "kind", "done", "form", "weight", "activations", "why no more")
         cells = [head, *((r.path, r.kind, r.done, r.form, r.weight, r.activations, r.why) for r in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        return columns(cells)
 
 
 def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) -> Callable[..., Coverage]:
@@ -78,9 +75,9 @@ def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) 
     >>> f = lambda p, x: (x @ p["a"]) @ p["b"]
     >>> p = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
     >>> print(coverage(f, {"a": Act(8)})(p, jnp.ones((1, 2))))
-    site  kind  done   form  weight   activations                 why no more
-    a     dot   fake         float32  8 bits, asymmetric, Static
-    b     dot   exact        float32                              no rule matches it
+    site  kind  done   weight   activations                 why no more
+    a     dot   fake   float32  8 bits, asymmetric, Static
+    b     dot   exact  float32                              no rule matches it
     """
 
     @wraps(fn)
@@ -133,14 +130,4 @@ def _weight(p: Planned, leaves: dict[str, Leaf]) -> str:
     leaf = leaves.get(p.site.leaf or "")
     if leaf is None:
         return "computed from " + ", ".join(p.site.operands[p.site.weight].params)
-    return _leaf(leaf)
-
-
-def _leaf(leaf: Leaf) -> str:
-    if isinstance(leaf, Masked):
-        return f"Masked {_leaf(leaf.values)}"
-    if isinstance(leaf, Quantized | Prepared):
-        return repr(leaf.grid).replace(", symmetric=True", "").replace(", narrow=False", "")
-    if isinstance(leaf, FactorLeaf):
-        return f"{type(leaf).__name__} of rank {leaf.rank}"
-    return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)
+    return method_of(leaf)

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.bits import in_host_memory, pack_bits, pack_bits_on_host, put_beside, unpack_bits
+from jaxcomp.core.bits import in_host_memory, pack_bits, pack_bits_on_host, put_beside, spread_out, unpack_bits
 from jaxcomp.core.errors import naming
 from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
+from jaxcomp.core.words import bytes_of, fraction_of_zeros, on_hand, percent_words, shape_words
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -29,7 +30,7 @@ def compressed_leaf(*, meta: tuple[str, ...] = ()) -> Callable[[Cls], Cls]:
     """Class decorator: a frozen dataclass registered as a pytree, with the ``meta`` fields static."""
 
     def decorate(cls: Any) -> Any:
-        cls = dataclass(frozen=True, eq=False)(cls)
+        cls = dataclass(frozen=True, eq=False, repr=False)(cls)
         data = [f.name for f in fields(cls) if f.name not in meta]
         cls.data_fields, cls.meta_fields = tuple(data), meta
         return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
@@ -58,6 +59,13 @@ class Packed:
         if host is not None:
             return Packed(put_beside(pack_bits_on_host(host, bits, low), values), bits, low, tuple(values.shape))
         return Packed(_stream_of(values, bits, low), bits, low, tuple(values.shape))
+
+    def on_host(self) -> np.ndarray | None:
+        """The integers, by numpy, where they are few and known here; else None."""
+        data, count = on_hand(self.data), int(np.prod(self.shape, dtype=np.int64))
+        if data is None:
+            return None
+        return (spread_out(data, self.bits, count).astype(np.int16) + self.low).reshape(self.shape)
 
     def unpack(self) -> jax.Array:
         """The integers as int8 or uint8, or the booleans."""
@@ -118,6 +126,27 @@ class CompressedLeaf(ABC):
         return None
 
     @property
+    def method(self) -> str:
+        """What was done, in words: "Quantized int4"."""
+        return type(self).__name__
+
+    def details(self) -> tuple[str, ...]:
+        """What a repr says beside method, shape and bytes: "groups of 128"."""
+        return ()
+
+    def zeros_seen(self) -> float | None:
+        """The fraction of elements that are 0, where the values are known and few; else None."""
+        return None
+
+    def __repr__(self) -> str:
+        """One line; on tracers, shapes and the placeholders that trees are mapped with too."""
+        try:
+            return _line(self)
+        except Exception:  # fields may be anything while a tree is taken apart
+            shown = ", ".join(f"{name}={getattr(self, name, None)!r}" for name in self.data_fields)
+            return f"{type(self).__name__}({shown})"
+
+    @property
     @abstractmethod
     def shape(self) -> Shape:
         """The shape of the array that this leaf stands for."""
@@ -149,6 +178,25 @@ class CompressedLeaf(ABC):
     @abstractmethod
     def pack(self) -> CompressedLeaf:
         """The same leaf in its smallest storage; ``materialize`` gives the same bits."""
+
+
+def method_of(leaf: Leaf) -> str:
+    """What was done to a leaf, in words; of an array its type.
+
+    >>> method_of(jnp.zeros(2)), method_of(Masked(jnp.zeros(2), jnp.zeros(2, bool)))
+    ('float32', 'Masked float32')
+    """
+    return leaf.method if isinstance(leaf, CompressedLeaf) else str(getattr(leaf, "dtype", type(leaf).__name__))
+
+
+def _line(leaf: CompressedLeaf) -> str:
+    zeros = leaf.zeros_seen()
+    parts = [leaf.method, shape_words(leaf.shape), *leaf.details()]
+    if leaf.size:
+        parts.append(f"{bytes_of(leaf) / leaf.size:.3g} B/weight")
+    if zeros is not None:
+        parts.append(f"{percent_words(zeros)} zeros")
+    return "<" + ", ".join(parts) + ">"
 
 
 def is_compressed(x: object) -> bool:
@@ -185,6 +233,17 @@ class Masked(CompressedLeaf):
     made_by: ClassVar[str] = "prune"
 
     @property
+    def method(self) -> str:  # noqa: D102
+        return f"Masked {method_of(self.values)}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return self.values.details() if isinstance(self.values, CompressedLeaf) else ()
+
+    def zeros_seen(self) -> float | None:  # noqa: D102
+        values = self.values
+        return values.zeros_seen() if isinstance(values, CompressedLeaf) else fraction_of_zeros(values)
+
+    @property
     def shape(self) -> Shape:  # noqa: D102
         return tuple(self.values.shape)
 
@@ -218,6 +277,10 @@ class Switch(CompressedLeaf):
     off: Leaf
 
     made_by: ClassVar[str] = "gate"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return f"Switch {method_of(self.on)} or {method_of(self.off)}"
 
     @property
     def shape(self) -> Shape:  # noqa: D102

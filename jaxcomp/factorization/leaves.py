@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense, pack
+from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense, method_of, pack
 from jaxcomp.core.roles import CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
 from jaxcomp.core.types import DType, Leaf
 from jaxcomp.factorization.decompositions import HIGHEST, matmul
@@ -44,6 +44,11 @@ class FactorLeaf(CompressedLeaf):
     def stacked(self) -> int:
         """How many axes in front hold stacked layers."""
         return int(self.factors[0].ndim - 2)
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        inner = " and ".join(sorted({method_of(x) for x in self.factors}))
+        return f"{type(self).__name__} of rank {self.rank} {inner}"
 
     @property
     def rank(self) -> int | tuple[int, int]:

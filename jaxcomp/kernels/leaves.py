@@ -52,6 +52,13 @@ class Prepared(CompressedLeaf):
     made_by: ClassVar[str] = "prepare"
 
     @property
+    def method(self) -> str:  # noqa: D102
+        return f"Prepared {self.grid.label}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"groups of {self.group}",) if self.group < self.length else ()
+
+    @property
     def code_bits(self) -> int:  # noqa: D102
         return self.grid.bits
 

@@ -47,6 +47,10 @@ class CodedRows(CompressedLeaf):
     made_by: ClassVar[str] = "kv_cache"
 
     @property
+    def method(self) -> str:  # noqa: D102
+        return f"CodedRows {self.grid.label}"
+
+    @property
     def shape(self) -> Shape:  # noqa: D102
         return (*self.codes.shape[:-1], self.width)
 

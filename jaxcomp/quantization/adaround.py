@@ -15,6 +15,7 @@ from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params, PyTree
+from jaxcomp.core.words import block_words
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
@@ -48,6 +49,13 @@ class SoftRounded(CompressedLeaf):
     dense_dtype: DType
 
     made_by: ClassVar[str] = OWNER
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return f"SoftRounded {self.grid.label}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return (block_words(self.shape, tuple(self.scale.shape)),)
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

@@ -85,6 +85,9 @@ class Companded(Grid):
     def __post_init__(self) -> None:
         check_bits("Companded", self.bits)
 
+    def __repr__(self) -> str:
+        return f"Log({self.bits})" if self.compander is LOG else f"Companded({self.bits}, {self.compander.name})"
+
     @property
     def of_zero(self) -> float:  # noqa: D102
         return 0.0

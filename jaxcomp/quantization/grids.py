@@ -35,6 +35,11 @@ class Numbers(Spec, ABC):
     def bits(self) -> int:
         """Width of a code."""
 
+    @property
+    def label(self) -> str:
+        """The grid in a word or two, for reports."""
+        return repr(self).removesuffix("()").replace("bits=", "")
+
     @abstractmethod
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
         """What a packed leaf keeps: integers, in any type, and the lowest of the ``2**bits`` that there may be."""
@@ -231,6 +236,11 @@ class Int(Grid):
             raise ValueError("Int: narrow leaves out the lowest code of a symmetric grid; got symmetric=False.")
         if self.narrow and self.bits == 1:
             raise ValueError("Int: narrow leaves one code of one bit; the ternary grid is Int(2, narrow=True).")
+
+    @property
+    def label(self) -> str:
+        """As "int4", and "narrow" or "asymmetric" where it is."""
+        return f"int{self.bits}" + " narrow" * self.narrow + " asymmetric" * self.asymmetric
 
     @property
     def is_sign(self) -> bool:

@@ -17,6 +17,7 @@ from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params
+from jaxcomp.core.words import block_words
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized, encoded
@@ -51,6 +52,13 @@ class Learned(CompressedLeaf):
 
     open: ClassVar[tuple[str, ...]] = ("latent",)
     made_by: ClassVar[str] = OWNER
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return f"Learned {self.grid.label}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return (block_words(self.shape, tuple(self.scale.shape)),)
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102

@@ -12,8 +12,9 @@ import numpy as np
 from jaxcomp.core.bits import CHUNK, as_bytes, in_host_memory
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.gradients import masked_through
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, pack, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, method_of, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
+from jaxcomp.core.words import LOOKED_AT, block_words, on_hand, repeated
 from jaxcomp.quantization.grids import Grid, Numbers
 from jaxcomp.quantization.numerics.affine import block_absmax, in_type, no_weights, spread
 
@@ -51,6 +52,28 @@ class Quantized(CompressedLeaf):
 
     made_by: ClassVar[str] = "quantize"
     coded: ClassVar[str] = "codes"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return f"Quantized {self.grid.label}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        shared = block_words(self.shape, tuple(self.scale.shape))
+        return (shared,) if self.packed else (shared, "not packed")
+
+    def zeros_seen(self) -> float | None:  # noqa: D102
+        if self.size > LOOKED_AT or isinstance(self.scale, CompressedLeaf):
+            return None
+        codes = self.codes.on_host() if isinstance(self.codes, Packed) else on_hand(self.codes)
+        scale, zero = on_hand(self.scale), on_hand(np.zeros(()) if self.zero_point is None else self.zero_point)
+        if codes is None or scale is None or zero is None or not self.size:
+            return None
+        none = repeated(scale, self.shape) == 0
+        if self.zero_point is not None:
+            none |= codes == repeated(zero, self.shape)
+        elif not self.packed or self.grid.has_zero:
+            none |= codes == (self.grid.code_of_zero if self.packed else 0)
+        return float(none.mean())
 
     @property
     def code_bits(self) -> int:  # noqa: D102
@@ -151,6 +174,13 @@ class Folded(CompressedLeaf):
     dense_shape: Shape
 
     made_by: ClassVar[str] = "quantize"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        return method_of(self.rows)
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        return (f"buckets of {self.rows.shape[-1]}",)
 
     @property
     def shape(self) -> Shape:  # noqa: D102

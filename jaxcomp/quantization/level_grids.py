@@ -149,6 +149,11 @@ class Float(LevelGrid, ScaleGrid):
         return 1 + self.exponent + self.mantissa
 
     @property
+    def label(self) -> str:
+        """As "float8 e4m3"."""
+        return f"float{self.bits} e{self.exponent}m{self.mantissa}"
+
+    @property
     def offset(self) -> int:
         """The exponent's bias."""
         return 2 ** (self.exponent - 1) - 1 if self.bias is None else self.bias
@@ -242,6 +247,11 @@ class Levels(LevelGrid):
     """
 
     values: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """As "5 levels"."""
+        return f"{len(self.values)} levels"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(float(v) for v in self.values))

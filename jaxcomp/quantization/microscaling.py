@@ -74,6 +74,11 @@ class Blocked(Grid):
 
     linear: ClassVar[bool] = False
 
+    @property
+    def label(self) -> str:
+        """As "int4 with E8M0 scales"."""
+        return f"{self.grid.label} with {self.scales.label} scales"
+
     def __post_init__(self) -> None:
         if not isinstance(self.grid, Grid) or not self.grid.linear or not isinstance(self.scales, ScaleGrid):
             raise TypeError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.layouts import Blocks
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, is_compressed, pack, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, is_compressed, method_of, pack, unpacked
 from jaxcomp.core.roles import OUTPUT, SINGLE, AxisRoles
 from jaxcomp.core.types import DType, Leaf, Params, Shape
 from jaxcomp.sharing.kmeans.fit import code_dtype
@@ -58,6 +58,16 @@ class Codebook(CompressedLeaf):
     def field_roles(self, name: str) -> AxisRoles:
         """Each table may have a scale of its own."""
         return AxisRoles((SINGLE, OUTPUT))
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        inner = f" {method_of(self.table)}" if is_compressed(self.table) else ""
+        return f"Codebook of {self.entries}{inner}"
+
+    def details(self) -> tuple[str, ...]:  # noqa: D102
+        tables = int(self.table.shape[1])
+        said = ("one table" if tables == 1 else f"{tables} tables",)
+        return said if isinstance(self.codes, Packed) or self.code_bits == 16 else (*said, "not packed")
 
     @property
     def entries(self) -> int:
@@ -153,6 +163,12 @@ class VectorCodebook(CompressedLeaf):
 
     open: ClassVar[tuple[str, ...]] = ("table",)
     made_by: ClassVar[str] = "share_vectors"
+
+    @property
+    def method(self) -> str:  # noqa: D102
+        entries, length = self.table.shape
+        inner = f" {method_of(self.table)}" if is_compressed(self.table) else ""
+        return f"Codebook of {entries} vectors of {length}{inner}"
 
     def field_roles(self, name: str) -> AxisRoles:
         """Each place of a vector may have a scale of its own."""

@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.core.reductions import nan_in
+from jaxcomp.core.words import on_hand, shape_words
 from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.exact import Count, Sum, counted, summed
 from jaxcomp.trace.flow import Op
@@ -45,6 +46,13 @@ class Stats:
       low_sum, high_sum: (…), sums of the batches' smallest and largest elements.
       batches: (…), how often the site was reached with an element or more.
     """
+
+    def __repr__(self) -> str:
+        """One line: the range that was seen, where its values are few and known."""
+        low, high = on_hand(self.low), on_hand(self.high)
+        layers = f", layers {shape_words(self.low.shape)}" if getattr(self.low, "shape", ()) else ""
+        seen = "" if low is None or high is None or not low.size else f" {low.min():.4g} to {high.max():.4g}"
+        return f"<Stats{seen}{layers}>"
 
     counts: Count
     low: jax.Array

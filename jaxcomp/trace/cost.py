@@ -9,6 +9,7 @@ from functools import wraps
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.tables import columns
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Operand, Site, Unread, sites, sites_of, unread
@@ -113,12 +114,23 @@ class Cost:
         """Bytes moved by the sites."""
         return sum(s.bytes for s in self.sites)
 
+    def __repr__(self) -> str:
+        """A row a site, and their sums."""
+        rows = [(s.site.path, s.site.kind, "x".join(map(str, s.bits)), *_counts(s)) for s in self.sites]
+        rows += [("total", "", "", *_counts(self))]
+        rows += [(u.path, u.primitive, "", "", "", f"not counted: {u.why}") for u in self.unread]
+        return columns([("site", "kind", "bits", "MACs", "bit operations", "bytes"), *rows], "lllrrr")
+
     def seconds(self, device: Device) -> float:
         """Roofline time: the sum over sites of the longer of computing and moving.
 
         Source: Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
         """
         return sum(s.seconds(device) for s in self.sites)
+
+
+def _counts(cost: SiteCost | Cost) -> tuple[str, ...]:
+    return f"{cost.macs:,}", f"{cost.bops:,}", f"{round(cost.bytes):,}"
 
 
 Bits = tuple[int | None, int | None]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.words import shape_words
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import UNREAD
 from jaxcomp.trace.products import Product, leaf_roles, product_of
@@ -92,6 +93,16 @@ class Site:
     groups: int
     scope: str
     inside: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line: where, what, its weight's axes, its work."""
+        weight = None if self.weight is None else self.operands[self.weight]
+        parts = [f"{self.kind} {self.path}"]
+        if weight is not None:
+            parts.append(f"weight {shape_words(weight.shape)} ({', '.join(weight.leaf_roles or ())})")
+        parts.append(f"out {shape_words(self.out_shape)} {self.out_dtype}")
+        times = f", {self.steps} times" if self.steps != 1 else ""
+        return f"<{', '.join(parts)}, {self.macs:,} MACs{times}>"
 
     @property
     def leaf(self) -> str | None:
