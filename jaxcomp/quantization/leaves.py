@@ -58,8 +58,10 @@ class Quantized(CompressedLeaf):
         return f"Quantized {self.grid.label}"
 
     def details(self) -> tuple[str, ...]:  # noqa: D102
-        shared = block_words(self.shape, tuple(self.scale.shape))
-        return (shared,) if self.packed else (shared, "not packed")
+        said = [block_words(self.shape, tuple(self.scale.shape))]
+        if isinstance(self.scale, Quantized):
+            said.append(f"{self.scale.grid.label} scales")
+        return tuple(said) if self.packed else (*said, "not packed")
 
     def zeros_seen(self) -> float | None:  # noqa: D102
         if self.size > LOOKED_AT or isinstance(self.scale, CompressedLeaf):

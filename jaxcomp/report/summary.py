@@ -195,7 +195,7 @@ def summary(
     >>> import jaxcomp as jc
     >>> params = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
     >>> tree = jc.pack(jc.quantize(jc.Int(4)).apply((), params))
-    >>> print(summary(tree, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((1, 8))))
+    >>> print(summary(tree, lambda p, x: x @ p["kernel"] + p["bias"][None], jnp.ones((1, 8))))
     leaf    shape  method          details  bits  zeros  bytes  share  MACs  done   why
     bias    8      float32                    32   100%     32    33%     0         no product reads it
     kernel  8x8    Quantized int4  8 scales    8    88%     64    67%    64  exact

@@ -246,7 +246,7 @@ def test_masked_codes_stay_zero():
     x, rules = normal(3, 16), {"w": Act(8, range=Dynamic())}
     real = compiled(dot, rules, integer=True)(tree, None, x)
     np.testing.assert_allclose(real, compiled(dot, rules)(tree, None, x), atol=1e-5)
-    assert coverage(dot, rules, integer=True)(tree, x).rows[0].weight == "Masked Int(bits=8, symmetric=False)"
+    assert coverage(dot, rules, integer=True)(tree, x).rows[0].weight == "Masked Quantized int8 asymmetric"
 
 
 def test_no_rule_leaves_activations_alone_and_weights_as_the_tree_has_them():
