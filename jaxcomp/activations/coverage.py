@@ -15,7 +15,7 @@ from jaxcomp.activations.function import Call
 from jaxcomp.activations.planning import Planned, Rules, assigned
 from jaxcomp.core.leaves import is_compressed, method_of
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.core.tables import columns
+from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.ranges import Range
@@ -58,10 +58,17 @@ class Coverage:
         """The sites where less was done than the rules can ask for."""
         return tuple(row for row in self.rows if row.why)
 
-    def __str__(self) -> str:
+    def _cells(self) -> list[tuple[str, ...]]:
         head = ("site", "kind", "done", "form", "weight", "activations", "why no more")
-        cells = [head, *((r.path, r.kind, r.done, r.form, r.weight, r.activations, r.why) for r in self.rows)]
-        return columns(cells)
+        return [head, *((r.path, r.kind, r.done, r.form, r.weight, r.activations, r.why) for r in self.rows)]
+
+    def __str__(self) -> str:
+        return columns(self._cells())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells())
 
 
 def coverage(fn: Callable[..., PyTree], rules: Rules, *, integer: bool = False) -> Callable[..., Coverage]:

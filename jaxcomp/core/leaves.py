@@ -20,7 +20,7 @@ from jaxcomp.core.paths import path_str
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
-from jaxcomp.core.words import bytes_of, fraction_of_zeros, on_hand, percent_words, shape_words
+from jaxcomp.core.words import LOOKED_AT, bytes_of, on_hand, percent_words, shape_words
 
 Cls = TypeVar("Cls", bound=type)
 
@@ -59,6 +59,9 @@ class Packed:
         if host is not None:
             return Packed(put_beside(pack_bits_on_host(host, bits, low), values), bits, low, tuple(values.shape))
         return Packed(_stream_of(values, bits, low), bits, low, tuple(values.shape))
+
+    def __repr__(self) -> str:
+        return f"<Packed, {self.bits} bits, {shape_words(self.shape)}>"
 
     def on_host(self) -> np.ndarray | None:
         """The integers, by numpy, where they are few and known here; else None."""
@@ -134,9 +137,14 @@ class CompressedLeaf(ABC):
         """What a repr says beside method, shape and bytes: "groups of 128"."""
         return ()
 
-    def zeros_seen(self) -> float | None:
-        """The fraction of elements that are 0, where the values are known and few; else None."""
+    def zeros_at(self) -> np.ndarray | None:
+        """Which elements are 0, by numpy, where the values are few and known here; else None."""
         return None
+
+    def zeros_seen(self) -> float | None:
+        """The fraction of elements that are 0, where the values are few and known here; else None."""
+        at = self.zeros_at() if 0 < self.size <= LOOKED_AT else None
+        return None if at is None else float(at.mean())
 
     def __repr__(self) -> str:
         """One line; on tracers, shapes and the placeholders that trees are mapped with too."""
@@ -189,6 +197,11 @@ def method_of(leaf: Leaf) -> str:
     return leaf.method if isinstance(leaf, CompressedLeaf) else str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
+def _none_at(x: object) -> np.ndarray | None:
+    values = on_hand(x)
+    return None if values is None else values == 0
+
+
 def _line(leaf: CompressedLeaf) -> str:
     zeros = leaf.zeros_seen()
     parts = [leaf.method, shape_words(leaf.shape), *leaf.details()]
@@ -239,9 +252,10 @@ class Masked(CompressedLeaf):
     def details(self) -> tuple[str, ...]:  # noqa: D102
         return self.values.details() if isinstance(self.values, CompressedLeaf) else ()
 
-    def zeros_seen(self) -> float | None:  # noqa: D102
-        values = self.values
-        return values.zeros_seen() if isinstance(values, CompressedLeaf) else fraction_of_zeros(values)
+    def zeros_at(self) -> np.ndarray | None:  # noqa: D102
+        inner = self.values.zeros_at() if isinstance(self.values, CompressedLeaf) else _none_at(self.values)
+        cut = _none_at(self.mask.on_host() if isinstance(self.mask, Packed) else self.mask)
+        return None if inner is None or cut is None else inner | cut  # a grid may have no zero of its own
 
     @property
     def shape(self) -> Shape:  # noqa: D102

@@ -72,12 +72,6 @@ def on_hand(x: object) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def fraction_of_zeros(x: object) -> float | None:
-    """Of a small array whose values are known here; else None."""
-    values = on_hand(x)
-    return None if values is None or not values.size else float((values == 0).mean())
-
-
 def repeated(x: np.ndarray, shape: Shape) -> np.ndarray:
     """One entry a block, for each element of an array of ``shape``.
 

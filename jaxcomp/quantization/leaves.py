@@ -14,7 +14,7 @@ from jaxcomp.core.errors import count_known
 from jaxcomp.core.gradients import masked_through
 from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, method_of, pack, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
-from jaxcomp.core.words import LOOKED_AT, block_words, on_hand, repeated
+from jaxcomp.core.words import block_words, on_hand, repeated
 from jaxcomp.quantization.grids import Grid, Numbers
 from jaxcomp.quantization.numerics.affine import block_absmax, in_type, no_weights, spread
 
@@ -63,19 +63,17 @@ class Quantized(CompressedLeaf):
             said.append(f"{self.scale.grid.label} scales")
         return tuple(said) if self.packed else (*said, "not packed")
 
-    def zeros_seen(self) -> float | None:  # noqa: D102
-        if self.size > LOOKED_AT or isinstance(self.scale, CompressedLeaf):
-            return None
+    def zeros_at(self) -> np.ndarray | None:  # noqa: D102
         codes = self.codes.on_host() if isinstance(self.codes, Packed) else on_hand(self.codes)
         scale, zero = on_hand(self.scale), on_hand(np.zeros(()) if self.zero_point is None else self.zero_point)
-        if codes is None or scale is None or zero is None or not self.size:
+        if codes is None or scale is None or zero is None:
             return None
-        none = repeated(scale, self.shape) == 0
+        none: np.ndarray = repeated(scale, self.shape) == 0
         if self.zero_point is not None:
             none |= codes == repeated(zero, self.shape)
         elif not self.packed or self.grid.has_zero:
             none |= codes == (self.grid.code_of_zero if self.packed else 0)
-        return float(none.mean())
+        return none
 
     @property
     def code_bits(self) -> int:  # noqa: D102

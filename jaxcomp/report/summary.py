@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxcomp.activations.coverage import Coverage, Covered, coverage
 from jaxcomp.activations.planning import Rules
 from jaxcomp.core.leaves import CompressedLeaf, Switch, dense, is_compressed, method_of, pack
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.core.tables import columns
+from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, PyTree, Shape
 from jaxcomp.core.words import bytes_of, percent_words, shape_words
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
@@ -22,6 +22,7 @@ from jaxcomp.trace.sites import Site, sites_of, unread
 
 _CHUNK = 1 << 22
 _HEAD = ("leaf", "shape", "method", "details", "bits", "zeros", "bytes", "share", "MACs", "done", "why")
+_SIDES = "llllrrrrr"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Row:
       details: what shares a scale or a table, and the like.
       bytes: what its arrays take packed, the bytes that ``pack`` leaves.
       held: what its arrays take now.
+      plain: what the array would take that it stands for.
+      share: ``bytes`` as a fraction of the whole tree's.
       zeros: the fraction of its elements that are 0; None where the values are not known, as in jit, and of what is
         not of numbers.
       macs: multiply-accumulates of its products in one run of the function; None without a function.
@@ -49,6 +52,8 @@ class Row:
     details: str
     bytes: int
     held: int
+    plain: int
+    share: float
     zeros: float | None
     macs: int | None = None
     done: str = ""
@@ -95,9 +100,9 @@ class Summary:
         return sum(row.held for row in self.rows)
 
     @property
-    def dense_bytes(self) -> int:
+    def plain(self) -> int:
         """What the arrays would take that the leaves stand for."""
-        return sum(row.size * jnp.dtype(row.dtype).itemsize for row in self.rows)
+        return sum(row.plain for row in self.rows)
 
     @property
     def bits(self) -> float:
@@ -123,7 +128,7 @@ class Summary:
         if self.between:
             notes.append(f"{self.between:,} more MACs are between activations.")
         if self.held > self.bytes:
-            more = " more than as plain arrays," if self.held > self.dense_bytes else ""
+            more = " more than as plain arrays," if self.held > self.plain else ""
             notes.append(
                 f"In training form the tree takes {self.held:,} bytes of memory,{more} packed {self.bytes:,}: call"
                 " jaxcomp.pack."
@@ -132,41 +137,19 @@ class Summary:
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table in words: its head, a row a leaf, the sums."""
-        total = self.bytes or 1
-        body = [_cells(row, row.bytes / total) for row in self.rows]
         zeros = "" if self.zeros is None else percent_words(self.zeros)
         macs = "" if self.macs is None else f"{self.macs:,}"
-        ratio = f"{self.dense_bytes / self.bytes:.3g}x smaller" if 0 < self.bytes < self.dense_bytes else ""
-        sums = (
-            "total",
-            f"{self.size:,}",
-            ratio,
-            "",
-            f"{self.bits:.3g}",
-            zeros,
-            f"{self.bytes:,}",
-            "100%",
-            macs,
-            "",
-            "",
-        )
-        return [_HEAD, *body, sums]
+        ratio = f"{self.plain / self.bytes:.3g}x smaller" if 0 < self.bytes < self.plain else ""
+        measured = (f"{self.bits:.3g}", zeros, f"{self.bytes:,}", "100%", macs)
+        return [_HEAD, *map(_cells, self.rows), ("total", f"{self.size:,}", ratio, "", *measured, "", "")]
 
     def __str__(self) -> str:
-        return "\n".join([columns(self.cells(), "llllrrrrr"), *self.notes])
+        return "\n".join([columns(self.cells(), _SIDES), *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = self.cells()
-        used = [i for i in range(len(_HEAD)) if any(row[i] for row in cells[1:])]
-        lines = []
-        for n, row in enumerate(cells):
-            tag = "td" if 0 < n < len(cells) - 1 else "th"
-            aligned = (("right" if 4 <= i <= 8 else "left", html.escape(row[i])) for i in used)
-            lines.append("".join(f'<{tag} style="text-align:{side}">{text}</{tag}>' for side, text in aligned))
-        table = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table>{table}</table>" + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return html_table(self.cells(), _SIDES, sums=True) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
 
 def summary(
@@ -203,6 +186,8 @@ def summary(
     """
     named, _ = leaves_with_paths(tree, is_leaf=is_compressed)
     rows = [_row(path, leaf) for path, leaf in named if is_array_like(leaf)]
+    total = sum(row.bytes for row in rows) or 1
+    rows = [replace(row, share=row.bytes / total) for row in rows]
     if fn is None:
         return Summary(tuple(rows))
     program = trace(fn, shapes_of(tree), *args)
@@ -226,6 +211,8 @@ def _row(path: str, leaf: Leaf) -> Row:
         ", ".join(leaf.details()) if isinstance(leaf, CompressedLeaf) else "",
         bytes=bytes_of(small),
         held=bytes_of(leaf),
+        plain=bytes_of(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)),
+        share=0.0,
         zeros=_zeros(leaf),
     )
 
@@ -244,7 +231,10 @@ def _zeros(leaf: Leaf) -> float | None:
 
 def _known(x: object) -> bool:
     return isinstance(x, np.ndarray) or (
-        isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+        isinstance(x, jax.Array)
+        and not isinstance(x, jax.core.Tracer)
+        and x.is_fully_addressable
+        and not x.is_deleted()
     )
 
 
@@ -274,8 +264,8 @@ def _run(row: Row, own: list[tuple[Site, Covered]], found: Sequence[Site], *, as
     return replace(row, macs=sum(site.macs for site, _ in own), done=", ".join(done), why="; ".join(dict.fromkeys(why)))
 
 
-def _cells(row: Row, share: float) -> tuple[str, ...]:
+def _cells(row: Row) -> tuple[str, ...]:
     zeros = "" if row.zeros is None else percent_words(row.zeros)
     macs = "" if row.macs is None else f"{row.macs:,}"
-    measured = (f"{row.bits:.3g}", zeros, f"{row.bytes:,}", percent_words(share), macs)
+    measured = (f"{row.bits:.3g}", zeros, f"{row.bytes:,}", percent_words(row.share), macs)
     return (row.path, shape_words(row.shape), row.method, row.details, *measured, row.done, row.why)

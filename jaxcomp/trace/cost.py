@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from html import escape
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.tables import columns
+from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Operand, Site, Unread, sites, sites_of, unread
@@ -114,12 +115,21 @@ class Cost:
         """Bytes moved by the sites."""
         return sum(s.bytes for s in self.sites)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is counted nowhere, and why."""
+        return tuple(f"not counted: {u.path} ({u.primitive}): {u.why}" for u in self.unread)
+
     def __repr__(self) -> str:
         """A row a site, and their sums."""
+        return "\n".join([columns(self._cells(), _SIDES), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), _SIDES, sums=True) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+
+    def _cells(self) -> list[tuple[str, ...]]:
         rows = [(s.site.path, s.site.kind, "x".join(map(str, s.bits)), *_counts(s)) for s in self.sites]
-        rows += [("total", "", "", *_counts(self))]
-        rows += [(u.path, u.primitive, "", "", "", f"not counted: {u.why}") for u in self.unread]
-        return columns([("site", "kind", "bits", "MACs", "bit operations", "bytes"), *rows], "lllrrr")
+        return [("site", "kind", "bits", "MACs", "bit operations", "bytes"), *rows, ("total", "", "", *_counts(self))]
 
     def seconds(self, device: Device) -> float:
         """Roofline time: the sum over sites of the longer of computing and moving.
@@ -127,6 +137,9 @@ class Cost:
         Source: Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
         """
         return sum(s.seconds(device) for s in self.sites)
+
+
+_SIDES = "lllrrr"
 
 
 def _counts(cost: SiteCost | Cost) -> tuple[str, ...]:

@@ -130,7 +130,16 @@ class Site:
         return self.steps * math.prod(self.out_shape) * jnp.dtype(self.out_dtype).itemsize
 
 
-def sites(fn: Fn) -> Callable[..., tuple[Site, ...]]:
+class Sites(tuple[Site, ...]):
+    """A tuple of sites that prints one a line."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no sites"
+
+
+def sites(fn: Fn) -> Callable[..., Sites]:
     """The sites of ``fn(params, *args)``, in the order of the program; an einsum shows as its dots.
 
     Nothing is computed: leaves may be ``jax.ShapeDtypeStruct``.
@@ -145,8 +154,8 @@ def sites(fn: Fn) -> Callable[..., tuple[Site, ...]]:
     """
 
     @wraps(fn)
-    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> tuple[Site, ...]:
-        return sites_of(trace(fn, params, *args, **kwargs))
+    def found(params: Params, *args: PyTree, **kwargs: PyTree) -> Sites:
+        return Sites(sites_of(trace(fn, params, *args, **kwargs)))
 
     return found
 

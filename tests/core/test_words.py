@@ -64,6 +64,14 @@ def test_a_leaf_says_what_it_is(name):
     assert repr(jax.eval_shape(lambda: leaf)).startswith(f"<{words.split(',')[0]}, 64x16")
 
 
+@pytest.mark.parametrize("grid", [jc.Int(1), Levels((-1.0, 0.5, 2.0)), jc.Int(4)], ids=["sign", "levels", "int4"])
+def test_what_a_mask_cuts_is_zero_whatever_the_grid(grid):
+    leaf = applied(jc.chain(jc.prune(0.4), jc.quantize(grid, per=jc.core.Tensor())))
+    zeros = (np.asarray(jc.materialize(leaf)) == 0).mean()
+    assert zeros >= 0.4
+    assert leaf.zeros_seen() == jc.pack(leaf).zeros_seen() == zeros
+
+
 @pytest.mark.parametrize("name", ["int4 groups", "sign", "asymmetric", "log", "nf4", "float8", "masked", "both"])
 def test_zeros_are_seen_without_computing(name):
     leaf = jc.pack(applied(CASES[name][0]))
@@ -97,7 +105,22 @@ def test_a_trained_leaf_says_its_grid():
 def test_programs_in_lines():
     f = lambda p, x: x @ p["kernel"]  # noqa: E731
     x = jnp.ones((2, 64))
-    (site,) = jc.sites(f)(PARAMS, x)
-    assert repr(site) == "<dot kernel, weight 64x16 (contracted, output), out 2x16 float32, 2,048 MACs>"
+    found = jc.sites(f)(PARAMS, x)
+    (site,) = found
+    assert repr(found) == repr(site) == "<dot kernel, weight 64x16 (contracted, output), out 2x16 float32, 2,048 MACs>"
+    assert len(repr(type(found)((site, site))).splitlines()) == 2
     assert repr(jc.cost(f)(PARAMS, x)).splitlines()[-1].split() == ["total", "2,048", "2,097,152", "4,736"]
     assert repr(jc.calibrate(f)(PARAMS, x)["kernel"]) == "<Stats 1 to 1>"
+    assert jc.cost(f)(PARAMS, x)._repr_html_().count("<tr>") == 3
+    covered = jc.activations.coverage(f, {})(PARAMS, x)
+    assert repr(covered) == str(covered)
+    assert '<td style="text-align:left">kernel</td>' in covered._repr_html_()
+
+
+def test_what_serves_says_what_it_is():
+    leaf = applied(jc.quantize(jc.Int(4), per=jc.core.Groups(32)))
+    assert repr(jc.pack(leaf).codes) == "<Packed, 4 bits, 64x16>"
+    served = jc.prepare({"kernel": jc.pack(leaf)}, lambda p, x: x @ p["kernel"], jnp.ones((1, 64)))["kernel"]
+    assert repr(served).startswith("<Prepared int4, 64x16, groups of 32, 0.625 B/weight"), repr(served)
+    cache = jax.eval_shape(lambda: jc.kernels.kv_cache((2, 16, 4, 64)))
+    assert repr(cache.keys).startswith("<CodedRows int8, 2x16x4x64, ")

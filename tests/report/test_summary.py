@@ -35,6 +35,9 @@ def test_rows_are_what_the_tree_holds():
     dense = np.asarray(jc.materialize(TREE)["a"]["kernel"])
     assert kernel.zeros == (dense == 0).mean()
     assert rows["table"].bytes == 10 * 64 * 2
+    assert sum(r.share for r in s.rows) == pytest.approx(1)
+    assert rows["table"].share == rows["table"].bytes / s.bytes
+    assert s.plain == sum(x.nbytes for x in jax.tree.leaves(PARAMS))
     assert s.bytes == s.held == jc.nbytes(jc.pack(TREE))
     assert s.size == sum(x.size for x in jax.tree.leaves(PARAMS))
     assert "jaxcomp.pack" not in str(s)
@@ -45,7 +48,7 @@ def test_rows_are_what_the_tree_holds():
 def test_a_tree_in_training_says_that_it_is_large():
     s = jc.summary(TREE)
     assert s.bytes == jc.nbytes(jc.pack(TREE))
-    assert s.held == jc.nbytes(TREE) > s.dense_bytes
+    assert s.held == jc.nbytes(TREE) > s.plain
     assert f"takes {s.held:,} bytes of memory, more than as plain arrays, packed {s.bytes:,}: call jaxcomp.pack" in str(
         s
     )
@@ -93,3 +96,29 @@ def test_html_is_escaped_and_whole():
 def test_without_leaves():
     assert str(jc.summary({})).splitlines()[0].split()[0] == "leaf"
     assert jc.summary({"step": 3, "name": "x"}).rows == ()
+
+
+def test_leaves_of_every_type():
+    gone = jnp.ones(3)
+    tree = {
+        "int4": jnp.zeros(8, jnp.int4),
+        "float8": jnp.ones(4, jnp.float8_e4m3fn),
+        "bool": np.zeros(3, bool),
+        "empty": jnp.zeros((0, 4)),
+        "key": jax.random.key(1),
+        "nan": jnp.array([np.nan, 0.0]),
+        "gone": gone,
+    }
+    gone.delete()
+    s = jc.summary(tree)
+    zeros = {r.path: r.zeros for r in s.rows}
+    want = {"int4": 1.0, "float8": 0.0, "bool": None, "empty": None, "key": None, "nan": 0.5, "gone": None}
+    assert zeros == want
+    assert "key<fry>" in str(s)
+
+
+def test_nothing_of_a_function_that_multiplies_is_lost():
+    with pytest.raises(ValueError, match="widths"):
+        jc.summary(PARAMS, lambda p, x: (_ for _ in ()).throw(ValueError("widths")), IDS)
+    s = jc.summary(PARAMS, lambda p, x: p["a"]["bias"] * 2, IDS)
+    assert (s.macs, {r.why for r in s.rows}) == (0, {"no product reads it"})
