@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
+from jaxcomp.core import CompressedLeaf
 from jaxcomp.factorization import low_rank
 from jaxcomp.quantization import NF4, APoT, Levels, learned
 from jaxcomp.recipes import mx
-from jaxcomp.sharing import share_vectors
+from jaxcomp.sharing import Codebook, VectorCodebook
 
 W = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
 W[:8, :3] = 0
 PARAMS = {"kernel": jnp.asarray(W)}
+TABLE = jnp.asarray([[0.0, 1.0], [-1.0, 2.0], [0.5, 0.5], [3.0, 0.0]])
+CODES = jnp.asarray(np.arange(64 * 16, dtype=np.uint8).reshape(64, 16) % 4)
 
 
 def applied(t):
+    if isinstance(t, CompressedLeaf):
+        return t
     return t.apply(t.init(PARAMS), PARAMS)["kernel"]
 
 
@@ -42,8 +47,8 @@ CASES = {
     "mx": (mx(jc.Float(2, 1)), "Quantized float4 e2m1, 64x16, groups of 32, E8M0 scales, 0.5"),
     "masked": (jc.prune(0.5), "Masked float32, 64x16"),
     "both": (jc.chain(jc.prune(0.5), jc.quantize(jc.Int(4))), "Masked Quantized int4, 64x16, 16 scales"),
-    "shared": (jc.share(4), "Codebook of 4, 64x16, one table, 0.266 B/weight"),
-    "vectors": (share_vectors(4, size=2, key=jax.random.key(0)), "Codebook of 4 vectors of 2, 64x16"),
+    "shared": (Codebook(TABLE[:, :1], CODES, None), "Codebook of 4, 64x16, one table, 0.266 B/weight"),
+    "vectors": (VectorCodebook(TABLE, CODES[:, ::2], None, 1), "Codebook of 4 vectors of 2, 64x16"),
     "low rank": (low_rank(4), "LowRank of rank 4 float32, 64x16, 1.25 B/weight"),
     "gated": (jc.gate(jc.prune(0.5), jc.every(2)), "Masked float32, 64x16"),
 }
@@ -123,4 +128,4 @@ def test_what_serves_says_what_it_is():
     served = jc.prepare({"kernel": jc.pack(leaf)}, lambda p, x: x @ p["kernel"], jnp.ones((1, 64)))["kernel"]
     assert repr(served).startswith("<Prepared int4, 64x16, groups of 32, 0.625 B/weight"), repr(served)
     cache = jax.eval_shape(lambda: jc.kernels.kv_cache((2, 16, 4, 64)))
-    assert repr(cache.keys).startswith("<CodedRows int8, 2x16x4x64, ")
+    assert repr(cache.keys).startswith("<CodedRows int8, 2x4x16x64, ")
