@@ -46,13 +46,20 @@ class Entry(NamedTuple):
         return hashlib.sha256(f"{self.name} {NAMES[self.dtype]} {list(self.shape)}\n".encode())
 
 
-def write(f: FileIO, tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, int]], str]) -> int:
+def write(
+    f: FileIO,
+    tensors: Sequence[Tensor],
+    text: Callable[[Mapping[Tensor, int]], str],
+    *,
+    advance: Callable[[int], None] = lambda written: None,
+) -> int:
     """Writes a file; returns its size in bytes.
 
     Args:
       f: at its beginning.
       tensors: those of the tree.
       text: of the entry "jaxcomp", from the tensors' numbers.
+      advance: told how many bytes of tensors were written, again and again.
     """
     ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # so that each is aligned to its items
     described, entries, start = text({t: n for n, t in enumerate(ordered)}), [], 0
@@ -69,6 +76,7 @@ def write(f: FileIO, tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, 
                 hashed = hashing.submit(one.update, piece)
                 write_all(f, memoryview(piece))
                 hashed.result()
+                advance(piece.nbytes)
             sha.update(one.digest())
     f.seek(8 + len(_DIGEST))
     write_all(f, sha.hexdigest().encode())

@@ -18,6 +18,7 @@ from jaxcomp.artifact.older import all_names, numbered, old_digest
 from jaxcomp.artifact.statics import Json, known_at
 from jaxcomp.artifact.tensors import Tensor
 from jaxcomp.core.leaves import CompressedLeaf
+from jaxcomp.core.progress import progress
 from jaxcomp.core.types import PyTree
 from jaxcomp.quantization.companding import Compander
 
@@ -54,15 +55,16 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
 
     Source: the safetensors format, version 0.x; codes and masks are little-endian bit streams.
     """
-    node, tensors = encode_tree(tree)
     about = _checked_metadata(metadata)
+    with progress("save: packing"):
+        node, tensors = encode_tree(tree)
 
     def text(numbers: Mapping[Tensor, int]) -> str:
         said = {"version": FORMAT_VERSION, "tree": node, "metadata": about}
         return json.dumps(said, separators=(",", ":"), default=numbers.__getitem__)
 
-    with replacing(path) as f:
-        return write(f, tensors, text)
+    with replacing(path) as f, progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
+        return write(f, tensors, text, advance=advance)
 
 
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
@@ -94,7 +96,8 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Itera
             described = _of_today(described, reader)
         failed: Exception | None = None
         try:
-            tree = decode_tree(described["tree"], reader, companders)
+            with progress("load"):
+                tree = decode_tree(described["tree"], reader, companders)
         except Exception as e:  # whatever a wrong file makes Python raise
             failed = e
         if version == FORMAT_VERSION:
