@@ -174,8 +174,8 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
 def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[PyTree]], dict[str, Stats]]:
     """:func:`calibrate` of many batches, compiled once for each shape and merged as they come.
 
-    The result takes ``(params, batches)``; a batch is what ``fn`` takes behind the parameters: a tuple of its arguments,
-    or the only one. It is shown how far it is (:mod:`jaxcomp.core.progress`).
+    The result takes ``(params, batches)``; a batch is what ``fn`` takes behind the parameters: a tuple of arguments, or
+    the only one. It shows how far it is.
 
     Args:
       fn, where: as for :func:`calibrate`.

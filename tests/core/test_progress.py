@@ -84,9 +84,14 @@ def test_short_work_is_not_shown(screen, monkeypatch):
 
 def test_no_thread_is_left_and_errors_pass(screen):
     before = threading.active_count()
-    with pytest.raises(KeyError, match="mine"), progress("failing", total=2):
-        assert screen.lit.wait()
-        raise KeyError("mine")
+
+    def work() -> None:
+        with progress("failing", total=2):
+            assert screen.lit.wait()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        work()
     assert screen.getvalue().endswith("\x1b[2K")
     assert threading.active_count() <= before + 1  # a cancelled timer may still be leaving
 
