@@ -1,0 +1,225 @@
+"""``report``: what a compression did, as one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxcomp.activations.coverage import Coverage
+from jaxcomp.artifact.files import file_size, write_atomically
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.progress import each
+from jaxcomp.core.types import Leaf, PyTree
+from jaxcomp.report.compare import Change, Side, changes
+from jaxcomp.report.frontier import Point, frontier
+from jaxcomp.report.histograms import Histogram, histogram, kept_of
+from jaxcomp.trace.cost import Cost
+
+SUFFIXES = (".html", ".md", ".json")
+_SPARSE = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What is drawn of one leaf.
+
+    Attributes:
+      path: of the leaf.
+      histogram: of its weights; None where there is nothing to compare them with.
+      kept: where its weights are not 0; None where few of them are.
+    """
+
+    path: str
+    histogram: Histogram | None
+    kept: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Total:
+    """All leaves of one tree together.
+
+    Attributes:
+      bytes: of the file.
+      weights: how many numbers its arrays have.
+      zeros: the fraction of them that are 0.
+      macs: multiply-accumulates of one run, where they were asked for.
+    """
+
+    bytes: int
+    weights: int
+    zeros: float
+    macs: int | None
+
+    @property
+    def bits(self) -> float:
+        """Bits of the file for each weight."""
+        return 8 * self.bytes / max(self.weights, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A comparison of two trees; ``save`` writes it, a notebook shows it.
+
+    Attributes:
+      title: of the page.
+      before, after: the totals.
+      layers: what became of each leaf.
+      points: networks that were measured, for the frontier.
+      score: what their score is called.
+      higher: whether a higher score is better.
+      coverage: what runs how, where it was given.
+      drawn: the leaves that the page has pictures of.
+    """
+
+    title: str
+    before: Total
+    after: Total
+    layers: tuple[Change, ...]
+    points: tuple[Point, ...]
+    score: str
+    higher: bool
+    coverage: Coverage | None
+    drawn: tuple[Drawn, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the file is."""
+        return self.before.bytes / self.after.bytes
+
+    @property
+    def frontier(self) -> tuple[Point, ...]:
+        """The points that none beats."""
+        return frontier(self.points, higher=self.higher)
+
+    def html(self) -> str:
+        """One page, pictures and styles within, no scripts.
+
+        Raises:
+          ImportError: the extra ``report`` is not installed; the message says how to.
+        """
+        from jaxcomp.report.html import html_of
+
+        return html_of(self)
+
+    def markdown(self) -> str:
+        """The tables of the page, for a pull request or a log."""
+        from jaxcomp.report.markdown import markdown_of
+
+        return markdown_of(self)
+
+    def json(self) -> str:
+        """All numbers of the page, those of the histograms too; what is not finite is null."""
+        from jaxcomp.report.plain import plain_of
+
+        return json.dumps(plain_of(self), indent=1, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page, whole or not at all; the suffix says which kind: .html, .md or .json.
+
+        Raises:
+          ValueError: another suffix.
+          ImportError: HTML without the extra ``report``.
+          FileError: it cannot be written.
+        """
+        kinds = dict(zip(SUFFIXES, (self.html, self.markdown, self.json), strict=True))
+        suffix = Path(path).suffix.lower()
+        if suffix not in kinds:
+            raise ValueError(f"report: {os.fspath(path)!r} must end in {', '.join(SUFFIXES)}; name the file so.")
+        write_atomically(path, kinds[suffix]().encode())
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def _repr_html_(self) -> str:
+        from jaxcomp.report.html import frame_of
+
+        return frame_of(self)
+
+
+def report(
+    before: PyTree,
+    after: PyTree,
+    *,
+    title: str = "What compression did",
+    points: Sequence[Point] = (),
+    score: str = "accuracy",
+    higher: bool = True,
+    costs: tuple[Cost, Cost] | None = None,
+    coverage: Coverage | None = None,
+    pictures: int = 12,
+) -> Report:
+    """Compares a tree with what compression made of it; ``.save("page.html")`` writes a page, or Markdown, or JSON.
+
+    Bytes are those of the files that :func:`jaxcomp.save` would write, zeros are counted, errors are measured on the
+    values. Leaves belong together by path; one that was shrunk, added or removed is listed as such.
+
+    Args:
+      before: the tree as it was, mostly of arrays.
+      after: the tree as it is, with compressed leaves or without.
+      title: of the page.
+      points: networks that you measured, each with the bytes of its file and its score.
+      score: what the score is called.
+      higher: whether a higher score is better.
+      costs: ``jaxcomp.cost(fn)(params, *args)`` of both, for their multiply-accumulates.
+      coverage: ``jaxcomp.coverage(fn, rules)(after, *args)``: what runs on integers, and why not more.
+      pictures: of how many leaves, those with the most weights, the page has pictures.
+
+    Raises:
+      TypeError: a leaf that a file cannot hold, or that has no values.
+      ValueError: a negative number of pictures, or a tree without arrays.
+
+    >>> import jax.numpy as jnp, jaxcomp as jc
+    >>> w = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64)}
+    >>> done = report(w, jc.quantize(jc.Int(4)).apply((), w))
+    >>> round(done.layers[0].after.bits, 2), done.layers[0].error < 0.1, done.ratio > 6
+    (4.5, True, True)
+    """
+    if pictures < 0:
+        raise ValueError(f"report: pictures must be a number of leaves, 0 or more, got {pictures!r}.")
+    layers = changes(before, after)
+    if not any(side and side.size for layer in layers for side in (layer.before, layer.after)):
+        raise ValueError("report: neither tree holds an array; give it trees of parameters.")
+    macs = [None, None] if costs is None else [c.macs for c in costs]
+    old, new = (dict(leaves_with_paths(tree, is_leaf=is_compressed)[0]) for tree in (before, after))
+    chosen = {layer.path: None for layer in _largest(layers, pictures)}
+    return Report(
+        title=title,
+        before=_total(before, [layer.before for layer in layers], macs[0]),
+        after=_total(after, [layer.after for layer in layers], macs[1]),
+        layers=layers,
+        points=tuple(points),
+        score=score,
+        higher=higher,
+        coverage=coverage,
+        drawn=tuple(each(lambda path, _: _drawn(path, old.get(path), new[path]), chosen, "report: pictures").values()),
+    )
+
+
+def _total(tree: PyTree, sides: list[Side | None], macs: int | None) -> Total:
+    arrays = [side for side in sides if side is not None and side.zeros is not None]
+    weights = sum(side.size for side in arrays)
+    zeros = sum(round((side.zeros or 0.0) * side.size) for side in arrays)
+    return Total(file_size(tree), weights, zeros / max(weights, 1), macs)
+
+
+def _largest(layers: Sequence[Change], count: int) -> list[Change]:
+    """The leaves with the most weights among those that changed, in the order of the tree."""
+    worth = [x for x in layers if x.after is not None and x.after.zeros is not None and not x.same and x.after.size > 1]
+    kept = {x.path for x in sorted(worth, key=lambda x: -x.after.size if x.after else 0)[:count]}
+    return [x for x in worth if x.path in kept]
+
+
+def _drawn(path: str, before: Leaf | None, after: Leaf) -> Drawn:
+    values = np.asarray(dense(after))
+    old = None if before is None else np.asarray(dense(before))
+    fits = old is not None and old.shape == values.shape and values.dtype.kind != "c"
+    zeros = 1 - np.count_nonzero(values) / max(math.prod(values.shape), 1)
+    sparse = zeros >= _SPARSE or (zeros > 0 and kept_of(after) is not None)
+    return Drawn(path, histogram(old, after) if fits and old is not None else None, values != 0 if sparse else None)
