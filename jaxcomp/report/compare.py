@@ -71,6 +71,11 @@ class Change:
     largest: float | None = None
 
     @property
+    def alike(self) -> bool:
+        """Whether nothing is to be seen: the same values, stored alike."""
+        return self.same and self.before is not None and self.after is not None and self.before == self.after
+
+    @property
     def note(self) -> str:
         """What one should know of it, in a few words; mostly nothing."""
         if self.before is None or self.after is None:
@@ -79,6 +84,8 @@ class Change:
             return "another shape"
         if self.before.dtype != self.after.dtype:
             return "another type"
+        if self.same and not self.alike:
+            return "stored otherwise"
         if self.error is not None and not math.isfinite(self.error):
             return "not finite" if math.isnan(self.error) else "was all zeros"
         return ""
@@ -100,7 +107,7 @@ def changes(before: PyTree, after: PyTree) -> tuple[Change, ...]:
     """
     old, new = (dict(leaves_with_paths(tree, is_leaf=is_compressed)[0]) for tree in (before, after))
     paths = [*new, *(path for path in old if path not in new)]
-    return tuple(each(partial(_change, old=old, new=new), {p: None for p in paths}, "compare").values())
+    return tuple(each(partial(_change, old=old, new=new), dict.fromkeys(paths), "compare").values())
 
 
 def _change(path: str, _: None, *, old: dict[str, Leaf], new: dict[str, Leaf]) -> Change:
@@ -132,18 +139,13 @@ def _side(path: str, leaf: Leaf, x: np.ndarray | None) -> Side:
     except TypeError as e:  # which the encoder cannot name the path of: it was given the leaf alone
         raise TypeError(str(e).replace("''", repr(path), 1)) from e
     if x is None:
-        return Side(
-            str(leaf) if leaf is None or isinstance(leaf, str | int | float) else type(leaf).__name__,
-            None,
-            "",
-            stored,
-            None,
-        )
+        plain = leaf is None or isinstance(leaf, str | int | float)
+        return Side(repr(leaf) if plain else type(leaf).__name__, None, "", stored, None)
     return Side(method_of(leaf), tuple(x.shape), str(x.dtype), stored, float((x == 0).mean()) if x.size else None)
 
 
 def _encoded(leaf: Leaf) -> str:
-    node, tensors = encode_tree(leaf)
+    node, _ = encode_tree(leaf)
     return json.dumps(node, default=lambda t: t.sha256().hex())
 
 

@@ -35,8 +35,7 @@ def frontier(points: Iterable[Point], *, higher: bool = True) -> tuple[Point, ..
     sign = 1 if higher else -1
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, -sign * p.score)):
-        if not best or sign * point.score > sign * best[-1].score:
-            best.append(point)
-        elif point.score == best[-1].score and point.bytes == best[-1].bytes:
+        alike = bool(best) and (point.bytes, point.score) == (best[-1].bytes, best[-1].score)
+        if not best or alike or sign * point.score > sign * best[-1].score:
             best.append(point)
     return tuple(best)

@@ -15,8 +15,6 @@ from jaxcomp.report.pictures import frontier_png, histogram_png, mask_pixels, ma
 if TYPE_CHECKING:
     from jaxcomp.report.page import Drawn, Report
 
-EXTRA = "report: HTML wants the extra: pip install 'jaxcomp[report]'; .json() and .markdown() need nothing more."
-
 
 class Layer(NamedTuple):
     """One row of the page's table: what it says, and how long its bars are, in percent of the longest."""
@@ -42,17 +40,13 @@ class Card(NamedTuple):
 
 def html_of(report: Report) -> str:
     """The page."""
-    try:
-        import matplotlib  # noqa: F401
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as e:
-        raise ImportError(EXTRA) from e
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["broken"] = lambda path: Markup("/<wbr>").join(path.split("/"))
-    environment.globals.update(
-        percent=words.percent, count=words.count, short=words.short, size=words.size, score=words.score
-    )
+    for said in (words.percent, words.count, words.short, words.size, words.score):
+        environment.globals[said.__name__] = said
     page = environment.from_string(files("jaxcomp.report").joinpath("page.html.jinja").read_text("utf-8"))
     by_path = {layer.path: layer for layer in report.layers}
     picture = frontier_png(report.points, score=report.score, higher=report.higher) if report.points else b""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ class Report:
         Raises:
           ImportError: the extra ``report`` is not installed; the message says how to.
         """
+        check_output("report.html")
         from jaxcomp.report.html import html_of
 
         return html_of(self)
@@ -129,10 +131,7 @@ class Report:
           FileError: it cannot be written.
         """
         kinds = dict(zip(SUFFIXES, (self.html, self.markdown, self.json), strict=True))
-        suffix = Path(path).suffix.lower()
-        if suffix not in kinds:
-            raise ValueError(f"report: {os.fspath(path)!r} must end in {', '.join(SUFFIXES)}; name the file so.")
-        write_atomically(path, kinds[suffix]().encode())
+        write_atomically(path, kinds[check_output(path)]().encode())
 
     def __str__(self) -> str:
         return self.markdown()
@@ -141,6 +140,23 @@ class Report:
         from jaxcomp.report.html import frame_of
 
         return frame_of(self)
+
+
+def check_output(path: str | os.PathLike[str]) -> str:
+    """The suffix of a page's file, one of ``SUFFIXES``.
+
+    Raises:
+      ValueError: another suffix.
+      ImportError: HTML without the extra ``report``.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"report: {os.fspath(path)!r} must end in {' or '.join(SUFFIXES)}; name the file so.")
+    if suffix == ".html" and (missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]):
+        raise ImportError(
+            f"report: HTML wants {' and '.join(missing)}: pip install 'jaxcomp[report]'; .md and .json want nothing."
+        )
+    return suffix
 
 
 def report(

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from jaxcomp.report.compare import Side
+from jaxcomp.report.compare import Change, Side
 
 if TYPE_CHECKING:
     from jaxcomp.report.page import Report, Total
@@ -23,24 +23,26 @@ def plain_of(report: Report) -> dict[str, Plain]:
         "before": _total(report.before),
         "after": _total(report.after),
         "ratio": report.ratio,
-        "layers": [
-            {
-                "path": layer.path,
-                "before": _side(layer.before),
-                "after": _side(layer.after),
-                "same": layer.same,
-                "error": finite(layer.error),
-                "largest": finite(layer.largest),
-                "note": layer.note,
-            }
-            for layer in report.layers
-        ],
+        "layers": [layer_of(layer) for layer in report.layers],
         "score": report.score,
         "points": [
             {"name": p.name, "bytes": p.bytes, "score": finite(p.score), "best": p in best} for p in report.points
         ],
         "coverage": None if report.coverage is None else [asdict(row) for row in report.coverage.rows],
         "histograms": {d.path: asdict(d.histogram) for d in report.drawn if d.histogram is not None},
+    }
+
+
+def layer_of(layer: Change) -> dict[str, Plain]:
+    """What became of one leaf."""
+    return {
+        "path": layer.path,
+        "before": _side(layer.before),
+        "after": _side(layer.after),
+        "same": layer.same,
+        "error": finite(layer.error),
+        "largest": finite(layer.largest),
+        "note": layer.note,
     }
 
 

@@ -1,0 +1,194 @@
+"""The ``jaxcomp`` command: what a file of weights holds, how two differ, and a report of what compression did.
+
+Exit codes: 0; 1 where ``diff`` found a difference; 2 with an error, which is one line; 130 stopped from the keyboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from jaxcomp.report.inputs import Weights
+
+DESCRIPTION = """Look at compressed networks.
+
+Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
+takes with --help."""
+
+Out = Annotated[Path, arg(metavar="FILE")]
+Name = Annotated[str, arg(metavar="NAME")]
+File = Annotated[Positional[Path], arg(metavar="FILE")]
+Before = Annotated[Positional[Path], arg(metavar="BEFORE")]
+After = Annotated[Positional[Path], arg(metavar="AFTER")]
+Form = Literal["table", "json"]
+
+
+def inspect(file: File, /, *, form: Form = "table") -> int:
+    """Show what a file holds: of each leaf its method, bits a weight, zeros and bytes.
+
+    Args:
+      file: of weights.
+      form: how it is printed.
+    """
+    from jaxcomp.report.inputs import read
+
+    held = read(file)
+    print(held.kind)
+    return 0
+
+
+def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
+    """Show which leaves differ in method, shape, type or values; exit code 1 where any does.
+
+    Args:
+      before: one file.
+      after: the other one.
+      form: how it is printed.
+    """
+    from jaxcomp.report.compare import changes
+    from jaxcomp.report.inputs import read
+    from jaxcomp.report.markdown import LAYER_HEAD, layer_row
+    from jaxcomp.report.plain import layer_of
+
+    one, other = read(before), read(after)
+    found = [c for c in changes(one.tree, other.tree) if not c.alike]
+    if form == "json":
+        sizes = {"before": one.bytes, "after": other.bytes}
+        print(json.dumps({"bytes": sizes, "layers": [layer_of(c) for c in found]}, indent=1, allow_nan=False))
+    else:
+        if found:
+            print(_table([LAYER_HEAD, *map(layer_row, found)]))
+        some = "1 leaf differs" if len(found) == 1 else f"{len(found)} leaves differ"
+        print(f"{some}; {one.bytes:,} and {other.bytes:,} bytes." if found else "No leaf differs.")
+    return 1 if found else 0
+
+
+def report(
+    before: Before,
+    after: After,
+    /,
+    *,
+    out: Out = Path("report.html"),
+    others: Annotated[tuple[Path, ...], arg(metavar="FILE")] = (),
+    score: Name = "",
+    lower: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    title: Annotated[str, arg(metavar="TEXT")] = "",
+    pictures: int = 12,
+) -> int:
+    """Write a page that compares two files: bytes, bits, zeros, errors, histograms with the grid's lines, masks.
+
+    Args:
+      before: the network as it was.
+      after: the network as it is.
+      out: the page; .html, .md or .json says which kind.
+      others: more files, for the frontier of bytes and score.
+      score: the name of a number in the files' metadata, as jaxcomp.save(..., metadata=) put it there: accuracy, say.
+      lower: whether a lower score is better.
+      title: of the page.
+      pictures: of how many leaves there are pictures.
+    """
+    from jaxcomp.report.inputs import read
+    from jaxcomp.report.page import check_output
+    from jaxcomp.report.page import report as reported
+
+    check_output(out)  # before the work, not after it
+    one, other = read(before), read(after)
+    points = []
+    if score:
+        held = [(before, one), (after, other), *((path, read(path)) for path in others)]
+        points = [_point(path, weights, score) for path, weights in held]
+    elif others:
+        raise ValueError("report: --others are drawn by their score; say which by --score accuracy, say.")
+    done = reported(
+        one.tree,
+        other.tree,
+        title=title or f"{before.name} and {after.name}",
+        points=points,
+        score=score or "accuracy",
+        higher=not lower,
+        pictures=pictures,
+    )
+    done.save(out)
+    print(f"{out}: {one.bytes:,} bytes became {other.bytes:,}, {one.bytes / other.bytes:.1f} times fewer.")
+    return 0
+
+
+def completion(shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")], /) -> int:
+    """Print what makes a shell complete this command's words.
+
+    In bash: source <(jaxcomp completion bash). In zsh: jaxcomp completion zsh > a folder of $fpath, as _jaxcomp.
+
+    Args:
+      shell: bash, zsh or tcsh.
+    """
+    with contextlib.suppress(SystemExit):
+        _run(["--tyro-print-completion", shell])
+    return 0
+
+
+def command() -> None:
+    """The console script: :func:`main` on the CPU, for a look at a file wants no accelerator, nor all its memory."""
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    sys.exit(main())
+
+
+COMMANDS = {"inspect": inspect, "diff": diff, "report": report, "completion": completion}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    from jaxcomp.artifact.disk import FileError
+
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except (FileError, ValueError, TypeError, ImportError, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    code: int = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments)
+    )
+    return code
+
+
+def _point(path: Path, held: Weights, score: str) -> object:
+    from jaxcomp.report.frontier import Point
+
+    value = held.metadata.get(score)
+    if not isinstance(value, int | float):
+        known = ", ".join(k for k, v in held.metadata.items() if isinstance(v, int | float)) or "none"
+        raise ValueError(
+            f"report: {os.fspath(path)!r} has no number {score!r} in its metadata; numbers there: {known}."
+        )
+    return Point(path.name, held.bytes, float(value))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    command()
