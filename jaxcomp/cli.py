@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from jaxcomp.report.frontier import Point
     from jaxcomp.report.inputs import Weights
 
 DESCRIPTION = """Look at compressed networks.
@@ -40,9 +42,18 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
       form: how it is printed.
     """
     from jaxcomp.report.inputs import read
+    from jaxcomp.report.summary import summary
 
     held = read(file)
-    print(held.kind)
+    found = summary(held.tree)
+    if form == "json":
+        rows = [{**asdict(row), "bits": row.bits} for row in found.rows]
+        print(json.dumps({"kind": held.kind, "bytes": held.bytes, "metadata": held.metadata, "leaves": rows}, indent=1))
+        return 0
+    print(f"{file}: {held.kind}, {held.bytes:,} bytes.")
+    for name, value in held.metadata.items():
+        print(f"{name}: {str(value):.100}")
+    print(found)
     return 0
 
 
@@ -102,7 +113,7 @@ def report(
 
     check_output(out)  # before the work, not after it
     one, other = read(before), read(after)
-    points = []
+    points: list[Point] = []
     if score:
         held = [(before, one), (after, other), *((path, read(path)) for path in others)]
         points = [_point(path, weights, score) for path, weights in held]
@@ -144,7 +155,7 @@ def command() -> None:
     sys.exit(main())
 
 
-COMMANDS = {"inspect": inspect, "diff": diff, "report": report, "completion": completion}
+COMMANDS: dict[str, Callable[..., int]] = {"inspect": inspect, "diff": diff, "report": report, "completion": completion}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,13 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    code: int = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments)
-    )
-    return code
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments))
 
 
-def _point(path: Path, held: Weights, score: str) -> object:
+def _point(path: Path, held: Weights, score: str) -> Point:
     from jaxcomp.report.frontier import Point
 
     value = held.metadata.get(score)

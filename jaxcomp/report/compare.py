@@ -88,6 +88,8 @@ class Change:
             return "stored otherwise"
         if self.error is not None and not math.isfinite(self.error):
             return "not finite" if math.isnan(self.error) else "was all zeros"
+        if not self.same and self.largest == 0:
+            return "-0 for 0"
         return ""
 
 
@@ -111,7 +113,7 @@ def changes(before: PyTree, after: PyTree) -> tuple[Change, ...]:
 
 
 def _change(path: str, _: None, *, old: dict[str, Leaf], new: dict[str, Leaf]) -> Change:
-    a, b = (_values(tree[path]) if path in tree else None for tree in (old, new))
+    a, b = (_values(path, tree[path]) if path in tree else None for tree in (old, new))
     was, now = (_side(path, tree[path], x) if path in tree else None for tree, x in ((old, a), (new, b)))
     if was is None or now is None:
         return Change(path, was, now, same=False)
@@ -123,13 +125,13 @@ def _change(path: str, _: None, *, old: dict[str, Leaf], new: dict[str, Leaf]) -
     return Change(path, was, now, same, *_distance(a, b))
 
 
-def _values(leaf: Leaf) -> np.ndarray | None:
+def _values(path: str, leaf: Leaf) -> np.ndarray | None:
     """The array of numbers that a leaf stands for, in the host's memory."""
     x = dense(leaf)
     if not hasattr(x, "dtype") or not hasattr(x, "shape") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return None
     if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
-        raise TypeError(f"compare: wants values, got {x}; call it outside jit, on arrays.")
+        raise TypeError(f"compare: {path!r} has no values, it is {x!s:.60}; compare arrays, outside jit.")
     return np.asarray(x)
 
 

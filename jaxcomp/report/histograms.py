@@ -68,8 +68,8 @@ def histogram(before: np.ndarray, leaf: Leaf) -> Histogram:
     old, new = (_flat(to_units(x), step) for x in (before, values))
     if kept is not None:
         new = new[_flat(kept, step)]
-    if lines is None:
-        found = np.unique(new)
+    if lines is None or not np.isfinite(lines).all():
+        found = np.unique(new[np.isfinite(new)])
         lines = found if 0 < found.size <= MOST_LINES else np.empty(0)
     edges = _edges(old, lines)
     total = max(old.size, 1)
@@ -172,5 +172,5 @@ def _on_lines(values: np.ndarray, lines: np.ndarray, total: int) -> tuple[float,
     if not lines.size:
         return ()
     middles = (lines[1:] + lines[:-1]) / 2
-    counts = np.bincount(np.searchsorted(middles, values[~np.isnan(values)]), minlength=lines.size)
+    counts = np.bincount(np.searchsorted(middles, values[np.isfinite(values)]), minlength=lines.size)
     return tuple((counts / total).tolist())

@@ -93,7 +93,8 @@ def _safetensors(name: str, size: int) -> Weights:
 
 def _npz(name: str, size: int) -> Weights:
     try:
-        with np.load(name, allow_pickle=False) as held:
+        # Opened here: numpy leaves the file open where it is no whole archive.
+        with FileIO(name, "r") as f, np.load(f, allow_pickle=False) as held:
             return Weights({key: held[key] for key in held.files}, "numpy's npz", size)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise FileError(f"read: {name!r} is no whole npz file of arrays ({e}); save it again.") from e

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
 
@@ -191,7 +191,7 @@ def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[P
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Stats]:
         found: dict[str, Stats] | None = None
-        total = len(batches) if hasattr(batches, "__len__") else None
+        total = len(batches) if isinstance(batches, Sized) else None
         with progress("calibrate: batches", total) as advance:
             for batch in batches:
                 one = observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
