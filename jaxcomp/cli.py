@@ -52,7 +52,7 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
         return 0
     print(f"{file}: {held.kind}, {held.bytes:,} bytes.")
     for name, value in held.metadata.items():
-        print(f"{name}: {str(value):.100}")
+        print(f"{name}: {value!s:.100}")
     print(found)
     return 0
 

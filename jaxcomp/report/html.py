@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxcomp.report import words
 from jaxcomp.report.compare import Change
+from jaxcomp.report.contents import Contents, Drawn
 from jaxcomp.report.markdown import coverage_rows
 from jaxcomp.report.pictures import frontier_png, histogram_png, mask_pixels, mask_png
-
-if TYPE_CHECKING:
-    from jaxcomp.report.page import Drawn, Report
 
 
 class Layer(NamedTuple):
@@ -38,7 +36,7 @@ class Card(NamedTuple):
     mask_size: tuple[int, int]
 
 
-def html_of(report: Report) -> str:
+def html_of(report: Contents) -> str:
     """The page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -59,7 +57,7 @@ def html_of(report: Report) -> str:
     )
 
 
-def frame_of(report: Report) -> str:
+def frame_of(report: Contents) -> str:
     """The page in a frame of its own, so that neither its styles nor a notebook's reach the other."""
     return (
         f'<iframe title="{escape(report.title, quote=True)}" srcdoc="{escape(html_of(report), quote=True)}"'
@@ -67,7 +65,7 @@ def frame_of(report: Report) -> str:
     )
 
 
-def _layers(report: Report) -> list[Layer]:
+def _layers(report: Contents) -> list[Layer]:
     sides = [side for layer in report.layers for side in (layer.before, layer.after) if side is not None]
     most_bytes = max((side.bytes for side in sides), default=0) or 1
     most_bits = max((side.bits or 0 for side in sides if side.size > 1), default=0) or 1

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from jaxcomp.report.compare import Change
+from jaxcomp.report.contents import Contents
 from jaxcomp.report.words import count, percent, score, short, size
-
-if TYPE_CHECKING:
-    from jaxcomp.report.compare import Change
-    from jaxcomp.report.page import Report
 
 Row = Sequence[str]
 LAYER_HEAD = ("path", "shape", "was", "is", "bits", "zeros", "bytes before", "after", "error", "note")
 
 
-def markdown_of(report: Report) -> str:
+def markdown_of(report: Contents) -> str:
     """The tables of a report."""
     before, after = report.before, report.after
     totals = [
@@ -58,7 +55,7 @@ def layer_row(layer: Change) -> Row:
     )
 
 
-def coverage_rows(report: Report) -> tuple[Row, list[Row]]:
+def coverage_rows(report: Contents) -> tuple[Row, list[Row]]:
     """The head and the rows of the coverage."""
     head = ("site", "kind", "done", "form", "weight", "activations", "why no more")
     rows = report.coverage.rows if report.coverage is not None else ()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,85 +18,24 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import each
 from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.report.compare import Change, Side, changes
-from jaxcomp.report.frontier import Point, frontier
-from jaxcomp.report.histograms import Histogram, histogram, kept_of
+from jaxcomp.report.contents import Contents, Drawn, Total
+from jaxcomp.report.frontier import Point
+from jaxcomp.report.histograms import histogram, kept_of
+from jaxcomp.report.html import frame_of, html_of
+from jaxcomp.report.markdown import markdown_of
+from jaxcomp.report.plain import plain_of
 from jaxcomp.trace.cost import Cost
 
 SUFFIXES = (".html", ".md", ".json")
 _SPARSE = 0.3
 
 
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """What is drawn of one leaf.
-
-    Attributes:
-      path: of the leaf.
-      histogram: of its weights; None where there is nothing to compare them with.
-      kept: where its weights are not 0; None where few of them are.
-    """
-
-    path: str
-    histogram: Histogram | None
-    kept: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Total:
-    """All leaves of one tree together.
-
-    Attributes:
-      bytes: of the file.
-      weights: how many numbers its arrays have.
-      zeros: the fraction of them that are 0.
-      macs: multiply-accumulates of one run, where they were asked for.
-    """
-
-    bytes: int
-    weights: int
-    zeros: float
-    macs: int | None
-
-    @property
-    def bits(self) -> float:
-        """Bits of the file for each weight."""
-        return 8 * self.bytes / max(self.weights, 1)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report:
+class Report(Contents):
     """A comparison of two trees; ``save`` writes it, a notebook shows it.
 
-    Attributes:
-      title: of the page.
-      before, after: the totals.
-      layers: what became of each leaf.
-      points: networks that were measured, for the frontier.
-      score: what their score is called.
-      higher: whether a higher score is better.
-      coverage: what runs how, where it was given.
-      drawn: the leaves that the page has pictures of.
+    Attributes: those of :class:`~jaxcomp.report.contents.Contents`, among them ``before`` and ``after``, the totals,
+    ``layers``, what became of each leaf, and ``frontier``, the measured networks that none beats.
     """
-
-    title: str
-    before: Total
-    after: Total
-    layers: tuple[Change, ...]
-    points: tuple[Point, ...]
-    score: str
-    higher: bool
-    coverage: Coverage | None
-    drawn: tuple[Drawn, ...]
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the file is."""
-        return self.before.bytes / self.after.bytes
-
-    @property
-    def frontier(self) -> tuple[Point, ...]:
-        """The points that none beats."""
-        return frontier(self.points, higher=self.higher)
 
     def html(self) -> str:
         """One page, pictures and styles within, no scripts.
@@ -106,20 +44,14 @@ class Report:
           ImportError: the extra ``report`` is not installed; the message says how to.
         """
         check_output("report.html")
-        from jaxcomp.report.html import html_of
-
         return html_of(self)
 
     def markdown(self) -> str:
         """The tables of the page, for a pull request or a log."""
-        from jaxcomp.report.markdown import markdown_of
-
         return markdown_of(self)
 
     def json(self) -> str:
         """All numbers of the page, those of the histograms too; what is not finite is null."""
-        from jaxcomp.report.plain import plain_of
-
         return json.dumps(plain_of(self), indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -145,8 +77,6 @@ class Report:
             check_output("report.html")
         except ImportError:
             return None  # which shows the line above
-        from jaxcomp.report.html import frame_of
-
         return frame_of(self)
 
 

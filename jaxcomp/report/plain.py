@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from jaxcomp.report.compare import Change, Side
-
-if TYPE_CHECKING:
-    from jaxcomp.report.page import Report, Total
+from jaxcomp.report.contents import Contents, Total
 
 Plain = object
 """Nested dicts and lists of strings, numbers, booleans and None."""
 
 
-def plain_of(report: Report) -> dict[str, Plain]:
+def plain_of(report: Contents) -> dict[str, Plain]:
     """All numbers of a report."""
     best = report.frontier
     return {
