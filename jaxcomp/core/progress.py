@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock, Timer
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
@@ -95,6 +96,7 @@ class _Bar:
 
     def __init__(self, name: str, total: float | None) -> None:
         self._name, self._total, self._done = name, total, 0.0
+        self._began = monotonic()  # rich's own clock
         self._lock, self._ended = Lock(), False
         self._rich: Progress | None = None
         self._timer = Timer(DELAY, self._show)
@@ -119,7 +121,7 @@ class _Bar:
 
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
         if self._total is not None:
-            columns += [TextColumn("of about"), TimeRemainingColumn()]
+            columns += [TimeRemainingColumn(), TextColumn("left")]
         with self._lock:
             if self._ended:
                 return
@@ -128,4 +130,5 @@ class _Bar:
                 *columns, console=_console(), transient=True, redirect_stdout=False, redirect_stderr=False
             )
             self._rich.add_task(self._name, total=self._total, completed=int(self._done))
+            self._rich.tasks[0].start_time = self._began
             self._rich.start()
