@@ -54,6 +54,8 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     for name, value in held.metadata.items():
         print(f"{name}: {value!s:.100}")
     print(found)
+    if found.bytes > held.bytes:
+        print(f"The file has fewer bytes, {held.bytes:,}: of a masked leaf it holds what the mask keeps.")
     return 0
 
 
@@ -65,6 +67,7 @@ def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
       after: the other one.
       form: how it is printed.
     """
+    from jaxcomp.core.tables import columns
     from jaxcomp.report.compare import changes
     from jaxcomp.report.inputs import read
     from jaxcomp.report.markdown import LAYER_HEAD, layer_row
@@ -77,7 +80,7 @@ def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
         print(json.dumps({"bytes": sizes, "layers": [layer_of(c) for c in found]}, indent=1, allow_nan=False))
     else:
         if found:
-            print(_table([LAYER_HEAD, *map(layer_row, found)]))
+            print(columns([LAYER_HEAD, *map(layer_row, found)], "llllrrrrr"))
         some = "1 leaf differs" if len(found) == 1 else f"{len(found)} leaves differ"
         print(f"{some}; {one.bytes:,} and {other.bytes:,} bytes." if found else "No leaf differs.")
     return 1 if found else 0
@@ -191,11 +194,6 @@ def _point(path: Path, held: Weights, score: str) -> Point:
             f"report: {os.fspath(path)!r} has no number {score!r} in its metadata; numbers there: {known}."
         )
     return Point(path.name, held.bytes, float(value))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

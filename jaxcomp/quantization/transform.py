@@ -21,7 +21,16 @@ from jaxcomp.core.types import Key, Params, PyTree, Shape, State, Step
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized, encoded, scales_and_zero
-from jaxcomp.quantization.scales import AbsMax, Fixed, Nearest, Rounding, ScaleRule, Stochastic, checked_rounding, checked_rule
+from jaxcomp.quantization.scales import (
+    AbsMax,
+    Fixed,
+    Nearest,
+    Rounding,
+    ScaleRule,
+    Stochastic,
+    checked_rounding,
+    checked_rule,
+)
 
 OWNER = "quantize"
 

@@ -13,11 +13,10 @@ import numpy as np
 
 from jaxcomp.artifact.encoding import encode_tree
 from jaxcomp.artifact.files import stored_bytes
-from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.leaves import dense, is_compressed, method_of
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import each
 from jaxcomp.core.types import Leaf, PyTree, Shape
-from jaxcomp.report.methods import method_of
 
 _CHUNK = 1 << 22
 
@@ -27,7 +26,7 @@ class Side:
     """One leaf of one tree.
 
     Attributes:
-      method: what it is: "float32", "Int(bits=4)".
+      method: what it is: "float32", "Masked Quantized int4".
       shape: of the array that it stands for; None of what is no array.
       dtype: of that array; empty of what is no array.
       bytes: what a file holds for it, the header apart.

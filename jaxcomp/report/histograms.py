@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcomp.core.leaves import Masked, dense, is_compressed, unpacked
 from jaxcomp.core.types import Leaf, Shape
+from jaxcomp.core.words import repeated
 from jaxcomp.quantization.leaves import Folded, Quantized
 
 BINS = 96
@@ -119,12 +120,12 @@ def _grid_of(leaf: Leaf) -> tuple[str, Units, np.ndarray | None]:
         if compander is None:
             return plain
         compress = lambda w: np.asarray(compander.compress(jnp.asarray(w)), np.float64)  # noqa: E731
-        return f"{compander.name}(weight) / scale", lambda w: compress(w) / _spread(scale, w.shape), lines
+        return f"{compander.name}(weight) / scale", lambda w: compress(w) / repeated(scale, w.shape), lines
     if scale.size == 1:
         return "weight", lambda w: w, None if lines is None else (lines - zero.reshape(-1)[0]) * scale.reshape(-1)[0]
     unit = "weight / its scale" + ("" if inner.zero_point is None else " + its zero point")
-    shift = lambda w: 0 if inner.zero_point is None else _spread(zero, w.shape)  # noqa: E731
-    return unit, lambda w: w / np.where(s := _spread(scale, w.shape), s, 1) + shift(w), lines
+    shift = lambda w: 0 if inner.zero_point is None else repeated(zero, w.shape)  # noqa: E731
+    return unit, lambda w: w / np.where(s := repeated(scale, w.shape), s, 1) + shift(w), lines
 
 
 def _numbers(leaf: Quantized) -> np.ndarray | None:
@@ -138,14 +139,6 @@ def _numbers(leaf: Quantized) -> np.ndarray | None:
         return np.asarray(levels, np.float64)
     ends = getattr(elements, "ends", None)
     return None if ends is None or leaf.grid.proportional else np.arange(ends[0], ends[1] + 1, dtype=np.float64)
-
-
-def _spread(scale: np.ndarray, shape: Shape) -> np.ndarray:
-    """Each number over its block, in the shape of the weights."""
-    for axis, (n, blocks) in enumerate(zip(shape, scale.shape, strict=True)):
-        if blocks not in (1, n):
-            scale = np.repeat(scale, n // blocks, axis)
-    return np.broadcast_to(scale, shape)
 
 
 def _rows_of(w: np.ndarray, shape: Shape) -> np.ndarray:

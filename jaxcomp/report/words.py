@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxcomp.core.types import Shape
+from jaxcomp.core.words import shape_words
 
 NOTHING = "–"
 
@@ -39,12 +40,10 @@ def short(x: float | None) -> str:
 def size(shape: Shape | None) -> str:
     """A shape.
 
-    >>> size((256, 64)), size(()), size(None)
-    ('256×64', 'scalar', '–')
+    >>> size((256, 64)), size(None)
+    ('256x64', '–')
     """
-    if shape is None:
-        return NOTHING
-    return "×".join(map(str, shape)) or "scalar"
+    return NOTHING if shape is None else shape_words(shape)
 
 
 def score(x: float) -> str:

@@ -257,9 +257,7 @@ class _Sharing:
 
 # One program a leaf where nobody else compiles one; inside jit it is inlined.
 @partial(jax.jit, static_argnames=("blocks", "zero_first"), inline=True)
-def _codes(
-    x: jax.Array, counted: jax.Array | None, table: jax.Array, *, blocks: Blocks, zero_first: bool
-) -> jax.Array:
+def _codes(x: jax.Array, counted: jax.Array | None, table: jax.Array, *, blocks: Blocks, zero_first: bool) -> jax.Array:
     rows = _rows(x, counted, blocks=blocks, zero_first=zero_first)
     free = table.astype(rows.values.dtype)[int(zero_first) :]
     codes = jax.vmap(nearest)(rows.values, free.T).astype(code_dtype(table.shape[0]))

@@ -10,12 +10,14 @@ import tomllib
 from pathlib import Path
 
 import flax.serialization
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import jaxcomp as jc
 from jaxcomp import cli
+from jaxcomp.core.leaves import Masked
 from jaxcomp.report.inputs import read
 from tests.report import trees
 
@@ -50,6 +52,35 @@ def run(folder, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_inspect_shows_what_a_file_holds(run, folder):
+    code, out, err = run("inspect after.safetensors")
+    lines, size = out.splitlines(), os.path.getsize(folder / "after.safetensors")
+    assert (code, err) == (0, "")
+    assert lines[:2] == [f"after.safetensors: jaxcomp, {size:,} bytes.", "accuracy: 0.98"]
+    assert [line.split()[0] for line in lines[2:8]] == [
+        "leaf", "conv/bias", "conv/kernel", "dense/kernel", "head/kernel", "total",
+    ]  # fmt: skip
+    assert "Masked Quantized int4" in lines[5]
+    assert " 50% " in lines[5]
+
+
+def test_inspect_as_json(run, folder):
+    code, out, _ = run("inspect before.safetensors --form json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["metadata"] == {"accuracy": 0.99, "by": "me"}
+    assert data["bytes"] == os.path.getsize(folder / "before.safetensors")
+    assert {leaf["path"]: leaf["bits"] for leaf in data["leaves"]}["dense/kernel"] == 32
+
+
+def test_inspect_says_what_a_file_saves_beyond_packing(run, tmp_path):
+    mask = np.arange(4096).reshape(64, 64) % 10 == 0
+    values = jnp.asarray(mask * np.float32(3))
+    size = jc.save(tmp_path / "masked.safetensors", {"w": Masked(values, jnp.asarray(mask))})
+    lines = run(f"inspect {tmp_path / 'masked.safetensors'}")[1].splitlines()
+    assert lines[-1] == f"The file has fewer bytes, {size:,}: of a masked leaf it holds what the mask keeps."
 
 
 def test_diff_shows_what_differs_and_says_so_by_its_code(run, folder):
