@@ -214,6 +214,5 @@ def test_a_pipe_that_closes_early_is_no_error(folder):
         ["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}}"],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.startswith("{")
-    assert done.stdout.split()[-1] in ("0", "1", "141")
+    assert done.stdout in ("{1\n", "{141\n"), "it had ended before, or was told that nobody reads on"
     assert done.stderr == ""
