@@ -93,7 +93,8 @@ def report(
     *,
     out: Out = Path("report.html"),
     others: Annotated[tuple[Path, ...], arg(metavar="FILE")] = (),
-    score: Name = "",
+    score: Name = "accuracy",
+    scores: Annotated[tuple[float, ...], arg(metavar="NUMBER")] = (),
     lower: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     title: Annotated[str, arg(metavar="TEXT")] = "",
     pictures: int = 12,
@@ -105,7 +106,8 @@ def report(
       after: the network as it is.
       out: the page; .html, .md or .json says which kind.
       others: more files, for the frontier of bytes and score.
-      score: the name of a number in the files' metadata, as jaxcomp.save(..., metadata=) put it there: accuracy, say.
+      score: what the score is called. Files that have a number of this name in their metadata need no --scores.
+      scores: of before, after and the others, in this order.
       lower: whether a lower score is better.
       title: of the page.
       pictures: of how many leaves there are pictures.
@@ -116,18 +118,19 @@ def report(
 
     check_output(out)  # before the work, not after it
     one, other = read(before), read(after)
-    points: list[Point] = []
-    if score:
-        held = [(before, one), (after, other), *((path, read(path)) for path in others)]
-        points = [_point(path, weights, score) for path, weights in held]
-    elif others:
-        raise ValueError("report: --others are drawn by their score; say which by --score accuracy, say.")
+    held = [(before, one), (after, other), *((path, read(path)) for path in others)]
+    points = _points(held, score, scores)
+    if others and not points:
+        raise ValueError(
+            f"report: --others are drawn by their score; give --scores, {len(held)} numbers, or save the files with"
+            f" metadata={{{score!r}: ...}}."
+        )
     done = reported(
         one.tree,
         other.tree,
         title=title or f"{before.name} and {after.name}",
         points=points,
-        score=score or "accuracy",
+        score=score,
         higher=not lower,
         pictures=pictures,
     )
@@ -184,16 +187,18 @@ def _run(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments))
 
 
-def _point(path: Path, held: Weights, score: str) -> Point:
+def _points(held: Sequence[tuple[Path, Weights]], score: str, scores: Sequence[float]) -> list[Point]:
+    """The files with their scores: as given, or as their metadata have them; those without one are left out."""
     from jaxcomp.report.frontier import Point
 
-    value = held.metadata.get(score)
-    if not isinstance(value, int | float):
-        known = ", ".join(k for k, v in held.metadata.items() if isinstance(v, int | float)) or "none"
-        raise ValueError(
-            f"report: {os.fspath(path)!r} has no number {score!r} in its metadata; numbers there: {known}."
-        )
-    return Point(path.name, held.bytes, float(value))
+    if scores and len(scores) != len(held):
+        raise ValueError(f"report: --scores wants a number for each of the {len(held)} files, got {len(scores)}.")
+    known = scores or [weights.metadata.get(score) for _, weights in held]
+    return [
+        Point(path.stem, weights.bytes, float(value))
+        for (path, weights), value in zip(held, known, strict=True)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jaxcomp.core.leaves import dense, is_compressed, method_of
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import each
 from jaxcomp.core.types import Leaf, PyTree, Shape
+from jaxcomp.core.words import shape_words
 
 _CHUNK = 1 << 22
 
@@ -80,7 +81,7 @@ class Change:
         if self.before is None or self.after is None:
             return "only after" if self.before is None else "only before"
         if self.before.shape != self.after.shape:
-            return "another shape"
+            return "was no array" if self.before.shape is None else f"was {shape_words(self.before.shape)}"
         if self.before.dtype != self.after.dtype:
             return "another type"
         if self.same and not self.alike:

@@ -104,15 +104,16 @@ def test_diff_as_json(run):
 
 def test_report_writes_a_page(run, folder, tmp_path):
     page = tmp_path / "page.md"
-    code, out, err = run(
-        f"report before.safetensors after.safetensors --others before.safetensors --score accuracy --out {page}"
-    )
+    code, out, err = run(f"report before.safetensors after.safetensors --others before.safetensors --out {page}")
     assert (code, err) == (0, "")
     assert out.startswith(f"{page}: ")
     text = page.read_text()
     assert text.startswith("# before.safetensors and after.safetensors")
-    assert text.count("| before.safetensors |") == 2
-    assert "| after.safetensors | " in text
+    assert text.count(" | 0.99 | ") == 2, "the files' own scores"
+    given = f"report before.safetensors arrays.npz --others kernel.npy --score loss --lower --scores 1 3 2 --out {page}"
+    assert run(given)[0] == 0
+    assert "| network | bytes | loss |" in page.read_text()
+    assert [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.endswith("| best |")]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,13 @@ def test_report_writes_a_page(run, folder, tmp_path):
         ("inspect torn.msgpack", "error: read: 'torn.msgpack' is no whole msgpack file of Flax"),
         ("report before.safetensors after.safetensors --out a.txt", "error: report: 'a.txt' must end in .html or .md"),
         ("report before.safetensors after.safetensors --out no/a.md", "error: save: cannot write 'no/a.md': No such"),
-        ("report before.safetensors after.safetensors --others kernel.npy --out a.md", "--score accuracy, say."),
         (
-            "report before.safetensors after.safetensors --score loss --out a.md",
-            "error: report: 'before.safetensors' has no number 'loss' in its metadata; numbers there: accuracy.",
+            "report kernel.npy arrays.npz --others kernel.npy --score loss --out a.md",
+            "error: report: --others are drawn by their score; give --scores, 3 numbers, or save the files",
+        ),
+        (
+            "report kernel.npy arrays.npz --scores 1 2 3 --out a.md",
+            "error: report: --scores wants a number for each of the 2 files, got 3.",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_what_was_added_removed_or_shrunk_is_said():
     new = {"new": np.ones(2, np.float32), "cut": np.ones((4, 2), np.float32), "cast": np.ones(2, np.float16)}
     found = {c.path: c for c in changes(old, new)}
     assert list(found) == ["cast", "cut", "new", "gone"]
-    assert [c.note for c in found.values()] == ["another type", "another shape", "only after", "only before"]
+    assert [c.note for c in found.values()] == ["another type", "was 4x4", "only after", "only before"]
     assert found["cut"].error is None
     assert found["cast"].error == 0
     assert not any(c.same for c in found.values())
