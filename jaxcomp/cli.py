@@ -132,6 +132,7 @@ def report(
         points=points,
         score=score,
         higher=not lower,
+        sizes=(one.bytes, other.bytes),
         pictures=pictures,
     )
     done.save(out)

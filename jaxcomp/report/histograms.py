@@ -70,8 +70,7 @@ def histogram(before: np.ndarray, leaf: Leaf) -> Histogram:
     if kept is not None:
         new = new[_flat(kept, step)]
     if lines is None or not np.isfinite(lines).all():
-        found = np.unique(new[np.isfinite(new)])
-        lines = found if 0 < found.size <= MOST_LINES else np.empty(0)
+        lines = _values_taken(new) if is_compressed(leaf) else np.empty(0)
     edges = _edges(old, lines)
     total = max(old.size, 1)
     return Histogram(
@@ -88,6 +87,12 @@ def histogram(before: np.ndarray, leaf: Leaf) -> Histogram:
 def _flat(x: np.ndarray, step: int) -> np.ndarray:
     taken = x.reshape(-1)[::step]
     return taken if taken.dtype == bool else taken.astype(np.float64)
+
+
+def _values_taken(x: np.ndarray) -> np.ndarray:
+    """The few values that many weights take, as those of a table; none where nearly each has its own."""
+    found = np.unique(x[np.isfinite(x)])
+    return found if found.size <= min(MOST_LINES, x.size // 4) else np.empty(0)
 
 
 def kept_of(leaf: Leaf) -> np.ndarray | None:

@@ -105,6 +105,7 @@ def report(
     points: Sequence[Point] = (),
     score: str = "accuracy",
     higher: bool = True,
+    sizes: tuple[int, int] | None = None,
     costs: tuple[Cost, Cost] | None = None,
     coverage: Coverage | None = None,
     pictures: int = 12,
@@ -121,6 +122,7 @@ def report(
       points: networks that you measured, each with the bytes of its file and its score.
       score: what the score is called.
       higher: whether a higher score is better.
+      sizes: bytes of the files, where there are files: they hold metadata too.
       costs: ``jaxcomp.cost(fn)(params, *args)`` of both, for their multiply-accumulates.
       coverage: ``jaxcomp.coverage(fn, rules)(after, *args)``: what runs on integers, and why not more.
       pictures: of how many leaves, those with the most weights, the page has pictures.
@@ -143,10 +145,11 @@ def report(
     macs = [None, None] if costs is None else [c.macs for c in costs]
     old, new = (dict(leaves_with_paths(tree, is_leaf=is_compressed)[0]) for tree in (before, after))
     chosen = {layer.path: None for layer in _largest(layers, pictures)}
+    one, other = (file_size(before), file_size(after)) if sizes is None else sizes
     return Report(
         title=title,
-        before=_total(before, [layer.before for layer in layers], macs[0]),
-        after=_total(after, [layer.after for layer in layers], macs[1]),
+        before=_total(one, [layer.before for layer in layers], macs[0]),
+        after=_total(other, [layer.after for layer in layers], macs[1]),
         layers=layers,
         points=tuple(points),
         score=score,
@@ -156,18 +159,27 @@ def report(
     )
 
 
-def _total(tree: PyTree, sides: list[Side | None], macs: int | None) -> Total:
+def _total(size: int, sides: list[Side | None], macs: int | None) -> Total:
     arrays = [side for side in sides if side is not None and side.zeros is not None]
     weights = sum(side.size for side in arrays)
     zeros = sum(round((side.zeros or 0.0) * side.size) for side in arrays)
-    return Total(file_size(tree), weights, zeros / max(weights, 1), macs)
+    return Total(size, weights, zeros / max(weights, 1), macs)
 
 
 def _largest(layers: Sequence[Change], count: int) -> list[Change]:
-    """The leaves with the most weights among those that changed, in the order of the tree."""
-    worth = [x for x in layers if x.after is not None and x.after.zeros is not None and not x.same and x.after.size > 1]
-    kept = {x.path for x in sorted(worth, key=lambda x: -x.after.size if x.after else 0)[:count]}
-    return [x for x in worth if x.path in kept]
+    """The leaves with the most weights, in the order of the tree: of those that were compressed, if any was."""
+    sides = [(x, x.before, x.after) for x in layers if not x.same]
+    worth = [(x, was, now) for x, was, now in sides if now is not None and now.zeros is not None and now.size > 1]
+    compressed = [
+        x for x, was, now in worth if was is None or was.method != now.method or _more_zeros(was, now) > _SPARSE
+    ]
+    found = compressed or [x for x, _, _ in worth]
+    kept = {x.path for x in sorted(found, key=lambda x: -x.after.size if x.after else 0)[:count]}
+    return [x for x in found if x.path in kept]
+
+
+def _more_zeros(was: Side, now: Side) -> float:
+    return (now.zeros or 0.0) - (was.zeros or 0.0)
 
 
 def _drawn(path: str, before: Leaf | None, after: Leaf) -> Drawn:

@@ -247,6 +247,20 @@ def test_few_leaves_are_drawn_where_few_are_wanted(monkeypatch):
     assert one.kept is not None
 
 
+def test_what_was_compressed_is_drawn_first_and_plain_arrays_have_no_lines():
+    old, new = trees.before(), trees.after()
+    old["wide"], new["wide"] = np.ones(5000, np.float32), np.linspace(0, 1, 5000, dtype=np.float32)
+    assert "wide" not in {d.path for d in report(old, new).drawn}
+    trained = {"bias": np.linspace(0, 1, 90, dtype=np.float32)}
+    (one,) = report({"bias": trained["bias"] + 1}, trained).drawn
+    assert one.histogram.lines == ()
+
+
+def test_sizes_of_files_count_where_they_are_known():
+    done = report(trees.before(), trees.after(), sizes=(9000, 3000), pictures=0)
+    assert (done.before.bytes, done.after.bytes, done.ratio) == (9000, 3000, 3)
+
+
 def test_a_notebook_shows_the_page_in_a_frame(made, page, monkeypatch):
     framed = made._repr_html_()
     (source,) = re.findall(r'srcdoc="([^"]*)"', framed)
