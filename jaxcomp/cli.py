@@ -194,7 +194,7 @@ def _points(held: Sequence[tuple[Path, Weights]], score: str, scores: Sequence[f
 
     if scores and len(scores) != len(held):
         raise ValueError(f"report: --scores wants a number for each of the {len(held)} files, got {len(scores)}.")
-    known = scores or [weights.metadata.get(score) for _, weights in held]
+    known: Sequence[object] = scores or [weights.metadata.get(score) for _, weights in held]
     return [
         Point(path.stem, weights.bytes, float(value))
         for (path, weights), value in zip(held, known, strict=True)

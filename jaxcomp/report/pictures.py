@@ -97,10 +97,10 @@ def frontier_png(points: Sequence[Point], *, score: str, higher: bool) -> bytes:
     axes.plot([p.bytes for p in best], [p.score for p in best], color=AFTER, lw=1.2, zorder=1)
     for number, p in enumerate(points, 1):
         if p in best:
-            axes.plot(p.bytes, p.score, "o", ms=13, color=AFTER, zorder=2)
+            axes.plot(p.bytes, p.score, "o", ms=13, color=AFTER, zorder=3)
             offset, ink, va = (0, 0), "white", "center_baseline"
         else:  # beside its point, for it may lie on another one
-            axes.plot(p.bytes, p.score, "o", ms=6, color=BEFORE, zorder=3)
+            axes.plot(p.bytes, p.score, "o", ms=6, color=BEFORE, zorder=2)
             offset, ink, va = (0, 8), INK, "bottom"
         axes.annotate(
             str(number), (p.bytes, p.score), offset, textcoords="offset points", ha="center", va=va, fontsize=8,
