@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxcomp.report import words
@@ -45,7 +45,7 @@ def html_of(report: Contents) -> str:
     environment.filters["broken"] = lambda path: Markup("/<wbr>").join(path.split("/"))
     for said in (words.percent, words.count, words.short, words.size, words.score):
         environment.globals[said.__name__] = said
-    page = environment.from_string(files("jaxcomp.report").joinpath("page.html.jinja").read_text("utf-8"))
+    page = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text("utf-8"))
     by_path = {layer.path: layer for layer in report.layers}
     picture = frontier_png(report.points, score=report.score, higher=report.higher) if report.points else b""
     return page.render(
