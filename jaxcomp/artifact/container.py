@@ -46,33 +46,48 @@ class Entry(NamedTuple):
         return hashlib.sha256(f"{self.name} {NAMES[self.dtype]} {list(self.shape)}\n".encode())
 
 
-def write(f: FileIO, tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, int]], str]) -> int:
+def write(
+    f: FileIO,
+    tensors: Sequence[Tensor],
+    text: Callable[[Mapping[Tensor, int]], str],
+    *,
+    advance: Callable[[int], None] = lambda written: None,
+) -> int:
     """Writes a file; returns its size in bytes.
 
     Args:
       f: at its beginning.
       tensors: those of the tree.
       text: of the entry "jaxcomp", from the tensors' numbers.
+      advance: told how many bytes of tensors were written, again and again.
     """
-    ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # so that each is aligned to its items
-    described, entries, start = text({t: n for n, t in enumerate(ordered)}), [], 0
-    for t in ordered:
-        entries.append(Entry(t.name, t.dtype, t.shape, start, start + t.nbytes))
-        start += t.nbytes
-    header = _header(described, entries)
+    header, entries = beginning(tensors, text)
     write_all(f, len(header).to_bytes(8, "little") + header)
     sha = hashlib.sha256(header)
     with ThreadPoolExecutor(1) as hashing:  # beside the writing of the same block
-        for t, entry in zip(ordered, entries, strict=True):
+        for t, entry in entries:
             one = entry.digest()
             for piece in t.pieces():
                 hashed = hashing.submit(one.update, piece)
                 write_all(f, memoryview(piece))
                 hashed.result()
+                advance(piece.nbytes)
             sha.update(one.digest())
     f.seek(8 + len(_DIGEST))
     write_all(f, sha.hexdigest().encode())
-    return 8 + len(header) + start
+    return 8 + len(header) + sum(t.nbytes for t in tensors)
+
+
+def beginning(
+    tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, int]], str]
+) -> tuple[bytes, list[tuple[Tensor, Entry]]]:
+    """The header of a file without its digest, and the tensors in the order of their bytes; see :func:`write`."""
+    ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # so that each is aligned to its items
+    described, entries, start = text({t: n for n, t in enumerate(ordered)}), [], 0
+    for t in ordered:
+        entries.append(Entry(t.name, t.dtype, t.shape, start, start + t.nbytes))
+        start += t.nbytes
+    return _header(described, entries), list(zip(ordered, entries, strict=True))
 
 
 def _header(described: str, entries: Sequence[Entry]) -> bytes:

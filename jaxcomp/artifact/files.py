@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from io import FileIO
 
-from jaxcomp.artifact.container import KEY, Reader, opened, parsed, write
+from jaxcomp.artifact.container import KEY, Reader, beginning, opened, parsed, write
 from jaxcomp.artifact.decoding import decode_tree
 from jaxcomp.artifact.disk import FileError, replacing, write_all
 from jaxcomp.artifact.encoding import encode_tree
@@ -18,7 +19,8 @@ from jaxcomp.artifact.older import all_names, numbered, old_digest
 from jaxcomp.artifact.statics import Json, known_at
 from jaxcomp.artifact.tensors import Tensor
 from jaxcomp.core.leaves import CompressedLeaf
-from jaxcomp.core.types import PyTree
+from jaxcomp.core.progress import progress
+from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.quantization.companding import Compander
 
 FORMAT_VERSION = 3
@@ -54,15 +56,44 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
 
     Source: the safetensors format, version 0.x; codes and masks are little-endian bit streams.
     """
-    node, tensors = encode_tree(tree)
     about = _checked_metadata(metadata)
+    with progress("save: packing"):
+        node, tensors = encode_tree(tree)
+    text = partial(_said, node, about)
+    with replacing(path) as f, progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
+        return write(f, tensors, text, advance=advance)
 
-    def text(numbers: Mapping[Tensor, int]) -> str:
-        said = {"version": FORMAT_VERSION, "tree": node, "metadata": about}
-        return json.dumps(said, separators=(",", ":"), default=numbers.__getitem__)
 
-    with replacing(path) as f:
-        return write(f, tensors, text)
+def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
+    """The bytes of the file that :func:`save` would write; nothing is written.
+
+    Raises:
+      TypeError, ValueError: as :func:`save`.
+
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     save(f"{d}/w.safetensors", {"w": np.ones(9)}) == file_size({"w": np.ones(9)})
+    True
+    """
+    node, tensors = encode_tree(tree)
+    header, _ = beginning(tensors, partial(_said, node, _checked_metadata(metadata)))
+    return 8 + len(header) + sum(t.nbytes for t in tensors)
+
+
+def stored_bytes(leaf: Leaf) -> int:
+    """The bytes that a file holds for one leaf, the header apart; what several leaves share counts for each.
+
+    >>> import numpy as np
+    >>> stored_bytes(np.ones((4, 4), np.float32))
+    64
+    """
+    return sum(t.nbytes for t in encode_tree(leaf)[1])
+
+
+def _said(node: Json, about: Json, numbers: Mapping[Tensor, int]) -> str:
+    """The entry "jaxcomp" of a header."""
+    said = {"version": FORMAT_VERSION, "tree": node, "metadata": about}
+    return json.dumps(said, separators=(",", ":"), default=numbers.__getitem__)
 
 
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
@@ -94,7 +125,8 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Itera
             described = _of_today(described, reader)
         failed: Exception | None = None
         try:
-            tree = decode_tree(described["tree"], reader, companders)
+            with progress("load"):
+                tree = decode_tree(described["tree"], reader, companders)
         except Exception as e:  # whatever a wrong file makes Python raise
             failed = e
         if version == FORMAT_VERSION:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
+from jaxcomp.core.progress import each
 from jaxcomp.core.types import Shape
 from jaxcomp.factorization import decompositions as decomp
 from jaxcomp.factorization.axes import Placed, Selected
@@ -209,8 +210,8 @@ def chosen_ranks(
     Raises:
       ValueError: see :func:`~jaxcomp.factorization.transform.choose_ranks`.
     """
-    ladders = []
-    for path, one in selected.items():
+
+    def laddered(path: str, one: Selected) -> Ladder:
         if isinstance(one.slot.array, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{OWNER}: ranks by {target!r} depend on the values of {path!r}, which are not known inside jit or"
@@ -225,5 +226,7 @@ def chosen_ranks(
                 )
             weight = reuse[path]
         with naming(OWNER, path):
-            ladders.append(ladder(one, moments.get(path), weight=weight, max_rank=max_rank))
+            return ladder(one, moments.get(path), weight=weight, max_rank=max_rank)
+
+    ladders = [*each(laddered, selected, f"{OWNER}: ranks").values()]
     return by_energy(ladders, target) if isinstance(target, Energy) else by_budget(ladders, target)

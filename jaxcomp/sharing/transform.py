@@ -14,6 +14,7 @@ from jaxcomp.core.errors import naming
 from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
@@ -171,7 +172,7 @@ class _Sharing:
     def init(self, params: Params) -> Shared:
         every = self.laid(params)
         check_finite({path: one.slot for path, one in every.items()}, "share")
-        tables = {path: self.fitted(path, rows) for path, rows in self.grouped(every).items()}
+        tables = each(self.fitted, self.grouped(every), "share: k-means")
         codes = {} if self.recluster else {path: self.codes(path, one, tables) for path, one in every.items()}
         return Shared(tables, codes)
 

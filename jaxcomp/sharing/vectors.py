@@ -12,6 +12,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
+from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
@@ -75,10 +76,11 @@ def share_vectors(
     def init(params: Params) -> State:
         every = cut(params)
         check_finite({path: one.slot for path, one in every.items()}, OWNER)
-        keys = {path: key_of_leaf(key, path) for path in every}
-        return {
-            p: fit_vectors(one.rows, clusters=clusters, key=keys[p], iterations=iterations) for p, one in every.items()
-        }
+
+        def fitted(path: str, one: _Vectors) -> jax.Array:
+            return fit_vectors(one.rows, clusters=clusters, key=key_of_leaf(key, path), iterations=iterations)
+
+        return each(fitted, every, f"{OWNER}: k-means")
 
     def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
         return {p: refit_vectors(one.rows, state_of(state, p, OWNER), 1) for p, one in cut(params).items()}

@@ -7,7 +7,7 @@
 [('up', 60), ('down', 40)]
 """
 
-from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, merge, merge_all
+from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, calibrate_over, merge, merge_all
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
 from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.fold import FoldedFunction, fold_batch_norm
@@ -38,6 +38,7 @@ __all__ = [
     "activation_name",
     "averaged",
     "calibrate",
+    "calibrate_over",
     "cost",
     "entropy",
     "fold_batch_norm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
 
@@ -12,7 +12,9 @@ import numpy as np
 from jax import lax
 
 from jaxcomp.core.paths import Where, matches, some_paths
+from jaxcomp.core.progress import progress
 from jaxcomp.core.reductions import nan_in
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.core.words import on_hand, shape_words
 from jaxcomp.trace.collect import Nothing, Observer, collect
 from jaxcomp.trace.exact import Count, Sum, counted, summed
@@ -191,3 +193,37 @@ def calibrate(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Stats]]:
 
     found = collect(fn, observer, merged=MERGED, nothing=Nothing("calibrate", where, "site with an activation"))
     return wraps(fn)(lambda params, *args, **kwargs: found(params, *args, **kwargs).seen)
+
+
+def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[PyTree]], dict[str, Stats]]:
+    """:func:`calibrate` of many batches, compiled once for each shape and merged as they come.
+
+    The result takes ``(params, batches)``; a batch is what ``fn`` takes behind the parameters: a tuple of arguments, or
+    the only one. It shows how far it is.
+
+    Args:
+      fn, where: as for :func:`calibrate`.
+
+    Raises:
+      ValueError: ``where`` matches no site, or there is no batch.
+
+    >>> stats = calibrate_over(lambda p, x: x @ p["a"])({"a": jnp.eye(2)}, [jnp.ones((1, 2)), jnp.zeros((3, 2))])
+    >>> float(stats["a"].low), float(stats["a"].high), stats["a"].counts.total().sum().tolist()
+    (0.0, 1.0, 8)
+    """
+    observed = jax.jit(calibrate(fn, where))
+
+    def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Stats]:
+        found: dict[str, Stats] | None = None
+        total = len(batches) if isinstance(batches, Sized) else None
+        with progress("calibrate: batches", total) as advance:
+            for batch in batches:
+                one = observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
+                # Waiting keeps no more than one batch on the device, and the bar honest.
+                found = jax.block_until_ready(one if found is None else merge_all(found, one))
+                advance(1)
+        if found is None:
+            raise ValueError("calibrate_over: there is no batch; give an iterable of batches that was not used up.")
+        return found
+
+    return over

@@ -1,0 +1,206 @@
+"""The ``jaxcomp`` command: what a file of weights holds, how two differ, and a report of what compression did.
+
+Exit codes: 0; 1 where ``diff`` found a difference; 2 with an error, which is one line; 130 stopped from the keyboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from jaxcomp.report.frontier import Point
+    from jaxcomp.report.inputs import Weights
+
+DESCRIPTION = """Look at compressed networks.
+
+Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
+takes with --help."""
+
+Out = Annotated[Path, arg(metavar="FILE")]
+Name = Annotated[str, arg(metavar="NAME")]
+File = Annotated[Positional[Path], arg(metavar="FILE")]
+Before = Annotated[Positional[Path], arg(metavar="BEFORE")]
+After = Annotated[Positional[Path], arg(metavar="AFTER")]
+Form = Literal["table", "json"]
+
+
+def inspect(file: File, /, *, form: Form = "table") -> int:
+    """Show what a file holds: of each leaf its method, bits a weight, zeros and bytes.
+
+    Args:
+      file: of weights.
+      form: how it is printed.
+    """
+    from jaxcomp.report.inputs import read
+    from jaxcomp.report.summary import summary
+
+    held = read(file)
+    found = summary(held.tree)
+    if form == "json":
+        rows = [{**asdict(row), "bits": row.bits} for row in found.rows]
+        print(json.dumps({"kind": held.kind, "bytes": held.bytes, "metadata": held.metadata, "leaves": rows}, indent=1))
+        return 0
+    print(f"{file}: {held.kind}, {held.bytes:,} bytes.")
+    for name, value in held.metadata.items():
+        print(f"{name}: {value!s:.100}")
+    print(found)
+    if found.bytes > held.bytes:
+        print(f"The file has fewer bytes, {held.bytes:,}: of a masked leaf it holds what the mask keeps.")
+    return 0
+
+
+def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
+    """Show which leaves differ in method, shape, type or values; exit code 1 where any does.
+
+    Args:
+      before: one file.
+      after: the other one.
+      form: how it is printed.
+    """
+    from jaxcomp.core.tables import columns
+    from jaxcomp.report.compare import changes
+    from jaxcomp.report.inputs import read
+    from jaxcomp.report.markdown import LAYER_HEAD, layer_row
+    from jaxcomp.report.plain import layer_of
+
+    one, other = read(before), read(after)
+    found = [c for c in changes(one.tree, other.tree) if not c.alike]
+    if form == "json":
+        sizes = {"before": one.bytes, "after": other.bytes}
+        print(json.dumps({"bytes": sizes, "layers": [layer_of(c) for c in found]}, indent=1, allow_nan=False))
+    else:
+        if found:
+            print(columns([LAYER_HEAD, *map(layer_row, found)], "llllrrrrr"))
+        some = "1 leaf differs" if len(found) == 1 else f"{len(found)} leaves differ"
+        print(f"{some}; {one.bytes:,} and {other.bytes:,} bytes." if found else "No leaf differs.")
+    return 1 if found else 0
+
+
+def report(
+    before: Before,
+    after: After,
+    /,
+    *,
+    out: Out = Path("report.html"),
+    others: Annotated[tuple[Path, ...], arg(metavar="FILE")] = (),
+    score: Name = "accuracy",
+    scores: Annotated[tuple[float, ...], arg(metavar="NUMBER")] = (),
+    lower: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    title: Annotated[str, arg(metavar="TEXT")] = "",
+    pictures: int = 12,
+) -> int:
+    """Write a page that compares two files: bytes, bits, zeros, errors, histograms with the grid's lines, masks.
+
+    Args:
+      before: the network as it was.
+      after: the network as it is.
+      out: the page; .html, .md or .json says which kind.
+      others: more files, for the frontier of bytes and score.
+      score: what the score is called. Files that have a number of this name in their metadata need no --scores.
+      scores: of before, after and the others, in this order.
+      lower: whether a lower score is better.
+      title: of the page.
+      pictures: of how many leaves there are pictures.
+    """
+    from jaxcomp.report.inputs import read
+    from jaxcomp.report.page import check_output
+    from jaxcomp.report.page import report as reported
+
+    check_output(out)  # before the work, not after it
+    one, other = read(before), read(after)
+    held = [(before, one), (after, other), *((path, read(path)) for path in others)]
+    points = _points(held, score, scores)
+    if others and not points:
+        raise ValueError(
+            f"report: --others are drawn by their score; give --scores, {len(held)} numbers, or save the files with"
+            f" metadata={{{score!r}: ...}}."
+        )
+    done = reported(
+        one.tree,
+        other.tree,
+        title=title or f"{before.name} and {after.name}",
+        points=points,
+        score=score,
+        higher=not lower,
+        sizes=(one.bytes, other.bytes),
+        pictures=pictures,
+    )
+    done.save(out)
+    print(f"{out}: {one.bytes:,} bytes became {other.bytes:,}, {one.bytes / other.bytes:.1f} times fewer.")
+    return 0
+
+
+def completion(shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")], /) -> int:
+    """Print what makes a shell complete this command's words.
+
+    In bash: source <(jaxcomp completion bash). In zsh: jaxcomp completion zsh > a folder of $fpath, as _jaxcomp.
+
+    Args:
+      shell: bash, zsh or tcsh.
+    """
+    with contextlib.suppress(SystemExit):
+        _run(["--tyro-print-completion", shell])
+    return 0
+
+
+def command() -> None:
+    """The console script: :func:`main` on the CPU, for a look at a file wants no accelerator, nor all its memory."""
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    sys.exit(main())
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"inspect": inspect, "diff": diff, "report": report, "completion": completion}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    from jaxcomp.artifact.disk import FileError
+
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except (FileError, ValueError, TypeError, ImportError, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments))
+
+
+def _points(held: Sequence[tuple[Path, Weights]], score: str, scores: Sequence[float]) -> list[Point]:
+    """The files with their scores: as given, or as their metadata have them; those without one are left out."""
+    from jaxcomp.report.frontier import Point
+
+    if scores and len(scores) != len(held):
+        raise ValueError(f"report: --scores wants a number for each of the {len(held)} files, got {len(scores)}.")
+    known: Sequence[object] = scores or [weights.metadata.get(score) for _, weights in held]
+    return [
+        Point(path.stem, weights.bytes, float(value))
+        for (path, weights), value in zip(held, known, strict=True)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,117 @@
+"""Any file of weights that is read here: jaxcomp's own, others' safetensors, numpy's, and Flax's msgpack."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+
+from jaxcomp.artifact.container import KEY, opened
+from jaxcomp.artifact.disk import FileError
+from jaxcomp.artifact.files import load, load_metadata
+from jaxcomp.artifact.statics import Json
+from jaxcomp.core.progress import progress
+from jaxcomp.core.types import PyTree
+
+KINDS = "a file of jaxcomp.save, safetensors, .npz, .npy or .msgpack of Flax"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+      tree: its arrays and compressed leaves.
+      kind: which format it has, in words.
+      bytes: of the file.
+      metadata: what was saved beside the tree.
+    """
+
+    tree: PyTree
+    kind: str
+    bytes: int
+    metadata: Mapping[str, Json] = field(default_factory=dict)
+
+
+def read(path: str | os.PathLike[str]) -> Weights:
+    """Reads a file of weights; which format it has is seen in its first bytes, and of msgpack by its name.
+
+    Nothing in a file is run: pickled objects in numpy's files are refused.
+
+    Raises:
+      FileError: there is no such file, it is damaged, or of a format that is not read. The message says which are.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     np.savez(f"{d}/w.npz", kernel=np.ones((2, 3)))
+    ...     read(f"{d}/w.npz").tree["kernel"].shape
+    (2, 3)
+    """
+    name = os.fspath(path)
+    try:
+        with FileIO(name, "r") as f:
+            start = f.read(8) or b""
+            size = os.fstat(f.fileno()).st_size
+    except OSError as e:
+        raise FileError(f"read: cannot read {name!r}: {e.strerror or e}.") from e
+    kinds: list[tuple[bool, Callable[[str, int], Weights]]] = [
+        (start[:4] == b"PK\x03\x04", _npz),
+        (start[:6] == b"\x93NUMPY", _npy),
+        (Path(name).suffix == ".msgpack", _msgpack),
+        (len(start) == 8 and _next_is_brace(name), _safetensors),
+    ]
+    reader = next((reader for fits, reader in kinds if fits), None)
+    if reader is None:
+        raise FileError(f"read: {name!r} is of no format that is read here; give {KINDS}.")
+    with progress("read"):
+        return reader(name, size)
+
+
+def _next_is_brace(name: str) -> bool:
+    with FileIO(name, "r") as f:
+        f.seek(8)
+        return f.read(1) == b"{"
+
+
+def _safetensors(name: str, size: int) -> Weights:
+    try:
+        with FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
+            reader = opened(f, hashing)
+            if KEY not in reader.metadata:
+                tree = {entry.name: reader.read(i) for i, entry in enumerate(reader.entries)}
+                return Weights(tree, "safetensors of another program", size, dict(reader.metadata))
+    except ValueError as e:
+        raise FileError(f"read: {name!r} {e}.") from e
+    return Weights(load(name), "jaxcomp", size, load_metadata(name))
+
+
+def _npz(name: str, size: int) -> Weights:
+    try:
+        # Opened here: numpy leaves the file open where it is no whole archive.
+        with FileIO(name, "r") as f, np.load(f, allow_pickle=False) as held:
+            return Weights({key: held[key] for key in held.files}, "numpy's npz", size)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise FileError(f"read: {name!r} is no whole npz file of arrays ({e}); save it again.") from e
+
+
+def _npy(name: str, size: int) -> Weights:
+    try:
+        return Weights({Path(name).stem: np.load(name, allow_pickle=False)}, "numpy's npy", size)
+    except (ValueError, OSError, EOFError) as e:
+        raise FileError(f"read: {name!r} is no whole npy file of an array ({e}); save it again.") from e
+
+
+def _msgpack(name: str, size: int) -> Weights:
+    from flax.serialization import msgpack_restore
+
+    try:
+        tree = msgpack_restore(Path(name).read_bytes())
+    except Exception as e:  # whatever a wrong file makes the reader raise
+        raise FileError(f"read: {name!r} is no whole msgpack file of Flax ({e}); save it again.") from e
+    return Weights(tree, "Flax's msgpack", size)
