@@ -197,7 +197,7 @@ axes.set(
 ticks = [125, 250, 500, 1000, 2000]
 axes.set_xticks([t * SCALE**2 for t in ticks], [f"{t * SCALE**2:,}" for t in ticks])
 axes.minorticks_off()
-axes.set_xlim(sizes.min() / 1.35, sizes.max() * 1.45)
+axes.set_xlim(sizes.min() / 1.35, sizes.max() * 1.7)
 axes.margins(y=0.15)
 axes.legend(frameon=False)
 assert found["int4"][1] < 1.05 * found["float32"][1]
