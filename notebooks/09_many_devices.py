@@ -118,7 +118,7 @@ def train(params, place):
     for step in range(STEPS):
         batch = rng.integers(len(train_x), size=128)
         params, opt, state, value = train_step(
-            params, opt, state, jnp.int32(step), place(train_x[batch]), place(train_y[batch])
+            params, opt, state, np.int32(step), place(train_x[batch]), place(train_y[batch])
         )
         losses.append(float(value))
     return jax.jit(compress.apply)(state, params), (params, opt, state), losses
