@@ -21,7 +21,6 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array is made: eight virtual devices, also on a laptop
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
