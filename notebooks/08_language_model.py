@@ -9,7 +9,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 8. A language model in four bits
 #
@@ -103,7 +102,7 @@ class LanguageModel(nn.Module):
 
 
 model = LanguageModel()
-params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 8), jnp.int32))["params"]
 print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 
 # %% [markdown]
@@ -249,7 +248,7 @@ seconds = {name: [] for name in served}
 for attempt in range(8):
     for name, tree in served.items():
         began = time.perf_counter()
-        written = jax.block_until_ready(generate(tree, jax.random.key(1)))
+        written = jax.block_until_ready(generate(tree, jax.random.key(1, impl="rbg")))
         seconds[name] += [time.perf_counter() - began] * (attempt > 0)  # the first one compiles
 for name, tree in served.items():
     rate = TOKENS / statistics.median(seconds[name])
