@@ -129,7 +129,7 @@ def train(way, key, params, batches):
 rng = np.random.default_rng(1)
 trees = jax.tree.map(lambda *seeds: jnp.stack(seeds), *[make_params(rng) for _ in range(SEEDS)])
 batches = jnp.asarray(rng.integers(len(train_x), size=(SEEDS, STEPS // PERIOD, PERIOD, 100)))
-keys = jax.random.split(jax.random.key(1, impl="rbg"), SEEDS)
+keys = jax.random.split(jax.random.key(1), SEEDS)
 results = {}
 for way in ways:
     all_seeds = jax.jit(lambda *each, way=way: jax.lax.map(lambda one: train(way, *one), each))
