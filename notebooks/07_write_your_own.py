@@ -19,6 +19,8 @@
 
 # %%
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +250,8 @@ assert last > first + 0.05
 # %%
 one, its_curvature = jax.tree.map(lambda a: a[0], (networks, curvature))
 tree = compressed(ways["my score, my grid, my transform"](0.8), one, its_curvature)
-size = jc.save("mine.safetensors", tree)
-again = jc.load("mine.safetensors")
+file = Path(mkdtemp()) / "mine.safetensors"
+size = jc.save(file, tree)
+again = jc.load(file)
 assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), jc.materialize(tree), jc.materialize(again)))
 print(f"{size:,} bytes in the place of {jc.nbytes(one):,}; loaded: {accuracy(jc.materialize(again)):.1%}")
