@@ -67,6 +67,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
 def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
     """The bytes of the file that :func:`save` would write; nothing is written.
 
+    Args:
+      tree, metadata: as :func:`save` has them.
+
     Raises:
       TypeError, ValueError: as :func:`save`.
 
@@ -82,6 +85,9 @@ def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> in
 
 def stored_bytes(leaf: Leaf) -> int:
     """The bytes that a file holds for one leaf, the header apart; what several leaves share counts for each.
+
+    Args:
+      leaf: an array or a compressed leaf.
 
     >>> import numpy as np
     >>> stored_bytes(np.ones((4, 4), np.float32))
@@ -138,7 +144,20 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Itera
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
-    """The metadata that :func:`save` was given. Raises :class:`FileError` as :func:`load` does."""
+    """The metadata that :func:`save` was given.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      FileError: as :func:`load`.
+
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as d:
+    ...     _ = save(f"{d}/w.safetensors", {"w": np.ones(9)}, metadata={"accuracy": 0.99})
+    ...     load_metadata(f"{d}/w.safetensors")
+    {'accuracy': 0.99}
+    """
     with _reading(path) as (reader, described, version):
         if version < FORMAT_VERSION:
             _of_today(described, reader)

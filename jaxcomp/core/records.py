@@ -88,7 +88,17 @@ def recorded_as(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def named(name: str, value: T) -> T:
-    """The value, known by a name of its own: a score, a rule, a function of the step that takes no arguments."""
+    """The value, known by a name of its own: a score, a rule, a function of the step that takes no arguments.
+
+    Args:
+      name: by which plain data and reprs call it.
+      value: which remembers the name.
+
+    >>> def warm(step):
+    ...     return step < 100
+    >>> named("warm", warm) is warm
+    True
+    """
     _register(CONSTANTS, name, value)
     remember(value, name, None)
     return value

@@ -1,7 +1,5 @@
 """Reprs say what a leaf is, in one line, from what is at hand."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,9 +95,8 @@ def test_inside_jit_and_in_trees_that_hold_anything():
 def test_large_leaves_are_not_looked_at():
     big = {"kernel": jnp.zeros((4096, 4096))}
     leaf = jax.jit(lambda p: jc.quantize(jc.Int(8)).apply((), p))(big)["kernel"]
-    start = time.process_time()
     assert repr(leaf) == "<Quantized int8, 4096x4096, 4096 scales, not packed, 4 B/weight>"
-    assert time.process_time() - start < 0.05
+    assert leaf.zeros_seen() is None
 
 
 def test_a_trained_leaf_says_its_grid():
