@@ -42,9 +42,8 @@ def deep_compression(
       where: which leaves; the default is those of two axes or more that the roles name, and without roles ``matrices``.
       roles: what the program does with each axis, ``jaxcomp.roles(fn)(params, *args)``.
 
-    >>> import numpy as np
     >>> import jaxcomp as jc
-    >>> params = {"kernel": np.arange(1, 9, dtype=np.float32).reshape(4, 2)}
+    >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(4, 2)}
     >>> t = deep_compression(0.5, 2)
     >>> sorted(set(jc.materialize(t.apply(t.init(params), params))["kernel"].ravel().tolist()))
     [0.0, 5.5, 7.5]

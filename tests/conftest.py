@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the cases that the quick suite leaves out."""
     further = more.listed()
     for item in items:
-        if item.nodeid in further:
+        if item.nodeid in further or not more.LONG_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("more")
 
 

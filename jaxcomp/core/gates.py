@@ -105,9 +105,8 @@ def gate(transform: Transform, due: Due) -> Transform:
 
     While it sleeps, ``apply`` gives the parameters as they are; that is what it is more than :func:`when`.
 
-    >>> import numpy as np
     >>> from jaxcomp import every, prune
-    >>> params = {"kernel": np.ones((2, 2), np.float32)}
+    >>> params = {"kernel": jnp.ones((2, 2))}
     >>> t = gate(prune(0.5), every(10))
     >>> state = t.init(params)
     >>> later = t.update(state, params, step=10)

@@ -219,7 +219,7 @@ def test_learned_scales_beat_the_largest_magnitude_at_two_bits() -> None:
         (
             {"grid": jc.Log(4)},
             TypeError,
-            r"wants a uniform grid such as Int\(4\) or a table such as APoT\(4\), got Comp",
+            r"wants a uniform grid such as Int\(4\) or a table such as APoT\(4\), got Log",
         ),
         ({"grid": Blocked(E2M1, E8M0())}, TypeError, "wants a uniform grid"),
         ({"grid": 4}, TypeError, r"a trained scale wants a uniform grid such as Int\(4\) .*, got 4"),
