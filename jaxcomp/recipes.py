@@ -42,6 +42,7 @@ def deep_compression(
       where: which leaves; the default is those of two axes or more that the roles name, and without roles ``matrices``.
       roles: what the program does with each axis, ``jaxcomp.roles(fn)(params, *args)``.
 
+    >>> import jax.numpy as jnp
     >>> import jaxcomp as jc
     >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(4, 2)}
     >>> t = deep_compression(0.5, 2)
