@@ -214,9 +214,10 @@ def _check(slot: Slot, owner: str) -> None:
                 f"{owner}: {slot.path!r} is packed, as {maker} and pack or load left it; materialize the tree first:"
                 " jaxcomp.materialize(tree)."
             )
+        instead = ", or say core.when for gate: it applies at every step and is updated when due" * (maker == "gate")
         raise ValueError(
-            f"{owner}: {slot.path!r} was made by {maker} earlier in this chain; put {owner} before {maker}. If the tree"
-            " was compressed before the chain, materialize it first."
+            f"{owner}: {slot.path!r} was made by {maker} earlier in this chain; put {owner} before {maker}{instead}. If"
+            " the tree was compressed before the chain, materialize it first."
         )
     if not is_float_array(x):
         found = f"of type {x.dtype}" if hasattr(x, "dtype") else f"{type(x).__name__}"

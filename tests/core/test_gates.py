@@ -65,3 +65,14 @@ def test_what_it_grows_is_found_and_reset() -> None:
     _, state = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), state, PARAMS)
     back = np.asarray(state.transform.masks["kernel"] & ~old.masks["kernel"])
     np.testing.assert_array_equal(state.latent["kernel"] == 0, back)
+
+
+def test_compressing_what_a_gate_may_have_compressed_says_when() -> None:
+    late = jc.chain(jc.gate(jc.prune(0.5), jc.every(4)), jc.quantize(jc.Int(8)), jc.prune(0.5))
+    with pytest.raises(ValueError, match=r"earlier in this chain; put .* before"):
+        late.init(PARAMS)
+    shared = jc.chain(jc.gate(jc.share(4), jc.every(4)), jc.quantize(jc.Int(8)))
+    with pytest.raises(ValueError, match=r"made by gate .*, or say core.when for gate: it applies at every step"):
+        shared.apply(shared.init(PARAMS), PARAMS)
+    rare = jc.chain(when(jc.share(4), jc.every(4)), jc.quantize(jc.Int(8)))
+    assert repr(rare.apply(rare.init(PARAMS), PARAMS)["kernel"]).startswith("<Codebook of 4 Quantized int8")
