@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,8 +18,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from jaxcomp.core.types import PyTree
     from jaxcomp.report.frontier import Point
     from jaxcomp.report.inputs import Weights
+    from jaxcomp.report.summary import Summary
 
 DESCRIPTION = """Look at compressed networks.
 
@@ -45,7 +47,7 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     from jaxcomp.report.summary import summary
 
     held = read(file)
-    found = summary(held.tree)
+    found = _as_stored(summary(held.tree), held.tree)
     if form == "json":
         rows = [{**asdict(row), "bits": row.bits} for row in found.rows]
         print(json.dumps({"kind": held.kind, "bytes": held.bytes, "metadata": held.metadata, "leaves": rows}, indent=1))
@@ -54,9 +56,18 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     for name, value in held.metadata.items():
         print(f"{name}: {value!s:.100}")
     print(found)
-    if found.bytes > held.bytes:
-        print(f"The file has fewer bytes, {held.bytes:,}: of a masked leaf it holds what the mask keeps.")
     return 0
+
+
+def _as_stored(found: Summary, tree: PyTree) -> Summary:
+    """The table with the bytes that a file of ``jaxcomp.save`` holds: of a masked leaf, what its mask keeps."""
+    from jaxcomp.artifact import stored_bytes
+    from jaxcomp.core.leaves import is_compressed
+    from jaxcomp.core.paths import leaves_with_paths
+
+    sizes = {path: stored_bytes(leaf) for path, leaf in leaves_with_paths(tree, is_leaf=is_compressed)[0]}
+    rows = (replace(row, bytes=sizes[row.path], held=sizes[row.path]) for row in found.rows)
+    return replace(found, rows=tuple(rows))
 
 
 def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
