@@ -21,7 +21,7 @@ from jaxcomp.kernels.forms import BACKENDS, Product, form_of
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
-from jaxcomp.kernels.weight_only import chunks, sums, sums_of_bytes, whole
+from jaxcomp.kernels.weight_only import chunks, in_step, sums, sums_of_bytes, whole
 from jaxcomp.kernels.weight_only import weight_only as plain
 
 Run = Callable[[jax.Array, PackedWeight], jax.Array]
@@ -88,7 +88,7 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
         assert blocks is not None
         return partial(_KERNELS[form], blocks=blocks)
     run = _SUMS.get(backend, sums) if form == "sums" else _PLAIN[form]
-    return lambda x, w: run(x.astype(w.scale.dtype), w)
+    return lambda x, w: run(*in_step(x.astype(w.scale.dtype), w))
 
 
 _KERNELS = {"triton": triton_product, "mosaic": mosaic_product}

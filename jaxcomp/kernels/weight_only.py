@@ -8,6 +8,7 @@ into what a core's cache holds, and multiplied. **Whole** for more elsewhere: th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,20 @@ def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None) ->
     [21.0, -18.5]
     """
     rows = x.reshape(-1, w.length).astype(w.scale.dtype)
+    rows, w = in_step(rows, w)
     cpu, other = _forms(rows.shape[0], w)
     y = cpu(rows, w) if cpu is other else lax.platform_dependent(rows, w, cpu=cpu, default=other)
     return y.reshape(*x.shape[:-1], w.shape[-2]).astype(dtype or x.dtype)
+
+
+def in_step(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, PackedWeight]:
+    """Activations and a weight that comes with them.
+
+    In a loop over tokens the weight is the same in each step, and XLA would convert its codes in front of the loop, all
+    of them, to a dense array.
+    """
+    x, codes = lax.optimization_barrier((x, w.codes))
+    return x, replace(w, codes=codes)
 
 
 Form = Callable[[jax.Array, PackedWeight], jax.Array]

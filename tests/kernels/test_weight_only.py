@@ -144,6 +144,17 @@ def test_no_dense_weight_is_written(bits, group, rows) -> None:
     assert program.memory_analysis().temp_size_in_bytes <= 1 << 20
 
 
+@pytest.mark.parametrize(("bits", "group"), [(8, 1024), (8, 128), (4, 128)])
+def test_a_loop_over_tokens_makes_no_dense_weight_in_front_of_it(bits, group) -> None:
+    w = packed(1024, 1024, Int(bits), group=group, block=128)[0]
+
+    def decode(xs, w):
+        return jax.lax.scan(lambda x, new: (weight_only(x + new, w), x), jnp.zeros_like(xs[0]), xs)
+
+    program = jax.jit(decode).lower(jnp.ones((8, 1, 1024)), w).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 1 << 20  # dense it would be 4 MB
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_it_lowers_elsewhere(platform) -> None:
     w, _ = packed(32, 64, Int(4), block=64)
