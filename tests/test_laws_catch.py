@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf
+from jaxcomp.core.leaves import CompressedLeaf
+from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.transform import stateless
 from tests import laws
 from tests.test_laws import make_params

@@ -12,8 +12,10 @@ from jax import lax
 
 from jaxcomp.activations.reasons import TO_INT, Why
 from jaxcomp.core.gradients import masked_through
-from jaxcomp.core.leaves import CompressedLeaf, Masked, dense, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, dense
+from jaxcomp.core.packed import unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.learned import Learned
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, in_type, spread

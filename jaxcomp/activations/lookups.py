@@ -15,7 +15,8 @@ from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried
 from jaxcomp.activations.reasons import Record
 from jaxcomp.activations.thin_claims import stepped_axes
-from jaxcomp.core.leaves import Packed, dense, is_compressed
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import DType, Leaf, Params, Shape
 from jaxcomp.quantization.leaves import Quantized

@@ -17,8 +17,10 @@ from jaxcomp.artifact.older import of_today
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, Statics, dtype_named, known_at, number_again
 from jaxcomp.artifact.tensors import MAX_DIMS
 from jaxcomp.core.bits import aligned, packed_size, spread_out
-from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed
+from jaxcomp.core.leaves import CompressedLeaf
+from jaxcomp.core.packed import Packed
 from jaxcomp.core.types import Leaf, PyTree, Shape
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.companding import LOG, Compander
 
 _RATIO, _ALWAYS = 4096, 1 << 30

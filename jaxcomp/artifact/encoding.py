@@ -15,9 +15,11 @@ from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, class_name,
 from jaxcomp.artifact.tensors import NAMES, Tensor, Tensors
 from jaxcomp.core.bits import pack_bits_on_host, packed_size
 from jaxcomp.core.errors import naming
-from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, dense, is_compressed, pack
+from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, pack
+from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import path_keys
 from jaxcomp.core.types import Leaf, PyTree
+from jaxcomp.core.wrappers import Masked
 
 MAX_DEPTH = 100
 """How deep a tree in a file may be."""

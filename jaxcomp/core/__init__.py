@@ -2,20 +2,9 @@
 
 from jaxcomp.core.gates import Due, every, gate, never, once, when
 from jaxcomp.core.layouts import Buckets, Channels, Groups, Layout, Tensor, Tiles, Tokens
-from jaxcomp.core.leaves import (
-    CompressedLeaf,
-    Masked,
-    Packed,
-    Switch,
-    compressed_leaf,
-    dense,
-    is_compressed,
-    materialize,
-    nbytes,
-    pack,
-    zeros_counted,
-)
+from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, materialize, nbytes, pack, zeros_counted
 from jaxcomp.core.optimizers import MaskState, WrapState, dense_value_and_grad, reset_regrown, wrap_optax
+from jaxcomp.core.packed import Packed, compressed_leaf
 from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
 from jaxcomp.core.records import named, recorded
 from jaxcomp.core.roles import AxisRoles, Roles
@@ -23,6 +12,7 @@ from jaxcomp.core.slots import Slot, replace_slots, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
 from jaxcomp.core.transform import Transform, by_path, chain, identity, stateless
 from jaxcomp.core.types import Params, State
+from jaxcomp.core.wrappers import Masked, Switch
 
 __all__ = [
     "AxisRoles",

@@ -37,7 +37,7 @@ class ArrayLike(ABC):
     ``reshape``, is an AttributeError that says so. ``==`` is of objects, as ever of leaves.
 
     >>> import jax.numpy as jnp
-    >>> from jaxcomp.core.leaves import Masked
+    >>> from jaxcomp.core.wrappers import Masked
     >>> leaf = Masked(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[True], [False]]))
     >>> (jnp.ones((1, 2)) @ leaf).tolist(), (2 * leaf)[0].tolist(), np.asarray(leaf).sum().tolist()
     ([[1.0, 2.0]], [2.0, 4.0], 3.0)

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.leaves import Masked, Switch, is_compressed, unpacked
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.packed import unpacked
 from jaxcomp.core.paths import is_float_array
 from jaxcomp.core.records import named, recorded
 from jaxcomp.core.specs import is_integer
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Params, PyTree, State, Step
+from jaxcomp.core.wrappers import Masked, Switch
 
 Due = Callable[[jax.Array], jax.Array | np.bool_]
 """Says whether a step is due: a scalar integer step to a scalar boolean, jit-safe."""

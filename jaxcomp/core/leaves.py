@@ -3,124 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.arraylike import ArrayLike
-from jaxcomp.core.bits import in_host_memory, pack_bits, pack_bits_on_host, put_beside, spread_out, unpack_bits
 from jaxcomp.core.errors import naming
-from jaxcomp.core.gradients import masked, masked_through
 from jaxcomp.core.paths import path_str
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
 from jaxcomp.core.words import LOOKED_AT, bytes_of, on_hand, percent_words, shape_words
 
-Cls = TypeVar("Cls", bound=type)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def compressed_leaf(*, meta: tuple[str, ...] = ()) -> Callable[[Cls], Cls]:
-    """Class decorator: a frozen dataclass registered as a pytree, with the ``meta`` fields static.
-
-    Args:
-      meta: names of the fields that are static: hashable, compared by value, no arrays.
-
-    >>> @compressed_leaf(meta=("times",))
-    ... class Scaled(CompressedLeaf):
-    ...     "``dense == values * times``."
-    ...
-    ...     values: jax.Array
-    ...     times: float
-    ...
-    ...     def materialize(self):
-    ...         return self.values * self.times
-    ...
-    ...     pack = lambda self: self
-    ...     shape = property(lambda self: self.values.shape)
-    ...     dtype = property(lambda self: self.values.dtype)
-    >>> jax.tree.map(lambda x: x + 1, Scaled(jnp.zeros(2), 3.0)).materialize()
-    Array([3., 3.], dtype=float32)
-    """
-
-    def decorate(cls: Any) -> Any:
-        cls = dataclass(frozen=True, eq=False, repr=False)(cls)
-        data = [f.name for f in fields(cls) if f.name not in meta]
-        cls.data_fields, cls.meta_fields = tuple(data), meta
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(meta))
-
-    return decorate
-
-
-@compressed_leaf(meta=("bits", "low", "shape"))
-class Packed:
-    """Integers of ``bits`` bits in a byte stream: ``value == stream code + low``; one bit and low 0 is a boolean.
-
-    Fields:
-      data: uint8 of ``ceil(size * bits / 8)`` bytes, the low bits first, C order.
-      bits, low, shape: static.
-    """
-
-    data: jax.Array
-    bits: int
-    low: int
-    shape: Shape
-
-    @staticmethod
-    def of(values: jax.Array, bits: int, low: int) -> Packed:
-        """Packs integers in ``[low, low + 2**bits)``, held in any type."""
-        host = in_host_memory(values)
-        if host is not None:
-            return Packed(put_beside(pack_bits_on_host(host, bits, low), values), bits, low, tuple(values.shape))
-        return Packed(_stream_of(values, bits, low), bits, low, tuple(values.shape))
-
-    def __repr__(self) -> str:
-        return f"<Packed, {self.bits} bits, {shape_words(self.shape)}>"
-
-    def on_host(self) -> np.ndarray | None:
-        """The integers, by numpy, where they are few and known here; else None."""
-        data, count = on_hand(self.data), int(np.prod(self.shape, dtype=np.int64))
-        if data is None:
-            return None
-        return (spread_out(data, self.bits, count).astype(np.int16) + self.low).reshape(self.shape)
-
-    def unpack(self) -> jax.Array:
-        """The integers as int8 or uint8, or the booleans."""
-        if self.bits == 1:
-            return self._stream(jnp.uint8).astype(bool)
-        return self.wide().astype(jnp.int8 if self.low < 0 else jnp.uint8)
-
-    def wide(self) -> jax.Array:
-        """The integers as int32, for arithmetic: each narrower type on the way to a float is one more conversion."""
-        return self._stream(jnp.int32) + self.low
-
-    def _stream(self, dtype: DType) -> jax.Array:
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
-
-
-# One program an array where nobody else compiles one; inside jit it is inlined.
-@partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _stream_of(values: jax.Array, bits: int, low: int) -> jax.Array:
-    return pack_bits((values.astype(jnp.int32) - low).astype(jnp.uint8), bits)
-
-
-def unpacked(x: jax.Array | Packed) -> jax.Array:
-    """``x``, unpacked if it is :class:`Packed`."""
-    return x.unpack() if isinstance(x, Packed) else x
-
 
 class CompressedLeaf(ArrayLike, ABC):
     """What every compressed leaf offers.
 
-    A subclass is made with :func:`compressed_leaf` and states its invariant in its docstring.
+    A subclass is made with :func:`~jaxcomp.core.packed.compressed_leaf` and states its invariant in its docstring.
 
     Class attributes:
       open: the fields that later transforms in a chain may rewrite; none means that the leaf is closed.
@@ -216,13 +120,15 @@ class CompressedLeaf(ArrayLike, ABC):
 def method_of(leaf: Leaf) -> str:
     """What was done to a leaf, in words; of an array its type.
 
+    >>> from jaxcomp.core.wrappers import Masked
     >>> method_of(jnp.zeros(2)), method_of(Masked(jnp.zeros(2), jnp.zeros(2, bool)))
     ('float32', 'Masked float32')
     """
     return leaf.method if isinstance(leaf, CompressedLeaf) else str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
-def _none_at(x: object) -> np.ndarray | None:
+def none_at(x: object) -> np.ndarray | None:
+    """Where a small array whose values are known here is 0; else None."""
     values = on_hand(x)
     return None if values is None else values == 0
 
@@ -268,102 +174,10 @@ def _dense(x: CompressedLeaf) -> jax.Array:
     return x.materialize()
 
 
-@compressed_leaf(meta=("straight",))
-class Masked(CompressedLeaf):
-    """``dense == where(mask, values, 0)``, and ``values`` holds zeros (or their code) where the mask is False.
-
-    Fields:
-      values: an array, or a leaf that a later transform made of it.
-      mask: booleans of the values' rank that broadcast against them (a filter's mask is stored once a filter).
-      straight: the gradient passes the mask on its way to the values; static, and False once packed.
-    """
-
-    values: Leaf
-    mask: jax.Array | Packed
-    straight: bool = False
-
-    open: ClassVar[tuple[str, ...]] = ("values",)
-    made_by: ClassVar[str] = "prune"
-
-    @property
-    def method(self) -> str:  # noqa: D102
-        return f"Masked {method_of(self.values)}"
-
-    def details(self) -> tuple[str, ...]:  # noqa: D102
-        return self.values.details() if isinstance(self.values, CompressedLeaf) else ()
-
-    def zeros_at(self) -> np.ndarray | None:  # noqa: D102
-        inner = self.values.zeros_at() if isinstance(self.values, CompressedLeaf) else _none_at(self.values)
-        cut = _none_at(self.mask.on_host() if isinstance(self.mask, Packed) else self.mask)
-        return None if inner is None or cut is None else inner | cut  # a grid may have no zero of its own
-
-    @property
-    def shape(self) -> Shape:  # noqa: D102
-        return tuple(self.values.shape)
-
-    @property
-    def dtype(self) -> DType:  # noqa: D102
-        return self.values.dtype
-
-    def materialize(self) -> jax.Array:
-        """The values where the mask is True, zeros elsewhere."""
-        values, mask = dense(self.values), unpacked(self.mask)
-        return masked_through(values, mask) if self.straight else masked(values, mask)
-
-    def pack(self) -> Masked:
-        """A bit a mask entry, the values packed."""
-        mask = self.mask if isinstance(self.mask, Packed) else Packed.of(self.mask, 1, 0)
-        return Masked(pack(self.values), mask)
-
-
-@compressed_leaf()
-class Switch(CompressedLeaf):
-    """``dense == on if active else off``: what a gated transform makes before one knows whether its time has come.
-
-    Fields:
-      active: a boolean scalar.
-      on: the leaf as the transform makes it.
-      off: the leaf as it was.
-    """
-
-    active: jax.Array
-    on: Leaf
-    off: Leaf
-
-    made_by: ClassVar[str] = "gate"
-
-    @property
-    def method(self) -> str:  # noqa: D102
-        return f"Switch {method_of(self.on)} or {method_of(self.off)}"
-
-    @property
-    def shape(self) -> Shape:  # noqa: D102
-        return tuple(self.on.shape)
-
-    @property
-    def dtype(self) -> DType:  # noqa: D102
-        return self.off.dtype
-
-    def materialize(self) -> jax.Array:
-        """Selects between the two."""
-        return jnp.where(self.active, dense(self.on), dense(self.off))
-
-    def pack(self) -> Leaf:
-        """Packs the one that is active.
-
-        Raises:
-          TypeError: inside jit, where it is not known which one that is.
-        """
-        if isinstance(self.active, jax.core.Tracer):
-            raise TypeError(
-                "pack: a gated leaf cannot be packed inside jit, where its gate is not known; pack outside."
-            )
-        return pack(self.on if bool(self.active) else self.off)
-
-
 def materialize(tree: PyTree) -> PyTree:
     """The tree with every compressed leaf turned back into an array; other leaves are the same objects.
 
+    >>> from jaxcomp.core.wrappers import Masked
     >>> materialize({"w": Masked(jnp.array([1.0, 2.0]), jnp.array([True, False]))})
     {'w': Array([1., 0.], dtype=float32)}
     """

@@ -13,10 +13,12 @@ import numpy as np
 from jaxcomp.core.bits import CHUNK, in_host_memory
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.layouts import Blocks, Layout
-from jaxcomp.core.leaves import CompressedLeaf, Masked, Packed, is_compressed, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, is_compressed
+from jaxcomp.core.packed import Packed, unpacked
 from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, matrices, meant, some_paths
 from jaxcomp.core.roles import AxisRoles, Roles, roles_of
 from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.core.wrappers import Masked
 
 S = TypeVar("S")
 L = TypeVar("L", bound=CompressedLeaf)

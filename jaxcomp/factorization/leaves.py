@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense, method_of, pack
+from jaxcomp.core.leaves import CompressedLeaf, dense, method_of, pack
+from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.roles import CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
 from jaxcomp.core.types import DType, Leaf
 from jaxcomp.factorization.decompositions import HIGHEST, matmul

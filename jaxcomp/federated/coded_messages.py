@@ -8,7 +8,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.leaves import Packed, compressed_leaf, dense
+from jaxcomp.core.leaves import dense
+from jaxcomp.core.packed import Packed, compressed_leaf
 from jaxcomp.core.types import DType, Leaf
 from jaxcomp.federated.arrays import pack_wide, unpack_wide, unrotated, weighted_mean, width_of
 from jaxcomp.federated.messages import MessageLeaf, agreed, combined_leaf, poisoned

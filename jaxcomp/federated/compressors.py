@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gates import all_finite
-from jaxcomp.core.leaves import Packed
+from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import Where, key_of_leaf, matches, matrices
 from jaxcomp.core.reductions import max_or_nan, nan_in
 from jaxcomp.core.specs import check_bits, check_key, is_integer, is_number, share_of

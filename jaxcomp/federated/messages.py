@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.bits import compute_dtype, packed_size
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense
+from jaxcomp.core.leaves import CompressedLeaf, dense
+from jaxcomp.core.packed import Packed, compressed_leaf
 from jaxcomp.core.types import DType, Leaf, PyTree
 from jaxcomp.federated.arrays import drawn, pack_wide, unpack_wide, weighted_mean, width_of
 

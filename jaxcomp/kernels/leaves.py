@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, dense
+from jaxcomp.core.packed import compressed_leaf, unpacked
 from jaxcomp.core.types import DType, Shape
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.kernels.packing import PackedWeight, pack_blocks
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized

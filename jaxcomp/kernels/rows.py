@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf
+from jaxcomp.core.leaves import CompressedLeaf
+from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.kernels.packing import FIELDS, pack_blocks, unpack_blocks
 from jaxcomp.quantization.grids import Grid

@@ -13,7 +13,6 @@ import optax
 
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.gates import all_finite, cond, every, when
-from jaxcomp.core.leaves import Masked
 from jaxcomp.core.optimizers import MaskState
 from jaxcomp.core.paths import Where, key_of_leaf, matrices
 from jaxcomp.core.records import recorded
@@ -21,6 +20,7 @@ from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_o
 from jaxcomp.core.specs import check_key, is_integer, is_number
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, PyTree, Stats, Step
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.pruning.active import Sparsity, active_counts, checked_sparsity
 from jaxcomp.pruning.masks.growth import drop_and_grow, first_mask, random_order
 from jaxcomp.pruning.masks.thresholds import fraction_of

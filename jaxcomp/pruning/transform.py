@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.gates import all_finite, cond
 from jaxcomp.core.gradients import masked, masked_through
-from jaxcomp.core.leaves import Masked, is_compressed
+from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
 from jaxcomp.core.records import recorded
@@ -19,6 +19,7 @@ from jaxcomp.core.slots import Slot, broadcasts, check_finite, replace_slots, sl
 from jaxcomp.core.specs import Global, Local
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Params, PyTree, Step
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.pruning.criterion import Criterion, Masks
 from jaxcomp.pruning.masks.units import over_units
 from jaxcomp.pruning.scores import Score, as_score, magnitude

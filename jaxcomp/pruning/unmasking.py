@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcomp.core.leaves import Masked, is_compressed, unpacked
+from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.optimizers import MaskState
+from jaxcomp.core.packed import unpacked
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.records import recorded
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Params, PyTree, State, Step
+from jaxcomp.core.wrappers import Masked
 
 
 class FromZero(NamedTuple):

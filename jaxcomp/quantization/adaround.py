@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
-from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, is_compressed
+from jaxcomp.core.leaves import CompressedLeaf, is_compressed
+from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params, PyTree
 from jaxcomp.core.words import block_words
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized

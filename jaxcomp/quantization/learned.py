@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import masked, masked_through, scale_gradient, straight_through
 from jaxcomp.core.layouts import Channels, Groups, Layout, Tensor, Tiles, checked_layout
-from jaxcomp.core.leaves import CompressedLeaf, Masked, compressed_leaf, dense, is_compressed, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed
+from jaxcomp.core.packed import compressed_leaf, unpacked
 from jaxcomp.core.paths import Where, leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.types import DType, Leaf, Params
 from jaxcomp.core.words import block_words
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized, encoded

@@ -12,7 +12,8 @@ import numpy as np
 from jaxcomp.core.bits import CHUNK, as_bytes, in_host_memory
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.gradients import masked_through
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, method_of, pack, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, dense, method_of, pack
+from jaxcomp.core.packed import Packed, compressed_leaf, unpacked
 from jaxcomp.core.types import DType, Leaf, Shape
 from jaxcomp.core.words import block_words, on_hand, repeated
 from jaxcomp.quantization.grids import Grid, Numbers

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Channels, Layout, checked_layout
-from jaxcomp.core.leaves import Masked, dense
+from jaxcomp.core.leaves import dense
 from jaxcomp.core.meshes import here
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.records import recorded
@@ -19,6 +19,7 @@ from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import check_finite, replace_slots, slots
 from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.core.types import Key, Params, PyTree, Shape, State, Step
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.blocks import Cut, cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Folded, Quantized, encoded, scales_and_zero

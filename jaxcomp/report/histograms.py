@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.leaves import Masked, dense, is_compressed, unpacked
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.packed import unpacked
 from jaxcomp.core.types import Leaf, Shape
 from jaxcomp.core.words import repeated
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.leaves import Folded, Quantized
 
 BINS = 96

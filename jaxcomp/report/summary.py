@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxcomp.activations.coverage import Coverage, Covered, coverage
 from jaxcomp.activations.planning import Rules
-from jaxcomp.core.leaves import CompressedLeaf, Switch, dense, is_compressed, method_of, pack
+from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, method_of, pack
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, PyTree, Shape
 from jaxcomp.core.words import bytes_of, percent_words, shape_words
+from jaxcomp.core.wrappers import Switch
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of, unread
 

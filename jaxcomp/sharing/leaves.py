@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.layouts import Blocks
-from jaxcomp.core.leaves import CompressedLeaf, Packed, compressed_leaf, dense, is_compressed, method_of, pack, unpacked
+from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, method_of, pack
+from jaxcomp.core.packed import Packed, compressed_leaf, unpacked
 from jaxcomp.core.roles import OUTPUT, SINGLE, AxisRoles
 from jaxcomp.core.types import DType, Leaf, Params, Shape
 from jaxcomp.sharing.kmeans.fit import code_dtype

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
 from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
-from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
@@ -21,6 +20,7 @@ from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_o
 from jaxcomp.core.specs import Global, check_key, is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, Step
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.sharing.kmeans.fit import code_dtype, fit, member_means, nearest, refit
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal
 from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows

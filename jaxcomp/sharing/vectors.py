@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
-from jaxcomp.core.leaves import Masked
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
@@ -19,6 +18,7 @@ from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_o
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, State, Step
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.sharing.kmeans.vectors import fit_vectors, nearest_vectors, refit_vectors
 from jaxcomp.sharing.leaves import VectorCodebook
 from jaxcomp.sharing.transform import MAX_CLUSTERS

@@ -22,7 +22,8 @@ from flax import nnx
 import jaxcomp as jc
 from jaxcomp.artifact.encoding import encode_tree
 from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
-from jaxcomp.core.leaves import CompressedLeaf, compressed_leaf, dense
+from jaxcomp.core.leaves import CompressedLeaf, dense
+from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.specs import Spec
 from tests.artifact.memory import decoded
 from tests.laws import assert_same_bits

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.core.bits import pack_bits, packed_size, unpack_bits
-from jaxcomp.core.leaves import Packed
+from jaxcomp.core.packed import Packed
 from tests.marks import quick
 
 SHAPES = [(0,), (1,), (7,), (8,), (3, 4), (2, 3, 5)]

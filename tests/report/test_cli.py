@@ -17,7 +17,7 @@ import safetensors.numpy
 
 import jaxcomp as jc
 from jaxcomp import cli
-from jaxcomp.core.leaves import Masked
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.report.inputs import read
 from tests.report import trees
 

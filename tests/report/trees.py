@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.leaves import Masked
 from jaxcomp.core.types import Params
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization import Int, Quantized
 from jaxcomp.sharing.leaves import Codebook
 
