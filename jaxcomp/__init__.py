@@ -10,7 +10,7 @@
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jaxcomp import (
     activations,
@@ -20,7 +20,6 @@ from jaxcomp import (
     kernels,
     pruning,
     quantization,
-    report,
     sharing,
     structure,
     trace,
@@ -47,10 +46,12 @@ from jaxcomp.factorization import factorize, low_rank
 from jaxcomp.kernels import prepare
 from jaxcomp.pruning import NM, Filters, cubic, prune
 from jaxcomp.quantization import Float, Int, Log, quantize
-from jaxcomp.report.summary import summary
 from jaxcomp.sharing import share
 from jaxcomp.structure import channel_groups, plan, shrink
 from jaxcomp.trace import calibrate, cost, fold_batch_norm, roles, sites
+
+if TYPE_CHECKING:
+    from jaxcomp.report import summary
 
 __version__ = "0.1.0"
 
@@ -97,14 +98,21 @@ __all__ = [
     "wrap_optax",
 ]
 
-_LATER = ("distill", "federated", "recipes")  # rooms that nothing here stands on: imported when they are first named
+_LATER = (
+    "distill",
+    "federated",
+    "recipes",
+    "report",
+)  # rooms that nothing here stands on: imported when they are first named
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> object:
     if name in _LATER:
         return import_module(f"jaxcomp.{name}")
+    if name == "summary":
+        return import_module("jaxcomp.report").summary
     raise AttributeError(f"module 'jaxcomp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *__all__})
