@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxcomp
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -61,7 +63,7 @@ def test_the_wheel_works_alone_in_a_clean_environment(version, tmp_path) -> None
     python = pythons().get(version)
     if python is None:
         pytest.skip(f"no Python {version} that makes environments is at hand")
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_CONSTRAINT")}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_CONSTRAINT", "PYTHONDONTWRITEBYTECODE")}
 
     def run(*command: str | Path) -> str:
         done = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -74,7 +76,7 @@ def test_the_wheel_works_alone_in_a_clean_environment(version, tmp_path) -> None
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     files = zipfile.ZipFile(wheel).namelist()
     assert "jaxcomp/py.typed" in files
-    assert {name.split("/")[0] for name in files} == {"jaxcomp", f"jaxcomp-{PROJECT['project']['version']}.dist-info"}
+    assert {name.split("/")[0] for name in files} == {"jaxcomp", f"jaxcomp-{jaxcomp.__version__}.dist-info"}
     run(inside, "-m", "pip", "install", "-q", wheel)
     run(inside, "-m", "pip", "check")
     run(inside, "-c", EXAMPLE)  # once, so that what is timed next is not the making of bytecode
