@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import jax
 import numpy as np
@@ -61,13 +62,20 @@ def bytes_of(tree: PyTree) -> int:
     return sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in arrays)
 
 
+def known_here(x: object) -> TypeGuard[np.ndarray | jax.Array]:
+    """Whether ``x`` is an array whose values this process has.
+
+    >>> known_here(np.zeros(2)), known_here(jax.ShapeDtypeStruct((2,), "float32"))
+    (True, False)
+    """
+    if not isinstance(x, jax.Array):
+        return isinstance(x, np.ndarray)
+    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable and not x.is_deleted()
+
+
 def on_hand(x: object) -> np.ndarray | None:
     """The values of a small array whose values are known here, or None: of tracers, shapes, and what lies elsewhere."""
-    if isinstance(x, np.ndarray):
-        return x if x.size <= LOOKED_AT else None
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or x.size > LOOKED_AT:
-        return None
-    if x.is_deleted() or not x.is_fully_addressable or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if not known_here(x) or x.size > LOOKED_AT or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
         return None
     return np.asarray(x)
 

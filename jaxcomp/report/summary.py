@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
@@ -16,12 +16,11 @@ from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, method_of,
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, PyTree, Shape
-from jaxcomp.core.words import bytes_of, percent_words, shape_words
+from jaxcomp.core.words import bytes_of, known_here, percent_words, shape_words
 from jaxcomp.core.wrappers import Switch
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of, unread
 
-_CHUNK = 1 << 22
 _HEAD = ("leaf", "shape", "method", "details", "bits", "zeros", "bytes", "share", "MACs", "done", "why")
 _SIDES = "llllrrrrr"
 
@@ -162,7 +161,7 @@ def summary(
 ) -> Summary:
     """What each leaf of a tree is, what it takes and, with a function, what is done with it and why no more.
 
-    Sizes come from shapes alone. Zeros are counted where values are known, a few million at a time.
+    Sizes come from shapes alone. Zeros are counted where values are known.
 
     Args:
       tree: parameters, with compressed leaves or without; leaves may be tracers or ``jax.ShapeDtypeStruct``.
@@ -222,27 +221,12 @@ def _zeros(leaf: Leaf) -> float | None:
     """Counted in the dense array where it is known here."""
     if isinstance(leaf, CompressedLeaf) and (seen := leaf.zeros_seen()) is not None:
         return seen
-    if not all(_known(x) for x in jax.tree.leaves(leaf)):
+    if not all(map(known_here, jax.tree.leaves(leaf))):
         return None
     x = dense(leaf)
     if not x.size or not jnp.issubdtype(x.dtype, jnp.number):
         return None
-    return 1 - sum(int(np.count_nonzero(part)) for part in _parts(x)) / x.size
-
-
-def _known(x: object) -> bool:
-    return isinstance(x, np.ndarray) or (
-        isinstance(x, jax.Array)
-        and not isinstance(x, jax.core.Tracer)
-        and x.is_fully_addressable
-        and not x.is_deleted()
-    )
-
-
-def _parts(x: jax.Array) -> Iterator[np.ndarray]:
-    flat = np.asarray(x).reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        yield flat[start : start + _CHUNK]
+    return 1 - int(np.count_nonzero(np.asarray(x))) / x.size
 
 
 def _owner(site: Site) -> str | None:
