@@ -1,0 +1,181 @@
+"""A tensor as blocks: some of its bytes at a time, each block in the smallest of a few codings.
+
+The tensor's elements are cut into chunks of 4 MiB, each into planes of bytes (:mod:`~jaxcomp.artifact.coding.planes`),
+and each plane of a chunk is a block: a byte that says how it is coded, the size of what follows as uint32, and that.
+
+  0         the bytes as they are
+  1 to 8    coded by :mod:`~jaxcomp.artifact.coding.ans`, so many bits a symbol, weights of one byte
+  17 to 24  the same, less 16 bits a symbol, weights of two bytes
+  32        a frame of zstd
+
+Zeros may follow the last block, so that a coded tensor never stands for more than 4096 times its bytes: who reads one
+knows from its size how much memory it takes at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from jaxcomp.artifact.coding import ans
+from jaxcomp.artifact.coding.packages import package
+from jaxcomp.artifact.coding.planes import planes_of, put_planes
+from jaxcomp.artifact.tensors import DTYPES, MAX_DIMS, NAMES, Tensor
+from jaxcomp.core.bits import aligned
+
+Coding = Literal["zstd", "ans"]
+CODINGS: tuple[Coding, ...] = get_args(Coding)
+"""Fast, and smallest."""
+CHUNK = 1 << 22
+"""Bytes of a tensor that are coded at once."""
+MAX_RATIO = 4096
+_CODEC = "blocks"
+_RAW, _WIDE, _ZSTD = 0, 16, 32
+_HEAD = 5
+_SAID = 64
+"""What saying that a tensor is coded takes in a header, about."""
+
+
+def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Tensor] | None:
+    """A tensor of the coded bytes and what :func:`decode` must be told of it; None where coding does not pay.
+
+    The result depends on nothing but the tensor's bytes, so equal tensors stay equal. Its bytes are held in memory.
+
+    Args:
+      tensor: of any type.
+      coding: "zstd" is fast, "ans" small.
+
+    Raises:
+      ImportError: what codes is not installed. The message names the extra.
+    """
+    if tensor.nbytes <= _SAID:
+        return None
+    pieces = [b"".join(_coded(plane, coding) for plane in planes_of(chunk)) for chunk in _chunks(tensor)]
+    size = sum(map(len, pieces))
+    pieces.append(bytes(max(0, -(-tensor.nbytes // MAX_RATIO) - size)))
+    size += len(pieces[-1])
+    if size + _SAID >= tensor.nbytes:
+        return None
+    said = {"codec": _CODEC, "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+    blocks = lambda: (np.frombuffer(p, np.uint8) for p in pieces)  # noqa: E731
+    return said, replace(tensor, dtype=np.dtype(np.uint8), shape=(size,), blocks=blocks)
+
+
+def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """The tensor's elements, so many bytes at a time."""
+    room, held = np.empty(CHUNK, np.uint8), 0
+    for piece in tensor.pieces():
+        while piece.size:
+            part = piece[: CHUNK - held]
+            room[held : held + part.size] = part
+            held, piece = held + part.size, piece[part.size :]
+            if held == CHUNK:
+                yield room.view(tensor.dtype)
+                held = 0
+    if held:
+        yield room[:held].view(tensor.dtype)
+
+
+def _coded(plane: np.ndarray, coding: Coding) -> bytes:
+    """One block."""
+    plane = np.ascontiguousarray(plane)
+    found = [(_RAW, plane.tobytes())]
+    if coding == "ans":
+        plan = ans.planned(plane)
+        if plan.size < plane.size:
+            found.append((plan.width + _WIDE * (plan.weights.itemsize - 1), ans.encoded(plan)))
+    found.append((_ZSTD, package("zstandard").ZstdCompressor(write_content_size=True).compress(plane)))
+    kind, data = min(found, key=lambda f: len(f[1]))
+    return bytes([kind]) + len(data).to_bytes(4, "little") + data
+
+
+def decode(said: Any, data: np.ndarray) -> np.ndarray:
+    """The tensor that :func:`encode` coded, in memory that jax can take over.
+
+    At most 4096 times the bytes of ``data`` are taken; all that ``said`` and ``data`` claim is checked.
+
+    Args:
+      said: what the file says of it, from JSON.
+      data: uint8, flat.
+
+    Raises:
+      ValueError: they are not what :func:`encode` gives, or what decodes is not installed. The message goes on after
+        the tensor's name: "... has a block of 3 bytes ...".
+    """
+    dtype, shape = _claimed(said, data)
+    out = aligned(math.prod(shape) * dtype.itemsize)
+    done = at = 0
+    while done < out.size:
+        chunk = out[done : done + CHUNK].view(dtype)
+        planes = []
+        for _ in range(dtype.itemsize):
+            plane, at = _block(data, at, chunk.size)
+            planes.append(plane)
+        put_planes(chunk, planes)
+        done += chunk.nbytes
+    if data[at:].any():
+        raise ValueError(f"has bytes behind its last block, from {at} on")
+    return out.view(dtype).reshape(shape)
+
+
+def _claimed(said: Any, data: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
+    """The type and shape, if they can be."""
+    codec, name, shape = (said.get(k) if isinstance(said, dict) else None for k in ("codec", "dtype", "shape"))
+    if codec != _CODEC:
+        raise ValueError(f"is coded as {str(codec)[:40]!r}, which is not known here; use the jaxcomp that wrote it")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"is said to be of type {str(name)[:40]!r}, which is not known")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"is said to be of shape {str(shape)[:40]}, which is none")
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise ValueError(f"is coded in a tensor of type {data.dtype} and {data.ndim} dimensions, not in bytes")
+    size = math.prod(shape) * DTYPES[name].itemsize
+    if size > MAX_RATIO * data.size:
+        raise ValueError(f"claims {size} bytes, more than {MAX_RATIO} times the {data.size} that it is coded in")
+    return DTYPES[name], tuple(shape)
+
+
+def _block(data: np.ndarray, at: int, size: int) -> tuple[np.ndarray, int]:
+    """The bytes of the block that begins there, and where the next one does."""
+    kind, length = (
+        int(data[at]) if at < data.size else _RAW,
+        int.from_bytes(data[at + 1 : at + _HEAD].tobytes(), "little"),
+    )
+    stop = at + _HEAD + length
+    if stop > data.size:
+        raise ValueError(f"is cut off: the block at byte {at} ends at {stop}, and there are {data.size}")
+    inside = data[at + _HEAD : stop]
+    try:
+        return _decoded(kind, inside, size), stop
+    except ImportError as e:
+        raise ValueError(f"cannot be decoded: {e}") from e
+    except ValueError as e:
+        raise ValueError(f"{e} (the block at byte {at})") from None
+
+
+def _decoded(kind: int, inside: np.ndarray, size: int) -> np.ndarray:
+    width = kind % _WIDE
+    if kind == _ZSTD:
+        return _from_zstd(inside, size)
+    if kind == _RAW and inside.size == size:
+        return inside
+    if kind < _ZSTD and 1 <= width <= 8:
+        return ans.decoded(inside, width, size=size, wide=kind > _WIDE)
+    raise ValueError(f"has a block of kind {kind} and {inside.size} bytes for {size}, which is none")
+
+
+def _from_zstd(inside: np.ndarray, size: int) -> np.ndarray:
+    zstd = package("zstandard")
+    try:
+        if zstd.frame_content_size(inside) != size:
+            raise ValueError(f"has a frame of zstd that is not said to hold {size} bytes")
+        out = zstd.ZstdDecompressor(max_window_size=2 * CHUNK).decompress(inside, allow_extra_data=False)
+    except zstd.ZstdError as e:
+        raise ValueError(f"has a damaged frame of zstd ({e})") from None
+    if len(out) != size:
+        raise ValueError(f"has a frame of zstd that holds {len(out)} bytes instead of {size}")
+    return np.frombuffer(out, np.uint8)

@@ -1,0 +1,120 @@
+"""Coded tensors come back bit for bit, near their entropy; and what is no coded tensor is one clear error."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxcomp.artifact.coding import CODINGS, decode, encode
+from jaxcomp.artifact.coding.ans import entropy
+from jaxcomp.artifact.tensors import DTYPES, Tensor, blocks_of
+
+RNG = np.random.default_rng(0)
+
+
+def tensor(x: np.ndarray) -> Tensor:
+    return Tensor("w", x.dtype, x.shape, lambda: blocks_of(x))
+
+
+def coded(x: np.ndarray, coding: str) -> tuple[dict, np.ndarray]:
+    found = encode(tensor(x), coding)  # type: ignore[arg-type]
+    assert found is not None
+    said, t = found
+    assert t.dtype == np.uint8 and t.shape == (t.nbytes,)
+    return said, np.concatenate([*t.pieces()])
+
+
+def sparse_int4(size: int, density: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of a mask, and the kept codes two to a byte."""
+    mask = RNG.random(size) < density
+    codes = np.clip(np.rint(RNG.standard_normal(int(mask.sum()) // 2 * 2) * 2.5), -7, 7).astype(np.int8) + 8
+    return np.packbits(mask, bitorder="little"), (codes[::2] | codes[1::2] << 4).astype(np.uint8)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_type_comes_back_to_the_bit(name: str, coding: str) -> None:
+    dtype = DTYPES[name]
+    values = RNG.standard_normal((37, 41)) * 3
+    x = (values > 1) if dtype == bool else values.astype(ml_dtypes.bfloat16).astype(dtype)
+    said, data = coded(x, coding)
+    again = decode(said, data)
+    assert again.dtype == dtype and again.shape == x.shape and again.tobytes() == x.tobytes()
+    assert data.nbytes < x.nbytes
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("size", [(1 << 22) - 1, 1 << 22, (1 << 22) + 3])
+def test_chunks_meet_without_a_seam(size: int, coding: str) -> None:
+    x = (RNG.integers(0, 200, size) // 60).astype(np.uint8)
+    assert (decode(*coded(x, coding)) == x).all()
+
+
+@pytest.mark.parametrize("x", [np.ones(9, np.float32), RNG.integers(0, 256, 5000).astype(np.uint8), np.zeros((0, 3))])
+def test_what_coding_would_not_make_smaller_is_left(x: np.ndarray) -> None:
+    assert [encode(tensor(x), coding) for coding in CODINGS] == [None, None]
+
+
+def test_bits_and_codes_are_at_their_entropy() -> None:
+    mask, codes = sparse_int4(4_000_000)
+    ideal = entropy(np.bincount(np.unpackbits(mask))) + entropy(np.bincount(np.stack([codes & 15, codes >> 4]).ravel()))
+    size = sum(coded(x, "ans")[1].nbytes for x in (mask, codes))
+    assert size * 8 < ideal * 1.005
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_codes_across_bytes_are_at_their_entropy(bits: int) -> None:
+    from jaxcomp.core.bits import pack_bits_on_host
+
+    codes = np.clip(np.rint(RNG.standard_normal(100_001) * 2**bits / 8), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes = (codes + 2 ** (bits - 1)).astype(np.uint8)
+    x = pack_bits_on_host(codes, bits)
+    said, data = coded(x, "ans")
+    assert (decode(said, data) == x).all()
+    assert data.nbytes * 8 < entropy(np.bincount(codes)) * 1.01
+
+
+def test_a_long_run_of_zeros_is_bounded_by_its_bytes() -> None:
+    x = np.zeros(1 << 23, np.uint8)
+    for coding in CODINGS:
+        said, data = coded(x, coding)
+        assert data.nbytes == x.nbytes // 4096
+        assert not decode(said, data).any()
+
+
+WHOLE, DATA = coded(np.arange(4096, dtype=np.uint16) // 9, "ans")
+SAID = {
+    "no dict": (3, "is coded as 'None', which is not known here"),
+    "another codec": ({**WHOLE, "codec": "lzma"}, "is coded as 'lzma', which is not known here"),
+    "another type": ({**WHOLE, "dtype": "F4"}, "is said to be of type 'F4'"),
+    "a list as type": ({**WHOLE, "dtype": []}, "is said to be of type"),
+    "a negative shape": ({**WHOLE, "shape": [-1]}, "is said to be of shape"),
+    "true as shape": ({**WHOLE, "shape": [True]}, "is said to be of shape"),
+    "many dimensions": ({**WHOLE, "shape": [1] * 65}, "is said to be of shape"),
+    "a bomb": ({**WHOLE, "shape": [1 << 40]}, "claims 2199023255552 bytes, more than 4096 times"),
+    "more": ({**WHOLE, "shape": [9000]}, "has|is cut off"),
+    "less": ({**WHOLE, "shape": [100]}, "has"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_cannot_be_is_one_error(case: str) -> None:
+    said, match = SAID[case]
+    with pytest.raises(ValueError, match=match):
+        decode(said, DATA)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_bytes_that_were_changed_are_an_error_or_other_values(coding: str) -> None:
+    mask, _ = sparse_int4(40_000)
+    said, data = coded(mask, coding)
+    for i in range(400):
+        wrong = data.copy()
+        at = int(RNG.integers(0, 20 if i % 2 else wrong.size))
+        wrong[at] ^= 1 << int(RNG.integers(8))
+        wrong = wrong[: RNG.integers(wrong.size)] if i % 5 == 0 else wrong
+        try:
+            assert decode(said, wrong).shape == mask.shape
+        except ValueError as e:
+            assert str(e).startswith(("has ", "is ", "claims "))
