@@ -14,9 +14,9 @@ knows from its size how much memory it takes at most.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,8 +24,9 @@ import numpy as np
 from jaxcomp.artifact.coding import ans
 from jaxcomp.artifact.coding.packages import package
 from jaxcomp.artifact.coding.planes import planes_of, put_planes
-from jaxcomp.artifact.tensors import DTYPES, MAX_DIMS, NAMES, Tensor
+from jaxcomp.artifact.tensors import Tensor
 from jaxcomp.core.bits import aligned
+from jaxcomp.core.types import Shape
 
 Coding = Literal["zstd", "ans"]
 CODINGS: tuple[Coding, ...] = get_args(Coding)
@@ -36,14 +37,15 @@ MAX_RATIO = 4096
 _CODEC = "blocks"
 _RAW, _WIDE, _ZSTD = 0, 16, 32
 _HEAD = 5
-_SAID = 64
-"""What saying that a tensor is coded takes in a header, about."""
+_SAID = 16
+"""What saying that a tensor is coded takes in a file, about."""
 
 
-def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Tensor] | None:
-    """A tensor of the coded bytes and what :func:`decode` must be told of it; None where coding does not pay.
+def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Iterator[np.ndarray]] | None:
+    """What :func:`decode` must be told of a coded tensor, and its bytes, made as they are asked for; None where coding
+    does not pay.
 
-    The result depends on nothing but the tensor's bytes, so equal tensors stay equal. Its bytes are held in memory.
+    The result depends on nothing but the tensor's bytes. Of a long tensor its first chunk says whether coding pays.
 
     Args:
       tensor: of any type.
@@ -52,17 +54,21 @@ def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Tensor] | No
     Raises:
       ImportError: what codes is not installed. The message names the extra.
     """
-    if tensor.nbytes <= _SAID:
+    chunks = (b"".join(_coded(plane, coding) for plane in planes_of(chunk)) for chunk in _chunks(tensor))
+    first = next(chunks, b"")
+    if len(first) + _SAID >= min(tensor.nbytes, CHUNK):
         return None
-    pieces = [b"".join(_coded(plane, coding) for plane in planes_of(chunk)) for chunk in _chunks(tensor)]
-    size = sum(map(len, pieces))
-    pieces.append(bytes(max(0, -(-tensor.nbytes // MAX_RATIO) - size)))
-    size += len(pieces[-1])
-    if size + _SAID >= tensor.nbytes:
-        return None
-    said = {"codec": _CODEC, "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-    blocks = lambda: (np.frombuffer(p, np.uint8) for p in pieces)  # noqa: E731
-    return said, replace(tensor, dtype=np.dtype(np.uint8), shape=(size,), blocks=blocks)
+    return {"codec": _CODEC}, _as_arrays(itertools.chain([first], chunks), -(-tensor.nbytes // MAX_RATIO))
+
+
+def _as_arrays(pieces: Iterable[bytes], least: int) -> Iterator[np.ndarray]:
+    """Of the pieces, and zeros up to the ``least`` number of bytes."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        yield np.frombuffer(piece, np.uint8)
+    if size < least:
+        yield np.zeros(least - size, np.uint8)
 
 
 def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
@@ -93,23 +99,28 @@ def _coded(plane: np.ndarray, coding: Coding) -> bytes:
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
 
 
-def decode(said: Any, data: np.ndarray) -> np.ndarray:
+def decode(said: Any, data: np.ndarray, dtype: np.dtype, shape: Shape) -> np.ndarray:
     """The tensor that :func:`encode` coded, in memory that jax can take over.
 
     At most 4096 times the bytes of ``data`` are taken; all that ``said`` and ``data`` claim is checked.
 
     Args:
-      said: what the file says of it, from JSON.
-      data: uint8, flat.
+      said: what the file says of its code, from JSON.
+      data: the coded bytes, uint8, flat.
+      dtype, shape: of the tensor, as the file claims them.
 
     Raises:
       ValueError: they are not what :func:`encode` gives, or what decodes is not installed. The message goes on after
-        the tensor's name: "... has a block of 3 bytes ...".
+        "it": "has a block of 3 bytes ...".
     """
-    dtype, shape = _claimed(said, data)
-    out = aligned(math.prod(shape) * dtype.itemsize)
-    done = at = 0
-    while done < out.size:
+    codec = said.get("codec") if isinstance(said, dict) else said
+    if codec != _CODEC:
+        raise ValueError(f"is coded as {str(codec)[:40]!r}, which is not known here; use the jaxcomp that wrote it")
+    size = math.prod(shape) * dtype.itemsize
+    if size > MAX_RATIO * data.size:
+        raise ValueError(f"claims {size} bytes, more than {MAX_RATIO} times the {data.size} that it is coded in")
+    out, done, at = aligned(size), 0, 0
+    while done < size:
         chunk = out[done : done + CHUNK].view(dtype)
         planes = []
         for _ in range(dtype.itemsize):
@@ -120,23 +131,6 @@ def decode(said: Any, data: np.ndarray) -> np.ndarray:
     if data[at:].any():
         raise ValueError(f"has bytes behind its last block, from {at} on")
     return out.view(dtype).reshape(shape)
-
-
-def _claimed(said: Any, data: np.ndarray) -> tuple[np.dtype, tuple[int, ...]]:
-    """The type and shape, if they can be."""
-    codec, name, shape = (said.get(k) if isinstance(said, dict) else None for k in ("codec", "dtype", "shape"))
-    if codec != _CODEC:
-        raise ValueError(f"is coded as {str(codec)[:40]!r}, which is not known here; use the jaxcomp that wrote it")
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"is said to be of type {str(name)[:40]!r}, which is not known")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"is said to be of shape {str(shape)[:40]}, which is none")
-    if data.dtype != np.uint8 or data.ndim != 1:
-        raise ValueError(f"is coded in a tensor of type {data.dtype} and {data.ndim} dimensions, not in bytes")
-    size = math.prod(shape) * DTYPES[name].itemsize
-    if size > MAX_RATIO * data.size:
-        raise ValueError(f"claims {size} bytes, more than {MAX_RATIO} times the {data.size} that it is coded in")
-    return DTYPES[name], tuple(shape)
 
 
 def _block(data: np.ndarray, at: int, size: int) -> tuple[np.ndarray, int]:
