@@ -1,101 +1,55 @@
-"""The file itself: a safetensors file, written and read tensor by tensor.
+"""The file itself, read tensor by tensor: safetensors' header, checksums, and the pieces of a compact file.
 
-The safetensors package reads and writes whole files from and to memory; here a tensor's bytes are made, hashed and
-written block by block, and read into the memory that jax takes over. Files can be opened by that package and the other
-way round.
+The safetensors package reads whole files to memory; here a tensor is read into the memory that jax takes over, and
+hashed beside the reading of the next one. Only what is read is checked, and the header always.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcomp.artifact.disk import write_all
+from jaxcomp.artifact.limits import MAX_HEADER, Budget, parsed, shape_of
 from jaxcomp.artifact.statics import Json
-from jaxcomp.artifact.tensors import BLOCK, DTYPES, MAX_DIMS, NAMES, Tensor
+from jaxcomp.artifact.tensors import BLOCK, DTYPES
 from jaxcomp.core.bits import aligned
 from jaxcomp.core.types import Shape
 
+FORMAT_VERSION = 4
 KEY = "jaxcomp"
-_DIGEST = '{"__metadata__":{"sha256":"'
-"""How a header of version 3 begins; its digest is of itself with zeros there, and of the digests of the tensors."""
-_ZEROS = "0" * 64
-MAX_HEADER = 100_000_000
-"""Bytes of a header; the limit of safetensors too."""
+DIGEST = b'{"__metadata__":{"sha256":"'
+"""How a header begins; its digest is of itself with zeros there."""
+ZEROS = "0" * 64
+SUM = 8
+"""Bytes of a checksum: the first ones of SHA-256."""
+EDITED = "does not match its checksum: it was damaged or edited; get the file again"
+_DAMAGED = "has a damaged header; get the file again"
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its name, type and shape, and where its bytes are in the file."""
+    """One tensor of a file: its name, type and shape, where its bytes are, and how they are coded if they are."""
 
     name: str
     dtype: np.dtype
     shape: Shape
     start: int
     stop: int
+    code: Json = None
 
-    def digest(self) -> hashlib._Hash:
-        """A hash of what the header says of it; its bytes are to follow."""
-        return hashlib.sha256(f"{self.name} {NAMES[self.dtype]} {list(self.shape)}\n".encode())
-
-
-def write(
-    f: FileIO,
-    tensors: Sequence[Tensor],
-    text: Callable[[Mapping[Tensor, int]], str],
-    *,
-    advance: Callable[[int], None] = lambda written: None,
-) -> int:
-    """Writes a file; returns its size in bytes.
-
-    Args:
-      f: at its beginning.
-      tensors: those of the tree.
-      text: of the entry "jaxcomp", from the tensors' numbers.
-      advance: told how many bytes of tensors were written, again and again.
-    """
-    header, entries = beginning(tensors, text)
-    write_all(f, len(header).to_bytes(8, "little") + header)
-    sha = hashlib.sha256(header)
-    with ThreadPoolExecutor(1) as hashing:  # beside the writing of the same block
-        for t, entry in entries:
-            one = entry.digest()
-            for piece in t.pieces():
-                hashed = hashing.submit(one.update, piece)
-                write_all(f, memoryview(piece))
-                hashed.result()
-                advance(piece.nbytes)
-            sha.update(one.digest())
-    f.seek(8 + len(_DIGEST))
-    write_all(f, sha.hexdigest().encode())
-    return 8 + len(header) + sum(t.nbytes for t in tensors)
-
-
-def beginning(
-    tensors: Sequence[Tensor], text: Callable[[Mapping[Tensor, int]], str]
-) -> tuple[bytes, list[tuple[Tensor, Entry]]]:
-    """The header of a file without its digest, and the tensors in the order of their bytes; see :func:`write`."""
-    ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # so that each is aligned to its items
-    described, entries, start = text({t: n for n, t in enumerate(ordered)}), [], 0
-    for t in ordered:
-        entries.append(Entry(t.name, t.dtype, t.shape, start, start + t.nbytes))
-        start += t.nbytes
-    return _header(described, entries), list(zip(ordered, entries, strict=True))
-
-
-def _header(described: str, entries: Sequence[Entry]) -> bytes:
-    said: dict[str, Json] = {"__metadata__": {"sha256": _ZEROS, KEY: described}}
-    for e in entries:
-        said[e.name] = {"dtype": NAMES[e.dtype], "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
-    header = json.dumps(said, separators=(",", ":")).encode()
-    return header + b" " * (-len(header) % 8)
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -107,6 +61,8 @@ class Reader:
       header: its bytes.
       metadata: of the header.
       entries: the tensors in the order of their bytes; numbers count them.
+      sums: a checksum of each tensor, or nothing where the file has none.
+      budget: what may be read.
     """
 
     file: FileIO
@@ -114,61 +70,119 @@ class Reader:
     header: bytes
     metadata: Mapping[str, str]
     entries: Sequence[Entry]
-    _hashing: ThreadPoolExecutor
-    _digests: dict[int, Future[bytes]] = field(default_factory=dict)
+    hashing: ThreadPoolExecutor
+    budget: Budget
+    sums: bytes = b""
+    _pending: dict[int, tuple[str, Future[bytes]]] = field(default_factory=dict)
 
-    def read(self, number: int) -> np.ndarray:
-        """One tensor, in memory of its own.
+    def read(self, number: int, path: str | None = None) -> np.ndarray:
+        """One tensor, in memory of its own. Whether it matches its checksum is known after :meth:`finish`.
+
+        Args:
+          number: of the tensor.
+          path: of the leaf that it is for, for messages.
 
         Raises:
-          ValueError: there is none of this number, or the file ends before it does.
+          ValueError: there is none of this number, the file ends before it does, or it is more than may be read.
         """
+        entry = self.entry(number)
+        name = entry.name if path is None else path
+        self.budget.take(entry.nbytes, name)
+        room = aligned(entry.stop - entry.start)
+        self.fill(room, entry.start, name)
+        if self.sums and number not in self._pending:
+            self._pending[number] = name, self.hashing.submit(_sum_of, room)
+        if entry.code is None:
+            return room.view(entry.dtype).reshape(entry.shape)
+        if self.sums:
+            self._wait(number)  # a decoder sees only what was written
+        return _decoded(entry, room, name)
+
+    def view(self, number: int, mapped: np.ndarray) -> np.ndarray:
+        """The same of the mapped file, without a copy; it is read once, for its checksum."""
+        entry = self.entry(number)
+        data = mapped[entry.start : entry.stop]
+        if entry.code is not None or data.ctypes.data % entry.dtype.itemsize:
+            return self.read(number)
+        if self.sums:
+            self._pending[number] = entry.name, self.hashing.submit(_sum_of, data)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def entry(self, number: int) -> Entry:
+        """The tensor of this number."""
         if not 0 <= number < len(self.entries):
             raise ValueError(f"the tree refers to tensor {number} of {len(self.entries)}")
-        entry = self.entries[number]
-        room = aligned(entry.stop - entry.start)
-        self._fill(room, entry)
-        if number not in self._digests:
-            self._digests[number] = self._hashing.submit(_digest_of, entry, room)
-        return room.view(entry.dtype).reshape(entry.shape)
+        return self.entries[number]
 
-    def matches_digest(self) -> bool:
-        """Whether nothing was changed since the file was written. Reads the tensors that were not read yet."""
-        if not self.header.startswith(_DIGEST.encode()):
-            return False
-        at = len(_DIGEST)
-        wanted = self.header[at : at + 64]
-        sha = hashlib.sha256(self.header[:at] + _ZEROS.encode() + self.header[at + 64 :])
-        for number, entry in enumerate(self.entries):
-            known = self._digests.get(number)
-            sha.update(self._digest_in_pieces(entry) if known is None else known.result())
-        return sha.hexdigest().encode() == wanted
+    def finish(self, *, whole: bool) -> None:
+        """Waits until what was read is checked, and, of the ``whole`` file, checks what was not read.
 
-    def _fill(self, room: np.ndarray, entry: Entry, start: int = 0) -> None:
-        left, at = memoryview(room), entry.start + start
+        Raises:
+          ValueError: a tensor does not match its checksum; names the leaf and the bytes.
+        """
+        for number in list(self._pending):
+            self._wait(number)
+        if whole and self.sums:
+            read = {*self._pending}
+            for number, entry in enumerate(self.entries):
+                if number not in read:
+                    self._compare(number, entry.name, self.sha256(entry).digest()[:SUM])
+
+    def sha256(self, entry: Entry, sha: hashlib._Hash | None = None) -> hashlib._Hash:
+        """Hashes a tensor's bytes in the file, some at a time."""
+        sha = hashlib.sha256() if sha is None else sha
+        room = np.empty(BLOCK, np.uint8)
+        for start in range(entry.start, entry.stop, BLOCK):
+            piece = room[: min(BLOCK, entry.stop - start)]
+            self.fill(piece, start, entry.name)
+            sha.update(piece)
+        return sha
+
+    def fill(self, room: np.ndarray, start: int, name: str) -> None:
+        """Reads bytes from this place on."""
+        left, at = memoryview(room), start
         while len(left):
             got = os.preadv(self.file.fileno(), [left[: 1 << 30]], at)
             if not got:
-                raise ValueError(f"is truncated: {entry.name!r} ends {len(left)} bytes early")
+                raise ValueError(f"is truncated: {name!r} ends {len(left)} bytes early, at byte {at}")
             left, at = left[got:], at + got
 
-    def _digest_in_pieces(self, entry: Entry) -> bytes:
-        sha, room = entry.digest(), np.empty(BLOCK, np.uint8)
-        for start in range(0, entry.stop - entry.start, BLOCK):
-            piece = room[: min(BLOCK, entry.stop - entry.start - start)]
-            self._fill(piece, entry, start)
-            sha.update(piece)
-        return sha.digest()
+    def _wait(self, number: int) -> None:
+        name, future = self._pending[number]
+        self._compare(number, name, future.result())
+
+    def _compare(self, number: int, name: str, found: bytes) -> None:
+        if found != self.sums[number * SUM : (number + 1) * SUM]:
+            _, _, _, start, stop, _ = self.entries[number]
+            raise ValueError(
+                f"does not match its checksum: {name!r}, bytes {start} to {stop}, was damaged or edited; get the file"
+                " again"
+            )
 
 
-def _digest_of(entry: Entry, data: np.ndarray) -> bytes:
-    sha = entry.digest()
-    sha.update(data)
-    return sha.digest()
+def _sum_of(data: np.ndarray) -> bytes:
+    return hashlib.sha256(data).digest()[:SUM]
 
 
-def opened(file: FileIO, hashing: ThreadPoolExecutor) -> Reader:
+def _decoded(entry: Entry, data: np.ndarray, name: str) -> np.ndarray:
+    from jaxcomp.artifact import coding
+
+    try:
+        found = coding.decode(entry.code, data, entry.dtype, entry.shape)
+    except ValueError as e:
+        raise ValueError(f"holds {name!r} in bytes {entry.start} to {entry.stop}, which are no code: {e}") from e
+    if (found.dtype, found.shape) != (entry.dtype, entry.shape):
+        raise ValueError(f"holds {name!r} of shape {entry.shape}, and its bytes decode to {found.shape}")
+    return found
+
+
+def opened(file: FileIO, hashing: ThreadPoolExecutor, limit: int | None = None) -> Reader:
     """Reads a file's header.
+
+    Args:
+      file: open, at its beginning.
+      hashing: where checksums are made.
+      limit: the bytes of memory that what is read may take; None is 1 GiB, or a hundred times the file's size.
 
     Raises:
       ValueError: it is no safetensors file, truncated, or its header says what cannot be.
@@ -194,36 +208,96 @@ def opened(file: FileIO, hashing: ThreadPoolExecutor) -> Reader:
         end = e.stop
     if end != size:
         raise ValueError(f"is truncated or damaged: it has {size} bytes, and its header describes {end}")
-    return Reader(file, size, header, metadata, entries, hashing)
-
-
-def parsed(text: bytes | str, otherwise: str) -> Json:
-    """JSON, or ValueError with these words."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("is nested deeper than any file that jaxcomp.save writes") from None
-    except ValueError:
-        raise ValueError(otherwise) from None
+    return Reader(file, size, header, metadata, entries, hashing, Budget(limit, size))
 
 
 def _entry(name: str, said: Json, first: int) -> Entry:
     try:
         dtype, shape, (start, stop) = said["dtype"], said["shape"], said["data_offsets"]
-        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (start, stop))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise ValueError(f"is damaged: the header's entry of {name!r} is none; get the file again")
-    if dtype not in DTYPES:
-        raise ValueError(f"holds {name!r} of type {dtype}, which is not known")
-    if len(shape) > MAX_DIMS:
-        raise ValueError(f"holds {name!r} of {len(shape)} dimensions; an array has at most {MAX_DIMS}")
-    size = DTYPES[dtype].itemsize
-    for n in shape:
-        size *= n
-    if stop - start != size:
+    entry = Entry(name, _dtype(dtype, name), shape_of(shape, name), first + start, first + stop)
+    if stop - start != entry.nbytes:
         raise ValueError(
             f"is damaged: {name!r} of type {dtype} and shape {shape} has {stop - start} bytes; get the file again"
         )
-    return Entry(name, DTYPES[dtype], tuple(shape), first + start, first + stop)
+    return entry
+
+
+def _dtype(dtype: Json, name: str) -> np.dtype:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"holds {name!r} of type {dtype}, which is not known")
+    return DTYPES[dtype]
+
+
+# Version 4: checksums, and compact files
+
+
+def checked(reader: Reader, described: dict[str, Json]) -> tuple[Reader, dict[str, Json]]:
+    """A file of version 4 whose header, and directory if there is one, match their checksums, and what it says.
+
+    Raises:
+      ValueError: they do not, or say what cannot be.
+    """
+    at = len(DIGEST)
+    without = reader.header[:at] + ZEROS.encode() + reader.header[at + 64 :]
+    if not reader.header.startswith(DIGEST) or hashlib.sha256(without).hexdigest().encode() != reader.header[at : at + 64]:
+        raise ValueError(EDITED)
+    reader = replace(reader, sums=_sums(described, len(reader.entries)))
+    return _compact(reader, described["directory"]) if "directory" in described else (reader, described)
+
+
+def _sums(described: dict[str, Json], count: int) -> bytes:
+    try:
+        sums = base64.b64decode(described["sums"], validate=True)
+    except (KeyError, TypeError, ValueError, binascii.Error):
+        sums = b""
+    if len(sums) != count * SUM:
+        raise ValueError(f"has {len(sums) // SUM} checksums of {count} tensors; get the file again")
+    return sums
+
+
+def _compact(reader: Reader, sizes: Json) -> tuple[Reader, dict[str, Json]]:
+    """A reader of the pieces of a file's one tensor, and what its directory says."""
+    good = isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and 0 < n <= MAX_HEADER for n in sizes)
+    if not good or len(reader.entries) != 1 or sizes[0] > reader.entries[0].stop - reader.entries[0].start:
+        raise ValueError(_DAMAGED)
+    (whole,), (deflated, size) = reader.entries, sizes
+    data = np.empty(deflated, np.uint8)
+    reader.fill(data, whole.stop - deflated, "its directory")
+    if _sum_of(data) != reader.sums:
+        raise ValueError(f"{EDITED} (its directory, bytes {whole.stop - deflated} to {whole.stop})")
+    described = parsed(_inflated(data, size), "has a damaged directory; get the file again")
+    if not isinstance(described, dict) or not isinstance(described.get("pieces"), list) or "tree" not in described:
+        raise ValueError("has a damaged directory; get the file again")
+    entries, start = [], whole.start
+    for number, said in enumerate(described["pieces"]):
+        entries.append(_piece(f"piece {number}", said, start))
+        start = entries[-1].stop
+    if start != whole.stop - deflated:
+        raise ValueError(f"is damaged: its pieces end at byte {start} and not at {whole.stop - deflated}")
+    return replace(reader, entries=entries, sums=_sums(described, len(entries))), described
+
+
+def _inflated(data: np.ndarray, size: int) -> bytes:
+    inflating = zlib.decompressobj()
+    try:
+        text = inflating.decompress(data.tobytes(), size + 1)
+    except zlib.error:
+        text = b""
+    if len(text) != size or not inflating.eof or inflating.unused_data:
+        raise ValueError(f"has a directory that does not inflate to the {size} bytes that it should")
+    return text
+
+
+def _piece(name: str, said: Json, start: int) -> Entry:
+    good = isinstance(said, list) and len(said) in (2, 4)
+    if not good or not all(type(n) is int and n >= 0 for n in said[2:3]):
+        raise ValueError(f"is damaged: {name} of its directory is none; get the file again")
+    entry = Entry(name, _dtype(said[0], name), shape_of(said[1], name), start, start, said[3] if said[2:] else None)
+    if said[2:] and not isinstance(entry.code, dict):
+        raise ValueError(f"is damaged: {name} of its directory has no code; get the file again")
+    return entry._replace(stop=start + (said[2] if said[2:] else entry.nbytes))

@@ -8,10 +8,33 @@ import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 
 class FileError(ValueError):
     """A file that cannot be read as a compressed tree, or written."""
+
+
+class Sink(Protocol):
+    """Where a file's bytes go."""
+
+    def write(self, data: memoryview, /) -> int | None:
+        """Takes some of the bytes; how many."""
+
+    def seek(self, place: int, /) -> int:
+        """Goes to a place."""
+
+
+class Counted:
+    """A sink that keeps nothing, for what wants to know a file's size."""
+
+    def write(self, data: memoryview, /) -> int:
+        """Takes all."""
+        return data.nbytes
+
+    def seek(self, place: int, /) -> int:
+        """Goes nowhere."""
+        return place
 
 
 @contextlib.contextmanager
@@ -40,7 +63,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
                 os.unlink(temporary)
 
 
-def write_all(f: FileIO, data: memoryview | bytes) -> None:
+def write_all(f: Sink, data: memoryview | bytes) -> None:
     """Writes all of it: one call may take less, at most 2 GB of it on Linux."""
     left = memoryview(data)
     while len(left):

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from io import FileIO
 
-from jaxcomp.artifact.container import KEY, Reader, beginning, opened, parsed, write
+from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, checked, opened
 from jaxcomp.artifact.decoding import decode_tree
-from jaxcomp.artifact.disk import FileError, replacing, write_all
+from jaxcomp.artifact.disk import Counted, FileError, replacing, write_all
 from jaxcomp.artifact.encoding import encode_tree
+from jaxcomp.artifact.limits import parsed
 from jaxcomp.artifact.matching import shaped_like
-from jaxcomp.artifact.older import all_names, numbered, old_digest
+from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.statics import Json, known_at
-from jaxcomp.artifact.tensors import Tensor
+from jaxcomp.artifact.writing import by_alignment, plain_header, write_plain
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.quantization.companding import Compander
-
-FORMAT_VERSION = 3
-
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
     """Writes a tree in its smallest storage; returns the file's size in bytes.
@@ -59,9 +56,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
     about = _checked_metadata(metadata)
     with progress("save: packing"):
         node, tensors = encode_tree(tree)
-    text = partial(_said, node, about)
+    said = {"tree": node, "metadata": about}
     with replacing(path) as f, progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
-        return write(f, tensors, text, advance=advance)
+        return write_plain(f, tensors, said, advance)
 
 
 def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
@@ -79,7 +76,7 @@ def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> in
     True
     """
     node, tensors = encode_tree(tree)
-    header, _ = beginning(tensors, partial(_said, node, _checked_metadata(metadata)))
+    header, _ = plain_header(by_alignment(tensors), {"tree": node, "metadata": _checked_metadata(metadata)})
     return 8 + len(header) + sum(t.nbytes for t in tensors)
 
 
@@ -96,12 +93,6 @@ def stored_bytes(leaf: Leaf) -> int:
     return sum(t.nbytes for t in encode_tree(leaf)[1])
 
 
-def _said(node: Json, about: Json, numbers: Mapping[Tensor, int]) -> str:
-    """The entry "jaxcomp" of a header."""
-    said = {"version": FORMAT_VERSION, "tree": node, "metadata": about}
-    return json.dumps(said, separators=(",", ":"), default=numbers.__getitem__)
-
-
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
     about = dict(metadata or {})
     try:
@@ -113,7 +104,13 @@ def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
     return about
 
 
-def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Iterable[Compander] = ()) -> PyTree:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: PyTree = None,
+    companders: Iterable[Compander] = (),
+    limit: int | None = None,
+) -> PyTree:
     """Reads what :func:`save` wrote: the whole tree with its compressed leaves, packed, or an error.
 
     Args:
@@ -126,21 +123,29 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None, companders: Itera
         another tree. Never a partial tree.
     """
     companders = list(companders)
-    with _reading(path) as (reader, described, version):
-        if version < FORMAT_VERSION:
-            described = _of_today(described, reader)
-        failed: Exception | None = None
-        try:
-            with progress("load"):
-                tree = decode_tree(described["tree"], reader, companders)
-        except Exception as e:  # whatever a wrong file makes Python raise
-            failed = e
-        if version == FORMAT_VERSION:
-            _check_digest(reader)
-        if failed is not None:
-            said = str(failed) if isinstance(failed, ValueError) else f"says what cannot be ({failed!r})"
-            raise ValueError(said) from failed
+    with reading(path, limit) as (reader, described), progress("load"):
+        tree = decoded(reader, lambda: decode_tree(described["tree"], reader, companders), whole=True)
         return tree if like is None else shaped_like(tree, like)
+
+
+def decoded(reader: Reader, decode: Callable[[], PyTree], *, whole: bool) -> PyTree:
+    """What ``decode`` makes of what it reads, checked; a wrong checksum is said before what it led to.
+
+    Raises:
+      ValueError: as :meth:`Reader.finish`, or whatever a wrong file makes Python raise.
+    """
+    try:
+        tree = decode()
+    except Exception as e:
+        reader.finish(whole=whole)
+        raise _as_value_error(e) from e
+    reader.finish(whole=whole)
+    return tree
+
+
+def _as_value_error(e: Exception) -> ValueError:
+    """Whatever a wrong file makes Python raise, in words."""
+    return e if isinstance(e, ValueError) else ValueError(f"says what cannot be ({e!r})")
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
@@ -158,59 +163,60 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
     ...     load_metadata(f"{d}/w.safetensors")
     {'accuracy': 0.99}
     """
-    with _reading(path) as (reader, described, version):
-        if version < FORMAT_VERSION:
-            _of_today(described, reader)
-        else:
-            _check_digest(reader)
+    with reading(path) as (_, described):
         return described["metadata"]
 
 
 @contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[tuple[Reader, dict[str, Json], int]]:
-    """The file open, what it says of its tree, and in which version. Every ValueError inside becomes a FileError."""
+def reading(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tuple[Reader, dict[str, Json]]]:
+    """The file open, and what it says of its tree, in today's words. Every ValueError inside becomes a FileError."""
     name = os.fspath(path)
     try:
         with FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
-            reader = opened(f, hashing)
-            if KEY not in reader.metadata:
-                raise ValueError("is a safetensors file, but not one that jaxcomp.save wrote")
-            described = parsed(reader.metadata[KEY], "has a damaged header; get the file again")
-            yield reader, described, _version(described)
+            reader = opened(f, hashing, limit)
+            try:
+                found = _described_by(reader)
+            except Exception as e:
+                raise _as_value_error(e) from e
+            yield found
     except OSError as e:
         raise FileError(f"load: cannot read {name!r}: {e.strerror or e}.") from e
     except ValueError as e:
         raise FileError(f"load: {name!r} {e}.") from e
 
 
-def _version(described: Json) -> int:
-    if not isinstance(described, dict) or type(described.get("version")) is not int or "tree" not in described:
+def _described_by(reader: Reader) -> tuple[Reader, dict[str, Json]]:
+    """What a file says of its tree, and what reads its tensors.
+
+    Raises:
+      ValueError: it is of another program, of a newer version, or damaged.
+    """
+    if KEY not in reader.metadata:
+        raise ValueError("is a safetensors file, but not one that jaxcomp.save wrote")
+    described = parsed(reader.metadata[KEY], "has a damaged header; get the file again")
+    version = described.get("version") if isinstance(described, dict) else None
+    if type(version) is not int:
         raise ValueError("has a damaged header; get the file again")
-    version: int = described["version"]
     if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"has format version {version}, this jaxcomp reads 1 to {FORMAT_VERSION}; use the jaxcomp that wrote it, or"
             " a newer one"
         )
-    return version
+    if version < FORMAT_VERSION:
+        return reader, renewed(described, reader, _fields_of)
+    reader, described = checked(reader, described)
+    missing = [key for key in ("tree", "metadata") if key not in described]
+    if missing:
+        raise ValueError(f"has a damaged header, which lacks {missing[0]!r}; get the file again")
+    if described.get("needs"):
+        raise ValueError(f"needs {described['needs']}, which this jaxcomp does not know; use a newer one")
+    return reader, described
 
 
-def _check_digest(reader: Reader) -> None:
-    if not reader.matches_digest():
-        raise ValueError("does not match its checksum: it was damaged or edited; get the file again")
-
-
-def _of_today(described: dict[str, Json], reader: Reader) -> dict[str, Json]:
-    """What a file of version 1 or 2 says, as one of version 3 would."""
-    if described.get("sha256") != old_digest(described, reader):
-        raise ValueError("does not match its checksum: it was damaged or edited; get the file again")
-    numbers = all_names({e.name: n for n, e in enumerate(reader.entries)}, described.get("same", {}))
-
-    def fields_of(name: str, path: str) -> dict[str, bool]:
-        cls = known_at(CompressedLeaf, name, path)
-        return {f: f == cls.coded for f in cls.data_fields}
-
-    return {**described, "tree": numbered(described["tree"], numbers, fields_of)}
+def _fields_of(name: str, path: str) -> dict[str, bool]:
+    """The children of a leaf's class, and whether they are its codes."""
+    cls = known_at(CompressedLeaf, name, path)
+    return {f: f == cls.coded for f in cls.data_fields}
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

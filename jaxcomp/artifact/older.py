@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jaxcomp.core.types import Shape
 
 Json = Any
 Fields = Mapping[str, Any]
+FieldsOf = Callable[[str, str], Mapping[str, bool]]
 
 # Fields that specs had when files were written, by class and name: dropped on reading. A grid said how many neighbours
 # share a scale; the shape of the scale in the file says it too.
@@ -58,24 +59,67 @@ def _codebook(fields: Fields, shape: Shape) -> Fields:
 class _Entry(Protocol):
     @property
     def name(self) -> str: ...
-
-
-class _Reader(Protocol):
     @property
-    def entries(self) -> Sequence[_Entry]: ...
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> Shape: ...
 
-    def read(self, number: int) -> np.ndarray: ...
+
+E = TypeVar("E", bound=_Entry)
 
 
-def old_digest(described: Mapping[str, Json], reader: _Reader) -> str:
+class _Reader(Protocol[E]):
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def entries(self) -> Sequence[E]: ...
+    def sha256(self, entry: E, sha: hashlib._Hash) -> hashlib._Hash: ...
+
+
+def renewed(described: Mapping[str, Json], reader: _Reader[E], fields_of: FieldsOf) -> dict[str, Json]:
+    """What a file of version 1 to 3 says, as one of version 4 would. All of the file is read for its checksum.
+
+    Args:
+      described: its entry "jaxcomp".
+      reader: of the file.
+      fields_of: of a leaf's class, by its name and the path, the fields that are children, and whether they are coded.
+
+    Raises:
+      ValueError: it does not match its checksum, or says what cannot be.
+    """
+    missing = [key for key in ("tree", "metadata") if key not in described]
+    if missing:
+        raise ValueError(f"has a damaged header, which lacks {missing[0]!r}; get the file again")
+    if not (_matches_3(reader) if described["version"] == 3 else described.get("sha256") == _digest_2(described, reader)):
+        raise ValueError("does not match its checksum: it was damaged or edited; get the file again")
+    if described["version"] == 3:
+        return dict(described)
+    numbers = all_names({e.name: n for n, e in enumerate(reader.entries)}, described.get("same", {}))
+    return {**described, "tree": numbered(described["tree"], numbers, fields_of)}
+
+
+def _matches_3(reader: _Reader[E]) -> bool:
+    """The checksum of version 3: of the header with zeros in its place, and of the digests of all tensors."""
+    begins = b'{"__metadata__":{"sha256":"'
+    at = len(begins)
+    sha = hashlib.sha256(reader.header[:at] + b"0" * 64 + reader.header[at + 64 :])
+    for e in reader.entries:
+        sha.update(reader.sha256(e, hashlib.sha256(_line(e).encode())).digest())
+    return reader.header.startswith(begins) and sha.hexdigest().encode() == reader.header[at : at + 64]
+
+
+def _digest_2(described: Mapping[str, Json], reader: _Reader[E]) -> str:
     """The checksum of versions 1 and 2: of the JSON without it, and of the tensors by name."""
     said = {k: v for k, v in described.items() if k != "sha256"}
     sha = hashlib.sha256(json.dumps(said, separators=(",", ":"), allow_nan=False).encode())
-    for name, number in sorted((entry.name, number) for number, entry in enumerate(reader.entries)):
-        x = reader.read(number)
-        sha.update(f"\n{name} {NAMES[x.dtype]} {list(x.shape)}\n".encode())
-        sha.update(x)
+    for e in sorted(reader.entries, key=lambda e: e.name):
+        sha.update(f"\n{_line(e)}".encode())
+        reader.sha256(e, sha)
     return sha.hexdigest()
+
+
+def _line(e: _Entry) -> str:
+    return f"{e.name} {NAMES[e.dtype]} {list(e.shape)}\n"
 
 
 def all_names(held: Mapping[str, int], same: object) -> dict[str, int]:
@@ -94,7 +138,7 @@ def all_names(held: Mapping[str, int], same: object) -> dict[str, int]:
     return {**held, **{name: held[first] for name, first in same.items()}}
 
 
-def numbered(node: Json, numbers: Mapping[str, int], fields_of: Callable[[str, str], Mapping[str, bool]]) -> Json:
+def numbered(node: Json, numbers: Mapping[str, int], fields_of: FieldsOf) -> Json:
     """The JSON of a file of version 1 or 2 as one of version 3 has it: tensors by number, not by the node's path.
 
     Args:
@@ -114,7 +158,7 @@ def numbered(node: Json, numbers: Mapping[str, int], fields_of: Callable[[str, s
 @dataclass(frozen=True)
 class _Numbering:
     numbers: Mapping[str, int]
-    fields_of: Callable[[str, str], Mapping[str, bool]]
+    fields_of: FieldsOf
     taken: set[str] = field(default_factory=set)
 
     def number(self, name: str) -> int:

@@ -118,7 +118,7 @@ class Statics:
     """Reads what :func:`encode_static` wrote."""
 
     companders: Mapping[str, Compander]
-    array: Callable[[Json], np.ndarray]
+    array: Callable[[Json, str], np.ndarray]
 
     def read(self, value: Json, path: str) -> Any:
         """One field."""
@@ -133,7 +133,7 @@ class Statics:
             "dtype": dtype_named,
             "compander": lambda name: self._compander(name, path),
             "spec": lambda body: self._spec(body, path),
-            "array": self.array,
+            "array": lambda number: self.array(number, path),
             "dict": lambda items: {k: self.read(v, path) for k, v in items},
             "record": lambda body: self.record(body, path),
         }

@@ -32,8 +32,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 22
 """Bytes of an array that are hashed and written at once."""
-MAX_DIMS = 64
-"""How many dimensions an array of numpy has at most."""
 _BEGINNING = 1 << 16
 
 

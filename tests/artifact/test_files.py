@@ -142,9 +142,9 @@ def test_files_of_others_and_of_the_future(tmp_path, saved) -> None:
     with pytest.raises(FileError, match=r"foreign' is a safetensors file, but not one that jaxcomp\.save wrote"):
         jc.load(foreign)
     newer = tmp_path / "newer"
-    header = {"jaxcomp": json.dumps({"version": 4, "tree": {}, "metadata": {}, "sha256": "0"})}
+    header = {"jaxcomp": json.dumps({"version": 5, "tree": {}, "metadata": {}, "sha256": "0"})}
     safetensors.numpy.save_file({"w": np.ones(3)}, newer, metadata=header)
-    with pytest.raises(FileError, match=r"has format version 4, this jaxcomp reads 1 to 3; use the jaxcomp that"):
+    with pytest.raises(FileError, match=r"has format version 5, this jaxcomp reads 1 to 4; use the jaxcomp that"):
         jc.load(newer)
     (tmp_path / "text").write_text("not a file of weights, whatever its name")
     with pytest.raises(FileError, match=r"truncated or not a safetensors file"):
