@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcomp.artifact.coding.blocks import decode
 from jaxcomp.artifact.limits import MAX_HEADER, Budget, parsed, shape_of
 from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import BLOCK, DTYPES
@@ -165,12 +166,10 @@ def _sum_of(data: np.ndarray) -> bytes:
 
 
 def _decoded(entry: Entry, data: np.ndarray, name: str) -> np.ndarray:
-    from jaxcomp.artifact import coding
-
     try:
-        found = coding.decode(entry.code, data, entry.dtype, entry.shape)
+        found = decode(entry.code, data, entry.dtype, entry.shape)
     except ValueError as e:
-        raise ValueError(f"holds {name!r} in bytes {entry.start} to {entry.stop}, which are no code: {e}") from e
+        raise ValueError(f"holds {name!r}, whose code in bytes {entry.start} to {entry.stop} {e}") from e
     if (found.dtype, found.shape) != (entry.dtype, entry.shape):
         raise ValueError(f"holds {name!r} of shape {entry.shape}, and its bytes decode to {found.shape}")
     return found
@@ -244,7 +243,10 @@ def checked(reader: Reader, described: dict[str, Json]) -> tuple[Reader, dict[st
     """
     at = len(DIGEST)
     without = reader.header[:at] + ZEROS.encode() + reader.header[at + 64 :]
-    if not reader.header.startswith(DIGEST) or hashlib.sha256(without).hexdigest().encode() != reader.header[at : at + 64]:
+    if (
+        not reader.header.startswith(DIGEST)
+        or hashlib.sha256(without).hexdigest().encode() != reader.header[at : at + 64]
+    ):
         raise ValueError(EDITED)
     reader = replace(reader, sums=_sums(described, len(reader.entries)))
     return _compact(reader, described["directory"]) if "directory" in described else (reader, described)

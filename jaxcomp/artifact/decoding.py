@@ -65,7 +65,7 @@ class _Decoder:
     source: Source
     statics: Statics
     place: Place | None
-    made: dict[int, jax.Array | np.ndarray] = field(default_factory=dict)
+    made: dict[int, Leaf] = field(default_factory=dict)
 
     def node(self, node: Json, path: str, depth: int) -> PyTree:
         """One node and all below it."""
@@ -110,7 +110,7 @@ class _Decoder:
 
     # Arrays
 
-    def array(self, number: int, path: str) -> jax.Array | np.ndarray:
+    def array(self, number: int, path: str) -> Leaf:
         """A tensor as an array of jax; the same one for all that refer to it."""
         if number not in self.made:
             self.made[number] = self._put(self._read(number, path))
@@ -119,7 +119,7 @@ class _Decoder:
     def _read(self, number: Json, path: str) -> np.ndarray:
         return self.source.read(_number(number), path)
 
-    def _put(self, x: np.ndarray) -> jax.Array | np.ndarray:
+    def _put(self, x: np.ndarray) -> Leaf:
         """Handed over to jax without a copy where that is possible; jax would narrow a type that it does not have."""
         stays = self.place is not None or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
         return x if stays else jax.device_put(x)

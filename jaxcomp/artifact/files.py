@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 
+from jaxcomp.artifact.coding.blocks import CODINGS, Coding, encode
 from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, checked, opened
 from jaxcomp.artifact.decoding import decode_tree
 from jaxcomp.artifact.disk import Counted, FileError, replacing, write_all
@@ -17,13 +18,20 @@ from jaxcomp.artifact.limits import parsed
 from jaxcomp.artifact.matching import shaped_like
 from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.statics import Json, known_at
-from jaxcomp.artifact.writing import by_alignment, plain_header, write_plain
+from jaxcomp.artifact.writing import Layout, by_alignment, compact_layout, plain_header, write_plain
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.quantization.companding import Compander
 
-def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
+
+def save(
+    path: str | os.PathLike[str],
+    tree: PyTree,
+    *,
+    metadata: Mapping[str, Json] | None = None,
+    coding: Coding | None = None,
+) -> int:
     """Writes a tree in its smallest storage; returns the file's size in bytes.
 
     Compressed leaves are packed first. A masked leaf is stored as a bitmap and its survivors where that is smaller than
@@ -35,12 +43,15 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
       tree: dicts, lists, tuples, ``nnx.State``, Equinox arrays: any pytree of arrays of jax and numpy, random keys,
         numbers, strings, compressed leaves, ranges of activations, and plans of :mod:`jaxcomp.structure`.
       metadata: anything that JSON holds; :func:`load_metadata` reads it.
+      coding: None writes tensors as they are, which every reader of safetensors opens; "zstd" codes them fast, "ans"
+        small, each tensor where it pays (extra ``coding``).
 
     Raises:
       FileError: the file cannot be written; nothing is left behind.
+      ImportError: what codes is not installed; the message names the extra.
       TypeError: a leaf that a file cannot hold, or a key of a dict that is no string or integer. The message names the
         path.
-      ValueError: metadata that JSON does not hold.
+      ValueError: metadata that JSON does not hold, or another coding.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from jaxcomp import Int, materialize, quantize
@@ -53,19 +64,27 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, metadata: Mapping[str, J
 
     Source: the safetensors format, version 0.x; codes and masks are little-endian bit streams.
     """
-    about = _checked_metadata(metadata)
+    about, layout = _checked_metadata(metadata), _layout(coding)
     with progress("save: packing"):
         node, tensors = encode_tree(tree)
     said = {"tree": node, "metadata": about}
     with replacing(path) as f, progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
-        return write_plain(f, tensors, said, advance)
+        return layout(f, tensors, said, advance)
 
 
-def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> int:
+def _layout(coding: Coding | None) -> Layout:
+    if coding is None:
+        return write_plain
+    if coding not in CODINGS:
+        raise ValueError(f"save: coding must be None, {' or '.join(map(repr, CODINGS))}, got {coding!r}.")
+    return compact_layout(lambda tensor: encode(tensor, coding))
+
+
+def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None, coding: Coding | None = None) -> int:
     """The bytes of the file that :func:`save` would write; nothing is written.
 
     Args:
-      tree, metadata: as :func:`save` has them.
+      tree, metadata, coding: as :func:`save` has them.
 
     Raises:
       TypeError, ValueError: as :func:`save`.
@@ -76,8 +95,10 @@ def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None) -> in
     True
     """
     node, tensors = encode_tree(tree)
-    header, _ = plain_header(by_alignment(tensors), {"tree": node, "metadata": _checked_metadata(metadata)})
-    return 8 + len(header) + sum(t.nbytes for t in tensors)
+    said = {"tree": node, "metadata": _checked_metadata(metadata)}
+    if coding is not None:
+        return _layout(coding)(Counted(), tensors, said, lambda written: None)
+    return 8 + len(plain_header(by_alignment(tensors), said)[0]) + sum(t.nbytes for t in tensors)
 
 
 def stored_bytes(leaf: Leaf) -> int:

@@ -61,7 +61,9 @@ def shape_of(said: Json, path: str) -> Shape:
       ValueError: it is none.
     """
     if not isinstance(said, list) or not all(type(n) is int and n >= 0 for n in said):
-        raise ValueError(f"holds {path!r} of the shape {str(said)[:40]}; it must be a list of numbers that are not negative")
+        raise ValueError(
+            f"holds {path!r} of the shape {str(said)[:40]}; it must be a list of numbers that are not negative"
+        )
     if len(said) > MAX_DIMS:
         raise ValueError(f"holds {path!r} of {len(said)} dimensions; an array has at most {MAX_DIMS}")
     size = 1

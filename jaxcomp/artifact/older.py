@@ -90,9 +90,10 @@ def renewed(described: Mapping[str, Json], reader: _Reader[E], fields_of: Fields
     missing = [key for key in ("tree", "metadata") if key not in described]
     if missing:
         raise ValueError(f"has a damaged header, which lacks {missing[0]!r}; get the file again")
-    if not (_matches_3(reader) if described["version"] == 3 else described.get("sha256") == _digest_2(described, reader)):
+    as_3 = described["version"] == 3
+    if not (_matches_3(reader) if as_3 else described.get("sha256") == _digest_2(described, reader)):
         raise ValueError("does not match its checksum: it was damaged or edited; get the file again")
-    if described["version"] == 3:
+    if as_3:
         return dict(described)
     numbers = all_names({e.name: n for n, e in enumerate(reader.entries)}, described.get("same", {}))
     return {**described, "tree": numbered(described["tree"], numbers, fields_of)}

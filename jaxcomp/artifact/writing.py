@@ -29,10 +29,11 @@ Advance = Callable[[int], None]
 """Told how many bytes were written, again and again."""
 
 
-class Plan(Protocol):
-    """What a layout is."""
+class Layout(Protocol):
+    """What writes a file."""
 
-    def __call__(self, f: Sink, tensors: Sequence[Tensor], said: Mapping[str, Json], advance: Advance) -> int: ...
+    def __call__(self, f: Sink, tensors: Sequence[Tensor], said: Mapping[str, Json], advance: Advance) -> int:
+        """As :func:`write_plain`."""
 
 
 def by_alignment(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -75,7 +76,7 @@ def plain_header(ordered: Sequence[Tensor], said: Mapping[str, Json]) -> tuple[b
     return data + b" " * (-len(data) % 8), data.index(b'sums\\":\\"') + len(b'sums\\":\\"')
 
 
-def compact_layout(code: Coder) -> Plan:
+def compact_layout(code: Coder) -> Layout:
     """The layout in which the tensors are pieces of one, coded where it pays, and the tree is deflated behind them.
 
     No size must be known before it is written, and a small tensor takes little more than its bytes.

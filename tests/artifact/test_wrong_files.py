@@ -82,7 +82,7 @@ TREES = {
     "a negative dimension": (quantized(data={"codes": {"packed": [4, -8, [-4, -4], 0]}}), r"the shape \[-4, -4\]"),
     "half a dimension": (quantized(data={"codes": {"packed": [4, -8, [4.5, 4], 0]}}), r"the shape \[4\.5, 4\]"),
     "a large claim": ({"sparse": [[1 << 50], 0, 1]}, "a mask of shape"),
-    "a large mask": ({**HUGE, "mask": [[64, 1], 0], "shape": [64, 1 << 34]}, r"would take 10995116\d+ bytes .* of limit="),
+    "a large mask": ({**HUGE, "mask": [[64, 1], 0], "shape": [64, 1 << 34]}, r"would take 10995116\d+ bytes"),
     "a mask that does not fit": ({**HUGE, "mask": [[64], 0], "shape": [5]}, "does not broadcast to"),
     "a mask of another size": ({**HUGE, "mask": [[100], 0], "shape": [100]}, "in 8 bytes"),
     "survivors of another mask": ({"masked": {"survivors": 1}, "mask": [[64], 0]}, "where its mask keeps 0"),
