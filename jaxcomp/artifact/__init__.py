@@ -1,12 +1,15 @@
 """The compressed file."""
 
 from jaxcomp.artifact.files import FileError, file_size, load, load_metadata, save, stored_bytes
+from jaxcomp.artifact.lazy import OpenTree, open_tree
 
 __all__ = [
     "FileError",
+    "OpenTree",
     "file_size",
     "load",
     "load_metadata",
+    "open_tree",
     "save",
     "stored_bytes",
 ]

@@ -6,11 +6,8 @@ hashed beside the reading of the next one. Only what is read is checked, and the
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,7 +31,6 @@ ZEROS = "0" * 64
 SUM = 8
 """Bytes of a checksum: the first ones of SHA-256."""
 EDITED = "does not match its checksum: it was damaged or edited; get the file again"
-_DAMAGED = "has a damaged header; get the file again"
 
 
 class Entry(NamedTuple):
@@ -92,22 +88,26 @@ class Reader:
         room = aligned(entry.stop - entry.start)
         self.fill(room, entry.start, name)
         if self.sums and number not in self._pending:
-            self._pending[number] = name, self.hashing.submit(_sum_of, room)
+            self._pending[number] = name, self.hashing.submit(sum_of, room)
         if entry.code is None:
             return room.view(entry.dtype).reshape(entry.shape)
         if self.sums:
             self._wait(number)  # a decoder sees only what was written
         return _decoded(entry, room, name)
 
-    def view(self, number: int, mapped: np.ndarray) -> np.ndarray:
-        """The same of the mapped file, without a copy; it is read once, for its checksum."""
+    def view(self, number: int, mapped: np.ndarray, path: str) -> np.ndarray:
+        """The same of the mapped file, without a copy where it is aligned; it is read once, for its checksum."""
         entry = self.entry(number)
         data = mapped[entry.start : entry.stop]
-        if entry.code is not None or data.ctypes.data % entry.dtype.itemsize:
-            return self.read(number)
+        if data.ctypes.data % entry.dtype.itemsize:
+            return self.read(number, path)
         if self.sums:
-            self._pending[number] = entry.name, self.hashing.submit(_sum_of, data)
+            self._pending[number] = path, self.hashing.submit(sum_of, data)
         return data.view(entry.dtype).reshape(entry.shape)
+
+    def again(self, limit: int | None) -> Reader:
+        """A reader of the same file that has read nothing."""
+        return replace(self, budget=Budget(limit, self.size), _pending={})
 
     def entry(self, number: int) -> Entry:
         """The tensor of this number."""
@@ -161,7 +161,8 @@ class Reader:
             )
 
 
-def _sum_of(data: np.ndarray) -> bytes:
+def sum_of(data: np.ndarray) -> bytes:
+    """The checksum of some bytes."""
     return hashlib.sha256(data).digest()[:SUM]
 
 
@@ -218,7 +219,7 @@ def _entry(name: str, said: Json, first: int) -> Entry:
         whole = False
     if not whole:
         raise ValueError(f"is damaged: the header's entry of {name!r} is none; get the file again")
-    entry = Entry(name, _dtype(dtype, name), shape_of(shape, name), first + start, first + stop)
+    entry = Entry(name, dtype_of(dtype, name), shape_of(shape, name), first + start, first + stop)
     if stop - start != entry.nbytes:
         raise ValueError(
             f"is damaged: {name!r} of type {dtype} and shape {shape} has {stop - start} bytes; get the file again"
@@ -226,80 +227,8 @@ def _entry(name: str, said: Json, first: int) -> Entry:
     return entry
 
 
-def _dtype(dtype: Json, name: str) -> np.dtype:
+def dtype_of(dtype: Json, name: str) -> np.dtype:
+    """The type of this name in safetensors."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"holds {name!r} of type {dtype}, which is not known")
     return DTYPES[dtype]
-
-
-# Version 4: checksums, and compact files
-
-
-def checked(reader: Reader, described: dict[str, Json]) -> tuple[Reader, dict[str, Json]]:
-    """A file of version 4 whose header, and directory if there is one, match their checksums, and what it says.
-
-    Raises:
-      ValueError: they do not, or say what cannot be.
-    """
-    at = len(DIGEST)
-    without = reader.header[:at] + ZEROS.encode() + reader.header[at + 64 :]
-    if (
-        not reader.header.startswith(DIGEST)
-        or hashlib.sha256(without).hexdigest().encode() != reader.header[at : at + 64]
-    ):
-        raise ValueError(EDITED)
-    reader = replace(reader, sums=_sums(described, len(reader.entries)))
-    return _compact(reader, described["directory"]) if "directory" in described else (reader, described)
-
-
-def _sums(described: dict[str, Json], count: int) -> bytes:
-    try:
-        sums = base64.b64decode(described["sums"], validate=True)
-    except (KeyError, TypeError, ValueError, binascii.Error):
-        sums = b""
-    if len(sums) != count * SUM:
-        raise ValueError(f"has {len(sums) // SUM} checksums of {count} tensors; get the file again")
-    return sums
-
-
-def _compact(reader: Reader, sizes: Json) -> tuple[Reader, dict[str, Json]]:
-    """A reader of the pieces of a file's one tensor, and what its directory says."""
-    good = isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and 0 < n <= MAX_HEADER for n in sizes)
-    if not good or len(reader.entries) != 1 or sizes[0] > reader.entries[0].stop - reader.entries[0].start:
-        raise ValueError(_DAMAGED)
-    (whole,), (deflated, size) = reader.entries, sizes
-    data = np.empty(deflated, np.uint8)
-    reader.fill(data, whole.stop - deflated, "its directory")
-    if _sum_of(data) != reader.sums:
-        raise ValueError(f"{EDITED} (its directory, bytes {whole.stop - deflated} to {whole.stop})")
-    described = parsed(_inflated(data, size), "has a damaged directory; get the file again")
-    if not isinstance(described, dict) or not isinstance(described.get("pieces"), list) or "tree" not in described:
-        raise ValueError("has a damaged directory; get the file again")
-    entries, start = [], whole.start
-    for number, said in enumerate(described["pieces"]):
-        entries.append(_piece(f"piece {number}", said, start))
-        start = entries[-1].stop
-    if start != whole.stop - deflated:
-        raise ValueError(f"is damaged: its pieces end at byte {start} and not at {whole.stop - deflated}")
-    return replace(reader, entries=entries, sums=_sums(described, len(entries))), described
-
-
-def _inflated(data: np.ndarray, size: int) -> bytes:
-    inflating = zlib.decompressobj()
-    try:
-        text = inflating.decompress(data.tobytes(), size + 1)
-    except zlib.error:
-        text = b""
-    if len(text) != size or not inflating.eof or inflating.unused_data:
-        raise ValueError(f"has a directory that does not inflate to the {size} bytes that it should")
-    return text
-
-
-def _piece(name: str, said: Json, start: int) -> Entry:
-    good = isinstance(said, list) and len(said) in (2, 4)
-    if not good or not all(type(n) is int and n >= 0 for n in said[2:3]):
-        raise ValueError(f"is damaged: {name} of its directory is none; get the file again")
-    entry = Entry(name, _dtype(said[0], name), shape_of(said[1], name), start, start, said[3] if said[2:] else None)
-    if said[2:] and not isinstance(entry.code, dict):
-        raise ValueError(f"is damaged: {name} of its directory has no code; get the file again")
-    return entry._replace(stop=start + (said[2] if said[2:] else entry.nbytes))

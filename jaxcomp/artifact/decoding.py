@@ -40,7 +40,12 @@ Place = Callable[[str, Leaf], Leaf]
 
 
 def decode_tree(
-    node: Json, source: Source, companders: Iterable[Compander] = (), *, place: Place | None = None
+    node: Json,
+    source: Source,
+    companders: Iterable[Compander] = (),
+    *,
+    place: Place | None = None,
+    at: str = "",
 ) -> PyTree:
     """The tree that :func:`~jaxcomp.artifact.encoding.encode_tree` said in JSON.
 
@@ -52,12 +57,13 @@ def decode_tree(
       source: of the tensors.
       companders: that are not built in.
       place: takes each leaf's path and the leaf on host arrays; None hands them to jax as they are.
+      at: the path of the node.
 
     Raises:
       ValueError: the JSON says what cannot be; the message names the path.
     """
     statics = Statics({c.name: c for c in (LOG, *companders)}, lambda n, path: source.read(_number(n), path))
-    return _Decoder(source, statics, place).node(node, "", 0)
+    return _Decoder(source, statics, place).node(node, at, at.count("/") + 1 if at else 0)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ class _Decoder:
 
     def array(self, number: int, path: str) -> Leaf:
         """A tensor as an array of jax; the same one for all that refer to it."""
+        if self.place is not None:
+            return self._read(number, path)  # kept for no other leaf: a tree may be larger than the host's memory
         if number not in self.made:
             self.made[number] = self._put(self._read(number, path))
         return self.made[number]

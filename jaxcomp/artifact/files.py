@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from io import FileIO
 
 from jaxcomp.artifact.coding.blocks import CODINGS, Coding, encode
-from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, checked, opened
+from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, opened
 from jaxcomp.artifact.decoding import decode_tree
 from jaxcomp.artifact.disk import Counted, FileError, replacing, write_all
 from jaxcomp.artifact.encoding import encode_tree
 from jaxcomp.artifact.limits import parsed
 from jaxcomp.artifact.matching import shaped_like
 from jaxcomp.artifact.older import renewed
+from jaxcomp.artifact.pieces import checked
+from jaxcomp.artifact.placing import Placed
+from jaxcomp.artifact.selecting import Only, chosen
 from jaxcomp.artifact.statics import Json, known_at
 from jaxcomp.artifact.writing import Layout, by_alignment, compact_layout, plain_header, write_plain
 from jaxcomp.core.leaves import CompressedLeaf
@@ -129,6 +132,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     like: PyTree = None,
+    only: Only | None = None,
+    sharding: PyTree = None,
     companders: Iterable[Compander] = (),
     limit: int | None = None,
 ) -> PyTree:
@@ -136,16 +141,31 @@ def load(
 
     Args:
       path: the file.
-      like: a tree of the same paths and shapes (arrays or ``jax.ShapeDtypeStruct``) whose containers the result takes.
+      like: a tree of the same paths, shapes and types (arrays or ``jax.ShapeDtypeStruct``) whose containers the result
+        takes.
+      only: which leaves are read: a path, a regular expression that matches whole paths, or a predicate of a path. What
+        is not read is left out of dicts, is None in lists and tuples, and is not checked.
+      sharding: where arrays are put, leaf by leaf: a sharding of jax, or a tree of them by paths. The arrays of a
+        compressed leaf lie as the leaf does, where they have its axes. Arrays of numpy stay on the host.
       companders: the pairs of companded leaves that are not built in.
+      limit: the bytes of memory that the tree may take, for files that say more than they hold; None is 1 GiB, or a
+        hundred times the file's size where that is more.
 
     Raises:
       FileError: the file is missing, truncated, edited, of another program, or of a newer version; or ``like`` is
         another tree. Never a partial tree.
     """
     companders = list(companders)
+    place = None if sharding is None else Placed(sharding)
     with reading(path, limit) as (reader, described), progress("load"):
-        tree = decoded(reader, lambda: decode_tree(described["tree"], reader, companders), whole=True)
+
+        def decode() -> PyTree:
+            node = described["tree"] if only is None else chosen(described["tree"], only)
+            return decode_tree(node, reader, companders, place=place)
+
+        tree = decoded(reader, decode, whole=only is None)
+        if place is not None:
+            place.finish()
         return tree if like is None else shaped_like(tree, like)
 
 
@@ -192,14 +212,22 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
 def reading(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tuple[Reader, dict[str, Json]]]:
     """The file open, and what it says of its tree, in today's words. Every ValueError inside becomes a FileError."""
     name = os.fspath(path)
+    with wrong(name), FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
+        reader = opened(f, hashing, limit)
+        try:
+            found = _described_by(reader)
+        except Exception as e:
+            raise _as_value_error(e) from e
+        yield found
+
+
+@contextmanager
+def wrong(name: str) -> Iterator[None]:
+    """Turns what a wrong file raises inside into a FileError that names the file."""
     try:
-        with FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
-            reader = opened(f, hashing, limit)
-            try:
-                found = _described_by(reader)
-            except Exception as e:
-                raise _as_value_error(e) from e
-            yield found
+        yield
+    except FileError:
+        raise
     except OSError as e:
         raise FileError(f"load: cannot read {name!r}: {e.strerror or e}.") from e
     except ValueError as e:
