@@ -175,7 +175,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         progress=progress,
         compression=first,
     )
-    shipped = {**compressed_variables(state, recipe.transform), **recipe.beside}
+    shipped = {**recipe.shipped(compressed_variables(state, recipe.transform)), **recipe.beside}
     about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
     jc.save(file, shipped, metadata=about)
     row = Row(

@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations import Rules
+from jaxcomp.artifact.coding import Coding
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, PyTree
 from jaxcomp.quantization import APoT
@@ -22,10 +23,12 @@ from train.networks.compressed import (
     OnGrids,
     Shrunken,
     Variables,
+    Widened,
     axis_roles,
     calibrated,
     inference,
     learned_grids,
+    narrow_norms,
     ranges_as_dicts,
     ranges_of_dicts,
 )
@@ -54,6 +57,8 @@ class Recipe:
       opened: from a file's content to the network that is judged; the trained one by default.
       integer: the judged network takes compressed leaves as they are and runs on them.
       rewound: fine-tune at the baseline's learning rate, as a network that lost much wants.
+      shipped: from the trained variables, compressed, to those in the file.
+      coding: of the file.
     """
 
     transform: jc.Transform
@@ -63,6 +68,8 @@ class Recipe:
     opened: Callable[[Mapping[str, PyTree]], Network] | None = None
     integer: bool = False
     rewound: bool = False
+    shipped: Callable[[Variables], Variables] = lambda variables: variables
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,31 @@ def _sparse(steps: int) -> jc.Transform:
     return jc.gate(jc.prune(jc.cubic(0.9, end=max(1, steps // 2)), scope=jc.Global()), _in_the_first_half(steps))
 
 
+def _deep_compression(sparsity: float) -> Callable[[Start], Recipe]:
+    """Pruned over the first half; then what is left has 16 values a leaf; and the file is coded to its entropy.
+
+    Source: Han et al. 2015, arXiv:1510.00149. Deviations: one global threshold that grows while training (Zhu & Gupta
+    2017, arXiv:1710.01878), at the baseline's learning rate; ANS instead of Huffman codes, over a bitmap instead of
+    distances; batch norms, which its networks do not have, as two vectors of float16.
+    """
+
+    def make(start: Start) -> Recipe:
+        half = max(1, start.steps // 2)
+        masks = jc.gate(jc.prune(jc.cubic(sparsity, end=half), scope=jc.Global()), _in_the_first_half(start.steps))
+        values = jc.gate(jc.share(16), jc.every(_hundredth(start.steps), start=half))
+        return Recipe(
+            jc.chain(masks, values),
+            start.model,
+            start.variables,
+            opened=lambda _: Widened(start.model),
+            rewound=True,
+            shipped=narrow_norms,
+            coding="ans",
+        )
+
+    return make
+
+
 def _in_the_first_half(steps: int) -> jc.core.Due:
     """Every hundredth of the steps, to the first one in their second half."""
     period = _hundredth(steps)
@@ -194,6 +226,8 @@ METHODS: dict[str, Method] = {
     "share16": Method("16 shared values a leaf", 4, weights(_shared(16))),
     "share4": Method("4 shared values a leaf", 2, weights(_shared(4))),
     "sparse90": Method("prune 90%", 32, weights(_sparse)),
+    "deep92": Method("Deep Compression, 92%", 4, _deep_compression(0.92)),
+    "deep95": Method("Deep Compression, 95%", 4, _deep_compression(0.95)),
     "w4a4": Method("learned 4-bit, activations too", 4, _learned(4)),
     "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
     "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),

@@ -23,6 +23,7 @@ from jaxcomp.trace.calibrate import Stats, merge_all
 from jaxcomp.trace.ranges import Range, min_max, mse
 from train.data.images import normalize
 from train.data.sets import Dataset
+from train.networks.linen import EPSILON
 
 Variables = Mapping[str, Params]
 """``params`` and ``batch_stats``, as flax names them."""
@@ -93,6 +94,36 @@ class Shrunken:
     def apply(self, variables: Variables, images: jax.Array, /, *, train: bool, mutable: Mutable = False) -> PyTree:
         """The network's results."""
         return jc.shrink(partial(self.network.apply, train=train, mutable=mutable), self.plan)(variables, images)
+
+
+@dataclass(frozen=True)
+class Widened:
+    """A network whose variables are held in half precision where it takes float32."""
+
+    network: Network
+
+    def apply(self, variables: Variables, images: jax.Array, /, *, train: bool, mutable: Mutable = False) -> PyTree:
+        """The network's results."""
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, variables)
+        return self.network.apply(wide, images, train=train, mutable=mutable)
+
+
+def narrow_norms(variables: Variables) -> Variables:
+    """What batch norms do at inference in two vectors each, of float16: their statistics are those of no change.
+
+    The statistics are alike then, so that a file holds one of each length.
+    """
+    params, stats = dict(variables["params"]), dict(variables["batch_stats"])
+    for name, found in stats.items():
+        if "var" not in found:
+            inner = narrow_norms({"params": params[name], "batch_stats": found})
+            params[name], stats[name] = inner["params"], inner["batch_stats"]
+            continue
+        scale = params[name]["scale"] / jnp.sqrt(found["var"] + EPSILON)
+        vectors = {"scale": scale, "bias": params[name]["bias"] - found["mean"] * scale}
+        params[name] = {k: v.astype(jnp.float16) for k, v in vectors.items()}
+        stats[name] = {"mean": jnp.zeros_like(found["mean"]), "var": jnp.full_like(found["var"], 1 - EPSILON)}
+    return {"params": params, "batch_stats": stats}
 
 
 def inference(network: Network) -> Callable[[Variables, jax.Array], jax.Array]:

@@ -20,6 +20,10 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 """He et al. 2015, by the fan-out: keeps the variance of gradients through relu."""
 
 
+EPSILON = 1e-5
+"""What batch norm adds to a variance."""
+
+
 def _conv(features: int, kernel: int, stride: int, dtype: DTypeLike, name: str) -> nn.Conv:
     padding = kernel // 2
     return nn.Conv(features, (kernel, kernel), stride, padding, use_bias=False, kernel_init=HE, dtype=dtype, name=name)
@@ -27,7 +31,7 @@ def _conv(features: int, kernel: int, stride: int, dtype: DTypeLike, name: str) 
 
 def _norm(train: bool, dtype: DTypeLike, name: str, *, zero: bool = False) -> nn.BatchNorm:
     scale_init = nn.initializers.zeros if zero else nn.initializers.ones
-    return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, name=name)
+    return nn.BatchNorm(not train, momentum=0.9, epsilon=EPSILON, scale_init=scale_init, dtype=dtype, name=name)
 
 
 def _head(x: Array, num_classes: int) -> Array:
