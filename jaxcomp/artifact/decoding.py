@@ -14,6 +14,7 @@ import numpy as np
 from jaxcomp.artifact.encoding import MAX_DEPTH, bits_of
 from jaxcomp.artifact.limits import Budget, shape_of
 from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream
+from jaxcomp.artifact.masks import bits_of_form
 from jaxcomp.artifact.older import of_today
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, Statics, dtype_named, known_at, number_again
 from jaxcomp.core.bits import aligned, packed_size, spread_out
@@ -152,10 +153,13 @@ class _Decoder:
         chunks = kept.put(part_of(stored), constant(0, stored.dtype))
         return gathered(chunks, stored.dtype, kept.size).reshape(kept.shape)
 
-    def kept(self, number: Json, shape: Shape, path: str) -> Kept:
+    def kept(self, node: Json, shape: Shape, path: str) -> Kept:
         """A mask of this shape."""
-        bits = self._read(number, path)
         size = math.prod(shape)
+        if isinstance(node, dict):
+            self.source.budget.take(packed_size(size, 1), path)
+            return Kept(bits_of_form(node, size, lambda number: self._read(number, path), path), shape)
+        bits = self._read(node, path)
         if bits.dtype != np.uint8 or bits.shape != (packed_size(size, 1),):
             raise ValueError(f"{path!r} has a mask of shape {shape} in {bits.nbytes} bytes of type {bits.dtype}")
         return Kept(bits, shape)

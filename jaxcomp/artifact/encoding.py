@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.artifact.masking import Kept, bitmap, nonzero_bits, part_of, part_of_stream, stream_of
+from jaxcomp.artifact.masks import Smallest, pattern_codes
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, class_name, encode_fields, encode_static, number
 from jaxcomp.artifact.tensors import NAMES, Tensor, Tensors
 from jaxcomp.core.bits import pack_bits_on_host, packed_size
@@ -127,7 +128,7 @@ class _Encoder:
             return self.out.add_array(at.path, x)
         nonzero = part_of(words)
         kept = Kept(np.concatenate([*bitmap(lambda start, stop: nonzero(start, stop) != 0, x.size)]), x.shape)
-        mask = self.out.add_array(f"{at.path}.mask", kept.bits)
+        mask = self.mask(kept, Smallest.of(kept), at)
         values = self.out.add(at.path, x.dtype, (count,), lambda: kept.take(part_of(x)))
         return {"sparse": [list(x.shape), mask, values]}
 
@@ -154,11 +155,12 @@ class _Encoder:
         values, mask = x.values, x.mask
         assert isinstance(mask, Packed)
         stream = host_array(mask.data, at.path)
-        kept = Kept.of(stream, tuple(mask.shape), x.shape)
+        small = Kept(stream, tuple(mask.shape))
+        kept, form = Kept.of(stream, small.shape, x.shape), Smallest.of(small)
         coded = is_compressed(values) and bool(values.coded)
         bits = values.code_bits if coded else 8 * jnp.dtype(x.dtype).itemsize
         count, whole = kept.count(), is_compressed(values) and not coded
-        pays = len(stream) + packed_size(count, bits) < packed_size(kept.size, bits) and not whole
+        pays = form.nbytes + packed_size(count, bits) < packed_size(kept.size, bits) and not whole
         if not pays and not self._hides(values, kept, at):
             return self.node(values, at)
         if whole:
@@ -170,8 +172,20 @@ class _Encoder:
             if host.dtype not in NAMES:
                 raise TypeError(f"save: {at.path!r} is of type {host.dtype}, which a masked leaf in a file is not.")
             inner = {"survivors": self.out.add(at.path, host.dtype, (count,), lambda: kept.take(part_of(host)))}
-        node = {"masked": inner, "mask": [list(mask.shape), self.out.add_array(f"{at.path}.mask", stream)]}
-        return node if tuple(mask.shape) == x.shape else {**node, "shape": list(x.shape)}
+        node = {"masked": inner, "mask": [list(small.shape), self.mask(small, form, at)]}
+        return node if small.shape == x.shape else {**node, "shape": list(x.shape)}
+
+    def mask(self, kept: Kept, form: Smallest, at: At) -> Json:
+        """A mask in its smallest form."""
+        name = f"{at.path}.mask"
+        if form.distances is not None:
+            return {"distances": self.out.add_array(name, form.distances)}
+        p = form.patterns
+        if p is None:
+            return self.out.add_array(name, kept.bits)
+        shape = (packed_size(kept.size // p.group, p.bits),)
+        codes = self.out.add(name, np.dtype(np.uint8), shape, lambda: pattern_codes(kept, p))
+        return {"patterns": [p.group, p.inner, p.bits, self.out.add_array(f"{name}.table", p.table), codes]}
 
     def _hides(self, values: Leaf, kept: Kept, at: At) -> bool:
         """Whether the mask turns into 0 what is not 0."""

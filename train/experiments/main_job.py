@@ -177,7 +177,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     )
     shipped = {**recipe.shipped(compressed_variables(state, recipe.transform)), **recipe.beside}
     about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
-    jc.save(file, shipped, metadata=about)
+    jc.save(file, shipped, metadata=about, coding=recipe.coding)
     row = Row(
         name=name,
         method="float32 baseline" if name == BASELINE else METHODS[name].title,
