@@ -193,6 +193,7 @@ def bits_of_form(node: Any, size: int, read: Callable[[Any], np.ndarray], path: 
     try:
         if kind == "distances":
             return from_distances(tensors[0], size)
-        return from_patterns(tensors[1], size, Patterns(*said[:3], tensors[0]))
+        group, inner, bits = said[:3]
+        return from_patterns(tensors[1], size, Patterns(group, inner, bits, tensors[0]))
     except ValueError as e:
         raise ValueError(f"{path!r} has a mask of {size} elements in {e}") from None
