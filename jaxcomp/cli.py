@@ -18,10 +18,9 @@ import tyro
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
-    from jaxcomp.core.types import PyTree
     from jaxcomp.report.frontier import Point
     from jaxcomp.report.inputs import Weights
-    from jaxcomp.report.summary import Summary
+    from jaxcomp.report.summary import Row, Summary
 
 DESCRIPTION = """Look at compressed networks.
 
@@ -37,7 +36,7 @@ Form = Literal["table", "json"]
 
 
 def inspect(file: File, /, *, form: Form = "table") -> int:
-    """Show what a file holds: of each leaf its method, bits a weight, zeros and bytes.
+    """Show what a file holds: of each leaf its method, bits a weight and at its entropy, zeros and bytes.
 
     Args:
       file: of weights.
@@ -47,7 +46,7 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     from jaxcomp.report.summary import summary
 
     held = read(file)
-    found = _as_stored(summary(held.tree), held.tree)
+    found = _as_stored(summary(held.tree), held)
     if form == "json":
         rows = [{**asdict(row), "bits": row.bits} for row in found.rows]
         print(json.dumps({"kind": held.kind, "bytes": held.bytes, "metadata": held.metadata, "leaves": rows}, indent=1))
@@ -59,15 +58,22 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     return 0
 
 
-def _as_stored(found: Summary, tree: PyTree) -> Summary:
-    """The table with the bytes that a file of ``jaxcomp.save`` holds: of a masked leaf, what its mask keeps."""
+def _as_stored(found: Summary, held: Weights) -> Summary:
+    """The table with the bytes that the file holds, and with what the codes would take at their entropy."""
     from jaxcomp.artifact import stored_bytes
+    from jaxcomp.artifact.measuring import entropy_of
     from jaxcomp.core.leaves import is_compressed
     from jaxcomp.core.paths import leaves_with_paths
 
-    sizes = {path: stored_bytes(leaf) for path, leaf in leaves_with_paths(tree, is_leaf=is_compressed)[0]}
-    rows = (replace(row, bytes=sizes[row.path], held=sizes[row.path]) for row in found.rows)
-    return replace(found, rows=tuple(rows))
+    leaves = dict(leaves_with_paths(held.tree, is_leaf=is_compressed)[0])
+
+    def row_of(row: Row) -> Row:
+        leaf = leaves[row.path]
+        size = held.stored.get(row.path, 0) if held.stored else stored_bytes(leaf)
+        bits = entropy_of(leaf)
+        return replace(row, bytes=size, held=size, entropy=None if bits is None else bits / max(row.size, 1))
+
+    return replace(found, rows=tuple(map(row_of, found.rows)))
 
 
 def diff(before: Before, after: After, /, *, form: Form = "table") -> int:

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxcomp.artifact.container import KEY, opened
 from jaxcomp.artifact.disk import FileError
-from jaxcomp.artifact.files import load, load_metadata
+from jaxcomp.artifact.files import load_metadata
+from jaxcomp.artifact.measuring import load_measured
 from jaxcomp.artifact.statics import Json
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import PyTree
@@ -31,12 +32,14 @@ class Weights:
       kind: which format it has, in words.
       bytes: of the file.
       metadata: what was saved beside the tree.
+      stored: the bytes of the file that each leaf takes, by path, where the format says.
     """
 
     tree: PyTree
     kind: str
     bytes: int
     metadata: Mapping[str, Json] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
@@ -88,7 +91,8 @@ def _safetensors(name: str, size: int) -> Weights:
                 return Weights(tree, "safetensors of another program", size, dict(reader.metadata))
     except ValueError as e:
         raise FileError(f"read: {name!r} {e}.") from e
-    return Weights(load(name), "jaxcomp", size, load_metadata(name))
+    tree, stored = load_measured(name)
+    return Weights(tree, "jaxcomp", size, load_metadata(name), stored)
 
 
 def _npz(name: str, size: int) -> Weights:

@@ -21,8 +21,10 @@ from jaxcomp.core.wrappers import Switch
 from jaxcomp.trace.program import is_array_like, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of, unread
 
-_HEAD = ("leaf", "shape", "method", "details", "bits", "zeros", "bytes", "share", "MACs", "done", "why")
+_HEAD = ("leaf", "shape", "method", "details", "bits", "entropy", "zeros", "bytes", "share", "MACs", "done", "why")
+_ENTROPY = _HEAD.index("entropy")
 _SIDES = "llllrrrrr"
+"""Of the columns from the left; that of the entropy, where there is one, makes one more."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Row:
       macs: multiply-accumulates of its products in one run of the function; None without a function.
       done: what the function does with its products ("integer", "fake", "weight-only", "lookup", "exact", …).
       why: why no more is done, or why nothing multiplies it.
+      entropy: bits for each element that its codes and its mask take at their entropy, where that was asked for.
     """
 
     path: str
@@ -58,6 +61,7 @@ class Row:
     macs: int | None = None
     done: str = ""
     why: str = ""
+    entropy: float | None = None
 
     @property
     def size(self) -> int:
@@ -140,16 +144,27 @@ class Summary:
         zeros = "" if self.zeros is None else percent_words(self.zeros)
         macs = "" if self.macs is None else f"{self.macs:,}"
         ratio = f"{self.plain / self.bytes:.3g}x smaller" if 0 < self.bytes < self.plain else ""
-        measured = (f"{self.bits:.3g}", zeros, f"{self.bytes:,}", "100%", macs)
-        return [_HEAD, *map(_cells, self.rows), ("total", f"{self.size:,}", ratio, "", *measured, "", "")]
+        measured = (f"{self.bits:.3g}", "", zeros, f"{self.bytes:,}", "100%", macs)
+        all_cells = [_HEAD, *map(_cells, self.rows), ("total", f"{self.size:,}", ratio, "", *measured, "", "")]
+        return all_cells if self._with_entropy else [(*row[:_ENTROPY], *row[_ENTROPY + 1 :]) for row in all_cells]
+
+    @property
+    def _with_entropy(self) -> bool:
+        return any(row.entropy is not None for row in self.rows)
+
+    @property
+    def _sides(self) -> str:
+        return _SIDES + "r" * self._with_entropy
 
     def __str__(self) -> str:
-        return "\n".join([columns(self.cells(), _SIDES), *self.notes])
+        return "\n".join([columns(self.cells(), self._sides), *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self.cells(), _SIDES, sums=True) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return html_table(self.cells(), self._sides, sums=True) + "".join(
+            f"<p>{escape(note)}</p>" for note in self.notes
+        )
 
 
 def summary(
@@ -252,5 +267,6 @@ def _run(row: Row, own: list[tuple[Site, Covered]], found: Sequence[Site], *, as
 def _cells(row: Row) -> tuple[str, ...]:
     zeros = "" if row.zeros is None else percent_words(row.zeros)
     macs = "" if row.macs is None else f"{row.macs:,}"
-    measured = (f"{row.bits:.3g}", zeros, f"{row.bytes:,}", percent_words(row.share), macs)
+    ideal = "" if row.entropy is None else f"{row.entropy:.3g}"
+    measured = (f"{row.bits:.3g}", ideal, zeros, f"{row.bytes:,}", percent_words(row.share), macs)
     return (row.path, shape_words(row.shape), row.method, row.details, *measured, row.done, row.why)
