@@ -9,6 +9,7 @@ the weights everyone makes the same whole numbers, whose sum is 2**24, so nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,12 @@ from jaxcomp.core.bits import spread_out, squeezed
 PRECISION = 24
 WIDTHS = (8, 4, 6, 5, 7, 3)
 """Bits of a symbol, most wanted first: 4 for a table that is small, 3, 5, 6 and 7 for codes that lie across bytes."""
-_SAMPLE = 1 << 15
+_CLOSE = 1.002
+"""A width that is more wanted may take so many times as many bytes."""
+PERIOD = 105
+"""Bytes after which symbols of any width begin at a byte again."""
+_SAMPLE = 80 * PERIOD
+"""Bytes at the beginning and in the middle of a block that say which width is best."""
 _NARROW: np.dtype = np.dtype(np.uint8)
 _BROAD: np.dtype = np.dtype("<u2")
 
@@ -44,15 +50,22 @@ class Plan:
 
 def planned(data: np.ndarray) -> Plan:
     """The best width and weights for some bytes."""
-    sample = data if data.size <= 2 * _SAMPLE else np.concatenate([data[:_SAMPLE], data[data.size // 2 :][:_SAMPLE]])
-    best = min((_plan(sample, w) for w in WIDTHS), key=lambda p: _per_byte(p, data.size, sample.size))
+    middle = data.size // 2 // PERIOD * PERIOD
+    sample = data if middle < _SAMPLE else np.concatenate([data[:_SAMPLE], data[middle:][:_SAMPLE]])
+    plans = [_plan(sample, w) for w in WIDTHS]
+    sizes = [_for_all(p, data.size, sample.size) for p in plans]
+    best = next(p for p, size in zip(plans, sizes, strict=True) if size <= min(sizes) * _CLOSE)
     return best if sample is data else _plan(data, best.width)
 
 
-def _per_byte(plan: Plan, size: int, sample: int) -> float:
-    """What a plan for a sample takes for all: the table is there once."""
+def _for_all(plan: Plan, size: int, sample: int) -> float:
+    """What a plan for a sample takes for all bytes: the table is there once.
+
+    A sample has less entropy than what it is of, by half a nat a symbol of the alphabet (Miller 1955).
+    """
     table = 1 + plan.weights.nbytes
-    return table + (plan.size - table) * size / sample
+    missed = (np.count_nonzero(plan.weights) - 1) / (2 * math.log(2) * 8)
+    return table + (plan.size - table + missed) * size / sample
 
 
 def _plan(data: np.ndarray, width: int) -> Plan:

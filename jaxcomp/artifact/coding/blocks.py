@@ -1,6 +1,6 @@
 """A tensor as blocks: some of its bytes at a time, each block in the smallest of a few codings.
 
-The tensor's elements are cut into chunks of 4 MiB, each into planes of bytes (:mod:`~jaxcomp.artifact.coding.planes`),
+The tensor's elements are cut into chunks of 4,200,000 bytes, each into planes of bytes (:mod:`~jaxcomp.artifact.coding.planes`),
 and each plane of a chunk is a block: a byte that says how it is coded, the size of what follows as uint32, and that.
 
   0         the bytes as they are
@@ -31,12 +31,14 @@ from jaxcomp.core.types import Shape
 Coding = Literal["zstd", "ans"]
 CODINGS: tuple[Coding, ...] = get_args(Coding)
 """Fast, and smallest."""
-CHUNK = 1 << 22
-"""Bytes of a tensor that are coded at once."""
+CHUNK = 8 * ans.PERIOD * 5000
+"""Bytes of a tensor that are coded at once: whole items of any type, and whole codes of any number of bits."""
 MAX_RATIO = 4096
 _CODEC = "blocks"
 _RAW, _WIDE, _ZSTD = 0, 16, 32
 _HEAD = 5
+_SAMPLE = 1 << 15
+"""Bytes of a block that say whether zstd would be better than symbols on their own: whether they repeat."""
 _SAID = 16
 """What saying that a tensor is coded takes in a file, about."""
 
@@ -94,9 +96,16 @@ def _coded(plane: np.ndarray, coding: Coding) -> bytes:
         plan = ans.planned(plane)
         if plan.size < plane.size:
             found.append((plan.width + _WIDE * (plan.weights.itemsize - 1), ans.encoded(plan)))
-    found.append((_ZSTD, package("zstandard").ZstdCompressor(write_content_size=True).compress(plane)))
+    best = len(found[-1][1])
+    if coding == "zstd" or len(_zstd(plane[:_SAMPLE])) * plane.size < best * plane[:_SAMPLE].size:
+        found.append((_ZSTD, _zstd(plane)))
     kind, data = min(found, key=lambda f: len(f[1]))
     return bytes([kind]) + len(data).to_bytes(4, "little") + data
+
+
+def _zstd(plane: np.ndarray) -> bytes:
+    frame: bytes = package("zstandard").ZstdCompressor(write_content_size=True).compress(plane)
+    return frame
 
 
 def decode(said: Any, data: np.ndarray, dtype: np.dtype, shape: Shape) -> np.ndarray:

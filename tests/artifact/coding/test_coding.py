@@ -8,7 +8,9 @@ import pytest
 
 from jaxcomp.artifact.coding import CODINGS, decode, encode
 from jaxcomp.artifact.coding.ans import entropy
+from jaxcomp.artifact.coding.blocks import CHUNK
 from jaxcomp.artifact.tensors import DTYPES, Tensor, blocks_of
+from jaxcomp.core.bits import pack_bits_on_host
 
 RNG = np.random.default_rng(0)
 
@@ -46,7 +48,7 @@ def test_every_type_comes_back_to_the_bit(name: str, coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-@pytest.mark.parametrize("size", [(1 << 22) - 1, 1 << 22, (1 << 22) + 3])
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 3])
 def test_chunks_meet_without_a_seam(size: int, coding: str) -> None:
     x = (RNG.integers(0, 200, size) // 60).astype(np.uint8)
     assert (decode(*coded(x, coding)) == x).all()
@@ -64,16 +66,14 @@ def test_bits_and_codes_are_at_their_entropy() -> None:
     assert size * 8 < ideal * 1.005
 
 
-@pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_codes_across_bytes_are_at_their_entropy(bits: int) -> None:
-    from jaxcomp.core.bits import pack_bits_on_host
-
-    codes = np.clip(np.rint(RNG.standard_normal(100_001) * 2**bits / 8), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+@pytest.mark.parametrize(("bits", "size"), [(3, 100_001), (5, 100_001), (6, 100_001), (7, 5_000_000)])
+def test_codes_across_bytes_are_at_their_entropy(bits: int, size: int) -> None:
+    codes = np.clip(np.rint(RNG.standard_normal(size) * 2**bits / 8), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     codes = (codes + 2 ** (bits - 1)).astype(np.uint8)
     x = pack_bits_on_host(codes, bits)
     said, data, *_ = coded(x, "ans")
     assert (decode(said, data, x.dtype, x.shape) == x).all()
-    assert data.nbytes * 8 < entropy(np.bincount(codes)) * 1.01
+    assert data.nbytes * 8 < entropy(np.bincount(codes)) * 1.005
 
 
 def test_a_long_run_of_zeros_is_bounded_by_its_bytes() -> None:
