@@ -28,12 +28,13 @@ NAMES = (
     "low_rank",
     "analysis",
     "save_load",
+    "coding",
     "decode",
     "decode_lm",
 )
 ON_A_DEVICE = ("gpu", "tune_kernels")
 """Those that want an accelerator, and run where they are named only."""
-TOY = ("gpu", "decode")
+TOY = ("gpu", "decode", "coding")
 """Those that also run at toy size, which shows that they run and no more."""
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 

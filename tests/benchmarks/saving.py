@@ -51,8 +51,8 @@ def seconds(work: Any) -> tuple[float, float, Any]:
     return time.perf_counter() - wall, time.process_time() - own, result
 
 
-def main(kind: str, parameters: int, path: Path, *, repeats: int) -> dict[str, Any]:
-    """Saves and loads: figures of the first time, and of the best of the others."""
+def main(kind: str, parameters: int, path: Path, *, repeats: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Saves, with these options, and loads: figures of the first time, and of the best of the others."""
     rng = np.random.default_rng(0)
     columns = parameters // LAYERS // 2048
     tree = {f"layer_{i}": {"kernel": layer(kind, 2048, columns + i, rng)} for i in range(LAYERS)}
@@ -63,7 +63,7 @@ def main(kind: str, parameters: int, path: Path, *, repeats: int) -> dict[str, A
     )
     saves, loads = [], []
     for i in range(repeats):
-        wall, own, size = seconds(lambda: jc.save(path, tree))
+        wall, own, size = seconds(lambda: jc.save(path, tree, **options))
         saves.append((wall, own))
         if not i:
             figures |= {"save_compiles": len(compiled)}
@@ -76,18 +76,19 @@ def main(kind: str, parameters: int, path: Path, *, repeats: int) -> dict[str, A
     return figures | {"file": size, "save": saves, "load": loads}
 
 
-def peaks(path: Path) -> dict[str, Any]:
+def peaks(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The most bytes held while a file is loaded and its tree saved, beyond what the process had before."""
     jax.block_until_ready(jnp.ones(3) + 1)
     before = high_water()
     tree = jax.block_until_ready(jc.load(path))
     loaded = high_water() - before
-    jc.save(path.with_suffix(".again"), tree)
+    jc.save(path.with_suffix(".again"), tree, **options)
     path.with_suffix(".again").unlink()
     return {"tree": jc.nbytes(tree), "load_peak": loaded, "save_peak": high_water() - before}
 
 
 if __name__ == "__main__":
     what, count, where, times = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    out = peaks(where) if what == "peaks" else main(what, count, where, repeats=times)
+    given = {"coding": sys.argv[5]} if sys.argv[5:] else {}
+    out = peaks(where, given) if what == "peaks" else main(what, count, where, repeats=times, options=given)
     print(json.dumps({**out, "build": os.path.dirname(jc.__file__)}))

@@ -115,3 +115,39 @@ def test_bytes_that_were_changed_are_an_error_or_other_values(coding: str) -> No
         except ValueError as e:
             found = str(e)
         assert found == mask.shape or str(found).startswith(("has ", "is ", "claims "))
+
+
+def read_block(block: bytes, size: int) -> bytes:
+    """A block of a coded tensor, decoded in whole numbers of Python from docs/artifact.md."""
+    kind, inside = block[0], block[5 : 5 + int.from_bytes(block[1:5], "little")]
+    width, wide = kind % 16, 2 if kind > 16 else 1
+    count = inside[0] + 1
+    weights = [int.from_bytes(inside[1 + i * wide :][:wide], "little") for i in range(count)]
+    free = 2**24 - count
+    shares = [w * free // sum(weights) for w in weights]
+    shares[shares.index(max(shares))] += free - sum(shares)
+    slots = [1 + s for s in shares]
+    words = [int.from_bytes(inside[i : i + 4], "little") for i in range(1 + count * wide, len(inside), 4)]
+    state = stream = 0
+    for _ in range(2):
+        state = state << 32 | (words.pop() if words else 0)
+    symbols = -(-size * 8 // width)
+    for i in range(symbols):
+        slot, symbol = state % 2**24, 0
+        while slot >= slots[symbol]:
+            slot, symbol = slot - slots[symbol], symbol + 1
+        state = (state >> 24) * slots[symbol] + slot
+        if state < 2**32 and words:
+            state = state << 32 | words.pop()
+        stream |= symbol << (i * width)
+    assert not words
+    return stream.to_bytes(-(-symbols * width // 8), "little")[:size]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 5, 7])
+def test_a_reader_that_knows_the_page_alone_reads_a_block(bits: int) -> None:
+    codes = np.minimum(RNG.poisson(2**bits / 8, 3000), 2**bits - 1).astype(np.uint8)
+    x = pack_bits_on_host(codes, bits)
+    _, data, *_ = coded(x, "ans")
+    assert data[0] != 32
+    assert read_block(data.tobytes(), x.size) == x.tobytes()
