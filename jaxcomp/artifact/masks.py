@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcomp.artifact.masking import Kept, part_of_stream, stream_of
+from jaxcomp.artifact.masking import Kept, ahead, part_of_stream, stream_of
 from jaxcomp.core.bits import CHUNK, packed_size
 
 ESCAPE = 255
 """A distance that says: so many elements that are not kept, and no more."""
-_PAYS = 0.9
+_PAYS = 0.75
+"""Distances take longer to write and to read than bits: what they must save."""
 _SAMPLE = 4096
 """Groups that are looked at before all are."""
 
@@ -41,15 +42,14 @@ class Patterns(NamedTuple):
 def distances(kept: Kept) -> np.ndarray:
     """How many elements lie before each kept one, since the last; behind them, escapes for the rest of the array."""
     out, since, part = [], 0, part_of_stream(kept.bits, 1)
-    for start in range(0, kept.size, CHUNK):
-        stop = min(start + CHUNK, kept.size)
-        places = np.flatnonzero(part(start, stop))
+    sizes = [min(CHUNK, kept.size - start) for start in range(0, kept.size, CHUNK)]
+    found = ahead(lambda start: np.flatnonzero(part(start, min(start + CHUNK, kept.size))), range(0, kept.size, CHUNK))
+    for size, places in zip(sizes, found, strict=True):
         if places.size:
-            gaps = np.diff(places, prepend=-1 - since) - 1
-            out.append(_with_escapes(gaps))
-            since = stop - start - 1 - int(places[-1])
+            out.append(_with_escapes(np.diff(places, prepend=-1 - since) - 1))
+            since = size - 1 - int(places[-1])
         else:
-            since += stop - start
+            since += size
     out.append(np.full(since // ESCAPE, ESCAPE, np.uint8))
     return np.concatenate(out)
 
@@ -96,7 +96,7 @@ def _patterns(kept: Kept, axis: int, group: int) -> Patterns | None:
     for rows in _rows(kept, group, inner, step=few):
         seen += np.bincount(rows.reshape(-1), minlength=256)
         width = max(1, int(np.count_nonzero(seen) - 1).bit_length())
-        if width > group * _PAYS:
+        if width >= group:
             return None
     return Patterns(group, inner, width, np.flatnonzero(seen).astype(np.uint8))
 

@@ -89,7 +89,7 @@ def test_inspect_as_json(run, folder):
 
 
 def test_inspect_counts_what_the_file_holds_of_a_masked_leaf(run, tmp_path):
-    mask = np.random.default_rng(0).random((64, 64)) < 0.08
+    mask = np.random.default_rng(0).random((64, 64)) < 0.05
     values = jnp.asarray(mask * np.float32(3))
     jc.save(tmp_path / "masked.safetensors", {"w": Masked(values, jnp.asarray(mask))})
     (leaf,) = json.loads(run(f"inspect {tmp_path / 'masked.safetensors'} --form json")[1])["leaves"]

@@ -1,11 +1,12 @@
 """A tensor as blocks: some of its bytes at a time, each block in the smallest of a few codings.
 
-The tensor's elements are cut into chunks of 4,200,000 bytes, each into planes of bytes (:mod:`~jaxcomp.artifact.coding.planes`),
-and each plane of a chunk is a block: a byte that says how it is coded, the size of what follows as uint32, and that.
+The tensor's elements are cut into chunks of 4,200,000 bytes, each into planes of bytes
+(:mod:`~jaxcomp.artifact.coding.planes`), and each plane of a chunk is a block: a byte that says how it is coded, the
+size of what follows as uint32, and that.
 
   0         the bytes as they are
   1 to 8    coded by :mod:`~jaxcomp.artifact.coding.ans`, so many bits a symbol, weights of one byte
-  17 to 24  the same, less 16 bits a symbol, weights of two bytes
+  17 to 24  the same, 16 more than the bits a symbol, weights of two bytes
   32        a frame of zstd
 
 Zeros may follow the last block, so that a coded tensor never stands for more than 4096 times its bytes: who reads one
