@@ -85,14 +85,16 @@ class _Decoder:
             "tuple": lambda items: tuple(inside(i, v) for i, v in enumerate(items)),
             "branch": lambda body: _named(BRANCHES, body[0], path)(**{k: inside(k, v) for k, v in body[1]}),
             "value": lambda value: number_again(value) if isinstance(value, dict) else value,
-            "numpy": lambda inner: self.host(inner, path),
+            "numpy": lambda inner: self._placed(self.host(inner, path), path),
             "scalar": lambda inner: self.host(inner, path)[()],
             "object": lambda body: self.statics.record([_named(VALUES, body[0], path).__name__, body[1]], path),
         }
         kind = next((k for k in kinds if k in node), None) if isinstance(node, dict) else None
         if kind is not None:
             return kinds[kind](node[kind])
-        leaf = self.leaf_of(node, path, depth)
+        return self._placed(self.leaf_of(node, path, depth), path)
+
+    def _placed(self, leaf: Leaf, path: str) -> Leaf:
         return leaf if self.place is None else self.place(path, leaf)
 
     def leaf_of(self, node: Json, path: str, depth: int) -> Leaf:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
+
+_PREFIX = ".jaxcomp-"
 
 
 class FileError(ValueError):
@@ -46,13 +49,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
         else is left.
     """
     target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, temporary = _begun(target.parent)
         with FileIO(handle, "wb") as f:
             yield f
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
+            os.fchmod(f.fileno(), 0o644)
+            if temporary is None:
+                temporary = _named(f, target.parent)
         os.replace(temporary, target)
         temporary = None
     except OSError as e:
@@ -61,6 +66,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _begun(folder: Path) -> tuple[int, Path | None]:
+    """An open file in a folder, without a name where the system has such: then nothing is left of a killed process."""
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # not every file system has it; what else is wrong, the next lines say
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), None
+    handle, name = tempfile.mkstemp(dir=folder, prefix=_PREFIX)
+    return handle, Path(name)
+
+
+def _named(f: FileIO, folder: Path) -> Path:
+    """A name for a file that has none."""
+    name = folder / f"{_PREFIX}{secrets.token_hex(8)}"
+    # Without a folder's handle, which an absolute path ignores, Python 3.12 does not follow the link on Linux.
+    os.link(f"/proc/self/fd/{f.fileno()}", name, src_dir_fd=f.fileno(), follow_symlinks=True)
+    return name
+
+
+@contextlib.contextmanager
+def spooled(path: str | os.PathLike[str]) -> Iterator[FileIO]:
+    """A file without a name beside ``path``, for what waits to be written there; it is gone when the block ends."""
+    with tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent, buffering=0) as f:
+        yield f
 
 
 def write_all(f: Sink, data: memoryview | bytes) -> None:

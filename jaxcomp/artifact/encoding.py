@@ -58,12 +58,18 @@ def encode_tree(tree: PyTree) -> tuple[Json, list[Tensor]]:
       TypeError: a leaf that a file cannot hold. The message names the path.
       ValueError: a leaf that cannot be packed.
     """
-    encoder = _Encoder(Tensors())
+    encoder = Encoder(Tensors())
     return encoder.node(tree, At()), encoder.out.all
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
+    """Makes nodes, and gathers their tensors.
+
+    Fields:
+      out: where the tensors go.
+    """
+
     out: Tensors
 
     def node(self, x: PyTree, at: At) -> Json:

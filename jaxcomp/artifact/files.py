@@ -12,15 +12,16 @@ from io import FileIO
 from jaxcomp.artifact.coding.blocks import CODINGS, Coding, encode
 from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, opened
 from jaxcomp.artifact.decoding import decode_tree
-from jaxcomp.artifact.disk import Counted, FileError, replacing, write_all
+from jaxcomp.artifact.disk import Counted, FileError, replacing, spooled, write_all
 from jaxcomp.artifact.encoding import encode_tree
 from jaxcomp.artifact.limits import parsed
 from jaxcomp.artifact.matching import shaped_like
 from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.pieces import checked
 from jaxcomp.artifact.placing import Placed
-from jaxcomp.artifact.selecting import Only, chosen
+from jaxcomp.artifact.selecting import Only, chosen, leaves_of
 from jaxcomp.artifact.statics import Json, known_at
+from jaxcomp.artifact.streaming import encode_stream
 from jaxcomp.artifact.writing import Layout, by_alignment, compact_layout, plain_header, write_plain
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.progress import progress
@@ -44,7 +45,9 @@ def save(
     Args:
       path: where; the folder must exist.
       tree: dicts, lists, tuples, ``nnx.State``, Equinox arrays: any pytree of arrays of jax and numpy, random keys,
-        numbers, strings, compressed leaves, ranges of activations, and plans of :mod:`jaxcomp.structure`.
+        numbers, strings, compressed leaves, ranges of activations, and plans of :mod:`jaxcomp.structure`. Or an
+        iterator of paths, "block/kernel", and leaves, for trees larger than memory: one leaf is held at a time, and
+        the folder needs room for two files.
       metadata: anything that JSON holds; :func:`load_metadata` reads it.
       coding: None writes tensors as they are, which every reader of safetensors opens; "zstd" codes them fast, "ans"
         small, each tensor where it pays (extra ``coding``).
@@ -68,11 +71,12 @@ def save(
     Source: the safetensors format, version 0.x; codes and masks are little-endian bit streams.
     """
     about, layout = _checked_metadata(metadata), _layout(coding)
-    with progress("save: packing"):
-        node, tensors = encode_tree(tree)
-    said = {"tree": node, "metadata": about}
-    with replacing(path) as f, progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
-        return layout(f, tensors, said, advance)
+    with replacing(path) as f, spooled(path) as spool:
+        with progress("save: packing"):
+            node, tensors = encode_stream(tree, spool) if isinstance(tree, Iterator) else encode_tree(tree)
+        said = {"tree": node, "metadata": about}
+        with progress("save: writing", sum(t.nbytes for t in tensors)) as advance:
+            return layout(f, tensors, said, advance)
 
 
 def _layout(coding: Coding | None) -> Layout:
@@ -146,7 +150,7 @@ def load(
       only: which leaves are read: a path, a regular expression that matches whole paths, or a predicate of a path. What
         is not read is left out of dicts, is None in lists and tuples, and is not checked.
       sharding: where arrays are put, leaf by leaf: a sharding of jax, or a tree of them by paths. The arrays of a
-        compressed leaf lie as the leaf does, where they have its axes. Arrays of numpy stay on the host.
+        compressed leaf lie as the leaf does, where they have its axes. Arrays of numpy become those of jax.
       companders: the pairs of companded leaves that are not built in.
       limit: the bytes of memory that the tree may take, for files that say more than they hold; None is 1 GiB, or a
         hundred times the file's size where that is more.
@@ -161,11 +165,11 @@ def load(
 
         def decode() -> PyTree:
             node = described["tree"] if only is None else chosen(described["tree"], only)
+            if place is not None:
+                place.check(path for path, _ in leaves_of(node))
             return decode_tree(node, reader, companders, place=place)
 
         tree = decoded(reader, decode, whole=only is None)
-        if place is not None:
-            place.finish()
         return tree if like is None else shaped_like(tree, like)
 
 

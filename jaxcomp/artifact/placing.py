@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,7 +30,6 @@ class Placed:
     def __init__(self, shardings: PyTree) -> None:
         named, _ = jax.tree_util.tree_flatten_with_path(shardings, is_leaf=lambda s: isinstance(s, Sharding))
         self._all = {path_str(path): s for path, s in named}
-        self._unused = {*self._all}
         for path, s in self._all.items():
             if not isinstance(s, Sharding):
                 raise TypeError(f"load: sharding= holds {s!r} at {path!r}; it must be shardings of jax.")
@@ -45,17 +46,18 @@ class Placed:
         flat, treedef = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda x: isinstance(x, Packed))
         return jax.tree.unflatten(treedef, [_field(x, path_str(p), (path, leaf.shape, sharding)) for p, x in flat])
 
-    def finish(self) -> None:
-        """Raises ValueError where a sharding was for no leaf."""
-        if self._unused:
-            raise ValueError(f"holds nothing at {min(self._unused)!r}, for which there is a sharding")
+    def check(self, paths: Iterable[str]) -> None:
+        """Raises ValueError where a sharding is for none of the leaves at these paths."""
+        above = {path[:n] for path in paths for n in (0, len(path), *(m.start() for m in re.finditer("/", path)))}
+        missing = sorted(self._all.keys() - above)
+        if missing:
+            raise ValueError(f"holds nothing at {missing[0]!r}, for which there is a sharding")
 
     def _of(self, path: str) -> Sharding:
         steps = path.split("/")
         for n in range(len(steps), -1, -1):
             above = "/".join(steps[:n])
             if above in self._all:
-                self._unused.discard(above)
                 return self._all[above]
         raise ValueError(f"holds {path!r}, for which there is no sharding")
 
@@ -86,7 +88,7 @@ def _names(axis: Any) -> tuple[Any, ...]:
 def _fits(sharding: Sharding, shape: Shape) -> bool:
     try:
         sharding.shard_shape(shape)
-    except ValueError:
+    except (IndexError, ValueError):  # fewer axes than it splits, or of a length that it does not divide
         return False
     return True
 

@@ -75,7 +75,9 @@ def blocks_of(x: np.ndarray) -> Iterator[np.ndarray]:
 class Tensors:
     """Those of one file, gathered."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """``keep`` takes over each new tensor, whose blocks may need memory that is wanted for the next one."""
+        self._keep = keep
         self.all: list[Tensor] = []
         self._names = {"", "__metadata__"}  # an empty name, and the one that the format keeps for itself
         self._alike: dict[tuple[np.dtype, Shape, bytes], list[Tensor]] = {}
@@ -96,6 +98,7 @@ class Tensors:
             for old in alike:
                 if old.sha256() == digest:
                     return old
+        new = self._keep(new)
         alike.append(new)
         self.all.append(new)
         self._names.add(new.name)
