@@ -75,7 +75,16 @@ class _Decoder:
     made: dict[int, Leaf] = field(default_factory=dict)
 
     def node(self, node: Json, path: str, depth: int) -> PyTree:
-        """One node and all below it."""
+        """One node and all below it; an error names the path of the innermost node that it is of."""
+        try:
+            return self.made_of(node, path, depth)
+        except _NamedError:
+            raise
+        except Exception as e:  # whatever a wrong file makes Python raise
+            raise _named_error(e, path) from e
+
+    def made_of(self, node: Json, path: str, depth: int) -> PyTree:
+        """The same, with whatever error it raises."""
         if depth > MAX_DEPTH + 1:
             raise ValueError(f"{path!r} is nested more than {MAX_DEPTH} deep")
         inside = lambda key, v: self.node(v, f"{path}/{key}" if depth else str(key), depth + 1)  # noqa: E731
@@ -238,6 +247,16 @@ class _Decoder:
         chunks = kept.put(part_of_stream(stored, codes.bits), rest, bits=codes.bits)
         data = gathered(chunks, dtype, size)
         return replace(leaf, **{leaf.coded: Packed(self._put(data), codes.bits, low, kept.shape)})
+
+
+class _NamedError(ValueError):
+    """One that names the path."""
+
+
+def _named_error(e: Exception, path: str) -> _NamedError:
+    if isinstance(e, ValueError) and repr(path) in str(e):
+        return _NamedError(str(e))
+    return _NamedError(f"holds {path!r}, which cannot be: {str(e) if isinstance(e, ValueError) else repr(e)}")
 
 
 def _codes_of(zero: np.ndarray, low: int, dtype: np.dtype) -> Part:

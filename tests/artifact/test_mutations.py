@@ -5,6 +5,7 @@ Where checksums are put right again, so that the deeper checks must find it, a f
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import time
@@ -142,7 +143,7 @@ def rewritten(rng: Rng, x: Any) -> Any:
                 value = [value] if rng.random() < 0.1 else {"list": [value]}
             holder[key] = value if len(json.dumps(value)) < 50_000 else None
         else:
-            holder[key] = VALUES[rng.integers(len(VALUES))]
+            holder[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     return x
 
 

@@ -94,14 +94,14 @@ TREES = {
     "a type that needs no words": ({"typed": ["float32", [2], 0]}, "said to be of type float32"),
     "an unknown branch": ({"branch": ["Popen", [["args", 0]]]}, "is made of 'Popen', which is not known here"),
     "an unknown object": ({"object": ["Popen", {}]}, "is made of 'Popen', which is not known here"),
-    "a range without an end": ({"branch": ["Range", [["low", 0]]]}, "says what cannot be .*missing"),
-    "a plan without groups": ({"object": ["Plan", {"kept": []}]}, "says what cannot be .*missing"),
+    "a range without an end": ({"branch": ["Range", [["low", 0]]]}, "holds '', which cannot be: .*missing"),
+    "a plan without groups": ({"object": ["Plan", {"kept": []}]}, "holds '', which cannot be: .*missing"),
     "a key of an unknown kind": ({"key": ["mine", 0]}, "mine"),
     "a key twice": ({"dict": [["a", 0], ["a", 1]]}, "has a key twice"),
     "a key that is a list": ({"dict": [[["a"], 0]]}, "a key twice, or one that is no string"),
     "a number that is none": ({"value": {"int": "0xg"}}, "invalid literal"),
-    "an object for a value": ({"value": {"code": 1}}, "says what cannot be"),
-    "items that are none": ({"dict": 3}, "says what cannot be"),
+    "an object for a value": ({"value": {"code": 1}}, "holds '', which cannot be: "),
+    "items that are none": ({"dict": 3}, "holds '', which cannot be: "),
 }
 
 
