@@ -13,6 +13,7 @@ import flax.linen as nn
 from rich.console import Console
 
 import jaxcomp as jc
+from jaxcomp.artifact.coding import check
 from jaxcomp.artifact.files import write_atomically
 from jaxcomp.core.leaves import zeros_counted
 from jaxcomp.core.types import Params, PyTree
@@ -161,6 +162,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         return found
     _make_folder(folder)
     recipe, optim = _recipe(job, name)
+    _check_coding(name, recipe)
     job = job.on(recipe.network)
     variables = recipe.variables["params"], recipe.variables["batch_stats"]
     first = first_compression(job, recipe.transform, variables)
@@ -213,6 +215,19 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
     recipe = METHODS[name].make(Start(model, job.data, saved, steps))
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
+
+
+def _check_coding(name: str, recipe: Recipe) -> None:
+    """Before the training, that its file can be written after it.
+
+    Raises:
+      RunError: what codes is not installed.
+    """
+    try:
+        if recipe.coding is not None:
+            check(recipe.coding)
+    except ImportError as e:
+        raise RunError(f"{name}: {e}.") from e
 
 
 def _accuracy(job: Job, params: Params, batch_stats: PyTree) -> float:

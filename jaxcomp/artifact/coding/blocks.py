@@ -44,6 +44,19 @@ _SAID = 16
 """What saying that a tensor is coded takes in a file, about."""
 
 
+def check(coding: Coding) -> None:
+    """That a coding is known, and what it wants is installed.
+
+    Raises:
+      ValueError: there is no such coding.
+      ImportError: a package is missing. The message names the extra.
+    """
+    if coding not in CODINGS:
+        raise ValueError(f"coding must be None, {' or '.join(map(repr, CODINGS))}, got {coding!r}.")
+    for name in ("zstandard",) if coding == "zstd" else ("zstandard", "constriction"):
+        package(name)
+
+
 def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Iterator[np.ndarray]] | None:
     """What :func:`decode` must be told of a coded tensor, and its bytes, made as they are asked for; None where coding
     does not pay.

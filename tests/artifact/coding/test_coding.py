@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxcomp.artifact.coding import CODINGS, decode, encode
+from jaxcomp.artifact.coding import CODINGS, check, decode, encode
 from jaxcomp.artifact.coding.ans import entropy
 from jaxcomp.artifact.coding.blocks import CHUNK
 from jaxcomp.artifact.tensors import DTYPES, Tensor, blocks_of
@@ -99,6 +101,19 @@ def test_what_cannot_be_is_one_error(case: str) -> None:
     said, shape, match = CLAIMS[case]
     with pytest.raises(ValueError, match=match):
         decode(said, DATA, np.dtype(np.uint16), shape)
+
+
+@pytest.mark.parametrize("name", ["constriction", "zstandard"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    match = rf'coded tensors need the package {name}: pip install "jaxcomp\[coding\]"'
+    with pytest.raises(ImportError, match=match):
+        check("ans")
+    monkeypatch.undo()
+    said, data, *_ = coded(RNG.binomial(9, 0.5, 9000).astype(np.uint8), "ans" if name == "constriction" else "zstd")
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=match):
+        decode(said, data, np.dtype(np.uint8), (9000,))
 
 
 @pytest.mark.parametrize("coding", CODINGS)

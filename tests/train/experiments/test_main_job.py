@@ -143,6 +143,18 @@ def test_the_file_of_eight_bits_runs_on_integers(finished) -> None:
 
 
 @pytest.mark.slow
+def test_deep_compression_is_a_small_file(finished, tmp_path) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    base, row = run(dataclasses.replace(SMALL, out=tmp_path / "run", methods=("deep92",)), Console(quiet=True))
+    assert row.zeros == pytest.approx(0.92, abs=0.01)
+    assert row.test_accuracy > base.test_accuracy - 0.05
+    saved = jc.load(tmp_path / "run" / "deep92.safetensors")
+    kernel = saved["params"]["dense_0"]["kernel"]
+    assert len(np.unique(kernel.materialize())) <= 17
+    assert row.file_bytes < base.file_bytes / 30
+
+
+@pytest.mark.slow
 def test_the_file_of_learned_grids_runs_on_integers(finished, tmp_path) -> None:
     out, rows = finished
     shutil.copytree(out, tmp_path / "run")  # the baseline is finished
