@@ -162,7 +162,6 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         return found
     _make_folder(folder)
     recipe, optim = _recipe(job, name)
-    _check_coding(name, recipe)
     job = job.on(recipe.network)
     variables = recipe.variables["params"], recipe.variables["batch_stats"]
     first = first_compression(job, recipe.transform, variables)
@@ -214,6 +213,7 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
     recipe = METHODS[name].make(Start(model, job.data, saved, steps))
+    _check_coding(name, recipe)
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
 
 
