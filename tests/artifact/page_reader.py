@@ -177,7 +177,7 @@ def blocks(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def decoded(data: bytes, count: int, dtype: np.dtype, *, turned: bool) -> bytes:
-    out, at, n, size = [], 0, (4 << 20) // dtype.itemsize, dtype.itemsize
+    out, at, n, size = [], 0, 4_200_000 // dtype.itemsize, dtype.itemsize
     for start in range(0, count, n):
         planes = []
         for _ in range(size):
