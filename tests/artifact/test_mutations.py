@@ -32,7 +32,7 @@ def small_trees() -> list[Any]:
     """A few leaves each, of every class."""
     rng = np.random.default_rng(3)
     held: dict[str, Any] = {}
-    for name in ("masks", "integers", "codebooks", "factors", "tables", "blocks"):
+    for name in ("masks", "codebooks", "factors", "blocks"):
         held |= {f"{name}/{k}": x for k, x in jc.load(GOLDEN / f"{name}.safetensors", companders=[ROOT]).items()}
     more = {"k": jax.random.key(1), "n": [np.eye(9), (None, 2.5, "x")], "i": np.arange(40, dtype=np.int8) % 3}
     names = sorted(held)

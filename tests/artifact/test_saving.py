@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def trees() -> dict[str, Any]:
 
 @pytest.mark.parametrize("coding", CODINGS[1:])
 def test_coded_files_hold_the_same_bits(coding, trees, tmp_path) -> None:
-    for name, tree in trees.items():
+    for name, tree in trees.items() if coding == "zstd" else list(trees.items())[-3:]:
         size = save(tmp_path / "f", tree, coding=coding, metadata={"name": name})
         assert size == os.path.getsize(tmp_path / "f") == file_size(tree, coding=coding, metadata={"name": name})
         save(tmp_path / "plain", tree)
@@ -148,43 +149,45 @@ def test_a_tree_larger_than_memory_is_saved_and_read(coding, tmp_path) -> None:
 
 # Full disks and killed processes
 
-BROKEN = """
-import os, resource, signal, sys
+
+@pytest.mark.parametrize("how", ["plain", "zstd", "stream"])
+def test_a_full_disk_leaves_the_old_file(how, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    tree = {str(i): rng.integers(0, 99, 1 << 16, np.uint8) for i in range(16)}
+    save(tmp_path / "f", {"old": np.ones(5)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))
+    try:
+        with pytest.raises(FileError, match=r"cannot write .*File too large"):
+            save(
+                tmp_path / "f",
+                iter(tree.items()) if how == "stream" else tree,
+                coding="zstd" if how == "zstd" else None,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["f"]
+    assert (jc.load(tmp_path / "f")["old"] == 1).all()
+
+
+KILLED = """
+import sys
 import numpy as np
-from jaxcomp.artifact import FileError, save
-file, how = sys.argv[1:]
+from jaxcomp.artifact import save
 rng = np.random.default_rng(0)
 tree = {str(i): rng.standard_normal(1 << 18) for i in range(16)}
-save(file, {"old": np.ones(5)})
-if how == "full":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, 1 << 22))
-    for given, coding in ((tree, None), (tree, "zstd"), (iter(tree.items()), None)):
-        try:
-            save(file, given, coding=coding)
-        except FileError as e:
-            assert "cannot write" in str(e) and "File too large" in str(e), e
-        else:
-            raise AssertionError
-        assert os.listdir(os.path.dirname(file)) == ["f"]
-else:
-    print("ready", flush=True)
-    while True:
-        save(file, tree)
-        save(file, {"old": np.ones(5)})
+print("ready", flush=True)
+while True:
+    save(sys.argv[1], tree)
+    save(sys.argv[1], {"old": np.ones(5)})
 """
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path) -> None:
-    command = [sys.executable, "-c", BROKEN, os.fspath(tmp_path / "f"), "full"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (jc.load(tmp_path / "f")["old"] == 1).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.03, 0.06, 0.09, 0.12])
 def test_a_killed_process_leaves_a_whole_file(wait, tmp_path) -> None:
-    command = [sys.executable, "-c", BROKEN, os.fspath(tmp_path / "f"), "killed"]
+    save(tmp_path / "f", {"old": np.ones(5)})
+    command = [sys.executable, "-c", KILLED, os.fspath(tmp_path / "f")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
