@@ -60,6 +60,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
                 temporary = _named(f, target.parent)
         os.replace(temporary, target)
         temporary = None
+        _synced(target.parent)
     except OSError as e:
         raise FileError(f"save: cannot write {os.fspath(path)!r}: {e.strerror or e}.") from e
     finally:
@@ -75,6 +76,16 @@ def _begun(folder: Path) -> tuple[int, Path | None]:
             return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), None
     handle, name = tempfile.mkstemp(dir=folder, prefix=_PREFIX)
     return handle, Path(name)
+
+
+def _synced(folder: Path) -> None:
+    """Puts the names in a folder on disk, where the system does that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _named(f: FileIO, folder: Path) -> Path:

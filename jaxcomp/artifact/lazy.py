@@ -29,7 +29,7 @@ class OpenTree(Mapping[str, Leaf]):
         with ExitStack() as stack:
             self._reader, described = stack.enter_context(reading(path, limit))
             with wrong(self._name):
-                self._nodes = dict(decoded(self._reader, lambda: list(leaves_of(described["tree"])), whole=False))
+                self._nodes = decoded(self._reader, lambda: _by_path(described["tree"]), whole=False)
             self._closing = stack.pop_all()
         self.metadata: Mapping[str, Json] = described["metadata"]
         self._map: np.ndarray | None = None
@@ -41,7 +41,7 @@ class OpenTree(Mapping[str, Leaf]):
           KeyError: there is no leaf at this path.
           FileError: its bytes do not match their checksums, or say what cannot be.
         """
-        node = self._nodes[path]
+        node = self._node(path)
         reader = self._reader.again(self._limit)
         with wrong(self._name):
             return decoded(reader, lambda: decode_tree(node, reader, self._companders, at=path), whole=False)
@@ -56,7 +56,7 @@ class OpenTree(Mapping[str, Leaf]):
           FileError: it does not match its checksum.
           TypeError: it is stored otherwise than as it is: compressed, coded, or with its zeros left out.
         """
-        node = self._nodes[path]
+        node = self._node(path)
         number = node["numpy"] if isinstance(node, dict) and "numpy" in node else node
         if type(number) is not int or self._reader.entry(number).code is not None:
             raise TypeError(f"mapped: {path!r} is not stored as it is; read it with tree[{path!r}].")
@@ -66,6 +66,11 @@ class OpenTree(Mapping[str, Leaf]):
         reader, data = self._reader.again(self._limit), self._map
         with wrong(self._name):
             return decoded(reader, lambda: reader.view(number, data, path), whole=False)
+
+    def _node(self, path: str) -> Json:
+        if self._reader.file.closed:
+            raise ValueError(f"{self!r} was closed; read its leaves before that.")
+        return self._nodes[path]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._nodes)
@@ -85,6 +90,15 @@ class OpenTree(Mapping[str, Leaf]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _by_path(tree: Json) -> dict[str, Json]:
+    nodes: dict[str, Json] = {}
+    for path, node in leaves_of(tree):
+        if path in nodes:
+            raise ValueError(f"holds two leaves at {path!r}, which paths cannot tell apart; load it")
+        nodes[path] = node
+    return nodes
 
 
 def open_tree(

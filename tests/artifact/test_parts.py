@@ -98,6 +98,15 @@ def test_views_are_of_the_file(tree, tmp_path) -> None:
         with pytest.raises(TypeError, match="'codes' is not stored as it is; read it with"):
             opened.mapped("codes")
     assert (view == tree["plain"]).all()  # closed, and still there
+    for read in (opened.mapped, opened.__getitem__):
+        with pytest.raises(ValueError, match=r"<OpenTree of '.*', 6 leaves> was closed; read its leaves before"):
+            read("plain")
+
+
+def test_leaves_that_paths_cannot_tell_apart(tmp_path) -> None:
+    save(tmp_path / "f", {"a/b": np.ones(1), "a": {"b": np.zeros(1)}})
+    with pytest.raises(FileError, match="holds two leaves at 'a/b', which paths cannot tell apart; load it"):
+        open_tree(tmp_path / "f")
 
 
 def test_an_open_file_is_not_mixed_with_the_one_that_takes_its_place(tmp_path) -> None:
