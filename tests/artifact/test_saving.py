@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import safetensors.numpy
 
 import jaxcomp as jc
 from jaxcomp.artifact import FileError, file_size, open_tree, save
+from tests.artifact.by_hand import Compact
 from tests.artifact.test_any_tree import assert_same
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -206,12 +204,9 @@ def test_a_full_disk_is_one_error(tmp_path) -> None:
 def test_readers_ignore_what_they_do_not_know_and_refuse_what_they_must(tmp_path) -> None:
     def changed(change: Any) -> None:
         save(tmp_path / "f", {"w": np.arange(4.0) + 1, "v": jax.numpy.ones(3)}, coding="zstd")
-        data = (tmp_path / "f").read_bytes()
-        head = json.loads(data[8:264])
-        size = json.loads(head["__metadata__"]["jaxcomp"])["directory"][0]
-        said = json.loads(zlib.decompress(data[-size:]))
-        change(said)
-        write_compact(tmp_path / "f", data[264:-size], said)
+        file = Compact.of((tmp_path / "f").read_bytes())
+        change(file.said)
+        (tmp_path / "f").write_bytes(file.file())
 
     changed(lambda said: said.update(later={"x": 1}))
     assert (jc.load(tmp_path / "f")["w"] == np.arange(4) + 1).all()
@@ -226,19 +221,3 @@ def test_readers_ignore_what_they_do_not_know_and_refuse_what_they_must(tmp_path
     changed(lambda said: said["pieces"][0].extend([said["pieces"][0][1][0] * 8, {"codec": "newcodec"}]))
     with pytest.raises(FileError, match=r"'w', whose code in bytes 264 to 296 is coded as 'newcodec', which is not"):
         jc.load(tmp_path / "f")
-
-
-def write_compact(path: Path, pieces: bytes, said: Any) -> None:
-    """A compact file by hand, with the right checksums of header and directory."""
-    import hashlib
-
-    text = said if isinstance(said, bytes) else json.dumps(said).encode()
-    deflated = zlib.compress(text)
-    total = base64.b64encode(hashlib.sha256(deflated).digest()[:8]).decode()
-    about = json.dumps({"version": 4, "sums": total, "directory": [len(deflated), len(text)]})
-    size = len(pieces) + len(deflated)
-    entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
-    head = json.dumps({"__metadata__": {"sha256": "0" * 64, "jaxcomp": about}, "jaxcomp": entry}, separators=(",", ":"))
-    header = head.encode().ljust(256)
-    header = header.replace(b"0" * 64, hashlib.sha256(header).hexdigest().encode(), 1)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + pieces + deflated)

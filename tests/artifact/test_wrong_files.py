@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zstandard
 
 import jaxcomp as jc
 from jaxcomp.artifact.disk import replacing
 from jaxcomp.artifact.files import FileError
+from tests.artifact.by_hand import Compact, Plain, checksum
 
+FRAME = zstandard.compress(bytes(10**6))
 SCALE = np.ones((1, 4), np.float32)
 CODES = np.zeros(8, np.uint8)
 INT = {"grid": {"spec": ["Int", {"bits": 4}]}, "dense_dtype": {"dtype": "float32"}}
@@ -224,3 +228,49 @@ def test_fault_1_a_leaf_whose_packing_fails_names_its_path(tmp_path) -> None:
     with pytest.raises(ValueError, match=re.escape("save: 'net/k' was quantized from values that are NaN")):
         jc.save(tmp_path / "f", {"net": {"k": nan}})
     assert os.listdir(tmp_path) == []
+
+
+def zeros_of(pieces: Any, data: bytes) -> Compact:
+    """A compact file of such pieces, the first of which is its tree."""
+    sums = base64.b64encode(checksum(data) * len(pieces)).decode()
+    return Compact({"sums": sums, "pieces": pieces, "tree": 0, "metadata": {}}, data)
+
+
+NOTHING = zeros_of([], b"")
+DEFLATED = Plain.of(NOTHING.file()).said["directory"][0]
+BOMB = b"\x20" + len(FRAME).to_bytes(4, "little") + FRAME
+BOMBS = {
+    "a directory that inflates to more": (
+        replace(NOTHING, about={"directory": [DEFLATED, 10]}),
+        "does not inflate",
+    ),
+    "a directory of more than there may be": (
+        replace(NOTHING, about={"directory": [DEFLATED, 10**9]}),
+        "damaged header",
+    ),
+    "a directory before the file": (replace(NOTHING, about={"directory": [10**6, 10]}), "damaged header"),
+    "a directory of nothing": (replace(NOTHING, said=b"[]"), "damaged directory"),
+    "a directory of other pieces": (zeros_of([["U8", [9]]], b"12345678"), "its pieces end at byte 273 and not at 272"),
+    "a code that is none": (zeros_of([["U8", [9], 8, "zstd"]], b"12345678"), "piece 0 of its directory has no code"),
+    "a code of another size": (
+        zeros_of([["U8", [9], 8, {"codec": "blocks"}]], b"12345678"),
+        "bytes 264 to 272 is cut off",
+    ),
+    "a tensor of a terabyte": (
+        zeros_of([["U8", [1 << 40], len(BOMB), {"codec": "blocks"}]], BOMB),
+        "would take 1099511627776",
+    ),
+    "a tensor of many times its code": (
+        zeros_of([["U8", [1 << 29], len(BOMB), {"codec": "blocks"}]], BOMB),
+        "more than 4096 times the",
+    ),
+    "a frame of more than the tensor": (zeros_of([["U8", [9], len(BOMB), {"codec": "blocks"}]], BOMB), "hold 9 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_fault_1_a_compact_file_that_cannot_be_is_one_error(name, tmp_path) -> None:
+    file, message = BOMBS[name]
+    (tmp_path / "f").write_bytes(file.file())
+    with pytest.raises(FileError, match=message):
+        jc.load(tmp_path / "f")
