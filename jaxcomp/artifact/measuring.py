@@ -84,7 +84,7 @@ def entropy_of(leaf: Leaf) -> float | None:
     >>> import jax.numpy as jnp
     >>> import jaxcomp as jc
     >>> t = jc.quantize(jc.Int(2), per=jc.Tensor())
-    >>> entropy_of(t.apply((), {"w": jnp.array([-1.0, 1.0, 1.0, -1.0])})["w"]), entropy_of(jnp.ones(4))
+    >>> entropy_of(t.apply((), {"w": jnp.array([[-1.0, 1.0, 1.0, -1.0]])})["w"]), entropy_of(jnp.ones(4))
     (4.0, None)
 
     Source: Shannon 1948, "A mathematical theory of communication".
