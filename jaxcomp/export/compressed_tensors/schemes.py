@@ -65,19 +65,23 @@ def _integers(x: Coded, scale_dtype: DType | None) -> Scheme:
         x = x.cut((rows, x.blocks[1]))  # the layout's integers know no blocks of several rows
     bits, strategy = x.grid.bits, _strategy(x)
     weights = _arguments(x, bits, "int", strategy)
-    tensors = {
-        "weight_packed": words(x.codes, bits),
-        "weight_scale": _scales(x, strategy, scale_dtype),
-        "weight_shape": np.array(x.shape, np.int64),
-    }
+    tensors = {"weight_scale": _scales(x, strategy, scale_dtype)}
     if x.zero is not None:
         weights["symmetric"] = False
-        half = 2 ** (bits - 1)
-        whole = strategy == "tensor"  # of one zero point nothing is packed
-        tensors["weight_zero_point"] = (
-            (x.zero.astype(np.int16) - half).astype(np.int8).reshape(1) if whole else words(x.zero.T, bits).T
-        )
-    return Scheme("pack-quantized", weights, tensors)
+        tensors["weight_zero_point"] = _signed(x.zero, bits)
+        if strategy == "tensor":
+            tensors["weight_zero_point"] = tensors["weight_zero_point"].reshape(1)
+        elif bits == 4 and rows <= 8:  # the package (0.20.1) cannot read zero points that one row of words holds
+            return Scheme("naive-quantized", weights, tensors | {"weight": _signed(x.codes, bits)})
+        else:
+            tensors["weight_zero_point"] = np.ascontiguousarray(words(x.zero.T, bits).T)
+    shape = np.array(x.shape, np.int64)
+    return Scheme("pack-quantized", weights, tensors | {"weight_packed": words(x.codes, bits), "weight_shape": shape})
+
+
+def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes from 0 on as integers about 0."""
+    return (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 def _float8(x: Coded, scale_dtype: DType | None) -> Scheme:

@@ -136,11 +136,10 @@ def _scaled(
         if zero.size != scale.size:
             raise ValueError(f"has {zero.size} zero points and {scale.size} scales")
         zero = zero.reshape(blocks)
-    scale = scale.reshape(blocks)
-    size = said.get("block_structure")
+    dtype, scale = scale.dtype, scale.reshape(blocks).astype(np.float32)  # a product of theirs is exact in float32
     if any(n % b for n, b in zip(codes.shape, blocks, strict=True)):
-        return _dense(codes, scale, size, grid)
-    return Weight(Coded(codes, scale, zero, grid), jnp.dtype(scale.dtype))
+        return _dense(codes, scale, said.get("block_structure"), grid).astype(dtype)
+    return Weight(Coded(codes, scale, zero, grid), jnp.dtype(dtype))
 
 
 def _blocks(shape: Shape, scales: Shape, said: Mapping[str, Json]) -> Shape:
