@@ -160,18 +160,17 @@ def _merged(scale: np.ndarray, shape: Shape, place: Place) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
-def leaf_of(x: Coded, place: Place, shape: Shape, *, low: int, dtype: DType, scale: Leaf | None = None) -> Quantized:
+def leaf_of(x: Coded, place: Place, shape: Shape, *, dtype: DType, scale: Leaf | None = None) -> Quantized:
     """The leaf of a matrix of codes, in an array of this shape.
 
     Args:
       x: the matrix.
       place: how it lies there.
       shape: of the leaf.
-      low: the number that code 0 of the stream stands for.
       dtype: of the dense array.
       scale: a leaf of scales, in the shape of the matrix's blocks, where they are no array.
     """
-    bits = x.grid.bits
+    bits, low = x.grid.bits, _low_of(x.grid)
     codes = place.back(x.codes, shape)
     held = (codes ^ np.uint8(128)).view(np.int8) if bits == 8 and low else codes
     stream = jnp.asarray(held) if bits == 8 else Packed(jnp.asarray(pack_bits_on_host(codes, bits)), bits, low, shape)
@@ -204,7 +203,7 @@ def _split_leaf(scale: Leaf, shape: Shape, place: Place) -> Leaf:
     return Quantized(jnp.asarray(codes), outer, None, scale.grid, scale.dense_dtype)
 
 
-def low_of(grid: Numbers) -> int:
+def _low_of(grid: Numbers) -> int:
     """The number that code 0 of a grid's stream stands for."""
     reach = grid.code_range
     return -(2 ** (grid.bits - 1)) if reach is not None and reach[0] < 0 else 0

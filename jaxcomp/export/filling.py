@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,33 @@ import numpy as np
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.roles import Roles
-from jaxcomp.core.types import Leaf, PyTree, Shape
+from jaxcomp.core.types import DType, Leaf, PyTree, Shape
+from jaxcomp.export.coded import Coded, leaf_of
 from jaxcomp.export.names import Names, Place, array_leaves, nested, places
+from jaxcomp.quantization.leaves import Quantized
 
 
-class Weight(Protocol):
-    """A weight that is no plain array: it knows its shape in the file, and what leaf it is at its place in a tree."""
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight of a file.
 
-    @property
-    def shape(self) -> Shape:
-        """As it lies in the file."""
+    Fields:
+      coded: its rows, a matrix.
+      shape: as it lies in the file.
+      dtype: of the dense array.
+    """
 
-    def leaf(self, place: Place, shape: Shape) -> Leaf:
+    coded: Coded
+    shape: Shape
+    dtype: DType
+
+    def leaf(self, place: Place, shape: Shape) -> Quantized:
         """The leaf of a shape, at its place."""
+        x, scale = self.coded, None
+        if x.parts is not None:
+            outer = jnp.full((1, 1), x.parts.outer, jnp.float32)
+            scale = Quantized(jnp.asarray(x.parts.codes), outer, None, x.parts.grid, jnp.dtype(jnp.float32))
+        return leaf_of(x, place, shape, dtype=self.dtype, scale=scale)
 
 
 def filled(
@@ -63,7 +77,8 @@ def filled(
 
 
 def _as_it_is(name: str, shape: Shape) -> Place:
-    return Place(name, tuple(range(len(shape))), *((1, 1) if len(shape) == 2 else ()))
+    """Its last axis is the inputs, as in all these formats."""
+    return Place(name, tuple(range(len(shape))), max(len(shape) - 1, 0), min(len(shape), 1))
 
 
 def _leaf(x: Weight | np.ndarray, place: Place, shape: Shape) -> Leaf:

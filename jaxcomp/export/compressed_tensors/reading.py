@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.artifact.container import Reader, opened, parsed
 from jaxcomp.artifact.disk import FileError
 from jaxcomp.artifact.statics import Json
 from jaxcomp.core.roles import Roles
-from jaxcomp.core.types import Leaf, PyTree
-from jaxcomp.export.compressed_tensors.weights import Weight, weight_of
+from jaxcomp.core.types import PyTree
+from jaxcomp.export.compressed_tensors.weights import weight_of
 from jaxcomp.export.compressed_tensors.writing import CONFIG, INDEX, KEY, WEIGHTS
-from jaxcomp.export.filling import filled
+from jaxcomp.export.filling import Weight, filled
 from jaxcomp.export.names import Names
 
 OWNER = "from_compressed_tensors"
@@ -58,21 +57,27 @@ def from_compressed_tensors(
     """
     name = os.fspath(path)
     try:
-        with ExitStack() as stack:
-            held = stack.enter_context(_folder(Path(path)))
-            modules = {full.rpartition(".")[0] for full in held.entries if full.endswith(".weight_scale")}
-            weights: dict[str, Weight | np.ndarray] = {}
-            for module in modules:
-                weights[f"{module}.weight"] = _weight(held, module)
-            taken = {f"{module}.{part}" for module in modules for part in _PARTS}
-            rest = {full: held.read(full) for full in held.entries if full not in taken}
-            return filled({**rest, **weights}, like, names=names, roles=roles, owner=OWNER)
+        with _folder(Path(path)) as held:
+            return filled(_weights(held), like, names=names, roles=roles, owner=OWNER)
     except FileError:
         raise
     except OSError as e:
         raise FileError(f"{OWNER}: cannot read {e.filename or name!r}: {e.strerror or e}.") from e
     except ValueError as e:
         raise FileError(f"{OWNER}: {name!r} {e}.") from e
+
+
+def _weights(held: _Held) -> dict[str, Weight | np.ndarray]:
+    """All of a folder by name, in the order of the files; a quantized one stands at its scales' place."""
+    modules = {full.rpartition(".")[0] for full in held.entries if full.endswith(".weight_scale")}
+    found: dict[str, Weight | np.ndarray] = {}
+    for full in held.entries:
+        module, _, part = full.rpartition(".")
+        if module not in modules or part not in _PARTS:
+            found[full] = held.read(full)
+        elif part == "weight_scale":
+            found[f"{module}.weight"] = _weight(held, module)
+    return found
 
 
 def _weight(held: _Held, module: str) -> Weight | np.ndarray:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaxcomp.artifact.statics import Json
-from jaxcomp.core.types import DType, Leaf, Shape
-from jaxcomp.export.coded import Coded, Parts, leaf_of, low_of
+from jaxcomp.core.types import Shape
+from jaxcomp.export.coded import Coded, Parts
 from jaxcomp.export.compressed_tensors.packing import codes_of, codes_of_lanes, factor_of, unpaired
 from jaxcomp.export.compressed_tensors.schemes import MX_GROUP, MXFP4, MXFP8, NVFP4, NVFP4_GROUP
-from jaxcomp.export.names import Place
+from jaxcomp.export.filling import Weight
 from jaxcomp.quantization.grids import Grid, Int, ScaleGrid
-from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.level_grids import E4M3
 
 FORMATS = (
@@ -25,27 +23,6 @@ FORMATS = (
 )
 _SCALES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 Tensors = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A matrix of codes, and the type that it is dequantized in."""
-
-    coded: Coded
-    dtype: DType
-
-    @property
-    def shape(self) -> Shape:
-        """Outputs and inputs."""
-        return self.coded.shape
-
-    def leaf(self, place: Place, shape: Shape) -> Leaf:
-        """The leaf of a shape, at its place."""
-        x, scale = self.coded, None
-        if x.parts is not None:
-            outer = jnp.full((1, 1), x.parts.outer, jnp.float32)
-            scale = Quantized(jnp.asarray(x.parts.codes), outer, None, x.parts.grid, jnp.dtype(jnp.float32))
-        return leaf_of(x, place, shape, low=low_of(x.grid), dtype=self.dtype, scale=scale)
 
 
 def weight_of(
@@ -139,7 +116,7 @@ def _scaled(
     dtype, scale = scale.dtype, scale.reshape(blocks).astype(np.float32)  # a product of theirs is exact in float32
     if any(n % b for n, b in zip(codes.shape, blocks, strict=True)):
         return _dense(codes, scale, said.get("block_structure"), grid).astype(dtype)
-    return Weight(Coded(codes, scale, zero, grid), jnp.dtype(dtype))
+    return Weight(Coded(codes, scale, zero, grid), codes.shape, jnp.dtype(dtype))
 
 
 def _blocks(shape: Shape, scales: Shape, said: Mapping[str, Json]) -> Shape:
@@ -179,7 +156,8 @@ def _nvfp4(parts: Tensors) -> Weight:
         raise ValueError(f"has a weight_global_scale of {divisor.reshape(-1)[:4].tolist()}")
     if ((scale & 127) == 127).any():
         raise ValueError("has scales that are NaN")
-    return Weight(Coded(codes, scale, None, NVFP4[0], Parts(NVFP4[1], scale, float(factor))), jnp.dtype(jnp.bfloat16))
+    coded = Coded(codes, scale, None, NVFP4[0], Parts(NVFP4[1], scale, float(factor)))
+    return Weight(coded, codes.shape, jnp.dtype(jnp.bfloat16))
 
 
 def _mx(parts: Tensors, grids: tuple[Grid, ScaleGrid]) -> Weight:
@@ -190,7 +168,7 @@ def _mx(parts: Tensors, grids: tuple[Grid, ScaleGrid]) -> Weight:
         scale = _group_scales(parts, np.dtype(np.uint8), codes.shape, MX_GROUP)
     if scale.size and not 27 <= scale.min() <= scale.max() < 255:
         raise ValueError(f"has scales of 2**{int(scale.min()) - 127}, below 2**-100, or NaN")
-    return Weight(Coded(codes, scale, None, grids[0], Parts(grids[1], scale, 1.0)), jnp.dtype(jnp.bfloat16))
+    return Weight(Coded(codes, scale, None, grids[0], Parts(grids[1], scale, 1.0)), codes.shape, jnp.dtype(jnp.bfloat16))
 
 
 def _float4(parts: Tensors, dtype: np.dtype, size: int) -> tuple[np.ndarray, np.ndarray]:
