@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import first_matches, leaves_with_paths, matrices
 from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, SPATIAL, STACKED, Roles, settled
 from jaxcomp.core.types import Leaf, PyTree, Shape
@@ -53,7 +54,7 @@ class Place:
     def back(self, x: np.ndarray, shape: Shape) -> np.ndarray:
         """The inverse of :meth:`there`, into an array of this shape."""
         lying = x.reshape([shape[i] for i in self.order])
-        return np.ascontiguousarray(lying.transpose(np.argsort(self.order)))
+        return np.ascontiguousarray(lying.transpose(np.argsort(self.order))).reshape(shape)
 
 
 def places(
@@ -130,8 +131,8 @@ def _placed(
             return _vector(path, name, shape, roles, heads)
         said = settled(path, len(shape))
     if said is None or len(said.names) != len(shape):
-        if path.rpartition("/")[2] != "kernel" and roles is not None:
-            return Place(name, tuple(ranks))  # in no product: a position's embedding, say
+        if not is_compressed(leaf) and path.rpartition("/")[2] not in ("kernel", "weight", "w"):
+            return Place(name, tuple(ranks))  # in no product: positions, say
         raise ExportError(
             f"{owner}: {path!r} has {len(shape)} axes, and neither its path nor its rank settles which of them a product"
             " sums over; pass roles=jaxcomp.roles(fn)(params, *args)."
