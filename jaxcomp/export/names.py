@@ -17,7 +17,8 @@ from jaxcomp.export.errors import ExportError
 Names = Mapping[str, str] | Callable[[str], str]
 """Paths to names: an ordered table of regular expressions and what they become, or a function of the path."""
 
-_LAST = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_MATRICES = {"kernel": "weight", "embedding": "weight"}
+_VECTORS = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def places(
     """Where each leaf goes, by its path.
 
     Without ``names`` a path's slashes become dots, and its last part what torch calls it: "kernel", "embedding" and
-    "scale" are "weight", "mean" and "var" the running ones. What each axis does is read off ``roles``, or off the path
-    and rank where they settle it.
+    a vector "scale" are "weight", vectors "mean" and "var" the running ones. What each axis does is read off ``roles``,
+    or off the path and rank where they settle it.
 
     Raises:
       ExportError: two leaves get one name, or it is not known what the axes of a leaf do.
@@ -73,7 +74,7 @@ def places(
     >>> [(p.name, p.order) for p in places(leaves, names=None, roles=None, owner="f").values()]
     [('mlp.weight', (1, 0)), ('mlp.bias', (0,))]
     """
-    named = _named([path for path, _ in leaves], names, owner)
+    named = _named(leaves, names, owner)
     taken: dict[str, str] = {}
     for path, name in named.items():
         if name in taken:
@@ -83,26 +84,26 @@ def places(
     return {path: _placed(path, named[path], leaf, roles, owner, heads) for path, leaf in leaves}
 
 
-def _named(paths: Sequence[str], names: Names | None, owner: str) -> dict[str, str]:
+def _named(leaves: Sequence[tuple[str, Leaf]], names: Names | None, owner: str) -> dict[str, str]:
     if callable(names):
-        return {path: names(path) for path in paths}
+        return {path: names(path) for path, _ in leaves}
     rules = dict(names or {})
-    found = first_matches(rules, [(path, None) for path in paths], owner=owner) if rules else [None] * len(paths)
+    found = first_matches(rules, leaves, owner=owner) if rules else [None] * len(leaves)
     said = list(rules.items())
     return {
-        path: usual(path) if at is None else _filled(*said[at], path, owner)
-        for path, at in zip(paths, found, strict=True)
+        path: usual(path, len(leaf.shape)) if at is None else _filled(*said[at], path, owner)
+        for (path, leaf), at in zip(leaves, found, strict=True)
     }
 
 
-def usual(path: str) -> str:
-    """What a weight is called where nothing is said.
+def usual(path: str, rank: int) -> str:
+    """What an array of ``rank`` axes is called where nothing is said.
 
-    >>> usual("layers/0/Dense_0/kernel"), usual("norm/scale"), usual("cls")
-    ('layers.0.Dense_0.weight', 'norm.weight', 'cls')
+    >>> usual("layers/0/Dense_0/kernel", 2), usual("norm/scale", 1), usual("scale", 0)
+    ('layers.0.Dense_0.weight', 'norm.weight', 'scale')
     """
     *parents, last = path.split("/")
-    return ".".join((*parents, _LAST.get(last, last)))
+    return ".".join((*parents, (_VECTORS if rank == 1 else _MATRICES if rank > 1 else {}).get(last, last)))
 
 
 def _filled(rule: str, template: str, path: str, owner: str) -> str:
@@ -134,8 +135,8 @@ def _placed(
         if not is_compressed(leaf) and path.rpartition("/")[2] not in ("kernel", "weight", "w"):
             return Place(name, tuple(ranks))  # in no product: positions, say
         raise ExportError(
-            f"{owner}: {path!r} has {len(shape)} axes, and neither its path nor its rank settles which of them a product"
-            " sums over; pass roles=jaxcomp.roles(fn)(params, *args)."
+            f"{owner}: {path!r} has {len(shape)} axes, and neither its path nor its rank settles which of them a"
+            " product sums over; pass roles=jaxcomp.roles(fn)(params, *args)."
         )
     apart = [kind for kind in (BATCH, STACKED) if kind in said.names]
     if apart:
@@ -151,9 +152,7 @@ def _placed(
     return Place(name, (*outputs, *inputs, *window), len(outputs), len(inputs))
 
 
-def _vector(
-    path: str, name: str, shape: Shape, roles: Roles | None, heads: Mapping[str, tuple[str, Leaf]]
-) -> Place:
+def _vector(path: str, name: str, shape: Shape, roles: Roles | None, heads: Mapping[str, tuple[str, Leaf]]) -> Place:
     """A bias of as many axes as its kernel has outputs is written as one; any other array as it is."""
     kernel, leaf = heads.get(path.rpartition("/")[0], ("", None))
     said = None if roles is None else roles.get(kernel)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,9 @@ def test_the_package_dequantizes_what_materialize_gives(name, tmp_path) -> None:
     t, tree = TRANSFORMS[name], params()
     small = t.apply(t.init(tree), tree)
     jc.export.to_compressed_tensors(tmp_path, small)
-    config = QuantizationConfig.model_validate(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
     scheme = config.config_groups["group_0"]
     assert scheme.targets == ["a.mlp"]
     state = load_file(tmp_path / "model.safetensors")
@@ -54,7 +55,9 @@ def test_a_model_of_torch_loads_the_folder(tmp_path) -> None:
 
     small = TRANSFORMS["int4 in groups"].apply((), params())
     jc.export.to_compressed_tensors(tmp_path, small)
-    config = QuantizationConfig.model_validate(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
     net = Net()
     apply_quantization_config(net, config)
     compress_module(net.a.mlp)
@@ -66,10 +69,24 @@ def test_a_model_of_torch_loads_the_folder(tmp_path) -> None:
     np.testing.assert_array_equal(net.a.mlp.weight.detach().float().numpy(), np.asarray(dense["kernel"]).T)
     x = np.random.default_rng(1).normal(size=(3, 128)).astype(np.float32)
     got = net.a.mlp(torch.from_numpy(x))
-    np.testing.assert_allclose(got.detach().numpy(), x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]), rtol=1e-4)
+    np.testing.assert_allclose(
+        got.detach().numpy(), x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]), rtol=1e-4
+    )
 
 
-PRESETS = ["W4A16", "W4A16_ASYM", "W8A16", "W3A16", "INT8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP8A16"]
+PRESETS = [
+    "W4A16",
+    "W4A16_ASYM",
+    "W8A16",
+    "W3A16",
+    "INT8",
+    "FP8",
+    "FP8_DYNAMIC",
+    "FP8_BLOCK",
+    "NVFP4A16",
+    "MXFP4A16",
+    "MXFP8A16",
+]
 
 
 @pytest.mark.parametrize("rows", [256, 8, 3])

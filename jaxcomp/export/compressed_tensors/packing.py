@@ -82,12 +82,14 @@ def factor_of(divisor: float) -> np.float32 | None:
 
 
 def _inverse(given: float, known: np.ufunc, wanted: np.ufunc) -> np.float32 | None:
+    if not np.isfinite(given) or not given > 0:
+        return None
     with np.errstate(all="ignore"):
         aim = _products(known, np.float32(given))
         up = down = np.float32(1) / np.float32(given)
         for _ in range(16):
             for x in (up, down):
-                if np.array_equal(_products(wanted, x), aim):
+                if np.isfinite(x) and np.array_equal(_products(wanted, x), aim):
                     return x
             up, down = np.nextafter(up, np.float32(np.inf)), np.nextafter(down, np.float32(0))
     return None

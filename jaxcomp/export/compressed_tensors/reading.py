@@ -25,8 +25,8 @@ from jaxcomp.export.names import Names
 
 OWNER = "from_compressed_tensors"
 MAX_CONFIG = 100_000_000
-_PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
-_PARTS += ("weight_g_idx",)
+_ENDS = ("packed", "scale", "shape", "zero_point", "global_scale", "g_idx")
+_PARTS = ("weight", *(f"weight_{end}" for end in _ENDS))
 
 
 def from_compressed_tensors(
@@ -50,10 +50,10 @@ def from_compressed_tensors(
     Raises:
       FileError: no such folder, a damaged file, a scheme that is not known, or not the weights that ``like`` wants.
 
-    >>> from_compressed_tensors("nowhere")
+    >>> from_compressed_tensors("no")
     Traceback (most recent call last):
     ...
-    jaxcomp.artifact.disk.FileError: from_compressed_tensors: cannot read 'nowhere/config.json': No such file or directory.
+    jaxcomp.artifact.disk.FileError: from_compressed_tensors: cannot read 'no/config.json': No such file or directory.
     """
     name = os.fspath(path)
     try:
@@ -62,7 +62,7 @@ def from_compressed_tensors(
     except FileError:
         raise
     except OSError as e:
-        raise FileError(f"{OWNER}: cannot read {e.filename or name!r}: {e.strerror or e}.") from e
+        raise FileError(f"{OWNER}: cannot read {os.fspath(e.filename or name)!r}: {e.strerror or e}.") from e
     except ValueError as e:
         raise FileError(f"{OWNER}: {name!r} {e}.") from e
 

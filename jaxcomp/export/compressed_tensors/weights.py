@@ -168,7 +168,9 @@ def _mx(parts: Tensors, grids: tuple[Grid, ScaleGrid]) -> Weight:
         scale = _group_scales(parts, np.dtype(np.uint8), codes.shape, MX_GROUP)
     if scale.size and not 27 <= scale.min() <= scale.max() < 255:
         raise ValueError(f"has scales of 2**{int(scale.min()) - 127}, below 2**-100, or NaN")
-    return Weight(Coded(codes, scale, None, grids[0], Parts(grids[1], scale, 1.0)), codes.shape, jnp.dtype(jnp.bfloat16))
+    return Weight(
+        Coded(codes, scale, None, grids[0], Parts(grids[1], scale, 1.0)), codes.shape, jnp.dtype(jnp.bfloat16)
+    )
 
 
 def _float4(parts: Tensors, dtype: np.dtype, size: int) -> tuple[np.ndarray, np.ndarray]:

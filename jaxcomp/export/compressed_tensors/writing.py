@@ -186,5 +186,7 @@ def _kept(folder: Path) -> dict[str, Json]:
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
-        raise ExportError(f"{OWNER}: {os.fspath(folder / CONFIG)!r} is no JSON object; mend it, or give another folder.")
+        raise ExportError(
+            f"{OWNER}: {os.fspath(folder / CONFIG)!r} is no JSON object; mend it, or give another folder."
+        )
     return said

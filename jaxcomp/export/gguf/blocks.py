@@ -137,7 +137,8 @@ def narrowed(scale: np.ndarray, zero: np.ndarray | None, bits: int) -> np.ndarra
     Raises:
       ExportError: a number would move by more than half a step; the message goes after the path.
 
-    >>> narrowed(np.array([[1 / 3]], np.float32), None, 4).item(), narrowed(np.array([[1 / 3]]), np.array([[7]]), 4).item()
+    >>> third, seven = np.array([1 / 3], np.float32), np.array([7])
+    >>> narrowed(third, None, 4).item(), narrowed(third, seven, 4).item()
     (0.333251953125, 0.333984375)
     """
     points = np.zeros(scale.shape, np.int64) if zero is None else zero.astype(np.int64)
@@ -170,10 +171,7 @@ def from_bytes(data: np.ndarray, kind: Kind, columns: int) -> Coded | np.ndarray
     if kind == MXFP4:
         return _mxfp4(blocks, columns)
     scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-    if kind == Q8_0:
-        codes = blocks[:, 2:] ^ np.uint8(128)
-    else:
-        codes = _unhalved(blocks[:, -BLOCK // 2 :])
+    codes = blocks[:, 2:] ^ np.uint8(128) if kind == Q8_0 else _unhalved(blocks[:, -BLOCK // 2 :])
     if kind == Q5_0:
         codes = codes | np.unpackbits(np.ascontiguousarray(blocks[:, 2:6]), axis=1, bitorder="little") << np.uint8(4)
     if kind != Q4_1:

@@ -7,7 +7,7 @@ end, and its writer opens files of its own, which a stop in between leaves half-
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from typing import NamedTuple
@@ -51,17 +51,17 @@ def value_bytes(value: object) -> bytes:
         return struct.pack("<I", _STRING) + string_bytes(value)
     if isinstance(value, list | tuple | np.ndarray):
         items = list(value)
-        kind = max((_kind(x, items) for x in items), default=5)
+        kind = _kind(items[0], items) if items else 5
         body = b"".join(string_bytes(x) if kind == _STRING else struct.pack(f"<{_SCALARS[kind]}", x) for x in items)
         return struct.pack("<IIQ", _ARRAY, kind, len(items)) + body
     kind = _kind(value, [value])
     return struct.pack(f"<I{_SCALARS[kind]}", kind, value)
 
 
-def _kind(value: object, beside: Iterable[object]) -> int:
-    if isinstance(value, np.generic) and value.dtype in _OF_NUMPY:
-        return _OF_NUMPY[value.dtype]
+def _kind(value: object, beside: Sequence[object]) -> int:
     kinds = {type(x) for x in beside}
+    if isinstance(value, np.generic) and value.dtype in _OF_NUMPY and len(kinds) == 1:
+        return _OF_NUMPY[value.dtype]
     if kinds == {str}:
         return _STRING
     if kinds == {bool}:
@@ -69,7 +69,8 @@ def _kind(value: object, beside: Iterable[object]) -> int:
     if kinds == {float} or kinds == {float, int}:
         return 6
     if kinds == {int}:
-        low, high = min(beside), max(beside)  # type: ignore[type-var]
+        whole = [x for x in beside if isinstance(x, int)]
+        low, high = min(whole), max(whole)
         fitting = ((4, 0, 2**32), (5, -(2**31), 2**31), (11, -(2**63), 2**63), (10, 0, 2**64))
         found = next((kind for kind, least, most in fitting if least <= low and high < most), None)
         if found is not None:

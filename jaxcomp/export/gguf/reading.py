@@ -69,7 +69,9 @@ def read_gguf(
             head = header(f, size)
             sizes = [_size(info) for info in head.tensors]
             _check_layout(head.tensors, sizes, size - head.start)
-            held = {info.name: _tensor(info, head.read(f, info, n)) for info, n in zip(head.tensors, sizes, strict=True)}
+            held = {
+                info.name: _tensor(info, head.read(f, info, n)) for info, n in zip(head.tensors, sizes, strict=True)
+            }
         return filled(held, like, names=names, roles=roles, owner=OWNER), head.metadata
     except FileError:
         raise
@@ -118,7 +120,9 @@ def _check_layout(tensors: list[Info], sizes: list[int], room: int) -> None:
     end, before = 0, ""
     for info, n in sorted(zip(tensors, sizes, strict=True), key=lambda pair: pair[0].offset):
         if info.offset + n > room:
-            raise ValueError(f"is truncated or damaged: {info.name!r} ends {info.offset + n - room} bytes behind its end")
+            raise ValueError(
+                f"is truncated or damaged: {info.name!r} ends {info.offset + n - room} bytes behind its end"
+            )
         if info.offset < end and n:
             raise ValueError(f"is damaged: {info.name!r} lies over {before!r}")
         end, before = info.offset + n, info.name
@@ -135,7 +139,9 @@ def _tensor(info: Info, data: np.ndarray) -> Weight | np.ndarray:
     try:
         found = gguf.dequantize(data.reshape(*info.shape[:-1], -1), gguf.GGMLQuantizationType(info.kind))
     except NotImplementedError:
-        raise ValueError(f"holds {info.name!r} of type {info.kind}, which the package gguf does not dequantize") from None
+        raise ValueError(
+            f"holds {info.name!r} of type {info.kind}, which the package gguf does not dequantize"
+        ) from None
     return np.asarray(found, np.float32).reshape(info.shape)
 
 

@@ -98,10 +98,10 @@ class _Unfit(ValueError):
 
 def _tensor(leaf: PyTree, place: Place, path: str) -> tuple[Shape, int, np.ndarray]:
     if is_compressed(leaf):
-        x = coded(leaf, place, path, OWNER)
+        matrix = coded(leaf, place, path, OWNER)
         try:
-            kind = kind_of(x)
-            return x.shape, kind.number, block_bytes(x, kind)
+            kind = kind_of(matrix)
+            return matrix.shape, kind.number, block_bytes(matrix, kind)
         except ExportError as e:
             raise _Unfit(str(e)) from None
     x = place.there(np.asarray(leaf))
