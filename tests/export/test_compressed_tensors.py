@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import safetensors
 
 import jaxcomp as jc
+from jaxcomp.activations import Dynamic, Float8
 from jaxcomp.artifact import FileError
+from jaxcomp.core import Tokens
 from jaxcomp.core.packed import Packed
 from jaxcomp.export import ExportError, from_compressed_tensors, to_compressed_tensors
 from jaxcomp.export.compressed_tensors import writing
@@ -23,6 +26,7 @@ from jaxcomp.export.compressed_tensors.packing import codes_of, factor_of, globa
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.level_grids import E2M1, E4M3, E5M2
 from jaxcomp.quantization.microscaling import E8M0
+from jaxcomp.trace.ranges import Range
 from tests.export.formats import TRANSFORMS, float_leaf, params, spread, value
 from tests.export.formats import random_leaf as leaf
 from tests.marks import quick
@@ -250,6 +254,40 @@ def test_names_of_quantized_weights_and_scales(tmp_path) -> None:
     np.testing.assert_array_equal(value(rounded), want.T)
     with pytest.raises(ExportError, match=r"has scales from 1e-06 to 1e-06, beyond the normal numbers of float16"):
         to_compressed_tensors(tmp_path, {"m": {"kernel": leaf(jc.Int(4), scale=1e-6)}}, scale_dtype=jnp.float16)
+
+
+def test_activations_are_said(tmp_path) -> None:
+    tree = {"m": {"kernel": leaf(jc.Int(8))}, "n": {"kernel": float_leaf(E4M3)}, "o": {"kernel": leaf(jc.Int(4))}}
+    rules = {"m/.*": jc.Act(8), "n/.*": Float8(per=Tokens()), ".*": None}
+    ranges = {"m/kernel": Range(np.float32(-1), np.float32(3))}
+    to_compressed_tensors(tmp_path, tree, rules=rules, ranges=ranges)
+    held, said = tensors(tmp_path), json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    groups = {g["targets"][0]: g for g in said["config_groups"].values()}
+    assert said["format"] == "mixed-precision"
+    assert {k: g["format"] for k, g in groups.items()} == {
+        "m": "int-quantized", "n": "float-quantized", "o": "pack-quantized",
+    }  # fmt: skip
+    assert groups["o"]["input_activations"] is None
+    assert groups["n"]["input_activations"]["strategy"] == "token"
+    assert groups["m"]["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": False, "dynamic": False, "strategy": "tensor", "group_size": None,
+    }  # fmt: skip
+    np.testing.assert_allclose(held["m.input_scale"], [4 / 255], rtol=1e-6)
+    assert held["m.input_zero_point"].tolist() == [64 - 128]
+    assert set(from_compressed_tensors(tmp_path)["m"]) == {"input_scale", "input_zero_point", "weight"}
+    like = {name: {"kernel": jax.ShapeDtypeStruct((64, 6), FLOAT)} for name in "mno"}
+    np.testing.assert_array_equal(
+        value(from_compressed_tensors(tmp_path, like=like)["m"]["kernel"]), value(tree["m"]["kernel"])
+    )
+    wrong = {
+        "the activation of 'm/kernel' has no range; pass ranges=": {"m/kernel": jc.Act(8)},
+        "the activation of 'n/kernel' is float8_e5m2": {"n/kernel": Float8(5)},
+        "on float8 e4m3 with activations of type int": {"n/kernel": jc.Act(8, range=Dynamic())},
+        "rule 'x' matches nothing": {"x": jc.Act(8)},
+    }
+    for text, asked in wrong.items():
+        with pytest.raises(ValueError, match=text):
+            to_compressed_tensors(tmp_path, tree, rules=asked)
 
 
 def test_zero_points_of_few_outputs_are_not_packed(tmp_path) -> None:

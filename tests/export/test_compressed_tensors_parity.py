@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
+from jaxcomp.activations import Dynamic, Float8, Static
+from jaxcomp.core import Tokens
+from jaxcomp.quantization.level_grids import E4M3
+from jaxcomp.trace.ranges import Range
 from tests.export.formats import TRANSFORMS, params
 
 torch = pytest.importorskip("torch")
@@ -140,3 +144,46 @@ def test_what_the_package_writes_is_read(preset, rows, tmp_path) -> None:
     leaf = jc.export.from_compressed_tensors(tmp_path)["m"]["weight"]
     got = np.asarray(jc.materialize({"w": leaf})["w"].astype(jnp.float32))
     np.testing.assert_array_equal(got, want.float().numpy())
+
+
+ACTIVATIONS = {
+    "int8, dynamic by token": (jc.Int(8), jc.Act(8, symmetric=True, range=Dynamic(), per=Tokens()), "int-quantized"),
+    "int8, static": (jc.Int(8), jc.Act(8), "int-quantized"),
+    "int4 and int8": (jc.Int(4), jc.Act(8, range=Dynamic(), per=Tokens()), "int-quantized"),
+    "int4 and float8": (jc.Int(4), Float8(per=Tokens()), "pack-quantized"),
+    "float8, dynamic": (E4M3, Float8(per=Tokens()), "float-quantized"),
+    "float8, static": (E4M3, Float8(range=Static()), "float-quantized"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_the_package(name, tmp_path) -> None:
+    """A module with its activations quantized: its inputs lie within half a step of ours, and the weights are ours."""
+    from compressed_tensors.compressors import compress_module, decompress_module
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    grid, act, form = ACTIVATIONS[name]
+    small = jc.quantize(grid, per=jc.Channels()).apply((), params())
+    ranges = {"a/mlp/kernel": Range(jnp.float32(-1.5), jnp.float32(2.5))}
+    jc.export.to_compressed_tensors(tmp_path, small, rules={".*kernel": act}, ranges=ranges)
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
+    assert config.format == form
+    net = Net()
+    apply_quantization_config(net, config)
+    compress_module(net.a.mlp)
+    missing, unexpected = net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not missing
+    assert not unexpected
+    x = np.random.default_rng(1).uniform(-1.5, 2.5, (3, 128)).astype(np.float32)
+    got = forward_quantize(net.a.mlp, torch.from_numpy(x), "input", net.a.mlp.quantization_scheme.input_activations)
+    q = jc.quantize_function(lambda p, x: x @ p["a"]["mlp"]["kernel"], {".*": act})
+    eye = {"a": {"mlp": {"kernel": jnp.eye(128)}}}
+    want = np.asarray(q(eye, ranges if act.needs_range else {}, jnp.asarray(x)))
+    step = np.abs(want) / 8 + 1e-3 if isinstance(act, Float8) else np.float32(2.5 / 127)  # of what lies on a tie
+    assert (np.abs(got.numpy() - want) <= step).all()
+    assert (np.abs(got.numpy() - want) <= 1e-6).mean() > 0.95
+    decompress_module(net.a.mlp)
+    dense = jc.materialize(small)["a"]["mlp"]["kernel"]
+    np.testing.assert_array_equal(net.a.mlp.weight.detach().float().numpy(), np.asarray(dense).T)

@@ -58,7 +58,7 @@ def from_compressed_tensors(
     name = os.fspath(path)
     try:
         with _folder(Path(path)) as held:
-            return filled(_weights(held), like, names=names, roles=roles, owner=OWNER)
+            return filled(_weights(held, activations=like is None), like, names=names, roles=roles, owner=OWNER)
     except FileError:
         raise
     except OSError as e:
@@ -67,14 +67,20 @@ def from_compressed_tensors(
         raise FileError(f"{OWNER}: {name!r} {e}.") from e
 
 
-def _weights(held: _Held) -> dict[str, Weight | np.ndarray]:
-    """All of a folder by name, in the order of the files; a quantized one stands at its scales' place."""
+def _weights(held: _Held, *, activations: bool) -> dict[str, Weight | np.ndarray]:
+    """All of a folder by name, in the order of the files; a quantized one stands at its scales' place.
+
+    Args:
+      held: the folder.
+      activations: whether the scales of quantized modules' in- and outputs are among them.
+    """
     modules = {full.rpartition(".")[0] for full in held.entries if full.endswith(".weight_scale")}
     found: dict[str, Weight | np.ndarray] = {}
     for full in held.entries:
         module, _, part = full.rpartition(".")
         if module not in modules or part not in _PARTS:
-            found[full] = held.read(full)
+            if activations or module not in modules or not part.startswith(("input_", "output_")):
+                found[full] = held.read(full)
         elif part == "weight_scale":
             found[f"{module}.weight"] = _weight(held, module)
     return found

@@ -39,27 +39,33 @@ class Scheme(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def scheme(x: Coded, scale_dtype: DType | None) -> Scheme:
+def scheme(x: Coded, scale_dtype: DType | None, beside: Json = None) -> Scheme:
     """The layout of a matrix of codes.
 
     Args:
       x: the matrix.
       scale_dtype: what the scales are rounded to; None keeps their type. Formats with a type of their own keep that.
+      beside: the type of the activations that enter, "int" or "float"; None where they are not quantized.
 
     Raises:
       ExportError: there is none for its grid or blocks; the message goes after the path.
     """
     reach = x.grid.code_range
     if reach is not None and x.grid.bits > 1:
-        return _integers(x, scale_dtype)
+        return _integers(x, scale_dtype, packed=beside != "int")
     grids = (x.grid, x.parts and x.parts.grid)
     make = next((make for wanted, make in _TABLES if grids == wanted), None)
     if make is None:
         raise ExportError(f"is on {x.grid.label}, which compressed-tensors has no format for; it has {GRIDS}.")
-    return make(x, scale_dtype)
+    found = make(x, scale_dtype)
+    if beside is None:
+        return found
+    if found.format != "naive-quantized" or beside != "float":
+        raise ExportError(f"is on {x.grid.label} with activations of type {beside}, of which the layout has no pair.")
+    return found._replace(format="float-quantized")
 
 
-def _integers(x: Coded, scale_dtype: DType | None) -> Scheme:
+def _integers(x: Coded, scale_dtype: DType | None, *, packed: bool) -> Scheme:
     rows = x.shape[0]
     if x.blocks[0] not in (1, rows) or (x.blocks[0] == 1 and x.blocks[1] > 1):
         x = x.cut((rows, x.blocks[1]))  # the layout's integers know no blocks of several rows
@@ -72,9 +78,11 @@ def _integers(x: Coded, scale_dtype: DType | None) -> Scheme:
         if strategy == "tensor":
             tensors["weight_zero_point"] = tensors["weight_zero_point"].reshape(1)
         elif bits == 4 and rows <= 8:  # the package (0.20.1) cannot read zero points that one row of words holds
-            return Scheme("naive-quantized", weights, tensors | {"weight": _signed(x.codes, bits)})
-        else:
+            packed = False
+        elif packed:
             tensors["weight_zero_point"] = np.ascontiguousarray(words(x.zero.T, bits).T)
+    if not packed:
+        return Scheme("int-quantized", weights, tensors | {"weight": _signed(x.codes, bits)})
     shape = np.array(x.shape, np.int64)
     return Scheme("pack-quantized", weights, tensors | {"weight_packed": words(x.codes, bits), "weight_shape": shape})
 

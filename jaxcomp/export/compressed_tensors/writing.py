@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxcomp.activations.planning import Rules
 from jaxcomp.artifact.disk import replacing, write_all
 from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import NAMES, blocks_of
@@ -17,9 +19,11 @@ from jaxcomp.core.paths import Where
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.export.coded import coded, prepared
-from jaxcomp.export.compressed_tensors.schemes import Scheme, scheme
+from jaxcomp.export.compressed_tensors.inputs import NOTHING, Inputs, inputs_of
+from jaxcomp.export.compressed_tensors.schemes import scheme
 from jaxcomp.export.errors import ExportError
-from jaxcomp.export.names import Names, array_leaves, places
+from jaxcomp.export.names import Names, Place, array_leaves, places
+from jaxcomp.trace.ranges import Range
 
 OWNER = "to_compressed_tensors"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -35,6 +39,8 @@ def to_compressed_tensors(
     floats: Where | None = None,
     config: Mapping[str, Json] | None = None,
     scale_dtype: DType | None = None,
+    rules: Rules | None = None,
+    ranges: Mapping[str, Range] | None = None,
 ) -> int:
     """Writes a tree in the layout of compressed-tensors: a folder of model.safetensors and config.json.
 
@@ -52,6 +58,9 @@ def to_compressed_tensors(
       floats: which leaves are written as floats though they are compressed.
       config: entries of config.json, such as ``{"model_type": "llama"}``.
       scale_dtype: what scales are rounded to, such as bfloat16, which some kernels want; None keeps them.
+      rules: how the activations that enter a quantized weight are, as of ``quantize_function``, by the weight's path:
+        ``{".*": Act(8, symmetric=True, range=Dynamic(), per=Tokens())}``. Weights of integers are then stored as bytes.
+      ranges: of those with ``Static()`` ranges, by the weight's path.
 
     Returns:
       Bytes of model.safetensors.
@@ -74,28 +83,51 @@ def to_compressed_tensors(
     """
     leaves = array_leaves(tree, OWNER, is_compressed)
     where = places(leaves, names=names, roles=roles, owner=OWNER)
+    small = {key: prepared(leaf, key, floats=floats, owner=OWNER) for key, leaf in leaves}
+    quantized = [key for key, leaf in small.items() if is_compressed(leaf)]
+    inputs = inputs_of(quantized, rules, ranges, owner=OWNER)
     tensors: dict[str, np.ndarray] = {}
-    schemes: dict[str, Scheme] = {}
+    modules: dict[str, _Module] = {}
     ignored: list[str] = []
-    for key, leaf in leaves:
-        place, held = where[key], prepared(leaf, key, floats=floats, owner=OWNER)
-        module, dot, last = place.name.rpartition(".")
-        if not is_compressed(held):
-            tensors[place.name] = _plain(place.there(np.asarray(held)), key)
+    for key, leaf in small.items():
+        place = where[key]
+        module, _, last = place.name.rpartition(".")
+        if is_compressed(leaf):
+            found = _module(leaf, place, key, inputs.get(key, NOTHING), scale_dtype)
+            modules[module] = found
+            tensors |= {f"{module}.{part}": x for part, x in found.tensors.items()}
+        else:
+            tensors[place.name] = _plain(place.there(np.asarray(leaf)), key)
             ignored += [module] if place.is_matrix and last == "weight" else []
-            continue
-        if last != "weight" or not module:
-            raise ExportError(
-                f"{OWNER}: {key!r} is quantized and called {place.name!r}; the layout wants a name such as"
-                " 'layer.weight'. Say so in names=."
-            )
-        x = coded(held, place, key, OWNER)
-        try:
-            schemes[module] = scheme(x, scale_dtype)
-        except ExportError as e:
-            raise ExportError(f"{OWNER}: {key!r} {e} floats={key!r} writes it as floats.") from None
-        tensors |= {f"{module}{dot}{part}": x for part, x in schemes[module].tensors.items()}
-    return _written(Path(path), tensors, _config(schemes, ignored), config or {})
+    return _written(Path(path), tensors, _config(modules, ignored), config or {})
+
+
+class _Module(NamedTuple):
+    """A module whose weight is quantized: what config.json says of it, as text to compare by, and its tensors."""
+
+    said: str
+    tensors: dict[str, np.ndarray]
+
+
+def _module(leaf: PyTree, place: Place, path: str, inputs: Inputs, scale_dtype: DType | None) -> _Module:
+    module, _, last = place.name.rpartition(".")
+    if last != "weight" or not module:
+        raise ExportError(
+            f"{OWNER}: {path!r} is quantized and called {place.name!r}; the layout wants a name such as 'layer.weight'."
+            " Say so in names=."
+        )
+    x = coded(leaf, place, path, OWNER)
+    try:
+        found = scheme(x, scale_dtype, inputs.arguments.get("type"))
+    except ExportError as e:
+        raise ExportError(f"{OWNER}: {path!r} {e} floats={path!r} writes it as floats.") from None
+    said = {
+        "weights": found.weights,
+        "input_activations": inputs.arguments or None,
+        "output_activations": None,
+        "format": found.format,
+    }
+    return _Module(json.dumps(said), found.tensors | inputs.tensors)
 
 
 def _plain(x: np.ndarray, path: str) -> np.ndarray:
@@ -104,14 +136,15 @@ def _plain(x: np.ndarray, path: str) -> np.ndarray:
     return x
 
 
-def _config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Json]:
+def _config(modules: Mapping[str, _Module], ignored: list[str]) -> dict[str, Json]:
     """The entry quantization_config, a group for each way of quantizing; empty where nothing is quantized."""
-    groups: dict[str, tuple[Scheme, list[str]]] = {}
-    for module, found in schemes.items():
-        groups.setdefault(json.dumps([found.format, found.weights]), (found, []))[1].append(module)
+    groups: dict[str, list[str]] = {}
+    for name, found in modules.items():
+        groups.setdefault(found.said, []).append(name)
     if not groups:
         return {}
-    formats = {found.format for found, _ in groups.values()}
+    said = [{"targets": names, **json.loads(text)} for text, names in groups.items()]
+    formats = {group["format"] for group in said}
     return {
         "quant_method": "compressed-tensors",
         "version": "0.20.0",
@@ -120,16 +153,7 @@ def _config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Json
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": ignored,
-        "config_groups": {
-            f"group_{i}": {
-                "targets": modules,
-                "weights": found.weights,
-                "input_activations": None,
-                "output_activations": None,
-                "format": found.format,
-            }
-            for i, (found, modules) in enumerate(groups.values())
-        },
+        "config_groups": {f"group_{i}": group for i, group in enumerate(said)},
     }
 
 
