@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Look at compressed networks.
 
-Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
-takes with --help."""
+Files are those of jaxcomp.save, safetensors of other programs, GGUF, .npz, .npy, and .msgpack of Flax; a folder of the
+compressed-tensors layout is read too. A command says what it takes with --help."""
 
 Out = Annotated[Path, arg(metavar="FILE")]
 Name = Annotated[str, arg(metavar="NAME")]
@@ -39,7 +39,7 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     """Show what a file holds: of each leaf its method, bits a weight and at its entropy, zeros and bytes.
 
     Args:
-      file: of weights.
+      file: of weights, or a folder of the compressed-tensors layout.
       form: how it is printed.
     """
     from jaxcomp.report.inputs import read

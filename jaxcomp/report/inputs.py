@@ -20,6 +20,7 @@ from jaxcomp.artifact.statics import Json
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import PyTree
 from jaxcomp.export.compressed_tensors.reading import from_compressed_tensors
+from jaxcomp.export.compressed_tensors.writing import CONFIG
 from jaxcomp.export.gguf.container import MAGIC
 from jaxcomp.export.gguf.reading import read_gguf
 
@@ -65,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     (2, 3)
     """
     name = os.fspath(path)
-    if os.path.isdir(name):
+    if (Path(name) / CONFIG).exists():
         with progress("read"):
             return _folder(name)
     try:
