@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,43 +98,42 @@ def prepared(leaf: Leaf, path: str, *, floats: Where | None, owner: str) -> Leaf
     return small
 
 
-def coded(leaf: Quantized | Masked, place: Place, path: str, owner: str) -> Coded:
-    """A packed leaf as a matrix.
+def coded(leaf: Quantized | Masked, place: Place, path: str, owner: str) -> list[Coded]:
+    """A packed leaf as a matrix, or as one for each of its layers.
 
     Raises:
       ExportError: it is none, there.
     """
+    q, shape = leaf.values if isinstance(leaf, Masked) else leaf, tuple(leaf.shape)
     if not place.is_matrix:
         raise ExportError(
-            f"{owner}: {path!r} of shape {tuple(leaf.shape)} is no matrix of outputs and inputs, and the format"
-            f" quantizes these alone; write it as floats, by floats={path!r}."
+            f"{owner}: {path!r} of shape {shape} is no matrix of outputs and inputs, and the format quantizes these"
+            f" alone; write it as floats, by floats={path!r}."
         )
-    q = leaf.values if isinstance(leaf, Masked) else leaf
-    codes, shape = host_codes(q.codes), tuple(q.shape)
-    scale = np.asarray(dense(q.scale))
-    zero = None if q.zero_point is None else np.asarray(q.zero_point).astype(np.uint8)
+    if isinstance(leaf, Masked) and q.zero_point is None and not q.grid.has_zero:
+        raise ExportError(
+            f"{owner}: {path!r} is masked on {q.grid.label}, which has no zero; write it as floats, by floats={path!r}."
+        )
+    codes = host_codes(q.codes)
     if isinstance(leaf, Masked):
         kept = np.asarray(leaf.mask.unpack() if isinstance(leaf.mask, Packed) else leaf.mask)
-        none = q.code_of_zero(shape)
-        low = q.codes.low if isinstance(q.codes, Packed) else (-128 if q.codes.dtype == jnp.int8 else 0)
-        codes = np.where(kept, codes, (np.asarray(none) - low).astype(np.uint8))
-        if q.zero_point is None and not q.grid.has_zero:
-            raise ExportError(
-                f"{owner}: {path!r} is masked on {q.grid.label}, which has no zero; write it as floats, by"
-                f" floats={path!r}."
-            )
-    parts = None
+        codes = np.where(kept, codes, (np.asarray(q.code_of_zero(shape)) - _low_of(q.grid)).astype(np.uint8))
+    count = shape[0] if place.layered else 1
+
+    def merged(x: np.ndarray) -> list[np.ndarray]:
+        wide = np.repeat(x, count // len(x), 0) if place.layered else x
+        return [_merged(one, place.one(shape), place) for one in place.layers(wide)]
+
+    scales, none = merged(np.asarray(dense(q.scale))), [None] * count
+    zeros = none if q.zero_point is None else merged(np.asarray(q.zero_point).astype(np.uint8))
+    parts: Sequence[Parts | None] = none
     if isinstance(q.scale, Quantized):
-        outer = np.asarray(dense(q.scale.scale))
-        if outer.size == 1:
-            parts = Parts(q.scale.grid, _merged(host_codes(q.scale.codes), shape, place), float(outer.reshape(())))
-    return Coded(
-        place.there(codes),
-        _merged(scale, shape, place),
-        None if zero is None else _merged(zero, shape, place),
-        q.grid,
-        parts,
-    )
+        outer = np.asarray(dense(q.scale.scale)).reshape(-1)
+        if outer.size in (1, count):
+            found = zip(merged(host_codes(q.scale.codes)), np.broadcast_to(outer, (count,)), strict=True)
+            parts = [Parts(q.scale.grid, x, float(over)) for x, over in found]
+    held = [place.there(one) for one in place.layers(codes)]
+    return [Coded(*one[:3], q.grid, one[3]) for one in zip(held, scales, zeros, parts, strict=True)]
 
 
 def host_codes(codes: Packed | object) -> np.ndarray:
@@ -160,23 +160,33 @@ def _merged(scale: np.ndarray, shape: Shape, place: Place) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
-def leaf_of(x: Coded, place: Place, shape: Shape, *, dtype: DType, scale: Leaf | None = None) -> Quantized:
-    """The leaf of a matrix of codes, in an array of this shape.
+def leaf_of(layers: Sequence[Coded], place: Place, shape: Shape, dtype: DType) -> Quantized:
+    """The leaf of a matrix of codes, or of those of its layers, in an array of this shape.
 
-    Args:
-      x: the matrix.
-      place: how it lies there.
-      shape: of the leaf.
-      dtype: of the dense array.
-      scale: a leaf of scales, in the shape of the matrix's blocks, where they are no array.
+    Raises:
+      ValueError: the layers are not quantized alike; the message goes after the file's name.
     """
-    bits, low = x.grid.bits, _low_of(x.grid)
-    codes = place.back(x.codes, shape)
+    first, one = layers[0], place.one(shape)
+    if any((x.grid, x.blocks, x.zero is None) != (first.grid, first.blocks, first.zero is None) for x in layers):
+        raise ValueError(f"holds {place.name!r} quantized in several ways; read it without like=")
+
+    def stacked(parts: list[np.ndarray]) -> np.ndarray:
+        return np.stack(parts) if place.layered else parts[0]
+
+    bits, low = first.grid.bits, _low_of(first.grid)
+    codes = stacked([place.back(x.codes, one) for x in layers])
     held = (codes ^ np.uint8(128)).view(np.int8) if bits == 8 and low else codes
     stream = jnp.asarray(held) if bits == 8 else Packed(jnp.asarray(pack_bits_on_host(codes, bits)), bits, low, shape)
-    zero = None if x.zero is None else jnp.asarray(_split(x.zero, shape, place).astype(x.scale.dtype))
-    given = jnp.asarray(_split(x.scale, shape, place)) if scale is None else _split_leaf(scale, shape, place)
-    return Quantized(stream, given, zero, x.grid, jnp.dtype(dtype))
+    zeros = [x.zero for x in layers if x.zero is not None]
+    zero = jnp.asarray(stacked([_split(x, one, place) for x in zeros]), jnp.float32) if zeros else None
+    own = [x.parts for x in layers if x.parts is not None]
+    if not own:
+        scale: Leaf = jnp.asarray(stacked([_split(x.scale, one, place) for x in layers]))
+    else:
+        part = jnp.asarray(stacked([_split(x.codes, one, place) for x in own]))
+        outer = jnp.asarray(np.reshape([x.outer for x in own], (-1, *[1] * (len(shape) - 1))), jnp.float32)
+        scale = Quantized(part, outer, None, own[0].grid, jnp.dtype(jnp.float32))
+    return Quantized(stream, scale, zero, first.grid, jnp.dtype(dtype))
 
 
 def _split(scale: np.ndarray, shape: Shape, place: Place) -> np.ndarray:
@@ -195,12 +205,6 @@ def _split(scale: np.ndarray, shape: Shape, place: Place) -> np.ndarray:
             scale = repeated_to(scale, tuple(int(np.prod(sizes)) if i == n else m for i, m in enumerate(scale.shape)))
         lying += blocks
     return np.ascontiguousarray(scale.reshape(lying).transpose(np.argsort(place.order)))
-
-
-def _split_leaf(scale: Leaf, shape: Shape, place: Place) -> Leaf:
-    codes = _split(host_codes(scale.codes), shape, place)
-    outer = jnp.reshape(scale.scale, (1,) * len(shape))
-    return Quantized(jnp.asarray(codes), outer, None, scale.grid, scale.dense_dtype)
 
 
 def _low_of(grid: Numbers) -> int:

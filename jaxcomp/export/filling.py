@@ -14,7 +14,6 @@ from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import DType, Leaf, PyTree, Shape
 from jaxcomp.export.coded import Coded, leaf_of
 from jaxcomp.export.names import Names, Place, array_leaves, nested, places
-from jaxcomp.quantization.leaves import Quantized
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,6 @@ class Weight:
     shape: Shape
     dtype: DType
 
-    def leaf(self, place: Place, shape: Shape) -> Quantized:
-        """The leaf of a shape, at its place."""
-        x, scale = self.coded, None
-        if x.parts is not None:
-            outer = jnp.full((1, 1), x.parts.outer, jnp.float32)
-            scale = Quantized(jnp.asarray(x.parts.codes), outer, None, x.parts.grid, jnp.dtype(jnp.float32))
-        return leaf_of(x, place, shape, dtype=self.dtype, scale=scale)
-
 
 def filled(
     held: Mapping[str, Weight | np.ndarray],
@@ -54,25 +45,22 @@ def filled(
       ValueError: the names and shapes are not those that ``like`` wants; the message goes after the file's name.
     """
     if like is None:
-        return nested({name: _leaf(x, _as_it_is(name, x.shape), x.shape) for name, x in held.items()}, owner)
+        return nested(
+            {name: _leaf({name: x}, _as_it_is(name, x.shape), tuple(x.shape)) for name, x in held.items()}, owner
+        )
     leaves = array_leaves(like, owner, is_compressed)
     where = places(leaves, names=names, roles=roles, owner=owner)
-    lost = [f"{path!r} as {where[path].name!r}" for path, _ in leaves if where[path].name not in held]
+    known = {path: where[path].names(tuple(leaf.shape)) for path, leaf in leaves}
+    lost = [f"{path!r} as {name!r}" for path, names_ in known.items() for name in names_ if name not in held]
     if lost:
         raise ValueError(f"does not hold {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}; change names=, or like=")
-    spare = sorted(set(held) - {place.name for place in where.values()})
+    spare = sorted(set(held).difference(*known.values()))
     if spare:
         said = ", ".join(map(repr, spare[:4])) + ", ..." * (len(spare) > 4)
         raise ValueError(f"holds {said}, which like= has no leaf for; change names=, or like=")
-    out = []
-    for path, leaf in leaves:
-        x, place, shape = held[where[path].name], where[path], tuple(leaf.shape)
-        if tuple(x.shape) != place.shape(shape):
-            raise ValueError(
-                f"holds {place.name!r} of shape {tuple(x.shape)}, and {path!r} of shape {shape} wants it as"
-                f" {place.shape(shape)}; change like=, or pass roles="
-            )
-        out.append(_leaf(x, place, shape))
+    out = [
+        _leaf({name: held[name] for name in known[path]}, where[path], tuple(leaf.shape), path) for path, leaf in leaves
+    ]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_compressed), out)
 
 
@@ -81,5 +69,20 @@ def _as_it_is(name: str, shape: Shape) -> Place:
     return Place(name, tuple(range(len(shape))), max(len(shape) - 1, 0), min(len(shape), 1))
 
 
-def _leaf(x: Weight | np.ndarray, place: Place, shape: Shape) -> Leaf:
-    return jnp.asarray(place.back(x, shape)) if isinstance(x, np.ndarray) else x.leaf(place, shape)
+def _leaf(found: Mapping[str, Weight | np.ndarray], place: Place, shape: Shape, path: str = "") -> Leaf:
+    """The leaf of a shape, at its place, of the weight there, or of those of its layers."""
+    wanted = place.shape(place.one(shape))
+    for name, x in found.items():
+        if path and tuple(x.shape) != wanted:
+            raise ValueError(
+                f"holds {name!r} of shape {tuple(x.shape)}, and {path!r} of shape {shape} wants it as {wanted}; change"
+                " like=, or pass roles="
+            )
+    arrays = [x for x in found.values() if isinstance(x, np.ndarray)]
+    weights = [x for x in found.values() if isinstance(x, Weight)]
+    if not weights:
+        back = [place.back(x, place.one(shape)) for x in arrays]
+        return jnp.asarray(np.stack(back) if place.layered else back[0])
+    if arrays:
+        raise ValueError(f"holds {place.name!r} quantized and not, by layers; read it without like=")
+    return leaf_of([x.coded for x in weights], place, shape, weights[0].dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import first_matches, leaves_with_paths, matrices
-from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, SPATIAL, STACKED, Roles, settled
+from jaxcomp.core.roles import BATCH, CONTRACTED, INDEXED, MIXED, SPATIAL, STACKED, AxisRoles, Roles, settled
 from jaxcomp.core.types import Leaf, PyTree, Shape
 from jaxcomp.export.errors import ExportError
 
@@ -26,7 +26,8 @@ class Place:
     """Where a weight goes.
 
     Fields:
-      name: there.
+      name: there; with "{}" in it each index of the first axis, a layer of a scan, goes to a name of its own, and what
+        follows is of one layer.
       order: of its axes there: outputs, inputs, then a convolution's window.
       outputs, inputs: how many axes are which; each lot is written as one axis.
     """
@@ -35,6 +36,23 @@ class Place:
     order: tuple[int, ...]
     outputs: int = 0
     inputs: int = 0
+
+    @property
+    def layered(self) -> bool:
+        """Whether each layer goes to a name of its own."""
+        return "{}" in self.name
+
+    def names(self, of: Shape) -> list[str]:
+        """The names that an array of shape ``of`` goes to."""
+        return [self.name.replace("{}", str(i)) for i in range(of[0])] if self.layered else [self.name]
+
+    def layers(self, x: np.ndarray) -> list[np.ndarray]:
+        """The array, or each of its layers; what is shared by all of them again and again."""
+        return list(x) if self.layered else [x]
+
+    def one(self, of: Shape) -> Shape:
+        """The shape of a layer, or of the array where it is none."""
+        return of[1:] if self.layered else of
 
     @property
     def is_matrix(self) -> bool:
@@ -123,14 +141,20 @@ def _filled(rule: str, template: str, path: str, owner: str) -> str:
 def _placed(
     path: str, name: str, leaf: Leaf, roles: Roles | None, owner: str, heads: Mapping[str, tuple[str, Leaf]]
 ) -> Place:
-    shape, ranks = tuple(leaf.shape), range(len(leaf.shape))
-    said = None if roles is None else roles.get(path)
+    whole = tuple(leaf.shape)
+    shape = Place(name, ()).one(whole)
+    ranks = range(len(shape))
+    if "{}" in name and not whole:
+        raise ExportError(f"{owner}: {path!r} is one number and called {name!r}, a name for each layer; change names=.")
     if len(shape) < 2:
         return Place(name, tuple(ranks))
+    said = None if roles is None else roles.get(path)
     if said is None or MIXED in said.names:
         if not matrices(path, leaf):
             return _vector(path, name, shape, roles, heads)
         said = settled(path, len(shape))
+    elif len(said.names) == len(whole) > len(shape):
+        said = AxisRoles(said.names[1:])
     if said is None or len(said.names) != len(shape):
         if not is_compressed(leaf) and path.rpartition("/")[2] not in ("kernel", "weight", "w"):
             return Place(name, tuple(ranks))  # in no product: positions, say
@@ -141,8 +165,9 @@ def _placed(
     apart = [kind for kind in (BATCH, STACKED) if kind in said.names]
     if apart:
         raise ExportError(
-            f"{owner}: {path!r} holds several matrices, for it has a {apart[0]} axis ({', '.join(said.names)}); cut it"
-            " into a leaf for each before it is written."
+            f"{owner}: {path!r} holds several matrices, for it has a {apart[0]} axis ({', '.join(said.names)}); if it"
+            " is the first, write {} in its name for its index, as in"
+            r" names={'layers/(.*)/kernel': r'layers.{}.\1.weight'}."
         )
     inputs = [i for i in ranks if said.names[i] == CONTRACTED]
     window = [i for i in ranks if said.names[i] == SPATIAL]
@@ -157,7 +182,8 @@ def _vector(path: str, name: str, shape: Shape, roles: Roles | None, heads: Mapp
     kernel, leaf = heads.get(path.rpartition("/")[0], ("", None))
     said = None if roles is None else roles.get(kernel)
     if said is not None:
-        outputs = tuple(n for n, kind in zip(leaf.shape, said.names, strict=True) if kind not in (CONTRACTED, SPATIAL))
+        inner = (CONTRACTED, SPATIAL, STACKED)
+        outputs = tuple(n for n, kind in zip(leaf.shape, said.names, strict=True) if kind not in inner)
         if outputs == shape:
             return Place(name, tuple(range(len(shape))), len(shape))
     return Place(name, tuple(range(len(shape))))

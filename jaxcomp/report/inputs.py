@@ -115,8 +115,10 @@ def _gguf(name: str, size: int) -> Weights:
 
 def _short(value: object) -> Json:
     """A list of metadata, such as a vocabulary, by its first entries."""
-    whole: Json = value if isinstance(value, str | int | float | list) else str(value)
-    return whole if not isinstance(whole, list) or len(whole) <= 8 else [*whole[:8], f"... {len(whole)} in all"]
+    if not isinstance(value, list | np.ndarray):
+        return value if isinstance(value, str | int | float) else str(value)
+    first: list[Json] = [*np.asarray(value[:8]).tolist()]
+    return first if len(value) <= 8 else [*first, f"... {len(value)} in all"]
 
 
 def _folder(name: str) -> Weights:

@@ -63,11 +63,11 @@ def float_leaf(grid: Float, *, blocks: tuple[int, int] = (1, 6), scales: Float |
 def random_leaf(
     grid: Int, shape: tuple[int, ...] = (64, 6), group: int = 32, *, scale: float | None = None
 ) -> Quantized:
-    """A packed leaf of random codes and scales, made without compiling anything; its groups lie along axis 0."""
+    """A packed leaf of random codes and scales; its groups lie along the axis before the last. Nothing is compiled."""
     rng = np.random.default_rng(grid.bits)
     low, high = grid.code_range
     numbers = rng.integers(low, high + 1, shape)
-    blocks = (shape[0] // group, *shape[1:])
+    blocks = (*shape[:-2], shape[-2] // group, shape[-1])
     scales = (
         rng.uniform(0.5, 2, blocks) * 2.0 ** rng.integers(-9, 3, blocks) if scale is None else np.full(blocks, scale)
     )

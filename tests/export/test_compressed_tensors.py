@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,37 @@ def test_heads_are_matrices_by_their_roles(tmp_path) -> None:
             np.testing.assert_array_equal(value(back[path]["kernel"]), want)
             plain = from_compressed_tensors(tmp_path)[path]["weight"]
             np.testing.assert_array_equal(value(plain), want.reshape(8, 8).T)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gguf"])
+def test_layers_of_a_scan_go_to_names_of_their_own(form, tmp_path) -> None:
+    write, read = {
+        "gguf": (jc.export.to_gguf, jc.export.from_gguf),
+        "compressed-tensors": (to_compressed_tensors, from_compressed_tensors),
+    }[form]
+    q = leaf(jc.Int(4), (3, 64, 6))
+    near = np.asarray(q.scale).astype(np.float16).astype(np.float32)  # which GGUF rounds to
+    q = replace(q, scale=jnp.asarray(near))
+    shared = replace(q, scale=jnp.asarray(near[:1]))
+    bias = RNG.normal(size=(3, 6)).astype(np.float32)
+    tree = {"layers": {"a": {"kernel": q, "bias": bias}, "b": {"kernel": shared}}}
+    names = {r"layers/(.*)/kernel": r"blk.{}.\1.weight", r"layers/(.*)/bias": r"blk.{}.\1.bias"}
+    write(tmp_path / "net", tree, names=names)
+    flat = read(tmp_path / "net")["blk"]
+    assert list(flat) == ["0", "1", "2"]
+    for i in range(3):
+        np.testing.assert_array_equal(value(flat[str(i)]["a"]["weight"]), value(q)[i].T)
+        np.testing.assert_array_equal(value(flat[str(i)]["b"]["weight"]), value(shared)[i].T)
+        np.testing.assert_array_equal(np.asarray(flat[str(i)]["a"]["bias"]), bias[i])
+    like = {"layers": {"a": {"kernel": value(q), "bias": bias}, "b": {"kernel": value(q)}}}
+    back = read(tmp_path / "net", like=like, names=names)["layers"]
+    np.testing.assert_array_equal(value(back["a"]["kernel"]), value(q))
+    np.testing.assert_array_equal(value(back["b"]["kernel"]), value(shared))
+    np.testing.assert_array_equal(np.asarray(back["a"]["bias"]), bias)
+    with pytest.raises(FileError, match=r"does not hold 'layers/a/bias' as 'blk.3.a.bias', "):
+        read(tmp_path / "net", like=jax.tree.map(lambda x: np.concatenate([x, x[:1]]), like), names=names)
+    with pytest.raises(ExportError, match=r"'one' is one number and called 'x.{}', a name for each layer"):
+        write(tmp_path / "net", {"one": np.float32(1)}, names={"one": "x.{}"})
 
 
 def test_names_and_axes(tmp_path) -> None:

@@ -215,7 +215,7 @@ WRONG = {
         jc.Int(4), scale=1e-8
     ),
     "has a scale of 1e+06, which float16": leaf(jc.Int(4), scale=1e6),
-    "is no matrix of outputs and inputs": leaf(jc.Int(4), (32, 2, 3, 4)),
+    "is no matrix of outputs and inputs": leaf(jc.Int(4), (2, 3, 4, 5), 4),
 }
 
 

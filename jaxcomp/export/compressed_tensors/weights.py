@@ -63,6 +63,8 @@ def _part(parts: Tensors, name: str, dtypes: tuple[np.dtype, ...], axes: int | N
     if name not in parts:
         raise ValueError(f"has no {name}")
     x = parts[name]
+    if not x.size:
+        raise ValueError(f"has a {name} of shape {x.shape}, which holds nothing")
     if x.dtype not in dtypes or (axes is not None and x.ndim != axes):
         raise ValueError(f"has a {name} of type {x.dtype} and shape {x.shape}; wanted is {dtypes[0]} of {axes} axes")
     return x

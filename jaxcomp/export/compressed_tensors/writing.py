@@ -18,7 +18,7 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import DType, PyTree
-from jaxcomp.export.coded import coded, prepared
+from jaxcomp.export.coded import Coded, coded, prepared
 from jaxcomp.export.compressed_tensors.inputs import NOTHING, Inputs, inputs_of
 from jaxcomp.export.compressed_tensors.schemes import scheme
 from jaxcomp.export.errors import ExportError
@@ -90,15 +90,17 @@ def to_compressed_tensors(
     modules: dict[str, _Module] = {}
     ignored: list[str] = []
     for key, leaf in small.items():
-        place = where[key]
-        module, _, last = place.name.rpartition(".")
-        if is_compressed(leaf):
-            found = _module(leaf, place, key, inputs.get(key, NOTHING), scale_dtype)
-            modules[module] = found
-            tensors |= {f"{module}.{part}": x for part, x in found.tensors.items()}
-        else:
-            tensors[place.name] = _plain(place.there(np.asarray(leaf)), key)
-            ignored += [module] if place.is_matrix and last == "weight" else []
+        place, shape = where[key], tuple(leaf.shape)
+        if not is_compressed(leaf):
+            for name, x in zip(place.names(shape), place.layers(np.asarray(leaf)), strict=True):
+                tensors[name] = _plain(place.there(x), key)
+                ignored += [name.removesuffix(".weight")] if place.is_matrix and name.endswith(".weight") else []
+            continue
+        _check_name(place, key)
+        for name, matrix in zip(place.names(shape), coded(leaf, place, key, OWNER), strict=True):
+            module = name.removesuffix(".weight")
+            modules[module] = _module(matrix, key, inputs.get(key, NOTHING), scale_dtype)
+            tensors |= {f"{module}.{part}": x for part, x in modules[module].tensors.items()}
     return _written(Path(path), tensors, _config(modules, ignored), config or {})
 
 
@@ -109,14 +111,15 @@ class _Module(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def _module(leaf: PyTree, place: Place, path: str, inputs: Inputs, scale_dtype: DType | None) -> _Module:
-    module, _, last = place.name.rpartition(".")
-    if last != "weight" or not module:
+def _check_name(place: Place, path: str) -> None:
+    if not place.name.endswith(".weight"):
         raise ExportError(
             f"{OWNER}: {path!r} is quantized and called {place.name!r}; the layout wants a name such as 'layer.weight'."
             " Say so in names=."
         )
-    x = coded(leaf, place, path, OWNER)
+
+
+def _module(x: Coded, path: str, inputs: Inputs, scale_dtype: DType | None) -> _Module:
     try:
         found = scheme(x, scale_dtype, inputs.arguments.get("type"))
     except ExportError as e:

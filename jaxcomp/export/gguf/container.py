@@ -21,7 +21,7 @@ from jaxcomp.core.types import Shape
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_NAME, MAX_DIMS = 63, 4
 """Of a tensor: bytes of its name and axes, as llama.cpp has them."""
-MAX_HEADER = 1 << 30
+MAX_HEADER = 1 << 27
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _OF_NUMPY = {np.dtype(code): kind for kind, code in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
@@ -186,7 +186,7 @@ class _Cursor:
             raise ValueError(f"is damaged: the metadata at byte {self.at} are of type {kind}, which is not known")
         return self.number("B") != 0 if kind == 7 else self.number(_SCALARS[kind])
 
-    def _array(self) -> list[object]:
+    def _array(self) -> list[str] | np.ndarray:
         at, kind, count = self.at, self.number("I"), self.number("Q")
         if kind != _STRING and kind not in _SCALARS:
             raise ValueError(f"is damaged: the list at byte {at} is of type {kind}, which no list may hold")
@@ -195,9 +195,9 @@ class _Cursor:
             raise ValueError(f"is truncated or damaged: the list at byte {at} has {count} entries")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
-        code = "B" if kind == 7 else _SCALARS[kind]
-        found = struct.unpack(f"<{count}{code}", self.take(count * size))
-        return [x != 0 for x in found] if kind == 7 else list(found)
+        dtype = np.dtype("u1" if kind == 7 else _SCALARS[kind]).newbyteorder("<")
+        found = np.frombuffer(self.take(count * size), dtype)
+        return found != 0 if kind == 7 else found
 
 
 def header(f: FileIO, size: int) -> Header:
@@ -238,4 +238,6 @@ def _info(cursor: _Cursor) -> Info:
     if axes > MAX_DIMS:
         raise ValueError(f"is damaged: {name!r} at byte {at} has {axes} axes; there are at most {MAX_DIMS}")
     shape = tuple(reversed([cursor.number("Q") for _ in range(axes)]))
+    if any(n >= 1 << 48 for n in shape):
+        raise ValueError(f"is damaged: {name!r} at byte {at} is of shape {shape}")
     return Info(name, shape, cursor.number("I"), cursor.number("Q"))

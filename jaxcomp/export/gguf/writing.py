@@ -13,11 +13,11 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import PyTree, Shape
-from jaxcomp.export.coded import coded, prepared
+from jaxcomp.export.coded import Coded, coded, prepared
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.gguf.blocks import KINDS, PLAIN, block_bytes, kind_of
 from jaxcomp.export.gguf.container import MAX_DIMS, MAX_NAME, Value, value_bytes, write
-from jaxcomp.export.names import Names, Place, array_leaves, places
+from jaxcomp.export.names import Names, array_leaves, places
 
 OWNER = "to_gguf"
 _NUMBERS = {dtype: number for number, dtype in PLAIN.items()}
@@ -80,43 +80,42 @@ def to_gguf(
     tensors: list[tuple[str, Shape, int, np.ndarray]] = []
     weights: Counter[int] = Counter()
     for key, leaf in leaves:
-        _check_place(where[key], leaf.shape, key)
-        try:
-            shape, number, data = _tensor(prepared(leaf, key, floats=floats, owner=OWNER), where[key], key)
-        except _Unfit as e:
-            raise ExportError(f"{OWNER}: {key!r} {e} floats={key!r} writes it as floats.") from None
-        tensors.append((where[key].name, shape, number, data))
-        weights[number] += leaf.size
+        place, whole = where[key], tuple(leaf.shape)
+        small = prepared(leaf, key, floats=floats, owner=OWNER)
+        if is_compressed(small):
+            entries = [_blocks(x, key) for x in coded(small, place, key, OWNER)]
+        else:
+            entries = [_plain(place.there(x), key) for x in place.layers(np.asarray(small))]
+        for name, entry in zip(place.names(whole), entries, strict=True):
+            _check(name, entry[0], key)
+            tensors.append((name, *entry))
+            weights[entry[1]] += int(np.prod(entry[0]))
     said = _metadata(architecture, weights, metadata or {})
     with replacing(path) as f:
         return write(f, said, tensors)
 
 
-class _Unfit(ValueError):
-    """What a leaf lacks; the path goes before it."""
+def _blocks(x: Coded, path: str) -> tuple[Shape, int, np.ndarray]:
+    try:
+        kind = kind_of(x)
+        return x.shape, kind.number, block_bytes(x, kind)
+    except ExportError as e:
+        raise ExportError(f"{OWNER}: {path!r} {e} floats={path!r} writes it as floats.") from None
 
 
-def _tensor(leaf: PyTree, place: Place, path: str) -> tuple[Shape, int, np.ndarray]:
-    if is_compressed(leaf):
-        matrix = coded(leaf, place, path, OWNER)
-        try:
-            kind = kind_of(matrix)
-            return matrix.shape, kind.number, block_bytes(matrix, kind)
-        except ExportError as e:
-            raise _Unfit(str(e)) from None
-    x = place.there(np.asarray(leaf))
+def _plain(x: np.ndarray, path: str) -> tuple[Shape, int, np.ndarray]:
     if x.dtype not in _NUMBERS:
         raise ExportError(f"{OWNER}: {path!r} is of type {x.dtype}, which GGUF has no name for; cast it first.")
     return tuple(x.shape), _NUMBERS[x.dtype], x
 
 
-def _check_place(place: Place, shape: Shape, path: str) -> None:
-    if len(place.name.encode()) > MAX_NAME:
+def _check(name: str, shape: Shape, path: str) -> None:
+    if len(name.encode()) > MAX_NAME:
         raise ExportError(
-            f"{OWNER}: {path!r} is called {place.name!r}, which is longer than the {MAX_NAME} bytes that a name has in"
-            " GGUF; give it a shorter one in names=."
+            f"{OWNER}: {path!r} is called {name!r}, which is longer than the {MAX_NAME} bytes that a name has in GGUF;"
+            " give it a shorter one in names=."
         )
-    if len(place.shape(tuple(shape))) > MAX_DIMS:
+    if len(shape) > MAX_DIMS:
         raise ExportError(f"{OWNER}: {path!r} has {len(shape)} axes, and a tensor of GGUF at most {MAX_DIMS}.")
 
 
