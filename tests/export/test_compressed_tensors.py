@@ -455,19 +455,20 @@ def test_damage_is_said(said, folder, tmp_path) -> None:
     assert str(tmp_path) in str(e.value)
 
 
-def test_any_damage_is_a_file_error(folder, tmp_path) -> None:
-    rng = np.random.default_rng(1)
+@pytest.mark.parametrize("count", quick((200, 5000), 200))
+def test_any_damage_is_a_file_error(count, folder, tmp_path) -> None:
+    rng = np.random.default_rng(count)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     head = int.from_bytes(files["model.safetensors"][:8], "little")
     read = wrong = 0
-    for n in range(200):
+    for n in range(count):
         name = "config.json" if n % 2 else "model.safetensors"
         data, end = bytearray(files[name]), len(files[name]) if n % 2 else head
         if n % 5 == 0:
             data = data[: rng.integers(0, len(data))]
         else:
             for at in rng.integers(0, end, 1 + n % 3):
-                data[at] = rng.integers(32, 127)
+                data[at] = rng.integers(0, 256)
         for other, whole in files.items():
             (tmp_path / other).write_bytes(whole if other != name else bytes(data))
         try:
@@ -475,5 +476,5 @@ def test_any_damage_is_a_file_error(folder, tmp_path) -> None:
             read += 1
         except FileError as e:
             wrong += not str(e).startswith("from_compressed_tensors: ")
-    assert read < 150
+    assert read < 0.75 * count
     assert not wrong

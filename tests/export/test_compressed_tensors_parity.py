@@ -176,7 +176,7 @@ def test_activations_are_those_of_the_package(name, tmp_path) -> None:
     missing, unexpected = net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert not missing
     assert not unexpected
-    x = np.random.default_rng(1).uniform(-1.5, 2.5, (3, 128)).astype(np.float32)
+    x = np.random.default_rng(1).uniform(-1.5, 2.5, (1, 3, 128)).astype(np.float32)  # batch, tokens, features
     got = forward_quantize(net.a.mlp, torch.from_numpy(x), "input", net.a.mlp.quantization_scheme.input_activations)
     q = jc.quantize_function(lambda p, x: x @ p["a"]["mlp"]["kernel"], {".*": act})
     eye = {"a": {"mlp": {"kernel": jnp.eye(128)}}}
