@@ -12,6 +12,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.activations import Dynamic, Float8, Static
 from jaxcomp.core import Tokens
+from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.quantization.level_grids import E4M3
 from jaxcomp.trace.ranges import Range
 from tests.export.formats import TRANSFORMS, params
@@ -187,3 +188,29 @@ def test_activations_are_those_of_the_package(name, tmp_path) -> None:
     decompress_module(net.a.mlp)
     dense = jc.materialize(small)["a"]["mlp"]["kernel"]
     np.testing.assert_array_equal(net.a.mlp.weight.detach().float().numpy(), np.asarray(dense).T)
+
+
+@pytest.mark.parametrize("name", ["int4 in groups", "int8", "float8"])
+def test_transformers_runs_the_folder(name, tmp_path) -> None:
+    """A small BERT: read as a tree, quantized, written, and loaded by its library; outputs are the dense weights'."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    tree = jc.export.from_compressed_tensors(tmp_path)
+    grids = {"int4 in groups": (jc.Int(4), jc.Groups(32)), "int8": (jc.Int(8), jc.Channels())}
+    grid, per = grids.get(name, (E4M3, jc.Channels()))
+    where = r"encoder/.*(query|key|value|dense)/weight"
+    small = jc.quantize(grid, per=per, where=where).apply((), tree)
+    jc.export.to_compressed_tensors(tmp_path, small)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 64
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    dense, _ = leaves_with_paths(jc.materialize(small))
+    model.load_state_dict({path.replace("/", "."): torch.from_numpy(np.array(x)) for path, x in dense})
+    ids = torch.tensor([[1, 7, 3, 9]])
+    with torch.no_grad():
+        np.testing.assert_array_equal(loaded(ids).last_hidden_state.numpy(), model(ids).last_hidden_state.numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import gguf
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.artifact import FileError
 from jaxcomp.core.wrappers import Masked
+from jaxcomp.export.gguf import container
 from jaxcomp.export.gguf.blocks import narrowed
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.level_grids import E2M1
@@ -190,6 +192,23 @@ def test_what_the_package_writes(tmp_path) -> None:
     for name, x in tree.items():
         got = value(x) if isinstance(x, Quantized) else np.asarray(x).astype(np.float32)
         np.testing.assert_array_equal(got, want[name], err_msg=name)
+
+
+def test_a_type_that_wants_the_package_says_so(tmp_path, monkeypatch) -> None:
+    path, kind = tmp_path / "a.gguf", gguf.GGMLQuantizationType.Q6_K
+    data = np.zeros((1, 210), np.uint8)
+    write(path, [("w", (1, 256), int(kind), data)])
+    assert jc.export.from_gguf(path)["w"].shape == (1, 256)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"from_gguf: 'w' is of type 14, which .* pip install \"jaxcomp\[export\]\""):
+        jc.export.from_gguf(path)
+    write(path, [("w", (2,), 0, np.ones(2, np.float32))])
+    assert jc.export.from_gguf(path)["w"].tolist() == [1, 1]
+
+
+def write(path, tensors) -> None:
+    with path.open("wb", buffering=0) as f:
+        container.write(f, {}, tensors)
 
 
 def test_metadata_keep_their_types(tmp_path) -> None:
