@@ -82,7 +82,9 @@ def _leaf(found: Mapping[str, Weight | np.ndarray], place: Place, shape: Shape, 
     weights = [x for x in found.values() if isinstance(x, Weight)]
     if not weights:
         back = [place.back(x, place.one(shape)) for x in arrays]
-        return jnp.asarray(np.stack(back) if place.layered else back[0])
+        whole = np.stack(back) if place.layered else back[0]
+        # One that jax would narrow, of 64 bits while x64 is off, stays numpy's.
+        return jnp.asarray(whole) if jax.dtypes.canonicalize_dtype(whole.dtype) == whole.dtype else whole
     if arrays:
         raise ValueError(f"holds {place.name!r} quantized and not, by layers; read it without like=")
     return leaf_of([x.coded for x in weights], place, shape, weights[0].dtype)

@@ -13,7 +13,7 @@ from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import PyTree
 from jaxcomp.export.filling import Weight, filled
 from jaxcomp.export.gguf.blocks import BLOCK, KINDS, PLAIN, Kind, from_bytes
-from jaxcomp.export.gguf.container import Info, header
+from jaxcomp.export.gguf.container import Header, Info, header
 from jaxcomp.export.names import Names
 
 OWNER = "from_gguf"
@@ -68,7 +68,7 @@ def read_gguf(
             size = os.fstat(f.fileno()).st_size
             head = header(f, size)
             sizes = [_size(info) for info in head.tensors]
-            _check_layout(head.tensors, sizes, size - head.start)
+            _check_layout(head, sizes, size)
             held = {
                 info.name: _tensor(info, head.read(f, info, n)) for info, n in zip(head.tensors, sizes, strict=True)
             }
@@ -115,17 +115,16 @@ def _package(info: Info):  # type: ignore[no-untyped-def]
     return gguf
 
 
-def _check_layout(tensors: list[Info], sizes: list[int], room: int) -> None:
+def _check_layout(head: Header, sizes: list[int], room: int) -> None:
     """Whether all tensors are in the file, and none lies over another."""
-    end, before = 0, ""
-    for info, n in sorted(zip(tensors, sizes, strict=True), key=lambda pair: pair[0].offset):
-        if info.offset + n > room:
-            raise ValueError(
-                f"is truncated or damaged: {info.name!r} ends {info.offset + n - room} bytes behind its end"
-            )
-        if info.offset < end and n:
-            raise ValueError(f"is damaged: {info.name!r} lies over {before!r}")
-        end, before = info.offset + n, info.name
+    end, before = head.start, ""
+    for info, n in sorted(zip(head.tensors, sizes, strict=True), key=lambda pair: pair[0].offset):
+        at = head.start + info.offset
+        if at + n > room:
+            raise ValueError(f"is truncated or damaged: {info.name!r} ends at byte {at + n} of {room}")
+        if at < end and n:
+            raise ValueError(f"is damaged: {info.name!r} at byte {at} lies over {before!r}")
+        end, before = at + n, info.name
 
 
 def _tensor(info: Info, data: np.ndarray) -> Weight | np.ndarray:
