@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Look at compressed networks.
 
-Files are those of jaxcomp.save, safetensors of other programs, GGUF, .npz, .npy, and .msgpack of Flax; a folder of the
-compressed-tensors layout is read too. A command says what it takes with --help."""
+Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
+takes with --help."""
 
 Out = Annotated[Path, arg(metavar="FILE")]
 Name = Annotated[str, arg(metavar="NAME")]

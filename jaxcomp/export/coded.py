@@ -92,7 +92,7 @@ def prepared(leaf: Leaf, path: str, *, floats: Where | None, owner: str) -> Leaf
         return dense(small)
     if not isinstance(inner, Quantized):
         raise ExportError(
-            f"{owner}: {path!r} is {leaf.method}, which the format does not know; quantize it with per=Groups(size),"
+            f"{owner}: {path!r} is {', '.join([leaf.method, *leaf.details()])}, which the format does not know; quantize it with per=Groups(size),"
             f" Channels() or Tensor(), or write it as floats, by floats={path!r}."
         )
     return small

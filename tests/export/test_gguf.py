@@ -161,9 +161,7 @@ def test_wider_groups_are_repeated_and_a_tree_comes_back(tmp_path) -> None:
         assert str(back[key]) == str(tree[key])
     with pytest.raises(FileError, match=r"does not hold 'b/kernel' as 'b.weight'; change names="):
         jc.export.from_gguf(tmp_path / "a.gguf", like={"b": {"kernel": like["a"]["kernel"]}})
-    with pytest.raises(
-        FileError, match=r"holds .*, 'scale', 'table.weight', which like= has no leaf for"
-    ):
+    with pytest.raises(FileError, match=r"holds .*, 'scale', 'table.weight', which like= has no leaf for"):
         jc.export.from_gguf(tmp_path / "a.gguf", like={"a": {"kernel": like["a"]["kernel"]}})
 
 
