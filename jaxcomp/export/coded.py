@@ -93,8 +93,8 @@ def prepared(leaf: Leaf, path: str, *, floats: Where | None, owner: str) -> Leaf
     if not isinstance(inner, Quantized):
         said = ", ".join([leaf.method, *leaf.details()])
         raise ExportError(
-            f"{owner}: {path!r} is {said}, which the format does not know; quantize it with per=Groups(size), Channels()"
-            f" or Tensor(), or write it as floats, by floats={path!r}."
+            f"{owner}: {path!r} is {said}, which the format does not know; quantize it with per=Groups(size),"
+            f" Channels() or Tensor(), or write it as floats, by floats={path!r}."
         )
     return small
 

@@ -18,6 +18,8 @@ Names = Mapping[str, str] | Callable[[str], str]
 """Paths to names: an ordered table of regular expressions and what they become, or a function of the path."""
 
 _MATRICES = {"kernel": "weight", "embedding": "weight"}
+_KNOWN = ("kernel", "w", "weight", "embedding", "embeddings")
+"""What matrices are called whose axes their path and rank settle; of any other a program must say it."""
 _VECTORS = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -149,15 +151,15 @@ def _placed(
     if len(shape) < 2:
         return Place(name, tuple(ranks))
     said = None if roles is None else roles.get(path)
-    if said is None or MIXED in said.names:
-        if not matrices(path, leaf):
-            return _vector(path, name, shape, roles, heads)
+    if said is None and not matrices(path, leaf):
+        return _vector(path, name, shape, roles, heads)
+    if said is None and roles is not None and not is_compressed(leaf):
+        return Place(name, tuple(ranks))  # in no product: positions, say
+    if said is not None and len(said.names) == len(whole):
+        said = AxisRoles(said.names[len(whole) - len(shape) :])
+    if (said is None or MIXED in said.names) and path.rpartition("/")[2] in _KNOWN:
         said = settled(path, len(shape))
-    elif len(said.names) == len(whole) > len(shape):
-        said = AxisRoles(said.names[1:])
-    if said is None or len(said.names) != len(shape):
-        if not is_compressed(leaf) and path.rpartition("/")[2] not in ("kernel", "weight", "w"):
-            return Place(name, tuple(ranks))  # in no product: positions, say
+    if said is None or MIXED in said.names or len(said.names) != len(shape):
         raise ExportError(
             f"{owner}: {path!r} has {len(shape)} axes, and neither its path nor its rank settles which of them a"
             " product sums over; pass roles=jaxcomp.roles(fn)(params, *args)."
@@ -181,7 +183,7 @@ def _vector(path: str, name: str, shape: Shape, roles: Roles | None, heads: Mapp
     """A bias of as many axes as its kernel has outputs is written as one; any other array as it is."""
     kernel, leaf = heads.get(path.rpartition("/")[0], ("", None))
     said = None if roles is None else roles.get(kernel)
-    if said is not None:
+    if said is not None and len(said.names) == len(leaf.shape):
         inner = (CONTRACTED, SPATIAL, STACKED)
         outputs = tuple(n for n, kind in zip(leaf.shape, said.names, strict=True) if kind not in inner)
         if outputs == shape:

@@ -21,6 +21,7 @@ from jaxcomp.activations import Dynamic, Float8
 from jaxcomp.artifact import FileError
 from jaxcomp.core import Tokens
 from jaxcomp.core.packed import Packed
+from jaxcomp.core.roles import Roles
 from jaxcomp.export import ExportError, from_compressed_tensors, to_compressed_tensors
 from jaxcomp.export.compressed_tensors import writing
 from jaxcomp.export.compressed_tensors.packing import codes_of, factor_of, global_scale, words
@@ -225,7 +226,6 @@ def test_names_and_axes(tmp_path) -> None:
         "linear": {"weight": x(6, 4)},
         "Embed_0": {"embedding": x(7, 4)},
         "norm": {"scale": x(4), "bias": x(4)},
-        "positions": x(1, 9, 4),
     }
     to_compressed_tensors(tmp_path, tree, names={r"(Embed_\d)/embedding": r"model.\1.weight", "norm/scale": "g"})
     held = tensors(tmp_path)
@@ -234,10 +234,15 @@ def test_names_and_axes(tmp_path) -> None:
     np.testing.assert_array_equal(held["Dense_0.weight"], tree["Dense_0"]["kernel"].T)
     np.testing.assert_array_equal(held["linear.weight"], tree["linear"]["weight"])
     np.testing.assert_array_equal(held["model.Embed_0.weight"], tree["Embed_0"]["embedding"])
-    assert held["positions"].shape == (1, 9, 4)
     assert {"g", "norm.bias"} < set(held)
     back = from_compressed_tensors(tmp_path)
     assert set(back["model"]) == {"Embed_0"}
+
+    positions = {"positions": x(9, 4)}
+    with pytest.raises(ExportError, match="'positions' has 2 axes, and neither its path nor its rank settles"):
+        to_compressed_tensors(tmp_path, positions)
+    to_compressed_tensors(tmp_path, positions, roles=Roles({}))  # of a program that multiplies by nothing
+    np.testing.assert_array_equal(tensors(tmp_path)["positions"], positions["positions"])
 
     wrong = {
         "rule 'nothing' matches nothing": {"nothing": "x"},
