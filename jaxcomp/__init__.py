@@ -100,6 +100,7 @@ __all__ = [
 
 _LATER = (
     "distill",
+    "export",
     "federated",
     "recipes",
     "report",

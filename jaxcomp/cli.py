@@ -39,7 +39,7 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
     """Show what a file holds: of each leaf its method, bits a weight and at its entropy, zeros and bytes.
 
     Args:
-      file: of weights.
+      file: of weights, or a folder of the compressed-tensors layout.
       form: how it is printed.
     """
     from jaxcomp.report.inputs import read

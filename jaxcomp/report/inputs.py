@@ -1,4 +1,4 @@
-"""Any file of weights that is read here: jaxcomp's own, others' safetensors, numpy's, and Flax's msgpack."""
+"""Any file of weights that is read here: jaxcomp's own, others' safetensors and GGUF, numpy's, and Flax's msgpack."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ from jaxcomp.artifact.measuring import load_measured
 from jaxcomp.artifact.statics import Json
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import PyTree
+from jaxcomp.export.compressed_tensors.reading import from_compressed_tensors
+from jaxcomp.export.compressed_tensors.writing import CONFIG
+from jaxcomp.export.gguf.container import MAGIC
+from jaxcomp.export.gguf.reading import read_gguf
 
-KINDS = "a file of jaxcomp.save, safetensors, .npz, .npy or .msgpack of Flax"
+KINDS = (
+    "a file of jaxcomp.save, safetensors, GGUF, .npz, .npy or .msgpack of Flax, or a folder of the compressed-tensors"
+    " layout"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +50,9 @@ class Weights:
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """Reads a file of weights; which format it has is seen in its first bytes, and of msgpack by its name.
+    """Reads a file of weights, or a folder that has a config.json beside them.
+
+    Which format a file has is seen in its first bytes, and of msgpack by its name.
 
     Nothing in a file is run: pickled objects in numpy's files are refused.
 
@@ -57,6 +66,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     (2, 3)
     """
     name = os.fspath(path)
+    if (Path(name) / CONFIG).exists():
+        with progress("read"):
+            return _folder(name)
     try:
         with FileIO(name, "r") as f:
             start = f.read(8) or b""
@@ -66,6 +78,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     kinds: list[tuple[bool, Callable[[str, int], Weights]]] = [
         (start[:4] == b"PK\x03\x04", _npz),
         (start[:6] == b"\x93NUMPY", _npy),
+        (start[:4] == MAGIC, _gguf),
         (Path(name).suffix == ".msgpack", _msgpack),
         (len(start) == 8 and _next_is_brace(name), _safetensors),
     ]
@@ -93,6 +106,25 @@ def _safetensors(name: str, size: int) -> Weights:
         raise FileError(f"read: {name!r} {e}.") from e
     tree, stored = load_measured(name)
     return Weights(tree, "jaxcomp", size, load_metadata(name), stored)
+
+
+def _gguf(name: str, size: int) -> Weights:
+    tree, metadata = read_gguf(name)
+    return Weights(tree, "GGUF", size, {key: _short(value) for key, value in metadata.items()})
+
+
+def _short(value: object) -> Json:
+    """A list of metadata, such as a vocabulary, by its first entries."""
+    if not isinstance(value, list | np.ndarray):
+        return value if isinstance(value, str | int | float) else str(value)
+    first: list[Json] = [*np.asarray(value[:8]).tolist()]
+    return first if len(value) <= 8 else [*first, f"... {len(value)} in all"]
+
+
+def _folder(name: str) -> Weights:
+    tree = from_compressed_tensors(name)
+    size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    return Weights(tree, "compressed-tensors", size)
 
 
 def _npz(name: str, size: int) -> Weights:

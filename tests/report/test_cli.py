@@ -19,6 +19,7 @@ import jaxcomp as jc
 from jaxcomp import cli
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.report.inputs import read
+from tests.export.formats import random_leaf
 from tests.report import trees
 
 ROOT = Path(jc.__file__).parent.parent
@@ -86,6 +87,25 @@ def test_inspect_as_json(run, folder):
     assert data["metadata"] == {"accuracy": 0.99, "by": "me"}
     assert data["bytes"] == os.path.getsize(folder / "before.safetensors")
     assert {leaf["path"]: leaf["bits"] for leaf in data["leaves"]}["dense/kernel"] == 32
+
+
+def test_inspect_reads_the_files_of_other_runtimes(run, tmp_path):
+    tree = {"m": {"kernel": random_leaf(jc.Int(4)), "bias": np.ones(6, np.float32)}}
+    jc.export.to_gguf(tmp_path / "net.gguf", tree, metadata={"tokens": ["a"] * 99})
+    jc.export.to_compressed_tensors(tmp_path / "net", tree)
+    for file, kind in (("net.gguf", "GGUF"), ("net", "compressed-tensors")):
+        code, out, err = run(f"inspect {tmp_path / file}")
+        assert (code, err) == (0, "")
+        assert f"{file}: {kind}, " in out
+        (row,) = [line for line in out.splitlines() if line.startswith("m/weight")]
+        assert "Quantized int4" in row
+    assert "99 in all" in run(f"inspect {tmp_path / 'net.gguf'}")[1]
+    held = json.loads(run(f"inspect {tmp_path / 'net'} --form json")[1])
+    assert held["bytes"] == os.path.getsize(tmp_path / "net" / "model.safetensors")
+    (tmp_path / "torn.gguf").write_bytes((tmp_path / "net.gguf").read_bytes()[:-100])
+    assert "torn.gguf' is truncated or damaged" in run(f"inspect {tmp_path / 'torn.gguf'}")[2]
+    (tmp_path / "net" / "config.json").write_text("[")
+    assert "has a damaged config.json" in run(f"inspect {tmp_path / 'net'}")[2]
 
 
 def test_inspect_counts_what_the_file_holds_of_a_masked_leaf(run, tmp_path):

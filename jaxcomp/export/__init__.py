@@ -1,0 +1,15 @@
+"""Programs and files for other runtimes, and their files read."""
+
+from jaxcomp.export.compressed_tensors.reading import from_compressed_tensors
+from jaxcomp.export.compressed_tensors.writing import to_compressed_tensors
+from jaxcomp.export.errors import ExportError
+from jaxcomp.export.gguf.reading import from_gguf
+from jaxcomp.export.gguf.writing import to_gguf
+
+__all__ = [
+    "ExportError",
+    "from_compressed_tensors",
+    "from_gguf",
+    "to_compressed_tensors",
+    "to_gguf",
+]

@@ -1,0 +1,1 @@
+"""The compressed-tensors layout of safetensors, which vLLM and transformers read: a folder with a config.json."""
