@@ -204,7 +204,7 @@ def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
     shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
     codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
     lost = nan_rows(x, at.roles).astype(scale.dtype)
-    scale = spread(scale, tuple(map(max, scale.shape, lost.shape))) + lost
+    scale = spread(scale, tuple(b if a == 1 else a if b == 1 else max(a, b) for a, b in zip(scale.shape, lost.shape, strict=True))) + lost
     return Factor(codes, scale, None if zero is None else (zero - shift).astype(jnp.int32), _reach(act))
 
 

@@ -80,7 +80,7 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
         scale, zero = act.grid.scale_of(*_own_ends(x, scale_blocks(x.shape, at.roles, act.per), act.symmetric))
     else:
         ends = Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in at.given))
-        scale, zero = grid_of_range(_trained(act.range, ends, float(x.size * act.grid.code_range[1])), act.grid)
+        scale, zero = grid_of_range(_trained(act.range, ends, x.size * act.grid.code_range[1]), act.grid)
         scale, zero = (v.reshape((1,) * x.ndim) for v in (scale, zero))
     if at.given is not None or not act.symmetric:  # or the extremes are the range's own, and no code lies beyond them
         scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
@@ -217,17 +217,21 @@ def _positive(scale: jax.Array) -> jax.Array:
 
 
 @singledispatch
-def _trained(source: RangeKind, given: Range, weight: float) -> Range:
-    """The range with the gradient that its kind gives it; ``weight`` is the value's size times its largest code."""
+def _trained(source: RangeKind, given: Range, weight: int) -> Range:
+    """The range with the gradient that its kind gives it; ``weight`` is the value's size times its largest code.
+
+    In a program that is exported for any batch the size is an expression, which only LSQ asks the value of.
+    """
     return jax.lax.stop_gradient(given)
 
 
 @_trained.register(LSQ)
-def _(source: LSQ, given: Range, weight: float) -> Range:
-    return Range(*(scale_gradient(end, weight**-0.5) for end in given))
+def _(source: LSQ, given: Range, weight: int) -> Range:
+    factor = weight**-0.5 if isinstance(weight, int) else jax.lax.rsqrt(jnp.asarray(weight, jnp.float32))
+    return Range(*(scale_gradient(end, factor) for end in given))
 
 
 @_trained.register(PACT)
-def _(source: PACT, given: Range, weight: float) -> Range:
+def _(source: PACT, given: Range, weight: int) -> Range:
     low = jnp.where(jnp.isnan(given.low), given.low, jnp.zeros_like(given.low))
     return jax.lax.stop_gradient(Range(low, given.high))

@@ -35,7 +35,7 @@ def no_codes(op: Op, a: Factor, b: Factor) -> Why | None:
     product = product_of(op.eqn)
     assert product is not None
     for factor, roles in zip((a, b), product.roles, strict=True):
-        if any(n > 1 and role in (CONTRACTED, SPATIAL) for n, role in zip(factor.scale.shape, roles, strict=True)):
+        if any(role in (CONTRACTED, SPATIAL) and n > 1 for n, role in zip(factor.scale.shape, roles, strict=True)):
             return ALONG_SUM
     if op.name == "ragged_dot_general" and by_rows(op.eqn) is None:
         return RAGGED_VALUES
