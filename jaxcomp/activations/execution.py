@@ -204,8 +204,13 @@ def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
     shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
     codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
     lost = nan_rows(x, at.roles).astype(scale.dtype)
-    scale = spread(scale, tuple(b if a == 1 else a if b == 1 else max(a, b) for a, b in zip(scale.shape, lost.shape, strict=True))) + lost
+    scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
     return Factor(codes, scale, None if zero is None else (zero - shift).astype(jnp.int32), _reach(act))
+
+
+def _sizes(a: jax.Array, b: jax.Array) -> list[tuple[int, int]]:
+    """Of each axis the two sizes, either of which may be an expression of a program for any batch."""
+    return list(zip(a.shape, b.shape, strict=True))
 
 
 def _done(a: Factor) -> tuple[str, Why | None]:

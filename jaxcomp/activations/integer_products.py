@@ -151,7 +151,7 @@ def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]
         split_shape: list[int] = []
         for axis, own in enumerate(v.shape):
             count = counts.get(axis, 1)
-            v = jnp.repeat(v, count // own, axis) if 1 < own < count else v
+            v = jnp.repeat(v, count // own, axis) if axis in counts and 1 < own < count else v
             split_shape += [count if own > 1 else 1, 1] if count > 1 else [own]
         return v.reshape(split_shape)
 

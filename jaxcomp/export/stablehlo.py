@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.extend.mlir import passmanager
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters.mlir import make_ir_context
 
 from jaxcomp.activations.function import quantize_function
 from jaxcomp.activations.planning import Rules
@@ -168,12 +173,35 @@ def exported(fn: Callable[..., PyTree], *specs: PyTree, platforms: Sequence[str]
             " jaxcomp.prepare made choose their kernel by the number of rows."
         ) from e
     try:
-        return export.export(jax.jit(fn), platforms=tuple(platforms))(*specs)
+        return _Bare.of(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs))
     except (NotImplementedError, ValueError) as e:
         raise ExportError(
             f"{OWNER}: {_first(e)} Ask for other platforms= than {tuple(platforms)}, or write that operation with"
             " those that every platform has."
         ) from e
+
+
+class _Bare(export.Exported):
+    """A program, and its derivatives, without the places in source files where its operations come from.
+
+    JAX keeps them (0.10 to 0.12), paths of the machine that wrote the file and all: half of a small program.
+    """
+
+    @classmethod
+    def of(cls, program: export.Exported) -> _Bare:
+        data = program.mlir_module_serialized
+        version = re.search(rb"StableHLO_v([\d.]+)", data)
+        if version is not None:
+            with make_ir_context() as context:
+                module = stablehlo.deserialize_portable_artifact(context, data)
+                passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
+                data = stablehlo.serialize_portable_artifact(module, version[1].decode())
+        bare = replace(program, mlir_module_serialized=data)
+        return cls(**{f.name: getattr(bare, f.name) for f in fields(bare)})
+
+    def vjp(self) -> export.Exported:
+        """The program of the derivative, bare too."""
+        return self.of(super().vjp())
 
 
 def _serialized(program: export.Exported, gradients: int) -> bytes:

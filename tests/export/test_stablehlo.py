@@ -69,25 +69,65 @@ assert not {"jaxcomp", "flax"} & set(sys.modules)
 """
 
 
+def in_a_process(code: str, folder: Path, *words: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(jc.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_it_runs_where_there_is_no_jaxcomp(tmp_path) -> None:
     to_stablehlo(tmp_path / "p", dense_net, int4_tree(), X)
     np.save(tmp_path / "x.npy", X)
-    done = subprocess.run([sys.executable, "-c", READER], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_a_process(READER, tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), run(tmp_path / "p", X))
 
 
-def test_integers_run_on_integers(tmp_path) -> None:
-    tree = jc.pack(jc.quantize(jc.Int(8), per=jc.Channels(-1)).apply((), PARAMS))
-    rules = {".*": jc.Act(8)}
-    ranges = jc.activations.ranges_of(jc.calibrate(dense_net)(PARAMS, X))
-    to_stablehlo(tmp_path / "p", dense_net, tree, X, rules=rules, ranges=ranges, shapes="n, ...")
-    wanted = jax.jit(jc.quantize_function(dense_net, rules, integer=True))(tree, ranges, X)
-    np.testing.assert_array_equal(run(tmp_path / "p", X), wanted)
-    text = opened(tmp_path / "p").mlir_module()
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert products
-    assert all("xi8>" in line and "xi32>" in line for line in products)
+INTEGERS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, jaxcomp as jc
+from jax import export
+from jaxcomp.activations import LSQ, Dynamic
+fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
+rng = np.random.default_rng(0)
+p = {name: jnp.asarray(rng.normal(size=(64, 64)), jnp.float32) for name in ("up", "down")}
+x = jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+tree = jc.pack(jc.quantize(jc.Int(8), per=jc.Channels(-1)).apply((), p))
+observed = jc.activations.ranges_of(jc.calibrate(fn)(p, x))
+act, ranges = {
+    "static": (jc.Act(8), observed),
+    "learned": (jc.Act(4, range=LSQ()), observed),
+    "dynamic": (jc.Act(8, range=Dynamic()), None),
+    "groups": (jc.Act(8, per=jc.Groups(16), range=Dynamic()), None),
+}[sys.argv[1]]
+rules, order = {".*": act}, int(sys.argv[2])
+jc.export.to_stablehlo("p", fn, tree, x, rules=rules, ranges=ranges, shapes="n, ...", gradients=order)
+with open("p", "rb") as f:
+    program = export.deserialize(bytearray(f.read()))
+quantized = jc.quantize_function(fn, rules, integer=True)
+wanted = jax.jit(lambda x: quantized(tree, ranges, x))
+for some in (x, x[:1]):
+    np.testing.assert_allclose(program.call(some), wanted(some), rtol=1e-6, atol=1e-5)
+if order:
+    slopes = [jax.jit(jax.grad(lambda x: jnp.sum(f(x))))(x) for f in (program.call, wanted)]
+    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-3)
+products = [line for line in program.mlir_module().splitlines() if "stablehlo.dot_general" in line]
+assert products and all("xi8>" in line and "xi32>" in line for line in products), products
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "order"),
+    [("static", 0), *(pytest.param(a, 1, marks=pytest.mark.slow) for a in ("static", "learned", "dynamic", "groups"))],
+)
+def test_integers_run_on_integers_for_any_batch(act, order, tmp_path) -> None:
+    in_a_process(INTEGERS, tmp_path, act, str(order))  # the checks of types in tests take no sizes that are expressions
+
+
+def test_nothing_of_the_machine_is_in_the_file(tmp_path) -> None:
+    tree = jc.quantize(jc.Int(4)).apply((), {"w": f32(8, 4)})
+    to_stablehlo(tmp_path / "p", lambda p, x: jnp.tanh(x @ p["w"]), tree, jnp.ones((2, 8)), gradients=1)
+    assert b".py" not in (tmp_path / "p").read_bytes()
 
 
 BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4, "float8_e4m3fn": 8, "bfloat16": 16, "bool": 1}
