@@ -113,7 +113,7 @@ def closed(
     run = quantize_function(fn, rules or {}, integer=integer and bool(rules))
 
     def closed_over(*args: PyTree) -> PyTree:
-        return run(treedef.unflatten([make() for make in kept]), ranges, *args)
+        return run(jax.tree.unflatten(treedef, [make() for make in kept]), ranges, *args)
 
     return closed_over
 
@@ -135,7 +135,7 @@ def kept_small(leaf: Leaf) -> Callable[[], Leaf]:
 
 
 def _bits_of(dtype: np.dtype) -> int:
-    if dtype == bool:
+    if dtype == np.dtype(bool):
         return 1
     numbers = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
     return numbers(dtype).bits if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) else 64
@@ -143,7 +143,7 @@ def _bits_of(dtype: np.dtype) -> int:
 
 def _unpacked(data: jax.Array, bits: int, *, dtype: np.dtype, shape: Shape) -> jax.Array:
     codes = unpack_bits(data, bits, int(np.prod(shape, dtype=np.int64))).reshape(shape)
-    if dtype == bool:
+    if dtype == np.dtype(bool):
         return codes.astype(bool)
     return jax.lax.bitcast_convert_type(codes.astype(jnp.dtype(f"uint{bits}")), dtype)
 
