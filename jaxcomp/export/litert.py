@@ -60,7 +60,7 @@ def to_litert(
     *args: PyTree,
     rules: Rules | None = None,
     ranges: Mapping[str, Range] | None = None,
-    samples: Iterable[Sequence[np.ndarray]] = (),
+    samples: Iterable[PyTree] = (),
 ) -> int:
     """Writes ``lambda *args: fn(params, *args)`` as a LiteRT model (.tflite), for ``ai_edge_litert`` and phones.
 
@@ -77,7 +77,8 @@ def to_litert(
       args: further arguments, or their shapes, which the model keeps; its results are numbered in tree order.
       rules: of activations, as of :func:`~jaxcomp.quantize_function`: 8 bits, asymmetric, per tensor.
       ranges: of the sites' activations.
-      samples: argument tuples for ``Act(8)``, which say the ranges of results and of what stands between products.
+      samples: for ``Act(8)``, batches as ``calibrate_over`` takes them, of the shapes of ``args``, which say the ranges
+        of results and of what stands between products.
 
     Returns:
       The bytes of the file.
@@ -128,7 +129,7 @@ def _quantized(
     planned: Sequence[Planned],
     leaves: Mapping[str, Leaf],
     *,
-    samples: Iterable[Sequence[np.ndarray]],
+    samples: Iterable[PyTree],
     ranges: Mapping[str, Range],
 ) -> bytes:
     model = Model.of(data)
@@ -227,7 +228,7 @@ def _ranges(
     model: Model,
     static: Sequence[Asked],
     *,
-    samples: Iterable[Sequence[np.ndarray]],
+    samples: Iterable[PyTree],
     data: bytes,
     ranges: Mapping[str, Range],
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -236,7 +237,7 @@ def _ranges(
     if not flat:
         raise ExportError(
             f"{OWNER}: Act(8) in LiteRT rounds results and sums too, whose ranges calibrate does not see: give"
-            " samples=, argument tuples of the function such as [(batch,), (batch,)]."
+            " samples=, some batches of the shapes that the model takes."
         )
     seen = observed(data, flat)
     for a in static:

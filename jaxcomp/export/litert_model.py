@@ -198,8 +198,15 @@ def as_range(low: np.ndarray | float, high: np.ndarray | float) -> dict[str, np.
 
 
 def given(run: Foreign, arrays: Sequence[np.ndarray]) -> None:
-    """Hands the arguments over, by their order in the signature."""
+    """Hands the arguments over, by their order in the signature.
+
+    Raises:
+      ExportError: arrays of other shapes than the model has.
+    """
     details = sorted(run.get_input_details(), key=lambda d: int(d["name"].rpartition("_")[2]))
+    wanted, got = [tuple(map(int, d["shape"])) for d in details], [np.shape(x) for x in arrays]
+    if wanted != got:
+        raise ExportError(f"{OWNER}: samples have arrays of shapes {got}, and the model takes {wanted}; give such.")
     for d, x in zip(details, arrays, strict=True):
         run.set_tensor(d["index"], np.ascontiguousarray(x, d["dtype"]))
 

@@ -38,8 +38,6 @@ def to_stablehlo(
     params: Params,
     *args: PyTree,
     platforms: Sequence[str] = PLATFORMS,
-    shapes: PyTree = None,
-    constraints: Sequence[str] = (),
     rules: Rules | None = None,
     ranges: Mapping[str, Range] | None = None,
     integer: bool = True,
@@ -55,11 +53,9 @@ def to_stablehlo(
       path: the file, which is written whole or not at all.
       fn: a pure function ``fn(params, *args)``.
       params: its parameters; compressed leaves are run as :func:`~jaxcomp.quantize_function` runs them.
-      args: further arguments, or their shapes; none of their values is kept.
+      args: further arguments, or their ``jax.ShapeDtypeStruct``; none of their values is kept. A dimension may be one
+        of ``jax.export.symbolic_shape("batch, 64")``, and the program then takes any size there.
       platforms: of "cpu", "cuda", "rocm", "tpu": where the program runs.
-      shapes: which dimensions are free, a string for each argument or one for all, as
-        :func:`jax.export.symbolic_args_specs` takes them: ``"batch, ..."``.
-      constraints: on these dimensions, ``("batch <= 64",)``, where the program asks how large they are.
       rules, ranges: of activations, as of :func:`~jaxcomp.quantize_function`; None leaves them in float.
       integer: run what the rules quantize on integers; else rounded in float.
       gradients: how often the program can be differentiated by ``args``. Each order holds the weights once more.
@@ -75,7 +71,8 @@ def to_stablehlo(
     >>> import tempfile, jaxcomp as jc
     >>> tree = jc.quantize(jc.Int(4)).apply((), {"w": jnp.eye(64)})
     >>> file = f"{tempfile.mkdtemp()}/program"
-    >>> size = to_stablehlo(file, lambda p, x: x @ p["w"], tree, jnp.ones((1, 64)), shapes="batch, ...")
+    >>> rows = jax.ShapeDtypeStruct(export.symbolic_shape("batch, 64"), jnp.float32)
+    >>> size = to_stablehlo(file, lambda p, x: x @ p["w"], tree, rows)
     >>> with open(file, "rb") as f:
     ...     program = export.deserialize(bytearray(f.read()))
     >>> program.call(jnp.ones((3, 64))).shape, program.platforms
@@ -90,7 +87,7 @@ def to_stablehlo(
         raise ExportError(f"{OWNER}: platforms must be some of {', '.join(KNOWN)}, got {tuple(platforms)}.")
     program = exported(
         closed(fn, params, rules=rules, ranges=ranges, integer=integer),
-        *specs_of(args, shapes, constraints),
+        *args,
         platforms=tuple(platforms),
     )
     data = _serialized(program, gradients)
@@ -148,16 +145,6 @@ def _unpacked(data: jax.Array, bits: int, *, dtype: np.dtype, shape: Shape) -> j
     return jax.lax.bitcast_convert_type(codes.astype(jnp.dtype(f"uint{bits}")), dtype)
 
 
-def specs_of(args: Sequence[PyTree], shapes: PyTree, constraints: Sequence[str]) -> list[PyTree]:
-    """The arguments' shapes, those dimensions free that ``shapes`` names."""
-    if shapes is None:
-        return list(args)
-    try:
-        return list(export.symbolic_args_specs(list(args), shapes, constraints=tuple(constraints)))
-    except (ValueError, IndexError) as e:
-        raise ExportError(f"{OWNER}: shapes={shapes!r} does not fit the arguments: {e}") from e
-
-
 def exported(fn: Callable[..., PyTree], *specs: PyTree, platforms: Sequence[str]) -> export.Exported:
     """``jax.export``'s program; what the function itself raises goes through as it is."""
     try:
@@ -169,8 +156,8 @@ def exported(fn: Callable[..., PyTree], *specs: PyTree, platforms: Sequence[str]
             raise
         raise ExportError(
             f"{OWNER}: the function asks something of a free dimension that has more than one answer: {_first(e)}"
-            ' Give constraints=("batch <= 64",) or the like that settles it, or fix the dimension; leaves that'
-            " jaxcomp.prepare made choose their kernel by the number of rows."
+            ' Settle it by symbolic_shape(..., constraints=["batch <= 64"]) or the like, or fix the dimension; leaves'
+            " that jaxcomp.prepare made choose their kernel by the number of rows."
         ) from e
     try:
         return _Bare.of(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs))
