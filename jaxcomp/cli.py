@@ -1,6 +1,7 @@
-"""The ``jaxcomp`` command: what a file of weights holds, how two differ, and a report of what compression did.
+"""The ``jaxcomp`` command: what a file of weights holds, how two differ, a report, and files for other runtimes.
 
-Exit codes: 0; 1 where ``diff`` found a difference; 2 with an error, which is one line; 130 stopped from the keyboard.
+Exit codes: 0; 1 where ``diff`` found a difference, or ``export`` that the runtime computes something else; 2 with an
+error, which is one line; 130 stopped from the keyboard.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from jaxcomp.report.inputs import Weights
     from jaxcomp.report.summary import Row, Summary
 
-DESCRIPTION = """Look at compressed networks.
+DESCRIPTION = """Look at compressed networks, and export them.
 
 Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
 takes with --help."""
@@ -33,6 +34,7 @@ File = Annotated[Positional[Path], arg(metavar="FILE")]
 Before = Annotated[Positional[Path], arg(metavar="BEFORE")]
 After = Annotated[Positional[Path], arg(metavar="AFTER")]
 Form = Literal["table", "json"]
+Format = Literal["onnx", "stablehlo", "litert", "compressed-tensors", "gguf"]
 
 
 def inspect(file: File, /, *, form: Form = "table") -> int:
@@ -157,6 +159,48 @@ def report(
     return 0
 
 
+def export(
+    file: File,
+    /,
+    *,
+    to: Format,
+    out: Out | None = None,
+    fn: Annotated[str, arg(metavar="MODULE:FUNCTION")] = "",
+    shape: Annotated[tuple[str, ...], arg(metavar="SHAPE")] = (),
+    samples: Annotated[tuple[Path, ...], arg(metavar="FILE")] = (),
+) -> int:
+    """Write a file for another runtime; a program is run there and compared with JAX.
+
+    ONNX, StableHLO and LiteRT hold a program: name its function, of the parameters and the arguments, and the shape of
+    each argument. compressed-tensors and GGUF hold weights.
+
+    Args:
+      file: of weights.
+      to: what.
+      out: the new file; beside the old one by default.
+      fn: the function; its module is imported, the current directory first, and so is run.
+      shape: of each argument, such as batch,28,28,1 or batch,128:int32; a name is a dimension of any size.
+      samples: .npy files, one for each argument: round activations to 8 bits, with the ranges that these have.
+    """
+    from jaxcomp.export import command
+    from jaxcomp.report.inputs import read
+
+    target = out or command.output_of(file, to)
+    if to == "compressed-tensors" or to == "gguf":
+        if fn or shape or samples:
+            raise ValueError(f"export: {to} holds weights alone; leave --fn, --shape and --samples out.")
+        done = command.export_weights(read(file).tree, to, target)
+    elif not fn or not shape:
+        raise ValueError(f"export: {to} holds a program; say --fn MODULE:FUNCTION and a --shape for each argument.")
+    else:
+        done = command.export_program(read(file).tree, to, target, fn=fn, shapes=shape, samples=samples)
+    print(f"{done.path}: {done.bytes:,} bytes, of {os.path.getsize(file):,}.")
+    if done.apart is None:
+        return 0
+    print("Run beside JAX: largest difference {:.2g} of the largest number, cosine {:.6f}.".format(*done.apart))
+    return 0 if done.apart[1] >= 0.99 else 1
+
+
 def completion(shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")], /) -> int:
     """Print what makes a shell complete this command's words.
 
@@ -179,7 +223,13 @@ def command() -> None:
     sys.exit(main())
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"inspect": inspect, "diff": diff, "report": report, "completion": completion}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "inspect": inspect,
+    "diff": diff,
+    "report": report,
+    "export": export,
+    "completion": completion,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,107 @@
+"""``jaxcomp export``: what it writes, what it says, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcomp as jc
+from jaxcomp import cli, export
+from jaxcomp.export.running import opened
+
+MODULE = """
+import jax
+def network(p, x):
+    return jax.nn.relu(x @ p["up"]) @ p["down"]
+def tokens(p, ids):
+    return p["table"][ids]
+number = 3
+"""
+RNG = np.random.default_rng(0)
+LITERT = find_spec("litert_converter") is not None and find_spec("ai_edge_quantizer") is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network's file and its function."""
+    at = tmp_path_factory.mktemp("export")
+    params = {name: jnp.asarray(RNG.normal(size=(32, 32)), jnp.float32) for name in ("up", "down")}
+    jc.save(at / "net.safetensors", jc.pack(jc.quantize(jc.Int(8), per=jc.Channels(-1)).apply((), params)))
+    jc.save(at / "table.safetensors", {"table": params["up"]})
+    (at / "networks_to_export.py").write_text(MODULE)
+    np.save(at / "x.npy", RNG.normal(size=(64, 32)).astype(np.float32))
+    return at
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(line: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(line.split())
+        except SystemExit as e:  # tyro's own
+            code = int(e.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+PROGRAM = "--fn networks_to_export:network --shape batch,32"
+TARGETS = [
+    pytest.param("onnx", ".onnx", marks=pytest.mark.skipif(not hasattr(export, "to_onnx"), reason="is not there")),
+    ("stablehlo", ".stablehlo"),
+    pytest.param("litert", ".tflite", marks=pytest.mark.skipif(not LITERT, reason="needs LiteRT's packages")),
+]
+
+
+@pytest.mark.parametrize(("to", "suffix"), TARGETS)
+def test_a_program_is_written_and_run(to, suffix, run, folder) -> None:
+    code, out, err = run(f"export net.safetensors --to {to} {PROGRAM}")
+    assert (code, err) == (0, "")
+    size = os.path.getsize(folder / f"net{suffix}")
+    assert out.startswith(f"net{suffix}: {size:,} bytes, of ")
+    assert "cosine 1.000000" in out
+    assert opened(folder / f"net{suffix}", to)(np.ones((1, 32), np.float32))[0].shape == (1, 32)
+
+
+@pytest.mark.parametrize(("to", "suffix"), TARGETS)
+def test_samples_round_activations(to, suffix, run, folder, tmp_path) -> None:
+    code, out, err = run(f"export net.safetensors --to {to} {PROGRAM} --samples x.npy --out {tmp_path}/q{suffix}")
+    assert (code, err) == (0, "")
+    assert "cosine 0.999" in out or "cosine 1.000" in out
+    x = np.load(folder / "x.npy")[:1]
+    assert opened(tmp_path / f"q{suffix}", to)(x)[0].shape == (1, 32)
+
+
+def test_integers_go_in(run, tmp_path) -> None:
+    words = f"--fn networks_to_export:tokens --shape batch,4:int32 --out {tmp_path}/t"
+    code, out, err = run(f"export table.safetensors --to stablehlo {words}")
+    assert (code, err) == (0, "")
+    assert "largest difference 0 " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--to onnx", "holds a program; say --fn MODULE:FUNCTION"),
+        ("--to stablehlo --fn networks_to_export --shape 1,32", "--fn must be MODULE:FUNCTION"),
+        ("--to stablehlo --fn no_such_module:f --shape 1,32", "cannot be imported"),
+        ("--to stablehlo --fn networks_to_export:number --shape 1,32", "has no function 'number'"),
+        ("--to stablehlo --fn networks_to_export:network --shape 1;32", "--shape wants numbers and names"),
+        ("--to stablehlo --fn networks_to_export:network --shape 1,33", "dot_general"),
+        (f"--to stablehlo {PROGRAM} --samples net.safetensors", "pickled"),
+        ("--to stablehlo --fn networks_to_export:network --shape 100,32 --samples x.npy", "--samples hold arrays"),
+        (f"--to gguf {PROGRAM}", "gguf holds weights alone"),
+    ],
+)
+def test_wrong_words_give_one_line(words, says, run) -> None:
+    code, out, err = run(f"export net.safetensors {words}")
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.startswith("error: ")
