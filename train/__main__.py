@@ -9,7 +9,8 @@ import tyro
 from jaxcomp.artifact.files import FileError
 from train.configs import PRESETS, Config
 from train.errors import DataError, ProgressError, RunError, TrainingError
-from train.experiments.main_job import run
+from train.experiments.main_job import export_all, run
+from train.reports.exports import write_exports
 from train.reports.main_job import write_report
 from train.reports.terminal import make_console, print_error, print_stopped
 
@@ -42,6 +43,8 @@ def main(arguments: list[str]) -> int:
         config = parse(arguments)
         console = make_console()
         write_report(run(config, console), config, console)
+        if config.export:
+            write_exports(export_all(config, console), config, console)
     except (RunError, DataError, TrainingError, FileError, ProgressError, OSError) as e:
         print_error(e)
         return 2

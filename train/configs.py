@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
+from jaxcomp.export.running import Target
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -78,6 +80,8 @@ class Config:
     """The least time between two checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events (wants the extra `tensorboard`)."""
+    export: tuple[Target, ...] = ()
+    """Runtimes that each row is also written for, and judged in (want the extras `export` and `litert`)."""
 
     @property
     def folder(self) -> Path:
@@ -91,7 +95,7 @@ Identity = Mapping[str, object]
 
 def identity_of(config: Config) -> dict[str, object]:
     """What must be equal for a run to be resumed: all fields that change its numbers."""
-    free = {"out", "data_dir", "checkpoint_seconds", "tensorboard", "methods"}
+    free = {"out", "data_dir", "checkpoint_seconds", "tensorboard", "methods", "export"}
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if is_dataclass(value):

@@ -47,7 +47,7 @@ class Exported:
 
 def export_weights(tree: Params, to: Format, out: Path) -> Exported:
     """Writes a tree as compressed-tensors (a folder) or GGUF."""
-    return Exported(out, _writer(to)(out, tree), None)
+    return Exported(out, writer(to)(out, tree), None)
 
 
 def export_program(
@@ -79,13 +79,14 @@ def export_program(
         options, tried = {"rules": rules, "ranges": ranges}, list(batches[0])
         if to != "stablehlo":
             options["samples"] = batches
-    size = _writer(to)(out, function, tree, *specs, **options)
+    size = writer(to)(out, function, tree, *specs, **options)
     run = jax.jit(quantize_function(function, rules, integer=bool(rules)))
     wanted = [np.asarray(x) for x in jax.tree.leaves(run(tree, ranges, *tried))]
     return Exported(out, size, apart(opened(out, to)(*tried), wanted))
 
 
-def _writer(to: Format) -> Callable[..., int]:
+def writer(to: Format) -> Callable[..., int]:
+    """What writes this format."""
     found: Callable[..., int] = getattr(importlib.import_module("jaxcomp.export"), f"to_{to.replace('-', '_')}")
     return found
 

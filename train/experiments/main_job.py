@@ -20,6 +20,7 @@ from jaxcomp.core.types import Params, PyTree
 from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
+from train.experiments.exports import Export, export, program_of
 from train.experiments.methods import MAIN_JOB, METHODS, Recipe, Start
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
@@ -76,6 +77,21 @@ def run(config: Config, console: Console) -> list[Row]:
     finally:
         progress.close()
     return rows
+
+
+def export_all(config: Config, console: Console) -> list[Export]:
+    """Every row's file as a program of each runtime that the settings name, judged there."""
+    data = load(config.dataset, data_dir=config.data_dir)
+    job = Job.of(config, make_model(config.model, data), data)
+    done = []
+    for name in (BASELINE, *(config.methods or MAIN_JOB)):
+        held, (recipe, _) = jc.load(config.folder / f"{name}.safetensors"), _recipe(job, name)
+        network = recipe.opened(held) if recipe.opened else recipe.network
+        program = program_of(network, {key: held[key] for key in ("params", "batch_stats")})
+        for target in config.export:
+            done.append(export(name, target, program=program, data=data, folder=config.folder))
+            say(console, str(done[-1]))
+    return done
 
 
 def make_model(config: ModelConfig, data: Dataset) -> nn.Module:
