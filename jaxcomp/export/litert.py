@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -17,7 +16,8 @@ from jaxcomp.core.leaves import is_compressed, materialize, method_of
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.export.errors import ExportError
-from jaxcomp.export.litert_model import OWNER, Model, Product, as_range, converted, needed, observed, quiet
+from jaxcomp.export.litert_check import Asked, check
+from jaxcomp.export.litert_model import OWNER, Foreign, Model, Product, as_range, converted, needed, observed, quiet
 from jaxcomp.export.stablehlo import closed, exported
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.program import shapes_of, trace
@@ -28,29 +28,11 @@ BETWEEN = (
     *("MEAN", "PACK", "PAD", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TANH", "TRANSPOSE", "UNPACK"),
 )
 """What may stand between two products on integers and loses a step at most: quantized where all products are."""
+CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
+"""The axis of a weight that its scales lie along."""
+NARROW = ("CONV_2D", "FULLY_CONNECTED")
+"""What takes weights of four bits; others keep such codes in bytes."""
 SCHEMES = {"weights": "add_weight_only_config", "dynamic": "add_dynamic_config", "static": "add_static_config"}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one product of the model is to become.
-
-    Attributes:
-      planned: the site that it was, with its rule.
-      product: it, in the float model.
-      scheme: of SCHEMES, or None to leave it in float.
-      bits: of its weight.
-    """
-
-    planned: Planned
-    product: Product
-    scheme: str | None
-    bits: int
-
-    @property
-    def path(self) -> str:
-        """The site's."""
-        return self.planned.site.path
 
 
 def to_litert(
@@ -135,24 +117,42 @@ def _quantized(
     model = Model.of(data)
     asked = [_asked(p, product, leaves) for p, product in _matched(planned, model)]
     _check_lookups(planned, leaves)
-    quantizer = needed("ai_edge_quantizer")
-    made = quantizer.Quantizer(data)
     static = [a for a in asked if a.scheme == "static"]
-    if static and len(static) == len(asked):
+    seen = _ranges(model, static, samples=samples, data=data, ranges=ranges) if static else {}
+    seen |= {_name(model, a.product.inputs[1]): _weight_range(model, a) for a in asked if a.peaks is not None}
+    try:
+        made = _recipe(data, asked)
+        with quiet():
+            out = bytes(made.quantize(seen, enable_progress_report=False).quantized_model)
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise ExportError(f"{OWNER}: LiteRT's quantizer refuses: {' '.join(str(e).split())[:500]}") from e
+    check(model, Model.of(out), asked)
+    return out
+
+
+def _recipe(data: bytes, asked: Sequence[Asked]) -> Foreign:
+    """LiteRT's quantizer, told what becomes of each product and of what stands between them."""
+    made = needed("ai_edge_quantizer").Quantizer(data)
+    if all(a.scheme == "static" for a in asked):
         for name in BETWEEN:
             made.add_static_config(".*", name, 8, 8)
     for a in asked:
         if a.scheme is not None:
             widths = (8, a.bits) if a.scheme == "static" else (a.bits,)
             getattr(made, SCHEMES[a.scheme])(f"^t{a.product.output};$", a.product.kind, *widths)
-    seen = _ranges(model, static, samples=samples, data=data, ranges=ranges) if static else None
-    try:
-        with quiet():
-            out = bytes(made.quantize(seen, enable_progress_report=False).quantized_model)
-    except (ValueError, RuntimeError, KeyError) as e:
-        raise ExportError(f"{OWNER}: LiteRT's quantizer refuses: {' '.join(str(e).split())[:500]}") from e
-    _check(model, Model.of(out), asked)
-    return out
+    return made
+
+
+def _weight_range(model: Model, asked: Asked) -> dict[str, np.ndarray]:
+    """With which the quantizer finds the codes that the leaf has: it divides the range by the largest code."""
+    number = asked.product.inputs[1]
+    shape, axis = model.shape(number), CHANNELS[asked.product.kind]
+    values = np.frombuffer(bytes(model.values(number)), np.float32).reshape(shape)  # type: ignore[arg-type]
+    others = tuple(i for i in range(len(shape)) if i != axis)
+    largest = np.abs(values).max(others, keepdims=True)
+    peaks = np.maximum(np.asarray(asked.peaks), 1).reshape(largest.shape)
+    end = largest / peaks * (2 ** (asked.bits - 1) - 1)
+    return {"min": -end.astype(np.float32), "max": end.astype(np.float32)}
 
 
 def _matched(planned: Sequence[Planned], model: Model) -> list[tuple[Planned, Product]]:
@@ -182,14 +182,19 @@ def _asked(planned: Planned, product: Product, leaves: Mapping[str, Leaf]) -> As
     weight = None if site.weight is None else site.operands[site.weight]
     leaf = leaves.get(weight.leaf or "") if weight is not None else None
     bits = _bits(site.path, leaf)
-    if act is None:
-        return Asked(planned, product, None if bits is None else "weights", bits or 8)
+    if act is None and bits is None:
+        return Asked(planned, product, None, 8, None)
     if bits is None and weight is not None:
         raise ExportError(
             f"{OWNER}: {site.path!r} has a rule for its activations and a weight in {method_of(leaf)}; LiteRT"
             " multiplies integers by integers: quantize the weight to Int(8), or give the site the rule None."
         )
-    return Asked(planned, product, _scheme(site.path, act), bits or 8)
+    stored = bits if bits is not None and product.kind in NARROW else 8
+    peaks = None
+    if weight is not None and leaf is not None and product.kind in CHANNELS:
+        codes = np.abs(np.asarray(leaf.numbers(), np.float32))
+        peaks = codes.max(tuple(i for i in range(codes.ndim) if i not in weight.leaf_axes("output")), initial=0)
+    return Asked(planned, product, "weights" if act is None else _scheme(site.path, act), stored, peaks)
 
 
 def _bits(path: str, leaf: Leaf) -> int | None:
@@ -251,53 +256,3 @@ def _ranges(
 def _name(model: Model, number: int) -> str:
     name = model.tensors[number].name
     return str(name.decode()) if isinstance(name, bytes) else str(name)
-
-
-def _check(before: Model, after: Model, asked: Sequence[Asked]) -> None:
-    """Raises where the quantizer left a product in float, or changed a weight."""
-    types = {v: k for k, v in vars(needed("ai_edge_litert.schema_py_generated").TensorType).items()}
-    for a, product in zip(asked, after.products, strict=True):
-        found = [types[after.tensors[i].type] for i in (*product.inputs[:2], product.output)]
-        made = after.maker(product.inputs[1]) if a.scheme == "weights" else None
-        if made is not None:
-            found[1] = types[after.tensors[made[1][0]].type]
-        stored = f"INT{a.bits}" if a.planned.site.weight is not None else "INT8"
-        wanted = {
-            None: found,
-            "weights": ["FLOAT32", stored, "FLOAT32"],
-            "dynamic": ["FLOAT32", stored, "FLOAT32"],
-            "static": ["INT8", stored, "INT8"],
-        }[a.scheme]
-        if found != wanted:
-            raise ExportError(
-                f"{OWNER}: LiteRT's quantizer made {a.path!r} a {product.kind} of {', '.join(found)}, where"
-                f" {', '.join(wanted)} was asked for; give it and the leaf another width or none."
-            )
-        if a.scheme is not None and product.weight:
-            number = product.inputs[1] if made is None else made[1][0]
-            _check_weight(a.path, before, a.product.inputs[1], after=after, number=number)
-
-
-def _check_weight(path: str, before: Model, old: int, *, after: Model, number: int) -> None:
-    """Raises where codes times scales are not the numbers that went in."""
-    tensor = after.tensors[number]
-    wanted = np.frombuffer(bytes(before.values(old)), np.float32).reshape(before.shape(old))  # type: ignore[arg-type]
-    codes = _codes(np.asarray(after.values(number)), wanted.size)
-    scale = np.asarray(tensor.quantization.scale, np.float32)
-    shape = [1] * wanted.ndim
-    shape[tensor.quantization.quantizedDimension if scale.size > 1 else 0] = scale.size
-    apart = np.abs(codes.reshape(wanted.shape) * scale.reshape(shape) - wanted) / scale.reshape(shape)
-    if apart.max(initial=0) > 0.02:
-        raise ExportError(
-            f"{OWNER}: LiteRT's quantizer scales by the largest weight of a channel, and {path!r} has another scale, so"
-            f" that weights would be {apart.max():.2f} of a step apart; quantize it with scale=AbsMax(), per channel of"
-            " its outputs."
-        )
-
-
-def _codes(data: np.ndarray, size: int) -> np.ndarray:
-    """The codes of a buffer of bytes or of nibbles, the low one first."""
-    if data.size == size:
-        return data.view(np.int8).astype(np.float32)
-    both = np.stack([data << 4, data], -1).view(np.int8) >> 4
-    return both.reshape(-1)[:size].astype(np.float32)

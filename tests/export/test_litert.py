@@ -128,11 +128,33 @@ def test_what_it_cannot_do_is_said(tree, rules, says, tmp_path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_a_scale_that_the_quantizer_would_change_is_an_error(tmp_path) -> None:
+def test_codes_survive_scales_of_any_kind(tmp_path) -> None:
     leaf = INT8.apply((), PARAMS)["head"]
     small = jc.quantization.Quantized(jnp.clip(leaf.codes, -60, 60), leaf.scale, None, leaf.grid, leaf.dense_dtype)
-    with pytest.raises(ExportError, match=r"'head' has another scale.*AbsMax"):
-        to_litert(tmp_path / "m", small_net, {**PARAMS, "head": small}, X)
+    tree = {**PARAMS, "head": small}
+    to_litert(tmp_path / "m", small_net, tree, X)
+    np.testing.assert_allclose(run(tmp_path / "m", X), small_net(materialize(tree), X), rtol=1e-3, atol=1e-3)
+    model = Model.of((tmp_path / "m").read_bytes())
+    made = model.maker(model.products[1].inputs[1])
+    assert made is not None
+    assert (np.asarray(small.codes) == model.values(made[1][0]).view(np.int8).reshape(16, 32).T).all()
+
+
+def test_four_bits_of_a_depthwise_convolution_lie_in_bytes(tmp_path) -> None:
+    def fn(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, p, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4)
+
+    w, x = f32(3, 3, 1, 4), f32(1, 5, 5, 4)
+    leaf = jc.quantize(jc.Int(4), per=jc.Channels(-1)).apply((), w)
+    to_litert(tmp_path / "m", fn, leaf, x)
+    np.testing.assert_allclose(run(tmp_path / "m", x), fn(materialize(leaf), x), rtol=1e-3, atol=1e-3)
+
+
+def test_scales_that_lie_across_inputs_are_an_error(tmp_path) -> None:
+    tree = jc.quantize(jc.Int(8), per=jc.Groups(8, 0), where="head").apply((), PARAMS)
+    with pytest.raises(ExportError, match=r"'head' does not lie on them.*per channel of its outputs"):
+        to_litert(tmp_path / "m", small_net, tree, X)
 
 
 def test_an_operation_that_the_converter_lacks_is_named(tmp_path) -> None:
