@@ -23,7 +23,7 @@ INSTALL = """\
 import importlib.util
 
 if importlib.util.find_spec("jaxcomp") is None:
-    %pip install -q "jaxcomp @ git+https://github.com/{repository}" scikit-learn matplotlib"""
+    %pip install -q "jaxcomp @ git+https://github.com/{repository}" scikit-learn matplotlib onnx onnxruntime"""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/{branch}/{name}.ipynb)"
