@@ -52,7 +52,7 @@ def network(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(x, p[name], (stride, stride), "SAME", dimension_numbers=numbers)
         x = jax.nn.relu(x + p[f"{name}_bias"])
-    x = jax.nn.relu(x.reshape(len(x), -1) @ p["wide"] + p["wide_bias"])
+    x = jax.nn.relu(x.reshape(x.shape[0], -1) @ p["wide"] + p["wide_bias"])
     return x @ p["head"]
 
 
