@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ BETWEEN = (
     *("ADD", "AVERAGE_POOL_2D", "BROADCAST_TO", "CONCATENATION", "GATHER", "LOGISTIC", "MAX_POOL_2D", "MAXIMUM"),
     *("MEAN", "PACK", "PAD", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TANH", "TRANSPOSE", "UNPACK"),
 )
-"""What may stand between two products on integers and loses a step at most: quantized where all products are."""
+"""What may stand between two products on integers and loses a step at most."""
 CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
 """The axis of a weight that its scales lie along."""
 NARROW = ("CONV_2D", "FULLY_CONNECTED")
@@ -71,7 +72,7 @@ def to_litert(
       FileError: the file cannot be written.
 
     Source: LiteRT's quantization specification. Deviations of the result from ``quantize_function``: sums, biases and
-    results are rounded to int8 too where ``Act(8)`` asks.
+    results that go on are rounded to int8 too where ``Act(8)`` asks.
     """
     leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
     program = trace(fn, shapes_of(params), *args)
@@ -120,8 +121,10 @@ def _quantized(
     static = [a for a in asked if a.scheme == "static"]
     seen = _ranges(model, static, samples=samples, data=data, ranges=ranges) if static else {}
     seen |= {_name(model, a.product.inputs[1]): _weight_range(model, a) for a in asked if a.peaks is not None}
+    asked = [_in_float(a, model) for a in asked]
+    between = _between(model, {n for a in static for n in a.product.inputs[:2]})
     try:
-        made = _recipe(data, asked)
+        made = _recipe(data, asked, between)
         with quiet():
             out = bytes(made.quantize(seen, enable_progress_report=False).quantized_model)
     except (ValueError, RuntimeError, KeyError) as e:
@@ -130,12 +133,29 @@ def _quantized(
     return out
 
 
-def _recipe(data: bytes, asked: Sequence[Asked]) -> Foreign:
+def _in_float(asked: Asked, model: Model) -> Asked:
+    """A product whose result is the model's gives floats, not 8 bits: it rounds its activations as they come."""
+    last = asked.scheme == "static" and asked.peaks is not None and asked.product.output in model.results
+    return replace(asked, scheme="dynamic") if last else asked
+
+
+def _between(model: Model, entering: set[int]) -> dict[int, str]:
+    """What is on integers between products: the results of operations that only products on integers read."""
+    wanted, found = set(entering), {}
+    for kind, ins, outs in reversed(model.ops):
+        readers = [o for _, i, o in model.ops if outs[0] in i]
+        inner = all(o[0] in found or outs[0] in entering for o in readers)
+        if kind in BETWEEN and outs[0] in wanted and inner and outs[0] not in model.results:
+            found[outs[0]] = kind
+            wanted |= set(ins)
+    return found
+
+
+def _recipe(data: bytes, asked: Sequence[Asked], between: Mapping[int, str]) -> Foreign:
     """LiteRT's quantizer, told what becomes of each product and of what stands between them."""
     made = needed("ai_edge_quantizer").Quantizer(data)
-    if all(a.scheme == "static" for a in asked):
-        for name in BETWEEN:
-            made.add_static_config(".*", name, 8, 8)
+    for number, kind in between.items():
+        made.add_static_config(f"^t{number};$", kind, 8, 8)
     for a in asked:
         if a.scheme is not None:
             widths = (8, a.bits) if a.scheme == "static" else (a.bits,)

@@ -77,6 +77,11 @@ class Model:
             Product(kind, ins, outs[0], self._is_constant(ins[1])) for kind, ins, outs in self.ops if kind in PRODUCTS
         )
 
+    @property
+    def results(self) -> frozenset[int]:
+        """The tensors that the model gives."""
+        return frozenset(_numbers(self.root.subgraphs[0].outputs))
+
     def _is_constant(self, number: int) -> bool:
         made = self.maker(number)
         if made is not None and made[0] == "DEQUANTIZE":

@@ -78,7 +78,7 @@ def test_static_activations_run_on_integers(method, tmp_path) -> None:
     wanted = jc.quantize_function(small_net, rules)(tree, ranges, X)
     found = run(tmp_path / "m", X)
     assert abs(found - wanted).max() < 0.02 * abs(wanted).max()
-    assert kinds(tmp_path / "m") == ["QUANTIZE", "CONV_2D", "MEAN", "FULLY_CONNECTED", "DEQUANTIZE"]
+    assert kinds(tmp_path / "m") == ["QUANTIZE", "CONV_2D", "MEAN", "DEQUANTIZE", "FULLY_CONNECTED"]
     model = Model.of((tmp_path / "m").read_bytes())
     given_range = ranges[next(iter(ranges))]
     scale = (max(float(given_range.high), 0) - min(float(given_range.low), 0)) / 255
