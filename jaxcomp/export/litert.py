@@ -71,6 +71,10 @@ def to_litert(
         cannot do or did not do, by the site's path.
       FileError: the file cannot be written.
 
+    >>> fn = lambda p, x: x @ p["w"]
+    >>> to_litert("net.tflite", fn, {"w": jnp.ones((8, 4))}, jnp.ones((1, 8)))  # doctest: +SKIP
+    984
+
     Source: LiteRT's quantization specification. Deviations of the result from ``quantize_function``: sums, biases and
     results that go on are rounded to int8 too where ``Act(8)`` asks.
     """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -22,7 +24,14 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.fixture
+def as_the_command_runs() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_the_command_runs")
 def test_rows_run_elsewhere(tmp_path) -> None:
     targets = tuple(t for t in ("onnx", "stablehlo") if hasattr(jaxcomp.export, f"to_{t}"))
     config = dataclasses.replace(SMALL, out=tmp_path / "run", methods=("int8", "structured"), export=targets)
