@@ -39,6 +39,8 @@ def _onnx(path: Path) -> Run:
         raise ExportError(f'onnxruntime is not installed ({e}); pip install "jaxcomp[export]".') from e
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
+    # Or products with weights alone in codes round their activations to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
 

@@ -32,8 +32,8 @@ NAMES = (
     "decode",
     "decode_lm",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels")
-"""Those that want an accelerator, and run where they are named only."""
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert")
+"""Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
 TOY = ("gpu", "decode", "coding")
 """Those that also run at toy size, which shows that they run and no more."""
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
