@@ -1,7 +1,7 @@
 """ResNet-18 as LiteRT models, one thread, batch 1: float, 8-bit weights, W8A8; and W8A8 on the test split.
 
-Command: ``JAXCOMP_RESNET=runs/fashion_mnist/baseline.safetensors python -m tests.benchmarks export_litert``, the file of
-a ResNet-18 that ``python -m train fashion_mnist`` trained. Wants LiteRT's packages, see docs/programs.md.
+Command: ``JAXCOMP_RESNET=runs/fashion_mnist/baseline.safetensors python -m tests.benchmarks export_litert``, the file
+of a ResNet-18 that ``python -m train fashion_mnist`` trained. Wants LiteRT's packages, see docs/programs.md.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def run() -> Iterator[Report]:
 
     file = os.environ.get("JAXCOMP_RESNET")
     if not file:
-        raise ValueError(
-            "export_litert wants JAXCOMP_RESNET, the baseline.safetensors of python -m train fashion_mnist."
-        )
+        raise ValueError("export_litert wants JAXCOMP_RESNET, baseline.safetensors of python -m train fashion_mnist.")
     data, variables = load("fashion_mnist"), jc.load(file)
     fn = ResNet18(width=variables["params"]["stem"]["kernel"].shape[-1]).apply
     mean, std = np.float32(data.mean), np.float32(data.std)
