@@ -5,6 +5,7 @@ from jaxcomp.export.compressed_tensors.writing import to_compressed_tensors
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.gguf.reading import from_gguf
 from jaxcomp.export.gguf.writing import to_gguf
+from jaxcomp.export.onnx.export import to_onnx
 
 __all__ = [
     "ExportError",
@@ -12,4 +13,5 @@ __all__ = [
     "from_gguf",
     "to_compressed_tensors",
     "to_gguf",
+    "to_onnx",
 ]
