@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from jaxcomp.activations.codes import LAYOUT, moved
 from jaxcomp.export.onnx.graph import Graph
@@ -50,6 +50,7 @@ class Emitter:
     ) -> Sequence[Value]:
         """Writes one equation, or runs it."""
         name = str(eqn.primitive.name)
+        graph.source = source_info_util.summarize(eqn.source_info) or graph.source
         body = nested.call_body(eqn)
         if body is not None:
             return self.jaxpr(graph, body, values, (*at, "call"), layers)

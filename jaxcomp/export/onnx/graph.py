@@ -35,7 +35,7 @@ class Graph:
       constants: arrays by name.
       inputs, outputs: the graph's own.
       outer: the graph around, whose tensors this one may read.
-      scope: where the program is, for the names of nodes.
+      scope, source: where the program is, for the names of nodes, and for errors.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -44,6 +44,7 @@ class Graph:
     outputs: list[Tensor] = field(default_factory=list)
     outer: Graph | None = None
     scope: str = ""
+    source: str = ""
     sizes: Sizes = field(default_factory=Sizes)
     _made: dict[tuple[object, ...], str] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Graph:
 
     def inner(self) -> Graph:
         """A graph for a loop or a branch, which may read this one's tensors."""
-        return Graph(outer=self, scope=self.scope, sizes=self.sizes)
+        return Graph(outer=self, scope=self.scope, source=self.source, sizes=self.sizes)
 
     # Nodes
 

@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 
 import jax
 import numpy as np
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from jaxcomp.core.types import DType
 from jaxcomp.export.errors import ExportError
@@ -88,9 +88,7 @@ class Step:
 
     def refuse(self, why: str, mend: str) -> NoReturn:
         """Raises the error that names this equation."""
-        raise ExportError(
-            f"to_onnx: {self.name!r} at {source_info_util.summarize(self.eqn.source_info)}: {why}; {mend}."
-        )
+        raise ExportError(f"to_onnx: {self.name!r} at {self.graph.source}: {why}; {mend}.")
 
 
 Rule = Callable[[Step], Value | Sequence[Value]]

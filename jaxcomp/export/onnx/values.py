@@ -33,8 +33,10 @@ class Const:
 
     @classmethod
     def of(cls, value: object) -> Const:
-        """An array or a number of JAX or NumPy."""
-        array = np.asarray(value)
+        """An array or a number of JAX or NumPy; a number of Python in JAX's type."""
+        array = np.asarray(value, getattr(value, "dtype", None))
+        if not hasattr(value, "dtype"):
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
         return cls(array, tuple(array.shape))
 
     @property

@@ -1,8 +1,18 @@
 """What each primitive is in operators of ONNX, by kinds of primitives."""
 
-from jaxcomp.export.onnx.rules import contractions, elementwise, layout, reductions
+from jaxcomp.export.onnx.rules import (
+    casts,
+    contractions,
+    control,
+    elementwise,
+    indexing,
+    layout,
+    movement,
+    reductions,
+    sorting,
+)
 
 __all__ = ["MODULES"]
 
-MODULES = (contractions, elementwise, layout, reductions)
+MODULES = (casts, contractions, control, elementwise, indexing, layout, movement, reductions, sorting)
 """The modules that fill the table of rules when they are imported."""

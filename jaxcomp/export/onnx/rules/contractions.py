@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from jaxcomp.core.types import DType
+from jaxcomp.export.onnx import typed as t
 from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.registry import Step, rule
 from jaxcomp.export.onnx.rules.layout import reshape
@@ -32,7 +34,7 @@ def _dot(step: Step) -> Value:
         Side(tuple(batch), tuple(i for i in range(len(v.shape)) if i not in (*batch, *summed)), tuple(summed))
         for v, batch, summed in zip(values, (lhs_batch, rhs_batch), (lhs, rhs), strict=True)
     ]
-    a, b = (_wide(step, v) for v in values)
+    a, b = _alike(step, values)
     shape = tuple(a.shape[i] for i in sides[0].batch)
     rows, columns = (tuple(v.shape[i] for i in side.free) for v, side in zip((a, b), sides, strict=True))
     if not sides[0].batch and len(sides[0].summed) == 1 and len(rows) > 0:
@@ -42,10 +44,39 @@ def _dot(step: Step) -> Value:
         left = _matrix(step.graph, a, sides[0], (sides[0].free, sides[0].summed))
         made = (*shape, _size(rows), _size(columns))
     right = _matrix(step.graph, b, sides[1], (sides[1].summed, sides[1].free))
-    (name,) = step.graph.run("MatMul", [left, right])
+    whole = a.dtype in BYTES and b.dtype in BYTES
+    name = (
+        _whole_product(step.graph, left, a.dtype, right, b.dtype)
+        if whole
+        else step.graph.run("MatMul", [left, right])[0]
+    )
     if made != step.shape:
         name = reshape(step.graph, name, step.shape)
-    return _typed(step, step.graph.tensor(name, step.shape, a.dtype))
+    made_of = t.F32 if isinstance(a, Coded) else a.dtype
+    return _typed(step, step.graph.tensor(name, step.shape, t.I32 if whole else made_of))
+
+
+def _whole_product(graph: Graph, left: str, of_left: DType, right: str, of_right: DType) -> str:
+    """``MatMulInteger`` into int32, the left one unsigned: of int8 by int8 onnxruntime is several times slower."""
+    if of_left == np.int8:
+        left = graph.once("BitwiseXor", [graph.once("Cast", [left], to=t.U8), graph.constant(128, t.U8)])
+    zeros = [graph.constant(128 * int(of_left == np.int8), t.U8), graph.constant(0, of_right)]
+    return graph.run("MatMulInteger", [left, right, *zeros])[0]
+
+
+BYTES = frozenset(map(np.dtype, ("int8", "uint8")))
+
+
+def _alike(step: Step, values: Sequence[Value]) -> list[Value]:
+    """Operands in a type in which runtimes multiply, that of the result or wider; a weight in codes becomes float32."""
+    dtype = step.dtype
+    if dtype == t.I32 and all(v.dtype in BYTES and not isinstance(v, Coded) for v in values):
+        return list(values)
+    coded = any(isinstance(v, Coded) for v in values)
+    wide = t.F32 if coded else t.kernel_type("MatMul", dtype)
+    if wide is None:
+        step.refuse(f"no runtime multiplies {dtype}", "cast to float32 or int32 first")
+    return [v if isinstance(v, Coded) else t.cast(step.graph, v, wide) for v in values]
 
 
 def _wide(step: Step, value: Value) -> Value:
