@@ -66,7 +66,7 @@ class Emitter:
             found = known(eqn, values)
             if found is not None:
                 return found
-        graph.scope = self.ops[at].scope if at in self.ops else graph.scope
+        graph.scope = scope_of(self.ops[at]) if at in self.ops else graph.scope
         step = Step(graph, eqn, at, values, self.jaxpr, layers)
         if at in self.sites:
             written = self.sites[at](step)
@@ -92,6 +92,13 @@ class Emitter:
         assert isinstance(values[0], Coded)
         results = moved(self.ops[at], values[0].codes, *rest)
         return [Const.of(r) if isinstance(r, jax.Array) else Coded(r) for r in results]
+
+
+def scope_of(op: Op) -> str:
+    """Where an equation stands, for people: a function that was evaluated anew has its scopes twice."""
+    parts = op.scope.split("/")
+    half = len(parts) // 2
+    return "/".join(parts[:half] if parts[:half] == parts[half:] else parts)
 
 
 def known(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value] | None:

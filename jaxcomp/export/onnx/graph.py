@@ -56,6 +56,11 @@ class Graph:
         count = self._taken[stem] = self._taken.get(stem, -1) + 1
         return stem if not count else f"{stem}_{count}"
 
+    @property
+    def root(self) -> Graph:
+        """The outermost graph around, which holds the constants."""
+        return self if self.outer is None else self.outer.root
+
     def inner(self) -> Graph:
         """A graph for a loop or a branch, which may read this one's tensors."""
         return Graph(outer=self, scope=self.scope, source=self.source, sizes=self.sizes)
@@ -96,9 +101,7 @@ class Graph:
         """The name of a constant; small ones that are alike are one."""
         array = np.asarray(array, dtype)
         key = ("constant", array.dtype, array.shape, array.tobytes()) if array.size <= 64 else None
-        root = self
-        while root.outer is not None:
-            root = root.outer
+        root = self.root
         if key is not None and key in root._made:
             return root._made[key]
         name = root.fresh("constant")

@@ -99,12 +99,17 @@ def _matrix(graph: Graph, value: Value, side: Side, two: tuple[tuple[int, ...], 
     order = (*side.batch, *two[0], *two[1])
     groups = [*[1] * len(side.batch), *map(len, two)]
     if isinstance(value, Coded):
-        return dequantized(graph, HostCodes.of(value).laid(order, groups))
+        return _floats(graph, dequantized(graph, HostCodes.of(value).laid(order, groups)), value)
     shape = (*(value.shape[i] for i in side.batch), *(_size([value.shape[i] for i in axes]) for axes in two))
     if isinstance(value, Const) and is_static(shape):
         return graph.constant(np.transpose(value.full(), order).reshape(cast(tuple[int, ...], shape)))
     name = graph.plain(value, order=order)
     return name if groups[-2:] == [1, 1] else reshape(graph, name, shape)
+
+
+def _floats(graph: Graph, name: str, value: Coded) -> str:
+    """What a DequantizeLinear gives, in the weight's own type."""
+    return name if value.dtype == np.float32 else graph.once("Cast", [name], to=value.dtype)
 
 
 def _size(dims: Sequence[object]) -> Any:
@@ -142,7 +147,8 @@ def _conv(step: Step) -> Value:
 
 def _kernel(step: Step, value: Value, order: Sequence[int]) -> str:
     if isinstance(value, Coded):
-        return dequantized(step.graph, HostCodes.of(value).laid(order, [1] * len(order)), dtype=np.dtype(np.int8))
+        held = HostCodes.of(value).laid(order, [1] * len(order))
+        return _floats(step.graph, dequantized(step.graph, held, dtype=np.dtype(np.int8)), value)
     return step.graph.plain(_wide(step, value), order=order)
 
 
