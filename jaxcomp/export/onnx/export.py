@@ -30,7 +30,7 @@ from jaxcomp.trace.ranges import Range
 assert MODULES, "the modules of rules register them when they are imported"
 
 Layouts = Mapping[str, Sequence[int]]
-"""How inputs and outputs lie, by name: axis ``k`` of the file's tensor is axis ``layouts[name][k]`` of the function's."""
+"""How inputs and outputs lie, by name: axis ``k`` in the file is axis ``layouts[name][k]`` of the function's array."""
 
 
 class FloatSums(UserWarning):

@@ -8,10 +8,12 @@ fast kernel there: convolutions stay between DequantizeLinear and QuantizeLinear
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from jaxcomp.export.onnx.graph import Graph, Node
-from jaxcomp.export.onnx.passes.links import Links, rebuild
+from jaxcomp.export.onnx.passes.links import Coming, Links, rebuild
 
 
 def to_integers(graph: Graph) -> None:
@@ -21,29 +23,48 @@ def to_integers(graph: Graph) -> None:
     def each(node: Node) -> bool:
         if node.op != "MatMul":
             return False
-        a = links.codes(node.inputs[0])
-        b = links.codes(node.inputs[1]) or links.weight_codes(node.inputs[1])
-        return a is not None and b is not None and _matmul(links, node, a, b)
+        left, right = (_operand(links, name) for name in node.inputs)
+        if left is None or right is None or left.weight is not None:
+            return False
+        return _rewritten(links, node, left, right)
 
     rebuild(graph, each)
 
 
-def _matmul(links: Links, node: Node, a: Node, b: Node) -> bool:
-    graph, codes, scale = links.graph, links.constant(b.inputs[0]), links.constant(b.inputs[1])
-    zero = links.constant(b.inputs[2])
-    if codes is not None:
+class _Operand(NamedTuple):
+    """An operand in codes: where they come from, or the weight's DequantizeLinear; its scale and zero point."""
+
+    coming: Coming | None
+    weight: Node | None
+    scale: str
+    zero: str
+
+
+def _operand(links: Links, name: str) -> _Operand | None:
+    coming, weight = links.codes(name), links.weight_codes(name)
+    made = coming.dequantizer if coming is not None else weight
+    return None if made is None else _Operand(coming, weight, made.inputs[1], made.inputs[2])
+
+
+def _rewritten(links: Links, node: Node, left: _Operand, right: _Operand) -> bool:
+    graph, scale = links.graph, links.constant(right.scale)
+    assert left.coming is not None
+    if right.weight is not None:
+        codes, zero = links.constant(right.weight.inputs[0]), links.constant(right.zero)
+        assert codes is not None
         assert scale is not None
         assert zero is not None
-        by_column = scale.ndim == 1 and b.attributes.get("axis") == codes.ndim - 1
-        if scale.ndim and not (by_column and (codes.ndim == 2 or not zero.any())):
+        by_column = scale.ndim == 1 and right.weight.attributes.get("axis") == codes.ndim - 1
+        alike = not zero.size or (zero == zero.reshape(-1)[0]).all()
+        if scale.ndim and not (by_column and (codes.ndim == 2 or alike)):
             return False
-        if codes.ndim > 2 or not zero.any():
-            zero = zero.reshape(-1)[0] if zero.size else np.zeros((), zero.dtype)
+        zero = zero.reshape(-1)[:1].reshape(()) if alike and zero.size else zero
         pair = [graph.constant(_wide(codes)), graph.constant(_wide(zero))]
     else:
-        pair = [b.inputs[0], b.inputs[2]]
-    (sums,) = graph.run("MatMulInteger", [a.inputs[0], pair[0], a.inputs[2], pair[1]])
-    _rescaled(links, node, sums, (a.inputs[1], b.inputs[1]))
+        assert right.coming is not None
+        pair = [right.coming.moved(graph), right.zero]
+    (sums,) = graph.run("MatMulInteger", [left.coming.moved(graph), pair[0], left.zero, pair[1]])
+    _rescaled(links, node, sums, (left.scale, right.scale))
     return True
 
 

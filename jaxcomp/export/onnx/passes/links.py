@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,29 @@ def everywhere(graph: Graph) -> Iterator[Graph]:
         for part in parts(node):
             yield from everywhere(part)
     yield graph
+
+
+MOVES = ("Expand", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that move elements, of codes as of floats."""
+
+
+class Coming(NamedTuple):
+    """How a tensor comes out of codes.
+
+    Attributes:
+      dequantizer: of one scale.
+      moves: what moves the elements then, in order.
+    """
+
+    dequantizer: Node
+    moves: tuple[Node, ...]
+
+    def moved(self, graph: Graph) -> str:
+        """The codes, moved so."""
+        name = self.dequantizer.inputs[0]
+        for move in self.moves:
+            name = graph.once(move.op, [name, *move.inputs[1:]], **move.attributes)
+        return name
 
 
 @dataclass(frozen=True)
@@ -75,11 +99,17 @@ class Links:
         """A tensor's value if it is a constant."""
         return self.graph.root.constants.get(name)
 
-    def codes(self, name: str) -> Node | None:
-        """The DequantizeLinear that a tensor of codes of an activation comes out of."""
+    def codes(self, name: str) -> Coming | None:
+        """How a tensor comes out of an activation's codes, if it does."""
+        moves: list[Node] = []
+        while (move := self.made_by(name, *MOVES)) is not None:
+            moves.insert(0, move)
+            name = move.inputs[0]
         made = self.made_by(name, "DequantizeLinear")
         quantizers = ("QuantizeLinear", "DynamicQuantizeLinear")
-        return made if made is not None and self.made_by(made.inputs[0], *quantizers) else None
+        if made is None or self.made_by(made.inputs[0], *quantizers) is None:
+            return None
+        return Coming(made, tuple(moves))
 
     def weight_codes(self, name: str) -> Node | None:
         """The DequantizeLinear that a weight in codes comes out of."""

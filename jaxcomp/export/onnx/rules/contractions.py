@@ -99,7 +99,7 @@ def _matrix(graph: Graph, value: Value, side: Side, two: tuple[tuple[int, ...], 
     order = (*side.batch, *two[0], *two[1])
     groups = [*[1] * len(side.batch), *map(len, two)]
     if isinstance(value, Coded):
-        return _floats(graph, dequantized(graph, HostCodes.of(value).laid(order, groups)), value)
+        return dequantized(graph, HostCodes.of(value).laid(order, groups))
     shape = (*(value.shape[i] for i in side.batch), *(_size([value.shape[i] for i in axes]) for axes in two))
     if isinstance(value, Const) and is_static(shape):
         return graph.constant(np.transpose(value.full(), order).reshape(cast(tuple[int, ...], shape)))
