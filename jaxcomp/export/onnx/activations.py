@@ -12,10 +12,13 @@ from jaxcomp.activations.fake import Entry, encode
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.specs import Act
 from jaxcomp.export.errors import ExportError
+from jaxcomp.export.onnx.dynamic import dynamic_dot
 from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.registry import RULES, Step
 from jaxcomp.export.onnx.values import Tensor, Value
 from jaxcomp.trace.ranges import Range
+
+PER_TENSOR = Act().per
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Site:
 
     def __call__(self, step: Step) -> Value:
         """The product's result, by the primitive's rule."""
+        act, site = self.planned.act, self.planned.site
+        if step.name == "dot_general" and isinstance(act, Act) and not act.needs_range and not _is_dynamic(act):
+            found = dynamic_dot(step, act, tuple(operand.roles for operand in site.operands))
+            if found is not None:
+                return found
         values = list(step.values)
         for i in self.planned.site.activations:
             values[i] = self.entered(step, i)
@@ -47,11 +55,16 @@ class Site:
             return value
         name = self.planned.ranges.get(i)
         if name is None:
-            if act.symmetric or act.bits != 8:
+            if not _is_dynamic(act):
                 step.refuse(f"{site.path!r} asks for {act}", "take Act(8, range=Dynamic()), or ranges from calibrate")
             return dynamic(step.graph, value)
         given = Range(*(jnp.asarray(np.asarray(end)[step.layers]) for end in self.ranges[name]))
         return on_grid(step.graph, value, *grid_of(act, given), act.bits)
+
+
+def _is_dynamic(act: Act) -> bool:
+    """Whether DynamicQuantizeLinear is what a rule asks for."""
+    return not act.symmetric and act.bits == 8 and act.per == PER_TENSOR
 
 
 def grid_of(act: Act, given: Range) -> tuple[np.ndarray, np.ndarray]:

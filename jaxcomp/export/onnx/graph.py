@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxcomp.core.types import DType
 from jaxcomp.export.onnx.sizes import Sizes
-from jaxcomp.export.onnx.values import Coded, Const, Dims, Tensor, Value, is_static, repeats_of
+from jaxcomp.export.onnx.values import Coded, Const, Dims, Tensor, Value, is_one, is_static, repeats_of
 
 Attribute = "int | float | str | np.dtype | np.ndarray | Sequence[int] | Sequence[float] | Graph"
 """An attribute of a node; a dtype says an element type, a graph what a loop or a branch runs."""
@@ -162,17 +162,25 @@ class Graph:
         """The result of an operator that broadcasts, which lies as the first operand does that is no constant."""
         arrays = [self.array(v) for v in values]
         ranked = [v for v in arrays if v.shape] or arrays
-        shape, every = ranked[0].shape, frozenset(range(len(ranked[0].shape)))
+        shape = broadcast(v.shape for v in ranked)
+        every = frozenset(range(len(shape)))
         tensors = [v for v in ranked if isinstance(v, Tensor)]
         lead = max(tensors, key=lambda v: (len(every - v.repeats), not v.plain), default=None)
         order = tuple(range(len(shape))) if lead is None else lead.order
-        repeats = every.intersection(*map(repeats_of, ranked))
+        ones = {i for i, n in enumerate(shape) if is_one(n)}
+        short = [repeats_of(v) | {i for i, n in enumerate(v.shape) if is_one(n)} for v in ranked]
+        repeats = every.intersection(*short) - ones
         (name,) = self.run(op, [self.operand(v, order) for v in arrays], **attributes)
         return Tensor(name, shape, np.dtype(dtype), order, repeats)
 
     def cast(self, value: Value, dtype: DType) -> Tensor:
         """The value in another type, by ONNX's rules."""
         return self.elementwise("Cast", [value], dtype, to=np.dtype(dtype))
+
+
+def broadcast(shapes: Iterable[Dims]) -> Dims:
+    """The shape of what an operator makes of operands of one rank: an axis of length 1 goes with any other."""
+    return tuple(next((n for n in axis if not is_one(n)), 1) for axis in zip(*shapes, strict=True))
 
 
 def _hashable(value: Attribute) -> object:

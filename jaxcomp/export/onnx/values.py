@@ -109,10 +109,10 @@ def is_static(shape: Sequence[object]) -> bool:
 
 def one_where(array: np.ndarray, shape: Dims) -> frozenset[int]:
     """The axes along which a compact array repeats its one element."""
-    return frozenset(i for i, n in enumerate(array.shape) if n == 1 and not _is_one(shape[i]))
+    return frozenset(i for i, n in enumerate(array.shape) if n == 1 and not is_one(shape[i]))
 
 
-def _is_one(n: object) -> bool:
+def is_one(n: object) -> bool:
     return isinstance(n, int | np.integer) and n == 1
 
 

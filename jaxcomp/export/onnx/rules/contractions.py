@@ -25,15 +25,22 @@ class Side(NamedTuple):
     summed: tuple[int, ...]
 
 
+def sides_of(step: Step) -> tuple[Side, Side]:
+    """What a dot does with the axes of its operands."""
+    (lhs, rhs), (lhs_batch, rhs_batch) = step.eqn.params["dimension_numbers"]
+
+    def side(i: int, summed: Sequence[int], batch: Sequence[int]) -> Side:
+        free = (axis for axis in range(len(step.of(i).shape)) if axis not in (*batch, *summed))
+        return Side(tuple(batch), tuple(free), tuple(summed))
+
+    return side(0, lhs, lhs_batch), side(1, rhs, rhs_batch)
+
+
 @rule("dot_general")
 def _dot(step: Step) -> Value:
     """``MatMul`` of (batch, rows, summed) by (batch, summed, columns), or of any rank by a matrix."""
-    (lhs, rhs), (lhs_batch, rhs_batch) = step.eqn.params["dimension_numbers"]
     values = [v if isinstance(v, Coded) else step.graph.array(v) for v in step.values]
-    sides = [
-        Side(tuple(batch), tuple(i for i in range(len(v.shape)) if i not in (*batch, *summed)), tuple(summed))
-        for v, batch, summed in zip(values, (lhs_batch, rhs_batch), (lhs, rhs), strict=True)
-    ]
+    sides = sides_of(step)
     a, b = _alike(step, values)
     shape = tuple(a.shape[i] for i in sides[0].batch)
     rows, columns = (tuple(v.shape[i] for i in side.free) for v, side in zip((a, b), sides, strict=True))
@@ -41,9 +48,9 @@ def _dot(step: Step) -> Value:
         left = step.graph.plain(a, order=(*sides[0].free, *sides[0].summed))
         made: Dims = (*rows, _size(columns))
     else:
-        left = _matrix(step.graph, a, sides[0], (sides[0].free, sides[0].summed))
+        left = matrix(step.graph, a, sides[0], (sides[0].free, sides[0].summed))
         made = (*shape, _size(rows), _size(columns))
-    right = _matrix(step.graph, b, sides[1], (sides[1].summed, sides[1].free))
+    right = matrix(step.graph, b, sides[1], (sides[1].summed, sides[1].free))
     whole = a.dtype in BYTES and b.dtype in BYTES
     name = (
         _whole_product(step.graph, left, a.dtype, right, b.dtype)
@@ -94,7 +101,7 @@ def _typed(step: Step, result: Tensor) -> Tensor:
     return result if result.dtype == step.dtype else step.graph.cast(result, step.dtype)
 
 
-def _matrix(graph: Graph, value: Value, side: Side, two: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+def matrix(graph: Graph, value: Value, side: Side, two: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
     """An operand as (batch axes, first, second), where ``two`` are the axes that these are joined of."""
     order = (*side.batch, *two[0], *two[1])
     groups = [*[1] * len(side.batch), *map(len, two)]
