@@ -31,6 +31,7 @@ NAMES = (
     "coding",
     "decode",
     "decode_lm",
+    "export_onnx",
 )
 ON_A_DEVICE = ("gpu", "tune_kernels")
 """Those that want an accelerator, and run where they are named only."""
