@@ -7,24 +7,23 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from jaxcomp.activations.codes import Codes, codes_of
 from jaxcomp.activations.planning import Rules, assigned, checked_ranges
-from jaxcomp.core.leaves import dense, is_compressed
-from jaxcomp.core.paths import leaves_with_paths, some_paths
-from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.core.paths import some_paths
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.onnx.activations import Site
 from jaxcomp.export.onnx.emitter import Emitter
 from jaxcomp.export.onnx.graph import Graph, Node
 from jaxcomp.export.onnx.model import model_of, write
 from jaxcomp.export.onnx.observe import Seen
+from jaxcomp.export.onnx.parameters import opened, values_of
 from jaxcomp.export.onnx.passes.affine import fold_affine
 from jaxcomp.export.onnx.passes.integers import to_integers
 from jaxcomp.export.onnx.passes.links import sweep
 from jaxcomp.export.onnx.passes.sums import float_sums, quantize_sums
 from jaxcomp.export.onnx.rules import MODULES
-from jaxcomp.export.onnx.values import Coded, Const, Dims, Tensor, Value, is_static
-from jaxcomp.trace.program import Program, is_array_like, shapes_of, trace
+from jaxcomp.export.onnx.values import Dims, Tensor, Value, is_static
+from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range
 
 assert MODULES, "the modules of rules register them when they are imported"
@@ -78,31 +77,21 @@ def to_onnx(
     >>> to_onnx("net.onnx", fn, {"w": jnp.ones((8, 4))}, rows) > 8 * 4 * 4
     True
     """
-    program = trace(fn, shapes_of(params), *args)
+    written, shapes = opened(fn, params)
+    program = trace(written, shapes, *args)
     planned = assigned(program, rules or {})
     given = checked_ranges(planned, ranges)
     sites = {p.site.location: Site(p, given) for p in planned if p.act is not None}
     graph = Graph()
     emitter = Emitter({op.location: op for op in program.flow.ops}, sites)
     lies = _Ends(dict(layouts or {}))
-    values = [*_parameters(program, params), *lies.inputs(graph, program)]
+    values = [*values_of(graph, params, emitter.jaxpr), *lies.inputs(graph, program)]
     lies.outputs(graph, emitter.jaxpr(graph, program.jaxpr, values, ()))
     fold_affine(graph)
     _sums(graph, samples)
     to_integers(graph)
     sweep(graph)
     return write(path, model_of(graph, getattr(fn, "__name__", "main")))
-
-
-def _parameters(program: Program, params: Params) -> list[Value]:
-    named, _ = leaves_with_paths(params, is_leaf=is_compressed)
-    leaves = [leaf for _, leaf in named if is_array_like(leaf)]
-    return [_parameter(leaf) for leaf in leaves]
-
-
-def _parameter(leaf: Leaf) -> Value:
-    codes = codes_of(leaf) if is_compressed(leaf) else None
-    return Coded(codes) if isinstance(codes, Codes) else Const.of(dense(leaf))
 
 
 def _sums(graph: Graph, samples: Iterable[PyTree] | None) -> None:

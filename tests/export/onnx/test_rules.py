@@ -94,6 +94,9 @@ INTEGERS = {
     "as float": lambda x, y: x.astype(jnp.float32),
     "select": lambda x, y: lax.select(x > y, x, y),
     "cumsum": lambda x, y: lax.cumsum(x),
+    "bits of another sign": lambda x, y: lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")),
+    "bits of several": lambda x, y: lax.bitcast_convert_type(x.astype(jnp.uint8).reshape(-1, 4), jnp.uint32),
+    "bits in several": lambda x, y: lax.bitcast_convert_type(x.astype(jnp.uint32), jnp.uint8),
 }
 NANS = np.array([[1, np.nan, 9, np.nan], [3, 3, -2, 0], [0, 0, -5, -5]], np.float32)
 OVER_AXES = {
@@ -303,10 +306,15 @@ def test_rules(tmp_path: Path, group: str) -> None:
 
 UNKNOWN = {
     "erf_inv": lambda x: lax.erf_inv(x),
-    "bitcast_convert_type": lambda x: lax.bitcast_convert_type(x, jnp.int32),
+    "lgamma": lambda x: lax.lgamma(x),
     "population_count": lambda x: lax.population_count(x.astype(jnp.int32)),
     "triangular_solve": lambda x: jax.scipy.linalg.solve_triangular(x[:2, :2], x[:2]),
 }
+
+
+def test_bits_of_floats(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"'bitcast_convert_type' at .*reads the bits of float32 as int32; compute"):
+        to_onnx(tmp_path / "f.onnx", lambda p, x: lax.bitcast_convert_type(x, jnp.int32), PARAMS, FLOATS)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

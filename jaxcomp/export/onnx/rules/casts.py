@@ -74,3 +74,27 @@ def _reduce_precision(step: Step) -> Value:
     if through.itemsize >= step.dtype.itemsize:
         return x
     return t.cast(step.graph, t.cast(step.graph, x, through), step.dtype)
+
+
+@rule("bitcast_convert_type")
+def _bitcast(step: Step) -> Value:
+    """Bits of integers: of one width, of several narrow ones in a wide one, the lowest first, and of a wide one in
+    several."""
+    graph, x, old, new = step.graph, step.graph.array(step.values[0]), np.dtype(step.values[0].dtype), step.dtype
+    if old.kind not in "iu" or new.kind not in "iu":
+        step.refuse(f"no operator reads the bits of {old} as {new}", "compute with the numbers instead")
+    if old.itemsize == new.itemsize:
+        return t.cast(graph, x, new)
+    u64 = np.dtype(np.uint64)
+    narrow, wide = sorted((old, new), key=lambda d: d.itemsize)
+    unsigned = np.dtype(f"uint{old.itemsize * 8}")
+    bits = t.cast(graph, t.cast(graph, x, unsigned), u64)
+    steps = np.arange(wide.itemsize // narrow.itemsize, dtype=np.uint64) * np.uint64(narrow.itemsize * 8)
+    if old.itemsize < new.itemsize:
+        apart = graph.plain(bits)
+        moved = graph.once("BitShift", [apart, graph.constant(steps)], direction="LEFT")
+        summed = graph.once("ReduceSum", [graph.once("Cast", [moved], to=t.I64), graph.ints([-1])], keepdims=0)
+        return t.narrowed(graph, graph.tensor(summed, step.shape, t.I64), new)
+    one = graph.once("Unsqueeze", [graph.plain(bits), graph.ints([-1])])
+    moved = graph.once("BitShift", [one, graph.constant(steps)], direction="RIGHT")
+    return t.narrowed(graph, graph.tensor(moved, step.shape, u64), new)
