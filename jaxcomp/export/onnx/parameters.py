@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.activations import factored
-from jaxcomp.activations.codes import FLOAT8, Codes, codes_of
+from jaxcomp.activations.codes import Codes, codes_of
 from jaxcomp.core.leaves import dense, is_compressed, pack
 from jaxcomp.core.packed import Packed, unpacked
 from jaxcomp.core.paths import leaves_with_paths
@@ -52,7 +52,8 @@ Write = Callable[[jax.extend.core.ClosedJaxpr, Sequence[Value]], list[Value]]
 
 def _value(graph: Graph, leaf: Leaf, write: Write) -> Value:
     if not is_compressed(leaf):
-        return _held(graph, leaf) if getattr(leaf, "dtype", None) in FLOAT8 else Const.of(leaf)
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4 and leaf.ndim > 1
+        return _held(graph, leaf) if narrow else Const.of(leaf)  # or a cast to float32 would be done now
     codes = codes_of(leaf)
     if isinstance(codes, Codes):
         return Coded(codes)

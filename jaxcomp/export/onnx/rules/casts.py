@@ -81,6 +81,8 @@ def _bitcast(step: Step) -> Value:
     """Bits of integers: of one width, of several narrow ones in a wide one, the lowest first, and of a wide one in
     several."""
     graph, x, old, new = step.graph, step.graph.array(step.values[0]), np.dtype(step.values[0].dtype), step.dtype
+    if old in (t.I32, np.dtype(np.uint32)) and new == t.F32:
+        return _float_of_bits(graph, t.cast(graph, t.cast(graph, x, np.dtype(np.uint32)), t.I64))
     if old.kind not in "iu" or new.kind not in "iu":
         step.refuse(f"no operator reads the bits of {old} as {new}", "compute with the numbers instead")
     if old.itemsize == new.itemsize:
@@ -98,3 +100,25 @@ def _bitcast(step: Step) -> Value:
     one = graph.once("Unsqueeze", [graph.plain(bits), graph.ints([-1])])
     moved = graph.once("BitShift", [one, graph.constant(steps)], direction="RIGHT")
     return t.narrowed(graph, graph.tensor(moved, step.shape, u64), new)
+
+
+def _float_of_bits(graph: Graph, bits: Value) -> Tensor:
+    """The float32 of 32 bits: ``(2**23 + mantissa) 2**(exponent - 150)``, in float64, which has all of them."""
+
+    def whole(op: str, x: Value, n: int) -> Tensor:
+        return graph.elementwise(op, [x, t.number(n, t.I64)], t.I64)
+
+    def equal(x: Value, n: int) -> Tensor:
+        return graph.elementwise("Equal", [x, t.number(n, t.I64)], t.BOOL)
+
+    mantissa, upper = whole("Mod", bits, 2**23), whole("Div", bits, 2**23)
+    exponent, sign = whole("Mod", upper, 256), whole("Div", upper, 256)
+    subnormal = equal(exponent, 0)
+    digits = t.where(graph, subnormal, mantissa, whole("Add", mantissa, 2**23))
+    power = t.where(graph, subnormal, t.number(-149, t.I64), whole("Sub", exponent, 150))
+    power = graph.elementwise("Pow", [t.number(2, t.F64), graph.cast(power, t.F64)], t.F64)
+    size = graph.elementwise("Mul", [graph.cast(digits, t.F64), power], t.F64)
+    beyond = t.where(graph, equal(mantissa, 0), t.number(np.inf, t.F64), t.number(np.nan, t.F64))
+    size = t.where(graph, equal(exponent, 255), beyond, size)
+    signed = t.where(graph, equal(sign, 1), graph.elementwise("Neg", [size], t.F64), size)
+    return graph.cast(signed, t.F32)
