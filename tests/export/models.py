@@ -208,7 +208,9 @@ def balanced(params: Tree, args: tuple[Any, ...], *, heads: int, share: float = 
 
     program = trace(fn, params, *args)
     last = Monoid(lambda shapes: jax.tree.map(jnp.zeros_like, shapes), lambda a, b: b)
-    seen = jax.jit(lambda p: evaluate(program, claims_of(program, largest), program.flatten(p, *args), collect=last).aux)
+    seen = jax.jit(
+        lambda p: evaluate(program, claims_of(program, largest), program.flatten(p, *args), collect=last).aux
+    )
 
     def moved(path: str, p: Tree, tops: Any) -> Tree:
         factors = np.maximum(tops, 1e-5) ** share / np.abs(p["kernel"]).max(1) ** (1 - share)
@@ -216,7 +218,9 @@ def balanced(params: Tree, args: tuple[Any, ...], *, heads: int, share: float = 
 
     tops = {path: np.asarray(v) for path, v in seen(params).items()}
     layers = {
-        i: {name: moved(name, p, tops[f"layers/{i}/{name}/kernel"]) if "kernel" in p else p for name, p in layer.items()}
+        i: {
+            name: moved(name, p, tops[f"layers/{i}/{name}/kernel"]) if "kernel" in p else p for name, p in layer.items()
+        }
         for i, layer in params["layers"].items()
     }
     return {**params, "layers": layers}

@@ -20,7 +20,7 @@ from jaxcomp.export.onnx.parameters import opened, values_of
 from jaxcomp.export.onnx.passes.affine import fold_affine
 from jaxcomp.export.onnx.passes.integers import to_integers
 from jaxcomp.export.onnx.passes.links import sweep
-from jaxcomp.export.onnx.passes.sums import float_sums, quantize_sums
+from jaxcomp.export.onnx.passes.results import quantize_results
 from jaxcomp.export.onnx.rules import MODULES
 from jaxcomp.export.onnx.values import Dims, Tensor, Value, is_static
 from jaxcomp.trace.program import Program, trace
@@ -32,8 +32,8 @@ Layouts = Mapping[str, Sequence[int]]
 """How inputs and outputs lie, by name: axis ``k`` in the file is axis ``layouts[name][k]`` of the function's array."""
 
 
-class FloatSums(UserWarning):
-    """Sums of quantized products that the runtime adds as floats, and the products before them with it."""
+class FloatConvolutions(UserWarning):
+    """Convolutions of codes whose results have no grid, so that the runtime runs them in float; slow, not wrong."""
 
 
 def to_onnx(
@@ -62,8 +62,9 @@ def to_onnx(
         outputs likewise, in the order of their leaves.
       rules: ``{where: Act(...)}`` over the paths of ``sites(fn)``.
       ranges: by activation, as ``ranges_of(calibrate(fn)(...))`` gives them.
-      samples: batches as ``calibrate_over`` takes them. With them sums of quantized convolutions, as in residual
-        blocks, run on codes too: their operands get the range that is seen when the written graph runs on the samples.
+      samples: batches as ``calibrate_over`` takes them. With them convolutions whose results no product reads at once,
+        as those that a residual block adds, run on codes too: the results get the range that is seen when the written
+        graph runs on the samples. Without, it warns of them (``FloatConvolutions``).
       layouts: ``{"input": (0, 3, 1, 2)}`` has an image in NHWC come in NCHW.
 
     Raises:
@@ -88,24 +89,17 @@ def to_onnx(
     values = [*values_of(graph, params, emitter.jaxpr), *lies.inputs(graph, program)]
     lies.outputs(graph, emitter.jaxpr(graph, program.jaxpr, values, ()))
     fold_affine(graph)
-    _sums(graph, samples)
+    left = quantize_results(graph, None if samples is None else Seen(graph, samples))
     to_integers(graph)
     sweep(graph)
-    return write(path, model_of(graph, getattr(fn, "__name__", "main")))
-
-
-def _sums(graph: Graph, samples: Iterable[PyTree] | None) -> None:
-    if samples is not None:
-        quantize_sums(graph, Seen(graph, samples))
-        return
-    left = float_sums(graph)
     if left:
         warnings.warn(
-            f"to_onnx: sums of quantized convolutions at {some_paths(left)} stay in float, and onnxruntime then runs"
-            " the convolutions before them in float too; give samples= (some batches), so that they get ranges.",
-            FloatSums,
-            stacklevel=3,
+            f"to_onnx: nobody quantizes the results of the convolutions at {some_paths(left)}, so onnxruntime runs them"
+            " in float; give samples= (some batches), so that they get ranges.",
+            FloatConvolutions,
+            stacklevel=2,
         )
+    return write(path, model_of(graph, getattr(fn, "__name__", "main")))
 
 
 class _Ends:

@@ -12,7 +12,7 @@ from jaxcomp.core.types import PyTree
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.model import model_of, onnx
-from jaxcomp.export.onnx.passes.sums import Ends
+from jaxcomp.export.onnx.passes.results import Ends
 
 
 @dataclass(frozen=True)

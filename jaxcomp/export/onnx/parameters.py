@@ -44,7 +44,9 @@ def values_of(graph: Graph, params: Params, run: Run) -> list[Value]:
     """What stands for each array of the parameters, in order; ``run`` writes a leaf's own program."""
     named, _ = leaves_with_paths(params, is_leaf=is_whole)
     leaves = [leaf for _, leaf in named if is_array_like(leaf)]
-    return [_value(graph, leaf, lambda *program, i=i: run(graph, *program, ("leaf", i))) for i, leaf in enumerate(leaves)]
+    return [
+        _value(graph, leaf, lambda *program, i=i: run(graph, *program, ("leaf", i))) for i, leaf in enumerate(leaves)
+    ]
 
 
 Write = Callable[[jax.extend.core.ClosedJaxpr, Sequence[Value]], list[Value]]
@@ -79,7 +81,9 @@ def _written(graph: Graph, fn: Callable[..., jax.Array], tree: PyTree, write: Wr
 def _kept(leaf: Masked) -> tuple[Packed, jax.Array]:
     """The mask, spread over the values, and the values where it is True."""
     mask = np.broadcast_to(np.asarray(unpacked(leaf.mask)), leaf.shape)
-    return Packed.of(jnp.asarray(mask), 1, 0), jnp.asarray(np.append(np.asarray(leaf.values)[mask], np.zeros(1)), leaf.dtype)
+    return Packed.of(jnp.asarray(mask), 1, 0), jnp.asarray(
+        np.append(np.asarray(leaf.values)[mask], np.zeros(1)), leaf.dtype
+    )
 
 
 def _few(kept: tuple[Packed, jax.Array]) -> jax.Array:
@@ -87,4 +91,3 @@ def _few(kept: tuple[Packed, jax.Array]) -> jax.Array:
     mask = kept[0].unpack()
     place = jnp.cumsum(mask.reshape(-1).astype(jnp.int32)) - 1
     return jnp.where(mask, kept[1].at[place].get(mode="clip").reshape(mask.shape), jnp.zeros((), kept[1].dtype))
-

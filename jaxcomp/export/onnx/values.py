@@ -113,6 +113,7 @@ def one_where(array: np.ndarray, shape: Dims) -> frozenset[int]:
 
 
 def is_one(n: object) -> bool:
+    """Whether a dimension is known to be 1."""
     return isinstance(n, int | np.integer) and n == 1
 
 

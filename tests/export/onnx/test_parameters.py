@@ -70,7 +70,9 @@ def product(p: Any, x: Any) -> Any:
     return x @ jnp.asarray(p["w"]).astype(x.dtype)
 
 
-@pytest.mark.parametrize("name", quick(LEAVES, "16 shared values", "pruned", "rank 8, int8", "float8", "int4 in groups"))
+@pytest.mark.parametrize(
+    "name", quick(LEAVES, "16 shared values", "pruned", "rank 8, int8", "float8", "int4 in groups")
+)
 def test_leaves(tmp_path: Path, name: str) -> None:
     params = LEAVES[name]()
     size = to_onnx(tmp_path / "w.onnx", product, params, X)

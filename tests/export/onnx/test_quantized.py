@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jax import export, lax
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, quantize_function
 from jaxcomp.export import ExportError, to_onnx
-from jaxcomp.export.onnx.export import FloatSums
+from jaxcomp.export.onnx.export import FloatConvolutions
 from jaxcomp.trace.ranges import Range
 from tests.export.onnx.test_to_onnx import CONV, DENSE, conv_net, dense_net, draws
 from tests.export.running import exported, operators, run, session
@@ -162,7 +163,7 @@ def test_residual_sums_run_on_codes_where_there_are_samples(tmp_path) -> None:
     small, shape = quantized(params), jax.ShapeDtypeStruct((n, 6, 6, 2), jnp.float32)
     wanted = jax.jit(quantize_function(residual, W8A8, integer=True, strict=True))(small, OF_RESIDUAL, x)
     path = tmp_path / "fn.onnx"
-    with pytest.warns(FloatSums, match="give samples="):
+    with pytest.warns(FloatConvolutions, match="give samples="):
         to_onnx(path, residual, small, shape, rules=W8A8, ranges=OF_RESIDUAL)
     np.testing.assert_allclose(run(path, x)[0], wanted, atol=0.02 * np.abs(wanted).max())
     assert optimized(path, tmp_path)["QLinearConv"] == 2
@@ -214,3 +215,28 @@ def test_errors(wrong, said, tmp_path) -> None:
     with pytest.raises(ExportError, match=said):
         wrong(tmp_path / "fn.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def pooled(p, x):
+    def conv(x, w):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    y = jax.nn.relu(conv(x, p["w0"]))
+    y = jax.nn.relu(nn.max_pool(jnp.concatenate([y, conv(y, p["w1"])], -1), (2, 2), (2, 2)))
+    return jax.nn.silu(conv(y, p["w2"])).mean((1, 2)) @ p["v"]
+
+
+def test_grids_go_through_pooling_and_concatenation(tmp_path) -> None:
+    x, path = draws(16, 6, 6, 2), tmp_path / "fn.onnx"
+    params = {"w0": draws(3, 3, 2, 4) / 3, "w1": draws(3, 3, 4, 4) / 5, "w2": draws(3, 3, 8, 4) / 5, "v": draws(4, 3)}
+    ranges = {**over("w0", low=-3.0), **over("w1", "w2"), **over("v", low=-1.0)}
+    small = quantized(params)
+    wanted = jax.jit(quantize_function(pooled, W8A8, integer=True, strict=True))(small, ranges, x)
+    with pytest.warns(FloatConvolutions):
+        to_onnx(path, pooled, small, x, rules=W8A8, ranges=ranges)
+    np.testing.assert_allclose(run(path, x)[0], wanted, atol=0.02 * np.abs(wanted).max())
+    assert optimized(path, tmp_path)["QLinearConv"] == 1
+    to_onnx(path, pooled, small, x, rules=W8A8, ranges=ranges, samples=[x])
+    np.testing.assert_allclose(run(path, x)[0], wanted, atol=0.03 * np.abs(wanted).max())
+    found = optimized(path, tmp_path)
+    assert (found["QLinearConv"], found["MaxPool"], found["Conv"]) == (3, 1, 0)

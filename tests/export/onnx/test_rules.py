@@ -96,7 +96,9 @@ INTEGERS = {
     "cumsum": lambda x, y: lax.cumsum(x),
     "bits of another sign": lambda x, y: lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")),
     "bits of several": lambda x, y: lax.bitcast_convert_type(x.astype(jnp.uint8).reshape(-1, 4), jnp.uint32),
-    "float of bits": lambda x, y: lax.bitcast_convert_type(x.astype(jnp.int32) * 16777259 + y.astype(jnp.int32), jnp.float32),
+    "float of bits": lambda x, y: lax.bitcast_convert_type(
+        x.astype(jnp.int32) * 16777259 + y.astype(jnp.int32), jnp.float32
+    ),
     "bits in several": lambda x, y: lax.bitcast_convert_type(x.astype(jnp.uint32), jnp.uint8),
 }
 NANS = np.array([[1, np.nan, 9, np.nan], [3, 3, -2, 0], [0, 0, -5, -5]], np.float32)

@@ -33,11 +33,12 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 FLOATS = {"session.qdq_matmulnbits_accuracy_level": "0"}
 """onnxruntime's products by weights of 4 or 8 bits round activations to 8 bits unless they are told not to."""
 INT8 = jc.quantize(jc.Int(8), where=r".*(kernel|word)")
-INT4 = jc.chain(
-    jc.quantize(jc.Int(4), per=jc.Groups(32), where=r".*kernel"), jc.quantize(jc.Int(4), where=r".*word")
-)
+INT4 = jc.chain(jc.quantize(jc.Int(4), per=jc.Groups(32), where=r".*kernel"), jc.quantize(jc.Int(4), where=r".*word"))
 STATIC = {r".*(kernel|dot_\d+).*": Act(8)}
-TOKENS = {r".*kernel.*": Act(8, symmetric=True, range=Dynamic(), per=jc.core.Tokens()), r".*dot_\d+": Act(8, range=Dynamic())}
+TOKENS = {
+    r".*kernel.*": Act(8, symmetric=True, range=Dynamic(), per=jc.core.Tokens()),
+    r".*dot_\d+": Act(8, range=Dynamic()),
+}
 INTEGER = {"MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul"}
 
 
@@ -159,4 +160,3 @@ def test_minilm(tmp_path: Path) -> None:
         print(cosine(got, want), cosine(want, net.want))
         assert cosine(got, want) > 0.999
         assert sum(n for op, n in products(tmp_path / "o.onnx").items() if op in INTEGER) == 48
-

@@ -4,15 +4,29 @@ from jaxcomp.export.onnx.rules import (
     casts,
     contractions,
     control,
+    convolutions,
     elementwise,
     indexing,
     layout,
     movement,
     reductions,
     sorting,
+    windows,
 )
 
 __all__ = ["MODULES"]
 
-MODULES = (casts, contractions, control, elementwise, indexing, layout, movement, reductions, sorting)
+MODULES = (
+    casts,
+    contractions,
+    control,
+    convolutions,
+    elementwise,
+    indexing,
+    layout,
+    movement,
+    reductions,
+    sorting,
+    windows,
+)
 """The modules that fill the table of rules when they are imported."""

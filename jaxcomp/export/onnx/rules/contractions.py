@@ -1,4 +1,4 @@
-"""Dots and convolutions: operands laid as the operator wants them, weights in codes behind a DequantizeLinear."""
+"""Dots: operands laid as the operator wants them, weights in codes behind a DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -86,17 +86,6 @@ def _alike(step: Step, values: Sequence[Value]) -> list[Value]:
     return [v if isinstance(v, Coded) else t.cast(step.graph, v, wide) for v in values]
 
 
-def _wide(step: Step, value: Value) -> Value:
-    """An operand in a type that runtimes multiply, if the equation asks for another type than the operand's."""
-    if isinstance(value, Coded) or (value.dtype.kind not in "iub" and value.dtype.itemsize >= 2):
-        return value
-    return step.graph.cast(value, step.dtype) if isinstance(value, Tensor) else _as(value, step.dtype)
-
-
-def _as(value: Const, dtype: np.dtype) -> Const:
-    return Const(value.array.astype(dtype), value.shape)
-
-
 def _typed(step: Step, result: Tensor) -> Tensor:
     return result if result.dtype == step.dtype else step.graph.cast(result, step.dtype)
 
@@ -114,73 +103,5 @@ def matrix(graph: Graph, value: Value, side: Side, two: tuple[tuple[int, ...], t
     return name if groups[-2:] == [1, 1] else reshape(graph, name, shape)
 
 
-def _floats(graph: Graph, name: str, value: Coded) -> str:
-    """What a DequantizeLinear gives, in the weight's own type."""
-    return name if value.dtype == np.float32 else graph.once("Cast", [name], to=value.dtype)
-
-
 def _size(dims: Sequence[object]) -> Any:
     return math.prod(cast(Sequence[int], dims))
-
-
-@rule("conv_general_dilated")
-def _conv(step: Step) -> Value:
-    """``Conv``, the image in NCHW and the kernel in OIHW; only what lies otherwise is transposed."""
-    p = step.eqn.params
-    numbers = p["dimension_numbers"]
-    if p["batch_group_count"] != 1:
-        step.refuse("it has batch groups, as the gradient of a convolution does", "export the forward function alone")
-    x, kernel = step.graph.array(step.values[0]), step.values[1]
-    rank = len(numbers.lhs_spec) - 2
-    pads = [list(pair) for pair in p["padding"]]
-    image = step.graph.plain(_wide(step, x), order=numbers.lhs_spec)
-    if set(p["lhs_dilation"]) != {1}:
-        image = _with_holes(step, image, p["lhs_dilation"])
-    if min(map(min, pads)) < 0:
-        image, pads = _cropped(step.graph, image, pads)
-    weight = _kernel(step, kernel, numbers.rhs_spec)
-    (name,) = step.graph.run(
-        "Conv",
-        [image, weight],
-        strides=list(p["window_strides"]),
-        dilations=list(p["rhs_dilation"]),
-        pads=[low for low, _ in pads] + [high for _, high in pads],
-        group=p["feature_group_count"],
-        kernel_shape=[int(kernel.shape[i]) for i in numbers.rhs_spec[2:]],
-    )
-    assert rank == len(pads)
-    return _typed(step, Tensor(name, step.shape, _wide(step, x).dtype, tuple(numbers.out_spec)))
-
-
-def _kernel(step: Step, value: Value, order: Sequence[int]) -> str:
-    if isinstance(value, Coded):
-        held = HostCodes.of(value).laid(order, [1] * len(order))
-        return _floats(step.graph, dequantized(step.graph, held, dtype=np.dtype(np.int8)), value)
-    return step.graph.plain(_wide(step, value), order=order)
-
-
-def _with_holes(step: Step, image: str, holes: Sequence[int]) -> str:
-    """An image in NCHW with zeros between its pixels: each axis gets one of length ``holes`` behind it, padded."""
-    graph, numbers = step.graph, step.eqn.params["dimension_numbers"]
-    sizes: list[Any] = [step.values[0].shape[i] for i in numbers.lhs_spec]
-    for axis, hole in enumerate(holes, 2):
-        if hole == 1:
-            continue
-        name = graph.once("Unsqueeze", [image, graph.ints([axis + 1])])
-        rank = len(sizes) + 1
-        name = graph.once("Pad", [name, graph.ints([0] * (rank + axis + 1) + [hole - 1] + [0] * (rank - axis - 2))])
-        sizes[axis] = sizes[axis] * hole
-        name = reshape(graph, name, tuple(sizes))
-        sizes[axis] = sizes[axis] - hole + 1
-        ends = graph.shape((sizes[axis],))
-        image = graph.once("Slice", [name, graph.ints([0]), ends, graph.ints([axis])])
-    return image
-
-
-def _cropped(graph: Graph, image: str, pads: list[list[int]]) -> tuple[str, list[list[int]]]:
-    """Negative padding cuts the image."""
-    axes = list(range(2, 2 + len(pads)))
-    starts = [max(-low, 0) for low, _ in pads]
-    ends = [high if high < 0 else np.iinfo(np.int64).max for _, high in pads]
-    name = graph.once("Slice", [image, graph.ints(starts), graph.ints(ends), graph.ints(axes)])
-    return name, [[max(low, 0), max(high, 0)] for low, high in pads]
