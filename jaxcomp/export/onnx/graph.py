@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -98,17 +99,14 @@ class Graph:
     # Constants
 
     def constant(self, array: np.ndarray | Sequence[int] | float, dtype: DType | None = None) -> str:
-        """The name of a constant; small ones that are alike are one."""
+        """The name of a constant; those that are alike are one."""
         array = np.asarray(array, dtype)
-        key = ("constant", array.dtype, array.shape, array.tobytes()) if array.size <= 64 else None
-        root = self.root
-        if key is not None and key in root._made:
-            return root._made[key]
-        name = root.fresh("constant")
-        root.constants[name] = np.ascontiguousarray(array).reshape(array.shape)
-        if key is not None:
-            root._made[key] = name
-        return name
+        flat, root = np.ascontiguousarray(array).reshape(-1), self.root
+        key = ("constant", array.dtype, array.shape, hashlib.blake2b(flat.view(np.uint8)).digest())
+        if key not in root._made:
+            name = root._made[key] = root.fresh("constant")
+            root.constants[name] = flat.reshape(array.shape)
+        return root._made[key]
 
     def ints(self, numbers: Sequence[int]) -> str:
         """A constant vector of int64, as shapes, axes and pads are given."""

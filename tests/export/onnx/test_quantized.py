@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from functools import cache
 
@@ -240,3 +241,25 @@ def test_grids_go_through_pooling_and_concatenation(tmp_path) -> None:
     np.testing.assert_allclose(run(path, x)[0], wanted, atol=0.03 * np.abs(wanted).max())
     found = optimized(path, tmp_path)
     assert (found["QLinearConv"], found["MaxPool"], found["Conv"]) == (3, 1, 0)
+
+
+def test_what_stretches_one_channel_stays(tmp_path) -> None:
+    """A product of one channel that an operator repeats over four cannot hold their biases."""
+
+    def fn(p, x):
+        four, y = p["four"], lax.conv(x[None, None], p["v"], (1, 1), "SAME")
+        return (x @ p["w"]) * four[None] + four[None], y + four[None, :, None, None]
+
+    p, x = {"w": draws(7, 1), "v": draws(1, 1, 3, 3), "four": draws(4)}, draws(5, 7)
+    for found, wanted in zip(exported(tmp_path, fn, p, x), fn(p, x), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ExportError, match=rf'{package}.* not installed; install it with: pip install "jaxcomp\[export\]"'
+    ):
+        wrong_samples(tmp_path / "fn.onnx")
+    assert not list(tmp_path.iterdir())

@@ -57,16 +57,18 @@ def _next(links: Links, node: Node) -> Change | None:
     if any(n != 1 for i, n in enumerate(other.shape[::-1]) if i != spatial):
         return None
     change = _STEPS[reader.op](other.reshape(-1), first)
-    if change is None or (change.plus is not None and node.op != "Conv") or not _fits(links, node, change):
+    if change is None or (change.plus is not None and node.op != "Conv"):
         return None
-    return change
+    return change if _fits(links, node, change, other.size) else None
 
 
-def _fits(links: Links, node: Node, change: Change) -> bool:
+def _fits(links: Links, node: Node, change: Change, size: int) -> bool:
     """Whether the weight is a constant, or codes, whose channels have their own scales or can get them."""
     made = links.weight_codes(node.inputs[1])
     weight = links.constant(node.inputs[1] if made is None else made.inputs[0])
-    if weight is None or (weight.dtype.kind == "i" and made is None) or (node.op == "MatMul" and weight.ndim != 2):
+    if weight is None or (node.op == "MatMul" and weight.ndim != 2) or (made is None and weight.dtype != np.float32):
+        return False
+    if size not in (1, weight.shape[CHANNELS[node.op]]):  # the operator repeats a product of one channel
         return False
     if made is None or change.times is None:
         return True
