@@ -21,7 +21,7 @@ from jaxcomp.trace.evaluator import claims_of, evaluate
 from jaxcomp.trace.flow import Op
 
 Tree = Any
-CONFIG = {"layers": 2, "heads": 4, "width": 32, "hidden": 64, "vocabulary": 101, "positions": 48}
+CONFIG = {"layers": 1, "heads": 4, "width": 32, "hidden": 64, "vocabulary": 101, "positions": 48}
 """Of a small encoder; MiniLM-L6's are 6, 12, 384, 1536, 30522 and 512."""
 
 
@@ -242,9 +242,9 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Patches of 4 by 4, a class token, learned positions."""
 
-    width: int = 32
-    heads: int = 4
-    depth: int = 2
+    width: int = 64
+    heads: int = 2
+    depth: int = 1
     classes: int = 10
 
     @nn.compact
@@ -268,7 +268,7 @@ def vit(seed: int = 0, size: int = 16) -> tuple[ViT, Tree]:
     def value(path: Any, s: Any) -> np.ndarray:
         name = path[-1].key
         if name == "kernel":
-            inputs = int(np.prod(s.shape[:-1])) if s.ndim != 3 or s.shape[-1] == 32 else s.shape[0]
+            inputs = int(np.prod(s.shape[:-1])) if s.ndim != 3 or s.shape[-1] == 64 else s.shape[0]
             return rng.normal(0, inputs**-0.5, s.shape).astype(np.float32)
         middle = 1.0 if name == "scale" else 0.0
         return (middle + rng.normal(0, 0.1, s.shape)).astype(np.float32)

@@ -35,6 +35,8 @@ class Const:
     @classmethod
     def of(cls, value: object) -> Const:
         """An array or a number of JAX or NumPy; a number of Python in JAX's type."""
+        if is_key(value):
+            return cls(value, tuple(value.shape))  # type: ignore[arg-type,attr-defined]
         array = np.asarray(value, getattr(value, "dtype", None))
         if not hasattr(value, "dtype"):
             array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
@@ -47,6 +49,8 @@ class Const:
 
     def full(self) -> np.ndarray:
         """Every element."""
+        if is_key(self.array):
+            return self.array
         return np.broadcast_to(self.array, self.shape)
 
 
@@ -100,6 +104,11 @@ class Tensor:
 
 
 Value = Const | Coded | Tensor
+
+
+def is_key(value: object) -> bool:
+    """Whether an array holds random keys, which only equations that run now can take."""
+    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def is_static(shape: Sequence[object]) -> bool:

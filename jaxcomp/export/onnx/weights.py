@@ -39,7 +39,7 @@ class HostCodes:
     def laid(self, order: Sequence[int], groups: Sequence[int]) -> HostCodes:
         """Transposed, then axes joined: the first ``groups[0]`` of them to one, the next ``groups[1]``, ….
 
-        Scales of joined axes stay shared where all of these share one; else each index gets its own.
+        Scales of joined axes stay shared where one block holds them; the axes before it get their own.
         """
         codes = np.transpose(self.codes, order)
         ends = np.cumsum([0, *groups])
@@ -49,10 +49,9 @@ class HostCodes:
             v = np.transpose(v, order)
             shape = []
             for span in spans:
-                long = [i for i in span if codes.shape[i] != 1]
-                if len(long) > 1 and any(v.shape[i] != 1 for i in long):
-                    for i in span:
-                        v = np.repeat(v, codes.shape[i] // v.shape[i], i)
+                cut = max((i for i in span if v.shape[i] != 1), default=span[0] if span else 0)
+                for i in span:  # blocks stay blocks along the last axis that is cut
+                    v = np.repeat(v, codes.shape[i] // v.shape[i], i) if i < cut else v
                 shape.append(math.prod(v.shape[i] for i in span))
             return v.reshape(shape)
 
