@@ -100,7 +100,7 @@ def _in_result(step: Step, value: Value, side: Side, right: int) -> str:
     name = graph.compact(value, order=order)
     shape = [value.shape[i] for i in order]
     lead, rows = shape[: len(side.batch)], shape[len(side.batch) : len(order) - len(side.summed)]
-    count = math.prod(rows)  # type: ignore[arg-type]
+    count = math.prod(rows)
     return reshape(graph, name, (*lead, *((1, count) if right else (count, 1))))
 
 

@@ -24,6 +24,7 @@ from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.registry import Run
 from jaxcomp.export.onnx.values import Coded, Const, Value
 from jaxcomp.factorization.leaves import FactorLeaf
+from jaxcomp.trace.nested import Closed
 from jaxcomp.trace.program import is_array_like, shapes_of
 
 
@@ -44,12 +45,14 @@ def values_of(graph: Graph, params: Params, run: Run) -> list[Value]:
     """What stands for each array of the parameters, in order; ``run`` writes a leaf's own program."""
     named, _ = leaves_with_paths(params, is_leaf=is_whole)
     leaves = [leaf for _, leaf in named if is_array_like(leaf)]
-    return [
-        _value(graph, leaf, lambda *program, i=i: run(graph, *program, ("leaf", i))) for i, leaf in enumerate(leaves)
-    ]
+
+    def write(i: int) -> Write:
+        return lambda jaxpr, values: run(graph, jaxpr, values, ("leaf", i))
+
+    return [_value(graph, leaf, write(i)) for i, leaf in enumerate(leaves)]
 
 
-Write = Callable[[jax.extend.core.ClosedJaxpr, Sequence[Value]], list[Value]]
+Write = Callable[[Closed, Sequence[Value]], list[Value]]
 
 
 def _value(graph: Graph, leaf: Leaf, write: Write) -> Value:
@@ -74,7 +77,7 @@ def _held(graph: Graph, array: Leaf) -> Value:
 def _written(graph: Graph, fn: Callable[..., jax.Array], tree: PyTree, write: Write) -> Value:
     """What a function makes of arrays, written into the graph."""
     arrays, structure = jax.tree.flatten(tree)
-    jaxpr = jax.make_jaxpr(lambda *given: fn(structure.unflatten(given)))(*arrays)
+    jaxpr = jax.make_jaxpr(lambda *given: fn(jax.tree.unflatten(structure, given)))(*arrays)
     return write(jaxpr, [_held(graph, a) for a in arrays])[0]
 
 

@@ -84,5 +84,5 @@ def unpacked(graph: Graph, packed: str, bits: int, shape: list[int]) -> str:
     apart = graph.once("Unsqueeze", [packed, graph.ints([-1])])
     shifts = graph.constant(np.arange(per, dtype=np.uint8) * np.uint8(bits))
     apart = graph.once("BitShift", [apart, shifts], direction="RIGHT")
-    apart = graph.once("BitwiseAnd", [apart, graph.constant(np.uint8(2**bits - 1))])
+    apart = graph.once("BitwiseAnd", [apart, graph.constant(2**bits - 1, np.dtype(np.uint8))])
     return graph.once("Reshape", [apart, graph.ints(shape)])

@@ -253,15 +253,6 @@ CONTROLLED = {
     "remat": lambda x, n: jax.checkpoint(lambda v: jnp.sin(v) * 2)(x),
     "custom rule": lambda x, n: jax.nn.silu(x) + jax.nn.gelu(x) + jax.nn.elu(x) + jax.nn.softplus(x),
 }
-WINDOWS = {
-    "largest": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 3), (1, 2, 1), "SAME"),
-    "smallest": lambda x: lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 3), (1, 1, 2), "VALID"),
-    "sum": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 1), (1, 1, 1), ((0, 0), (2, 1), (0, 0))),
-    "of an image": lambda x: lax.reduce_window(x[None], -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"),
-    "far beyond": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 1), (1, 1, 1), ((0, 0), (3, 0), (0, 0))),
-    "with holes": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 3), (1, 1, 1), "VALID", None, (1, 1, 2)),
-    "whole axes": lambda x: lax.reduce_window(x, 0.0, lax.add, (4, 5, 8), (1, 1, 1), "VALID"),
-}
 INT_PAIRS = [(a, b) for a in (*INTS, LOWEST) for b in (*INTS, LOWEST)]
 LEFT, RIGHT = (np.array(side, np.int32) for side in zip(*INT_PAIRS, strict=True))
 GROUPS: dict[str, tuple[dict[str, Case], tuple[np.ndarray, ...], float]] = {
@@ -275,14 +266,13 @@ GROUPS: dict[str, tuple[dict[str, Case], tuple[np.ndarray, ...], float]] = {
     "uint32": (INTEGERS, (LEFT.astype(np.uint32), RIGHT.astype(np.uint32)), 0),
     "over axes": (OVER_AXES, (draws(4, 5, 3),), 2e-6),
     "NaN": (LOST, (NANS,), 0),
-    "windows": (WINDOWS, (draws(4, 5, 8),), 2e-6),
     "moved": (MOVED, (draws(4, 5, 8),), 0),
     "looked up": (LOOKED_UP, (draws(4, 5, 8), PLACES), 0),
     "updated": (UPDATED, (draws(4, 5, 8), PLACES), 1e-6),
     "products": (PRODUCTS, (draws(4, 5, 8), draws(8, 6, seed=1)), 2e-6),
     "control": (CONTROLLED, (draws(4, 6), np.int32(3)), 1e-5),
 }
-SLOW = {"unary, of two axes", "uint16", "uint32"}
+SLOW = {"unary, of two axes", "int8", "uint16", "uint32"}
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 PARAMS = {"unused": np.ones(1, np.float32)}
 

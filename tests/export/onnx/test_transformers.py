@@ -148,7 +148,7 @@ def test_minilm(tmp_path: Path) -> None:
     """The real sentence encoder: float, W8A8 and int4.
 
     Its inputs have outliers in a few channels, with which 8 bits for a tensor are too few: the encoder's W8A8 has a
-    cosine of 0.993 with the float one, and what differs in the last bit before a rounding then differs by 0.5% behind six
+    cosine of 0.993 with the float one, and what differs in the last bit before a rounding differs by 0.5% behind six
     layers. So scales of the channels are moved into the kernels first.
     """
     params, heads = minilm()

@@ -261,7 +261,7 @@ def quotient(graph: Graph, x: Value, y: Value) -> Tensor:
         result = t.where(graph, minus, t.typed(graph, "Neg", [x], dtype), result)
     if isinstance(y, Const) and not (y.array == 0).any():
         return result
-    every = t.number(-1 if dtype.kind == "i" else np.iinfo(dtype).max, dtype)
+    every = Const.of(np.asarray(-1, np.int64).astype(dtype))
     return t.where(graph, t.compared(graph, "Equal", [y, t.number(0, dtype)]), every, result)
 
 

@@ -202,8 +202,8 @@ def _with_shared(graph: Graph, w: Windows, name: str, shape: Dims) -> str:
         return name
     columns = []
     for _, where in w.shared:
-        counts = np.arange(int(shape[where])).reshape([-1 if j == where else 1 for j in range(len(shape))])  # type: ignore[call-overload]
-        columns.append(np.broadcast_to(counts, shape)[..., None])  # type: ignore[arg-type]
+        counts = np.arange(int(shape[where])).reshape([-1 if j == where else 1 for j in range(len(shape))])
+        columns.append(np.broadcast_to(counts, shape)[..., None])
     full = graph.once("Expand", [name, graph.shape((*shape, len(w.indexed)))])
     return graph.once("Concat", [graph.constant(np.concatenate(columns, -1).astype(np.int64)), full], axis=len(shape))
 

@@ -113,7 +113,7 @@ def _running(step: Step) -> Value:
         bounds = [graph.ints([n]) for n in (start, stop, axis)]
         return graph.node("Slice", [graph.plain(v), *bounds], sized, v.dtype)
 
-    reach, n = 1, cast(int, length)
+    reach, n = 1, length
     while reach < n:
         if ends:
             joined, still = join(graph, cut(x, 0, n - reach), cut(x, reach, n), step.dtype), cut(x, n - reach, n)

@@ -29,7 +29,7 @@ def _top_k(step: Step) -> list[Value]:
     return [value, t.cast(step.graph, at, np.dtype(step.eqn.outvars[1].aval.dtype))]  # type: ignore[attr-defined]
 
 
-def _order(step: Step, x: Const | Tensor, axis: int, count: object, *, largest: int) -> tuple[Tensor, Tensor]:
+def _order(step: Step, x: Const | Tensor, axis: int, count: int, *, largest: int) -> tuple[Tensor, Tensor]:
     """The first ``count`` elements along an axis in order, and their indices."""
     graph, dtype = step.graph, np.dtype(x.dtype)
     wide = t.kernel_type("TopK", dtype)
