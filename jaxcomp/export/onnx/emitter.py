@@ -18,12 +18,12 @@ from jaxcomp.export.onnx.values import Coded, Const, Dims, Tensor, Value, is_sta
 from jaxcomp.trace import nested, walk
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.nested import Closed
-from jaxcomp.trace.primitives import ELEMENTWISE, PASSES, SEALED, UNCHANGED
+from jaxcomp.trace.primitives import CONTROL, ELEMENTWISE, PASSES, SEALED, UNCHANGED
 from jaxcomp.trace.walk import Location
 
 Sited = Callable[[Step], Value | None]
 """Writes the product of a site; None leaves it to the primitive's rule."""
-TAKE_CODES = frozenset({"dot_general", "conv_general_dilated", "gather"})
+TAKE_CODES = frozenset({"dot_general", "conv_general_dilated", "gather"}) | CONTROL
 """Primitives whose rules are given a weight in codes as it is."""
 
 

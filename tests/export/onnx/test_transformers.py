@@ -27,6 +27,7 @@ from tests.export.models import (
     vit,
 )
 from tests.export.running import operators, session
+from tests.trace.models import CASES
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FLOATS = {"session.qdq_matmulnbits_accuracy_level": "0"}
@@ -140,6 +141,16 @@ def test_scales_of_tokens(tmp_path: Path) -> None:
         got, want = net.run(tmp_path, int8(net), rules)
         assert cosine(got, want) > 0.99999
         assert set(products(tmp_path / "o.onnx")) <= INTEGER
+
+
+@pytest.mark.slow
+def test_stacked_layers(tmp_path: Path) -> None:
+    """A scan over stacked layers is written out: each layer has its own codes, and the ranges of its own."""
+    net = Network(*CASES["linen_scan_remat"]())
+    params = packed(jc.quantize(jc.Int(8), where=lambda path, _: "kernel" in path, roles=net.roles), net.params)
+    got, want = net.run(tmp_path, params, STATIC)
+    assert cosine(got, want) > 0.99999
+    assert products(tmp_path / "o.onnx") == {"MatMulInteger": 24}
 
 
 @pytest.mark.slow
