@@ -93,9 +93,10 @@ class Network:
         """What onnxruntime and what JAX make of these parameters and rules; the graph that is run is in ``o.onnx``."""
         rules = rules or {}
         ranges = self.ranges if rules is STATIC else None
-        to_onnx(folder / "m.onnx", self.fn, params, *self.args, rules=rules, ranges=ranges)
+        seen = [self.args] if rules is STATIC else None
+        to_onnx(folder / "m.onnx", self.fn, params, *self.args, rules=rules, ranges=ranges, samples=seen)
         run = session(folder / "m.onnx", optimized=folder / "o.onnx", **config)
-        (got,) = run.run(None, {i.name: a for i, a in zip(run.get_inputs(), self.args, strict=True)})
+        (got,) = run.run(None, {i.name: np.asarray(a) for i, a in zip(run.get_inputs(), self.args, strict=True)})
         if not rules:
             return got, np.asarray(self.jitted(jc.materialize(params), *self.args))
         fn = quantize_function(self.fn, rules, integer=True)
@@ -123,7 +124,7 @@ def test_small(tmp_path: Path, network: Any) -> None:
     np.testing.assert_allclose(got, net.want, atol=5e-6)
 
     got, want = net.run(tmp_path, int8(net), STATIC)
-    assert cosine(got, want) > 0.99999
+    assert cosine(got, want) > (0.999 if network is vision else 0.99999)  # a convolution's result is rounded too
     found = products(tmp_path / "o.onnx")
     assert sum(n for op, n in found.items() if op in INTEGER or op == "QLinearConv") >= kernels + attention - 1, found
     assert found["MatMul"] == found["Gemm"] == 0, found
