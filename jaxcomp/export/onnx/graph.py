@@ -98,7 +98,7 @@ class Graph:
 
     # Constants
 
-    def constant(self, array: np.ndarray | Sequence[int] | float, dtype: DType | None = None) -> str:
+    def constant(self, array: np.ndarray | np.generic | Sequence[int] | float, dtype: DType | None = None) -> str:
         """The name of a constant; those that are alike are one."""
         array = np.asarray(array, dtype)
         flat, root = np.ascontiguousarray(array).reshape(-1), self.root

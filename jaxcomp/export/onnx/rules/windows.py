@@ -65,11 +65,15 @@ def _pooled(step: Step, op: str, value: Value, outside: float, **attributes: Att
     if min(end for pair in pads for end in pair) < 0:
         image, pads = cropped(graph, image, pads)
     sizes = [step.eqn.params["window_dimensions"][i] for i in window.order[2 - window.lacking :]]
-    if any(max(pair) >= n for pair, n in zip(pads, sizes, strict=True)):
+    far = any(max(pair) >= n for pair, n in zip(pads, sizes, strict=True))
+    if far:
         edges = on_edges([(0, 0), (0, 0), *pads])
         image = graph.once("Pad", [image, graph.ints(edges), graph.constant(outside, t.F32)])
         pads = [(0, 0)] * len(pads)
     (name,) = graph.run(op, [image], pads=on_edges(pads), **window.attributes, **attributes)
+    if far and outside:  # onnxruntime's largest of nothing but minus infinity is the least number
+        least = graph.once("LessOrEqual", [name, graph.constant(np.finfo(np.float32).min, t.F32)])
+        name = graph.once("Where", [least, graph.constant(outside, t.F32), name])
     if window.lacking:
         name = reshape(graph, name, tuple(step.shape[i] for i in window.order))
     made = Tensor(name, step.shape, t.F32, window.order)
