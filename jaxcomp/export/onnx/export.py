@@ -72,10 +72,11 @@ def to_onnx(
         written.
       TypeError, ValueError: of the rules and the ranges, as ``quantize_function`` has them.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, tempfile
     >>> fn = lambda p, x: jax.nn.relu(x @ p["w"])
     >>> rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 8"), jnp.float32)
-    >>> to_onnx("net.onnx", fn, {"w": jnp.ones((8, 4))}, rows) > 8 * 4 * 4
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     to_onnx(f"{folder}/net.onnx", fn, {"w": jnp.ones((8, 4))}, rows) > 8 * 4 * 4
     True
     """
     written, shapes = opened(fn, params)
