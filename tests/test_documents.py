@@ -106,7 +106,7 @@ def test_the_pages_build_as_a_site(tmp_path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", str(ROOT / "docs"), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "jaxcomp.prune" in (tmp_path / "reference" / "jaxcomp.html").read_text()
+    assert 'id="jaxcomp.pruning.prune"' in (tmp_path / "reference" / "pruning.html").read_text()
 
 
 def test_readme_leads_to_every_page() -> None:

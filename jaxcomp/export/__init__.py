@@ -6,6 +6,7 @@ from jaxcomp.export.errors import ExportError
 from jaxcomp.export.gguf.reading import from_gguf
 from jaxcomp.export.gguf.writing import to_gguf
 from jaxcomp.export.litert import to_litert
+from jaxcomp.export.onnx.export import to_onnx
 from jaxcomp.export.stablehlo import to_stablehlo
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "to_compressed_tensors",
     "to_gguf",
     "to_litert",
+    "to_onnx",
     "to_stablehlo",
 ]

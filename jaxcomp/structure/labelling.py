@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -156,7 +157,7 @@ class Walk:
 
     def count(self, sizes: Sequence[int], dims: Sequence[Dim]) -> None:
         """Notes the multiply-adds of an equation whose loops run over ``sizes``."""
-        fixed_size = int(np.prod([n for n, d in zip(sizes, dims, strict=True) if not isinstance(d, np.ndarray)]))
+        fixed_size = math.prod(n for n, d in zip(sizes, dims, strict=True) if not isinstance(d, np.ndarray))
         self.products.append(Product(fixed_size * self.repeat, tuple(arrays(dims))))
 
     def run(self, jaxpr: Closed, ins: Sequence[Label]) -> tuple[Walked, list[Label]]:

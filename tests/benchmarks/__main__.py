@@ -31,6 +31,7 @@ NAMES = (
     "coding",
     "decode",
     "decode_lm",
+    "export_onnx",
 )
 ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert")
 """Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""

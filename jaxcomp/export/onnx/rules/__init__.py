@@ -1,0 +1,32 @@
+"""What each primitive is in operators of ONNX, by kinds of primitives."""
+
+from jaxcomp.export.onnx.rules import (
+    casts,
+    contractions,
+    control,
+    convolutions,
+    elementwise,
+    indexing,
+    layout,
+    movement,
+    reductions,
+    sorting,
+    windows,
+)
+
+__all__ = ["MODULES"]
+
+MODULES = (
+    casts,
+    contractions,
+    control,
+    convolutions,
+    elementwise,
+    indexing,
+    layout,
+    movement,
+    reductions,
+    sorting,
+    windows,
+)
+"""The modules that fill the table of rules when they are imported."""
