@@ -112,6 +112,19 @@ def test_weights_alone(grid, per, kind, tmp_path) -> None:
     assert operators(tmp_path / "optimized.onnx") == ["MatMulNBits"]
 
 
+def test_a_relu_behind_weights_alone_does_not_hide_them(tmp_path) -> None:
+    """onnxruntime would fuse it into a product of floats, for a float product comes next."""
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["w"] + p["b"]) @ p["head"]
+
+    given = {"w": draws(64, 32), "b": draws(1, 32), "head": draws(32, 4)}
+    params = {**given, **quantized({"w": given["w"]}, jc.Int(4), per=jc.Groups(32, 0))}
+    to_onnx(tmp_path / "fn.onnx", fn, params, draws(1, 64))
+    session(tmp_path / "fn.onnx", optimized=tmp_path / "optimized.onnx")
+    assert "MatMulNBits" in operators(tmp_path / "optimized.onnx")
+
+
 @cache
 def normed():
     """A convolution with a batch norm behind it, and its quantized weights."""
