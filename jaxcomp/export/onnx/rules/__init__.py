@@ -7,10 +7,12 @@ from jaxcomp.export.onnx.rules import (
     convolutions,
     elementwise,
     indexing,
+    integers,
     layout,
     movement,
     reductions,
     sorting,
+    updates,
     windows,
 )
 
@@ -23,10 +25,12 @@ MODULES = (
     convolutions,
     elementwise,
     indexing,
+    integers,
     layout,
     movement,
     reductions,
     sorting,
+    updates,
     windows,
 )
 """The modules that fill the table of rules when they are imported."""
