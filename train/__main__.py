@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from jaxcomp.artifact.files import FileError
+from jaxcomp.artifact.disk import FileError
 from train.configs import PRESETS, Config
 from train.errors import DataError, ProgressError, RunError, TrainingError
 from train.experiments.main_job import export_all, run

@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from jaxcomp.artifact.files import FileError
+from jaxcomp.artifact.disk import FileError
 from train.errors import DataError, FederationError
 from train.experiments import federated
 from train.experiments.federated_configs import Config

@@ -1,6 +1,7 @@
 """The compressed file."""
 
-from jaxcomp.artifact.files import FileError, file_size, load, load_metadata, save, stored_bytes
+from jaxcomp.artifact.disk import FileError
+from jaxcomp.artifact.files import file_size, load, load_metadata, save, stored_bytes
 from jaxcomp.artifact.lazy import OpenTree, open_tree
 
 __all__ = [

@@ -18,10 +18,9 @@ import numpy as np
 
 from jaxcomp.artifact.coding.blocks import decode
 from jaxcomp.artifact.limits import MAX_HEADER, Budget, parsed, shape_of
-from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import BLOCK, DTYPES
 from jaxcomp.core.bits import aligned
-from jaxcomp.core.types import Shape
+from jaxcomp.core.types import Json, Shape
 
 FORMAT_VERSION = 4
 KEY = "jaxcomp"

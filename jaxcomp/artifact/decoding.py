@@ -16,11 +16,11 @@ from jaxcomp.artifact.limits import Budget, shape_of
 from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream
 from jaxcomp.artifact.masks import bits_of_form
 from jaxcomp.artifact.older import of_today
-from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, Statics, dtype_named, known_at, number_again
+from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Statics, dtype_named, known_at, number_again
 from jaxcomp.core.bits import aligned, packed_size, spread_out
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.packed import Packed
-from jaxcomp.core.types import Leaf, PyTree, Shape
+from jaxcomp.core.types import Json, Leaf, PyTree, Shape
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.companding import LOG, Compander
 

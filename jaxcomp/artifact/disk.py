@@ -41,8 +41,25 @@ class Counted:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
+def reading_file(name: str, *, owner: str = "load") -> Iterator[None]:
+    """Turns what a wrong file raises inside into a FileError that names the file, after who reads it."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as e:
+        raise FileError(f"{owner}: cannot read {os.fspath(e.filename or name)!r}: {e.strerror or e}.") from e
+    except ValueError as e:
+        raise FileError(f"{owner}: {name!r} {e}.") from e
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, owner: str = "save") -> Iterator[FileIO]:
     """A file beside ``path`` to write to, which takes its place when the block ends and all of it is on disk.
+
+    Args:
+      path: of the file.
+      owner: who writes it, for messages.
 
     Raises:
       FileError: it cannot be written. Then, and whatever else the block raises, the old file is as it was and nothing
@@ -62,7 +79,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[FileIO]:
         temporary = None
         _synced(target.parent)
     except OSError as e:
-        raise FileError(f"save: cannot write {os.fspath(path)!r}: {e.strerror or e}.") from e
+        raise FileError(f"{owner}: cannot write {os.fspath(path)!r}: {e.strerror or e}.") from e
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

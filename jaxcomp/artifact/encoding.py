@@ -12,14 +12,14 @@ import numpy as np
 
 from jaxcomp.artifact.masking import Kept, bitmap, nonzero_bits, part_of, part_of_stream, stream_of
 from jaxcomp.artifact.masks import Smallest, pattern_codes
-from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Json, class_name, encode_fields, encode_static, number
+from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, class_name, encode_fields, encode_static, number
 from jaxcomp.artifact.tensors import NAMES, Tensor, Tensors
 from jaxcomp.core.bits import pack_bits_on_host, packed_size
 from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, pack
 from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import path_keys
-from jaxcomp.core.types import Leaf, PyTree
+from jaxcomp.core.types import Json, Leaf, PyTree
 from jaxcomp.core.wrappers import Masked
 
 MAX_DEPTH = 100

@@ -12,7 +12,7 @@ from io import FileIO
 from jaxcomp.artifact.coding.blocks import CODINGS, Coding, encode
 from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, opened
 from jaxcomp.artifact.decoding import decode_tree
-from jaxcomp.artifact.disk import Counted, FileError, replacing, spooled, write_all
+from jaxcomp.artifact.disk import Counted, reading_file, replacing, spooled, write_all
 from jaxcomp.artifact.encoding import encode_tree
 from jaxcomp.artifact.limits import parsed
 from jaxcomp.artifact.matching import shaped_like
@@ -20,12 +20,12 @@ from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.pieces import checked
 from jaxcomp.artifact.placing import Placed
 from jaxcomp.artifact.selecting import Only, chosen, leaves_of
-from jaxcomp.artifact.statics import Json, known_at
+from jaxcomp.artifact.statics import known_at
 from jaxcomp.artifact.streaming import encode_stream
 from jaxcomp.artifact.writing import Layout, by_alignment, compact_layout, plain_header, write_plain
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.progress import progress
-from jaxcomp.core.types import Leaf, PyTree
+from jaxcomp.core.types import Json, Leaf, PyTree
 from jaxcomp.quantization.companding import Compander
 
 
@@ -216,26 +216,13 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Json]:
 def reading(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tuple[Reader, dict[str, Json]]]:
     """The file open, and what it says of its tree, in today's words. Every ValueError inside becomes a FileError."""
     name = os.fspath(path)
-    with wrong(name), FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
+    with reading_file(name), FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
         reader = opened(f, hashing, limit)
         try:
             found = _described_by(reader)
         except Exception as e:
             raise _as_value_error(e) from e
         yield found
-
-
-@contextmanager
-def wrong(name: str) -> Iterator[None]:
-    """Turns what a wrong file raises inside into a FileError that names the file."""
-    try:
-        yield
-    except FileError:
-        raise
-    except OSError as e:
-        raise FileError(f"load: cannot read {name!r}: {e.strerror or e}.") from e
-    except ValueError as e:
-        raise FileError(f"load: {name!r} {e}.") from e
 
 
 def _described_by(reader: Reader) -> tuple[Reader, dict[str, Json]]:

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import numpy as np
 
 from jaxcomp.artifact.decoding import decode_tree
-from jaxcomp.artifact.files import decoded, reading, wrong
+from jaxcomp.artifact.disk import reading_file
+from jaxcomp.artifact.files import decoded, reading
 from jaxcomp.artifact.selecting import leaves_of
-from jaxcomp.artifact.statics import Json
-from jaxcomp.core.types import Leaf
+from jaxcomp.core.types import Json, Leaf
 from jaxcomp.quantization.companding import Compander
 
 
@@ -28,7 +28,7 @@ class OpenTree(Mapping[str, Leaf]):
         self._name, self._companders, self._limit = os.fspath(path), list(companders), limit
         with ExitStack() as stack:
             self._reader, described = stack.enter_context(reading(path, limit))
-            with wrong(self._name):
+            with reading_file(self._name):
                 self._nodes = decoded(self._reader, lambda: _by_path(described["tree"]), whole=False)
             self._closing = stack.pop_all()
         self.metadata: Mapping[str, Json] = described["metadata"]
@@ -43,7 +43,7 @@ class OpenTree(Mapping[str, Leaf]):
         """
         node = self._node(path)
         reader = self._reader.again(self._limit)
-        with wrong(self._name):
+        with reading_file(self._name):
             return decoded(reader, lambda: decode_tree(node, reader, self._companders, at=path), whole=False)
 
     def mapped(self, path: str) -> np.ndarray:
@@ -64,7 +64,7 @@ class OpenTree(Mapping[str, Leaf]):
             room = mmap.mmap(self._reader.file.fileno(), 0, prot=mmap.PROT_READ)
             self._map = np.frombuffer(room, np.uint8)
         reader, data = self._reader.again(self._limit), self._map
-        with wrong(self._name):
+        with reading_file(self._name):
             return decoded(reader, lambda: reader.view(number, data, path), whole=False)
 
     def _node(self, path: str) -> Json:

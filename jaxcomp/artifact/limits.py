@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from jaxcomp.core.types import Shape
-
-Json = Any
+from jaxcomp.core.types import Json, Shape
 
 MAX_HEADER = 100_000_000
 """Bytes of a header, or of a directory; the limit of safetensors too."""

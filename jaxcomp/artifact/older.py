@@ -12,9 +12,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from jaxcomp.artifact.tensors import NAMES
-from jaxcomp.core.types import Shape
+from jaxcomp.core.types import Json, Shape
 
-Json = Any
 Fields = Mapping[str, Any]
 FieldsOf = Callable[[str, str], Mapping[str, bool]]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcomp.artifact.container import DIGEST, EDITED, SUM, ZEROS, Entry, Reader, dtype_of, sum_of
 from jaxcomp.artifact.limits import MAX_HEADER, parsed, shape_of
-from jaxcomp.artifact.statics import Json
+from jaxcomp.core.types import Json
 
 
 def checked(reader: Reader, described: dict[str, Json]) -> tuple[Reader, dict[str, Json]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from jaxcomp.artifact.statics import Json
 from jaxcomp.core.paths import matches, some_paths
+from jaxcomp.core.types import Json
 
 Only = str | Callable[[str], bool]
 """Selects leaves: a path, a regular expression that must match the whole path, or a predicate of the path."""

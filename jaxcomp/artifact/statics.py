@@ -16,6 +16,7 @@ import numpy as np
 from jaxcomp.artifact.older import RETIRED
 from jaxcomp.artifact.tensors import DTYPES, Tensor
 from jaxcomp.core.specs import Spec, known
+from jaxcomp.core.types import Json
 from jaxcomp.quantization.companding import Compander
 from jaxcomp.structure.analysis import Options
 from jaxcomp.structure.groups import Frozen, Group, Groups, Slice, Term
@@ -24,9 +25,6 @@ from jaxcomp.structure.plans import Plan
 from jaxcomp.trace.calibrate import Stats
 from jaxcomp.trace.exact import Count, Sum
 from jaxcomp.trace.ranges import Range
-
-Json = Any
-"""What JSON holds: nested lists and dicts of strings, numbers, booleans and None."""
 
 BRANCHES = {c.__name__: c for c in (Range, Stats, Count, Sum)}
 """Classes whose fields are trees."""

@@ -11,9 +11,8 @@ import numpy as np
 
 from jaxcomp.artifact.disk import write_all
 from jaxcomp.artifact.encoding import At, Encoder
-from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import BLOCK, Tensor, Tensors
-from jaxcomp.core.types import Leaf
+from jaxcomp.core.types import Json, Leaf
 
 Pairs = Iterator[tuple[str | Sequence[str | int], Leaf]]
 """Paths, "block/kernel" or their keys, and leaves."""

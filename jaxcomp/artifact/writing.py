@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxcomp.artifact.container import DIGEST, FORMAT_VERSION, KEY, SUM, ZEROS
 from jaxcomp.artifact.disk import Sink, write_all
-from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import NAMES, Tensor
+from jaxcomp.core.types import Json
 
 _RESERVED = 256
 """Bytes of the header of a compact file, of which all but the numbers are known before the pieces are written."""

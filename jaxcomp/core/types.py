@@ -23,5 +23,7 @@ Key = jax.Array
 """A random key, typed or raw."""
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
+Json = Any
+"""What JSON holds: nested lists and dicts of strings, numbers, booleans and None."""
 DType = Any
 """Whatever ``jnp.dtype`` takes; numpy's own alias is not one that mypy follows through ml_dtypes."""

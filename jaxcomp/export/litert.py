@@ -85,7 +85,7 @@ def to_litert(
     data = converted(model.mlir_module_serialized, len(model.in_avals), len(model.out_avals))
     if rules or any(map(is_compressed, leaves.values())):
         data = _quantized(_renamed(data), planned, leaves, samples=samples, ranges=checked_ranges(planned, ranges))
-    with replacing(path) as f:
+    with replacing(path, owner=OWNER) as f:
         write_all(f, data)
     return len(data)
 

@@ -91,7 +91,7 @@ def to_stablehlo(
         platforms=tuple(platforms),
     )
     data = _serialized(program, gradients)
-    with replacing(path) as f:
+    with replacing(path, owner=OWNER) as f:
         write_all(f, data)
     return len(data)
 

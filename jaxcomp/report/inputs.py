@@ -16,9 +16,8 @@ from jaxcomp.artifact.container import KEY, opened
 from jaxcomp.artifact.disk import FileError
 from jaxcomp.artifact.files import load_metadata
 from jaxcomp.artifact.measuring import load_measured
-from jaxcomp.artifact.statics import Json
 from jaxcomp.core.progress import progress
-from jaxcomp.core.types import PyTree
+from jaxcomp.core.types import Json, PyTree
 from jaxcomp.export.compressed_tensors.reading import from_compressed_tensors
 from jaxcomp.export.compressed_tensors.writing import CONFIG
 from jaxcomp.export.gguf.container import MAGIC

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import jaxcomp as jc
 from jaxcomp.artifact import statics
+from jaxcomp.artifact.disk import FileError
 from jaxcomp.artifact.encoding import encode_tree
-from jaxcomp.artifact.files import FileError
 from jaxcomp.core.specs import Spec
 from jaxcomp.quantization.grids import Int
 from jaxcomp.trace.ranges import Range

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 import jaxcomp as jc
-from jaxcomp.artifact.files import FileError
+from jaxcomp.artifact.disk import FileError
 from tests.artifact.old_files import write_old
 from tests.laws import assert_same_bits
 

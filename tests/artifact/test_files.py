@@ -20,8 +20,9 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxcomp as jc
+from jaxcomp.artifact.disk import FileError
 from jaxcomp.artifact.encoding import encode_tree
-from jaxcomp.artifact.files import FileError, load_metadata, write_atomically
+from jaxcomp.artifact.files import load_metadata, write_atomically
 from jaxcomp.core.leaves import CompressedLeaf, dense
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.specs import Spec

@@ -18,8 +18,7 @@ import pytest
 import zstandard
 
 import jaxcomp as jc
-from jaxcomp.artifact.disk import replacing
-from jaxcomp.artifact.files import FileError
+from jaxcomp.artifact.disk import FileError, replacing
 from tests.artifact.by_hand import Compact, Plain, checksum
 
 FRAME = zstandard.compress(bytes(10**6))

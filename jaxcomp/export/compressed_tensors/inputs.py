@@ -12,9 +12,9 @@ import numpy as np
 from jaxcomp.activations.fake import grid_of_range
 from jaxcomp.activations.planning import Rules
 from jaxcomp.activations.specs import Act, ActSpec, Float8
-from jaxcomp.artifact.statics import Json
 from jaxcomp.core.layouts import Groups, Tensor, Tokens
 from jaxcomp.core.paths import first_matches
+from jaxcomp.core.types import Json
 from jaxcomp.export.errors import ExportError
 from jaxcomp.trace.ranges import Range
 

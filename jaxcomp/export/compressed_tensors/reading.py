@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcomp.artifact.container import Reader, opened, parsed
-from jaxcomp.artifact.disk import FileError
-from jaxcomp.artifact.statics import Json
+from jaxcomp.artifact.container import Reader, opened
+from jaxcomp.artifact.disk import reading_file
+from jaxcomp.artifact.limits import parsed
 from jaxcomp.core.roles import Roles
-from jaxcomp.core.types import PyTree
+from jaxcomp.core.types import Json, PyTree
 from jaxcomp.export.compressed_tensors.weights import weight_of
 from jaxcomp.export.compressed_tensors.writing import CONFIG, INDEX, KEY, WEIGHTS
 from jaxcomp.export.filling import Weight, filled
@@ -55,16 +55,8 @@ def from_compressed_tensors(
     ...
     jaxcomp.artifact.disk.FileError: from_compressed_tensors: cannot read 'no/config.json': No such file or directory.
     """
-    name = os.fspath(path)
-    try:
-        with _folder(Path(path)) as held:
-            return filled(_weights(held, activations=like is None), like, names=names, roles=roles, owner=OWNER)
-    except FileError:
-        raise
-    except OSError as e:
-        raise FileError(f"{OWNER}: cannot read {os.fspath(e.filename or name)!r}: {e.strerror or e}.") from e
-    except ValueError as e:
-        raise FileError(f"{OWNER}: {name!r} {e}.") from e
+    with reading_file(os.fspath(path), owner=OWNER), _folder(Path(path)) as held:
+        return filled(_weights(held, activations=like is None), like, names=names, roles=roles, owner=OWNER)
 
 
 def _weights(held: _Held, *, activations: bool) -> dict[str, Weight | np.ndarray]:

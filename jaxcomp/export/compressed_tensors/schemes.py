@@ -8,8 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxcomp.artifact.statics import Json
-from jaxcomp.core.types import DType
+from jaxcomp.core.types import DType, Json
 from jaxcomp.export.coded import Coded, Parts
 from jaxcomp.export.compressed_tensors.packing import global_scale, pairs, words
 from jaxcomp.export.errors import ExportError

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxcomp.artifact.statics import Json
-from jaxcomp.core.types import Shape
+from jaxcomp.core.types import Json, Shape
 from jaxcomp.export.coded import Coded, Parts
 from jaxcomp.export.compressed_tensors.packing import codes_of, codes_of_lanes, factor_of, unpaired
 from jaxcomp.export.compressed_tensors.schemes import MX_GROUP, MXFP4, MXFP8, NVFP4, NVFP4_GROUP

@@ -12,12 +12,11 @@ import numpy as np
 
 from jaxcomp.activations.planning import Rules
 from jaxcomp.artifact.disk import replacing, write_all
-from jaxcomp.artifact.statics import Json
 from jaxcomp.artifact.tensors import NAMES, blocks_of
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import Where
 from jaxcomp.core.roles import Roles
-from jaxcomp.core.types import DType, PyTree
+from jaxcomp.core.types import DType, Json, PyTree
 from jaxcomp.export.coded import Coded, coded, prepared
 from jaxcomp.export.compressed_tensors.inputs import NOTHING, Inputs, inputs_of
 from jaxcomp.export.compressed_tensors.schemes import scheme
@@ -172,9 +171,9 @@ def _written(
     except OSError as e:
         raise ExportError(f"{OWNER}: cannot make the folder {os.fspath(folder)!r}: {e.strerror or e}.") from e
     # Both are on disk before either appears; the weights, whose block ends first, before what describes them.
-    with replacing(folder / CONFIG) as f:
+    with replacing(folder / CONFIG, owner=OWNER) as f:
         write_all(f, text)
-        with replacing(folder / WEIGHTS) as g:
+        with replacing(folder / WEIGHTS, owner=OWNER) as g:
             write_all(g, header)
             for x in ordered:
                 for block in blocks_of(x):

@@ -8,7 +8,7 @@ from io import FileIO
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.artifact.disk import FileError
+from jaxcomp.artifact.disk import reading_file
 from jaxcomp.core.roles import Roles
 from jaxcomp.core.types import PyTree
 from jaxcomp.export.filling import Weight, filled
@@ -63,7 +63,7 @@ def read_gguf(
       FileError, ImportError: as there.
     """
     name = os.fspath(path)
-    try:
+    with reading_file(name, owner=OWNER):
         with FileIO(name, "r") as f:
             size = os.fstat(f.fileno()).st_size
             head = header(f, size)
@@ -73,12 +73,6 @@ def read_gguf(
                 info.name: _tensor(info, head.read(f, info, n)) for info, n in zip(head.tensors, sizes, strict=True)
             }
         return filled(held, like, names=names, roles=roles, owner=OWNER), head.metadata
-    except FileError:
-        raise
-    except OSError as e:
-        raise FileError(f"{OWNER}: cannot read {name!r}: {e.strerror or e}.") from e
-    except ValueError as e:
-        raise FileError(f"{OWNER}: {name!r} {e}.") from e
 
 
 def _size(info: Info) -> int:

@@ -91,7 +91,7 @@ def to_gguf(
             tensors.append((name, *entry))
             weights[entry[1]] += int(np.prod(entry[0]))
     said = _metadata(architecture, weights, metadata or {})
-    with replacing(path) as f:
+    with replacing(path, owner=OWNER) as f:
         return write(f, said, tensors)
 
 

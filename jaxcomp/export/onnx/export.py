@@ -69,8 +69,8 @@ def to_onnx(
       layouts: ``{"input": (0, 3, 1, 2)}`` has an image in NHWC come in NCHW.
 
     Raises:
-      ExportError: an equation or a leaf that ONNX does not take, a layout of something else, or a file that cannot be
-        written.
+      ExportError: an equation or a leaf that ONNX does not take, or a layout of something else.
+      FileError: the file cannot be written.
       TypeError, ValueError: of the rules and the ranges, as ``quantize_function`` has them.
 
     >>> import jax, jax.numpy as jnp, tempfile

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomp.artifact.disk import FileError, replacing, write_all
+from jaxcomp.artifact.disk import replacing, write_all
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.onnx.graph import Attribute, Graph, Node
 from jaxcomp.export.onnx.values import Tensor, is_static
@@ -92,7 +92,8 @@ def write(path: str | os.PathLike[str], model: Any) -> int:
     """Writes the model; gives its bytes.
 
     Raises:
-      ExportError: it cannot be written, or is too large for one protobuf.
+      ExportError: it is too large for one protobuf.
+      FileError: it cannot be written.
     """
     if model.ByteSize() > MOST:
         raise ExportError(
@@ -100,9 +101,6 @@ def write(path: str | os.PathLike[str], model: Any) -> int:
             " weights to fewer bits, or export it in parts."
         )
     data = model.SerializeToString()
-    try:
-        with replacing(path) as f:
-            write_all(f, data)
-    except FileError as e:
-        raise ExportError(str(e).replace("save:", "to_onnx:", 1)) from e
+    with replacing(path, owner="to_onnx") as f:
+        write_all(f, data)
     return len(data)
