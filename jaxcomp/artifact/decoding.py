@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.artifact.encoding import MAX_DEPTH, bits_of
-from jaxcomp.artifact.limits import Budget, shape_of
+from jaxcomp.artifact.arrays import Arrays, Source, number_of
+from jaxcomp.artifact.encoding import MAX_DEPTH
+from jaxcomp.artifact.limits import shape_of
 from jaxcomp.artifact.masking import Kept, Part, constant, gathered, part_of, part_of_stream
-from jaxcomp.artifact.masks import bits_of_form
 from jaxcomp.artifact.older import of_today
-from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, Statics, dtype_named, known_at, number_again
-from jaxcomp.core.bits import aligned, packed_size, spread_out
+from jaxcomp.artifact.statics import BRANCHES, VALUES, Statics, known_at, number_again
+from jaxcomp.core.bits import packed_size
 from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.packed import Packed
 from jaxcomp.core.types import Json, Leaf, PyTree, Shape
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.quantization.companding import LOG, Compander
-
-
-class Source(Protocol):
-    """Where tensors are read from."""
-
-    @property
-    def budget(self) -> Budget:
-        """What the tree may take in memory."""
-
-    def read(self, number: int, path: str) -> np.ndarray:
-        """One tensor for the leaf at this path, in memory that nobody else writes to."""
-
 
 Place = Callable[[str, Leaf], Leaf]
 """Puts the arrays of a leaf where they shall lie."""
@@ -63,16 +51,16 @@ def decode_tree(
     Raises:
       ValueError: the JSON says what cannot be; the message names the path.
     """
-    statics = Statics({c.name: c for c in (LOG, *companders)}, lambda n, path: source.read(_number(n), path))
-    return _Decoder(source, statics, place).node(node, at, at.count("/") + 1 if at else 0)
+    statics = Statics({c.name: c for c in (LOG, *companders)}, lambda n, path: source.read(number_of(n), path))
+    arrays = Arrays(source, stay=place is not None)
+    return _Decoder(arrays, statics, place).node(node, at, at.count("/") + 1 if at else 0)
 
 
 @dataclass(frozen=True)
 class _Decoder:
-    source: Source
+    arrays: Arrays
     statics: Statics
     place: Place | None
-    made: dict[int, Leaf] = field(default_factory=dict)
 
     def node(self, node: Json, path: str, depth: int) -> PyTree:
         """One node and all below it; an error names the path of the innermost node that it is of."""
@@ -94,8 +82,8 @@ class _Decoder:
             "tuple": lambda items: tuple(inside(i, v) for i, v in enumerate(items)),
             "branch": lambda body: _named(BRANCHES, body[0], path)(**{k: inside(k, v) for k, v in body[1]}),
             "value": lambda value: number_again(value) if isinstance(value, dict) else value,
-            "numpy": lambda inner: self._placed(self.host(inner, path), path),
-            "scalar": lambda inner: self.host(inner, path)[()],
+            "numpy": lambda inner: self._placed(self.arrays.host(inner, path), path),
+            "scalar": lambda inner: self.arrays.host(inner, path)[()],
             "object": lambda body: self.statics.record([_named(VALUES, body[0], path).__name__, body[1]], path),
         }
         kind = next((k for k in kinds if k in node), None) if isinstance(node, dict) else None
@@ -111,13 +99,15 @@ class _Decoder:
         if depth > MAX_DEPTH + 1:
             raise ValueError(f"{path!r} is nested more than {MAX_DEPTH} deep")
         if type(node) is int:
-            return self.array(node, path)
+            return self.arrays.array(node, path)
         if not isinstance(node, dict) or not node:
             raise ValueError(f"{path!r} is described by {str(node)[:40]!r}, which says nothing")
         kinds: dict[str, Callable[[Json], Leaf]] = {
-            "sparse": lambda _: self._put(self.host(node, path)),
-            "typed": lambda _: self._put(self.host(node, path)),
-            "key": lambda body: jax.random.wrap_key_data(jnp.asarray(self.host(body[1], path)), impl=str(body[0])),
+            "sparse": lambda _: self.arrays.put(self.arrays.host(node, path)),
+            "typed": lambda _: self.arrays.put(self.arrays.host(node, path)),
+            "key": lambda body: jax.random.wrap_key_data(
+                jnp.asarray(self.arrays.host(body[1], path)), impl=str(body[0])
+            ),
             "leaf": lambda body: self.leaf(body, path, depth),
             "masked": lambda _: self.masked(node, path, depth),
         }
@@ -126,62 +116,11 @@ class _Decoder:
             raise ValueError(f"{path!r} is of kind {next(iter(node))!r}, which is not known here")
         return kinds[kind](node[kind])
 
-    # Arrays
-
-    def array(self, number: int, path: str) -> Leaf:
-        """A tensor as an array of jax; the same one for all that refer to it."""
-        if self.place is not None:
-            return self._read(number, path)  # kept for no other leaf: a tree may be larger than the host's memory
-        if number not in self.made:
-            self.made[number] = self._put(self._read(number, path))
-        return self.made[number]
-
-    def _read(self, number: Json, path: str) -> np.ndarray:
-        return self.source.read(_number(number), path)
-
-    def _put(self, x: np.ndarray) -> Leaf:
-        """Handed over to jax without a copy where that is possible; jax would narrow a type that it does not have."""
-        stays = self.place is not None or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
-        return x if stays else jax.device_put(x)
-
-    def host(self, node: Json, path: str) -> np.ndarray:
-        """An array in the host's memory."""
-        if type(node) is int:
-            return self._read(node, path)
-        if "typed" in node:
-            name, shape, number = node["typed"]
-            dtype, shape = dtype_named(name), shape_of(shape, path)
-            self.source.budget.take(math.prod(shape) * dtype.itemsize, path)
-            return _typed(dtype, shape, self._read(number, path), path)
-        shape, mask, number = node["sparse"]
-        return self._spread(self._read(number, path), self.kept(mask, shape_of(shape, path), path), path)
-
-    def _spread(self, stored: np.ndarray, kept: Kept, path: str) -> np.ndarray:
-        """The entries at the kept places, zeros elsewhere."""
-        if stored.shape != (kept.count(),):
-            raise ValueError(f"{path!r} has entries of shape {stored.shape} where its mask keeps {kept.count()}")
-        self.source.budget.take(kept.size * stored.itemsize, path)
-        chunks = kept.put(part_of(stored), constant(0, stored.dtype))
-        return gathered(chunks, stored.dtype, kept.size).reshape(kept.shape)
-
-    def kept(self, node: Json, shape: Shape, path: str) -> Kept:
-        """A mask of this shape."""
-        size = math.prod(shape)
-        if isinstance(node, dict):
-            self.source.budget.take(packed_size(size, 1), path)
-            return Kept(bits_of_form(node, size, lambda number: self._read(number, path), path), shape)
-        bits = self._read(node, path)
-        if bits.dtype != np.uint8 or bits.shape != (packed_size(size, 1),):
-            raise ValueError(f"{path!r} has a mask of shape {shape} in {bits.nbytes} bytes of type {bits.dtype}")
-        return Kept(bits, shape)
-
-    # Leaves
-
     def masked(self, node: Json, path: str, depth: int) -> Masked:
         """A masked leaf."""
         small = shape_of(node["mask"][0], path)
         shape = shape_of(node["shape"], path) if "shape" in node else small
-        mask = self.kept(node["mask"][1], small, path)
+        mask = self.arrays.kept(node["mask"][1], small, path)
         try:
             fits = np.broadcast_shapes(small, shape) == shape
         except ValueError:
@@ -189,15 +128,15 @@ class _Decoder:
         if not fits:
             raise ValueError(f"{path!r} has a mask of shape {small}, which does not broadcast to {shape}")
         if small != shape:
-            self.source.budget.take(math.prod(shape), path)
+            self.arrays.source.budget.take(math.prod(shape), path)
         kept, inner = Kept.of(mask.bits, small, shape), node["masked"]
         if not isinstance(inner, dict) or "survivors" not in inner:
             values = self.leaf_of(inner, path, depth + 1)
         elif type(inner["survivors"]) is int:
-            values = self._put(self._spread(self._read(inner["survivors"], path), kept, path))
+            values = self.arrays.put(self.arrays.spread(self.arrays.read(inner["survivors"], path), kept, path))
         else:
             values = self.leaf(inner["survivors"], path, depth, kept)
-        return Masked(values, Packed(self._put(mask.bits), 1, 0, small))
+        return Masked(values, Packed(self.arrays.put(mask.bits), 1, 0, small))
 
     def leaf(self, body: Json, path: str, depth: int, kept: Kept | None = None) -> CompressedLeaf:
         """A leaf from its fields; where ``kept`` is given, the coded field holds the codes of those elements alone."""
@@ -222,7 +161,7 @@ class _Decoder:
         if not isinstance(node, dict) or "packed" not in node:
             return self.leaf_of(node, path, depth + 1)
         bits, low, shape, number = node["packed"]
-        data, shape = self.array(number, path), shape_of(shape, path)
+        data, shape = self.arrays.array(number, path), shape_of(shape, path)
         good = isinstance(bits, int) and 1 <= bits <= 8 and isinstance(low, int) and -128 <= low <= 0
         if not good or data.dtype != np.uint8 or data.shape != (packed_size(math.prod(shape), bits),):
             raise ValueError(f"{path!r} has codes of {bits} bits and shape {shape} in {data.nbytes} bytes")
@@ -237,16 +176,16 @@ class _Decoder:
         if found != (kept.count(),):
             raise ValueError(f"{path!r} has {found} codes where its mask keeps {kept.count()}")
         size = packed_size(kept.size, codes.bits) if packed else kept.size
-        self.source.budget.take(size * stored.itemsize, path)
+        self.arrays.source.budget.take(size * stored.itemsize, path)
         low, dtype = (codes.low, np.dtype(np.uint8)) if packed else (0, stored.dtype)
         zero = leaf.code_of_zero(kept.shape)
         rest = constant(int(zero) - low, dtype) if isinstance(zero, int) else _codes_of(np.asarray(zero), low, dtype)
         if not packed:
             full = gathered(kept.put(part_of(stored), rest), dtype, kept.size).reshape(kept.shape)
-            return replace(leaf, **{leaf.coded: self._put(full)})
+            return replace(leaf, **{leaf.coded: self.arrays.put(full)})
         chunks = kept.put(part_of_stream(stored, codes.bits), rest, bits=codes.bits)
         data = gathered(chunks, dtype, size)
-        return replace(leaf, **{leaf.coded: Packed(self._put(data), codes.bits, low, kept.shape)})
+        return replace(leaf, **{leaf.coded: Packed(self.arrays.put(data), codes.bits, low, kept.shape)})
 
 
 class _NamedError(ValueError):
@@ -262,31 +201,6 @@ def _named_error(e: Exception, path: str) -> _NamedError:
 def _codes_of(zero: np.ndarray, low: int, dtype: np.dtype) -> Part:
     part = part_of(zero)
     return lambda start, stop: (part(start, stop).astype(np.int32) - low).astype(dtype)
-
-
-def _typed(dtype: np.dtype, shape: Shape, stored: np.ndarray, path: str) -> np.ndarray:
-    """An array of a type that safetensors does not have."""
-    if dtype not in OTHERS:
-        raise ValueError(f"{path!r} is said to be of type {dtype}, which files hold as it is")
-    size = math.prod(shape)
-    if dtype.kind == "c":
-        wanted, parts = (2 * size,), np.dtype(f"<f{dtype.itemsize // 2}")
-    else:
-        wanted, parts = (packed_size(size, bits_of(dtype)),), np.dtype(np.uint8)
-    if stored.shape != wanted or stored.dtype != parts:
-        raise ValueError(f"{path!r} of type {dtype} and shape {shape} has {stored.nbytes} bytes")
-    if dtype.kind == "c":
-        return stored.view(dtype).reshape(shape)
-    bits = bits_of(dtype)
-    out = aligned(size)
-    out[:] = spread_out(stored, bits, size)
-    return out.view(dtype).reshape(shape)
-
-
-def _number(number: Json) -> int:
-    if type(number) is not int:
-        raise ValueError(f"{str(number)[:40]!r} stands where a tensor's number is wanted")
-    return number
 
 
 def _dict(items: list[tuple[Any, PyTree]], path: str) -> dict[Any, PyTree]:

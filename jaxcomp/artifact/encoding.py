@@ -14,7 +14,7 @@ from jaxcomp.artifact.masking import Kept, bitmap, nonzero_bits, part_of, part_o
 from jaxcomp.artifact.masks import Smallest, pattern_codes
 from jaxcomp.artifact.statics import BRANCHES, OTHERS, VALUES, class_name, encode_fields, encode_static, number
 from jaxcomp.artifact.tensors import NAMES, Tensor, Tensors
-from jaxcomp.core.bits import pack_bits_on_host, packed_size
+from jaxcomp.core.bits import bits_of, pack_bits_on_host, packed_size
 from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import CompressedLeaf, dense, is_compressed, pack
 from jaxcomp.core.packed import Packed
@@ -264,11 +264,6 @@ def host_array(x: Leaf, path: str) -> np.ndarray:
     if host.dtype.kind in "iufc" and not host.dtype.isnative:
         host = host.astype(host.dtype.newbyteorder("="))
     return np.ascontiguousarray(host).reshape(host.shape)
-
-
-def bits_of(dtype: np.dtype) -> int:
-    """How many bits of a byte a type's values take."""
-    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
 
 
 def _is_custom(x: Mapping[str | int, PyTree]) -> bool:

@@ -224,6 +224,15 @@ def _code_of(rows: jax.Array, j: int, bits: int) -> jax.Array:
     return out & np.asarray(2**bits - 1, out.dtype)
 
 
+def bits_of(dtype: np.dtype) -> int:
+    """How many bits a number of this type has; it may take a byte all the same.
+
+    >>> bits_of(np.dtype(jnp.int4)), bits_of(np.dtype(jnp.bfloat16))
+    (4, 16)
+    """
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
+
+
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Codes and scales are computed in float32, or in float64 where the array is that wide."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -152,7 +152,7 @@ def _tried(spec: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
 
 def _batches(samples: Sequence[Path], tried: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """The samples in batches of the sizes that the arguments have."""
-    arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in samples]
+    arrays = [_array(path) for path in samples]
     same = len(arrays) == len(tried) and all(a.shape[1:] == t.shape[1:] for a, t in zip(arrays, tried, strict=True))
     count = min((len(a) // len(t) for a, t in zip(arrays, tried, strict=False)), default=0) if same else 0
     if not count:
@@ -166,6 +166,15 @@ def _batches(samples: Sequence[Path], tried: Sequence[jax.Array]) -> list[tuple[
         return tuple(jnp.asarray(a[i * len(t) : (i + 1) * len(t)], t.dtype) for a, t in pairs)
 
     return [batch(i) for i in range(count)]
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as e:
+        raise ExportError(
+            f"{OWNER}: --samples {os.fspath(path)!r} is no .npy file of numbers ({e}); write it by numpy.save."
+        ) from e
 
 
 PROGRAMS: tuple[Target, ...] = get_args(Target)

@@ -81,7 +81,7 @@ def to_litert(
     leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
     program = trace(fn, shapes_of(params), *args)
     planned = assigned(program, rules or {})
-    model = exported(_flat(fn, materialize(params), args), *_shapes(args), platforms=("cpu",))
+    model = exported(_flat(fn, materialize(params), args), *_shapes(args), platforms=("cpu",), owner=OWNER)
     data = converted(model.mlir_module_serialized, len(model.in_avals), len(model.out_avals))
     if rules or any(map(is_compressed, leaves.values())):
         data = _quantized(_renamed(data), planned, leaves, samples=samples, ranges=checked_ranges(planned, ranges))

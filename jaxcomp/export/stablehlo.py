@@ -18,7 +18,7 @@ from jax.interpreters.mlir import make_ir_context
 from jaxcomp.activations.function import quantize_function
 from jaxcomp.activations.planning import Rules
 from jaxcomp.artifact.disk import replacing, write_all
-from jaxcomp.core.bits import pack_bits_on_host, unpack_bits
+from jaxcomp.core.bits import bits_of, pack_bits_on_host, unpack_bits
 from jaxcomp.core.leaves import pack
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape
 from jaxcomp.export.errors import ExportError
@@ -123,7 +123,7 @@ def kept_small(leaf: Leaf) -> Callable[[], Leaf]:
     if not isinstance(leaf, jax.Array | np.ndarray) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return lambda: leaf
     host = np.asarray(leaf)
-    bits = _bits_of(host.dtype)
+    bits = _stored_bits(host.dtype)
     if bits >= 8 or not host.size:
         return lambda: jnp.asarray(host)
     codes = host.view(np.uint8) & np.uint8(2**bits - 1)
@@ -131,11 +131,12 @@ def kept_small(leaf: Leaf) -> Callable[[], Leaf]:
     return lambda: _unpacked(jnp.asarray(packed), bits, dtype=dtype, shape=shape)
 
 
-def _bits_of(dtype: np.dtype) -> int:
+def _stored_bits(dtype: np.dtype) -> int:
+    """How many bits of an element the file holds."""
     if dtype == np.dtype(bool):
         return 1
-    numbers = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
-    return numbers(dtype).bits if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) else 64
+    known = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return bits_of(dtype) if known else 8 * dtype.itemsize
 
 
 def _unpacked(data: jax.Array, bits: int, *, dtype: np.dtype, shape: Shape) -> jax.Array:
@@ -145,25 +146,26 @@ def _unpacked(data: jax.Array, bits: int, *, dtype: np.dtype, shape: Shape) -> j
     return jax.lax.bitcast_convert_type(codes.astype(jnp.dtype(f"uint{bits}")), dtype)
 
 
-def exported(fn: Callable[..., PyTree], *specs: PyTree, platforms: Sequence[str]) -> export.Exported:
+def exported(
+    fn: Callable[..., PyTree], *specs: PyTree, platforms: Sequence[str], owner: str = OWNER
+) -> export.Exported:
     """``jax.export``'s program; what the function itself raises goes through as it is."""
+    jitted = jax.jit(fn)
     try:
-        jax.jit(fn).trace(*specs)
-    except jax.errors.JAXTypeError:
-        raise
+        jitted.trace(*specs)
     except Exception as e:
         if "Inconclusive" not in type(e).__name__:
             raise
         raise ExportError(
-            f"{OWNER}: the function asks something of a free dimension that has more than one answer: {_first(e)}"
+            f"{owner}: the function asks something of a free dimension that has more than one answer: {_first(e)}"
             ' Settle it by symbolic_shape(..., constraints=["batch <= 64"]) or the like, or fix the dimension; leaves'
             " that jaxcomp.prepare made choose their kernel by the number of rows."
         ) from e
     try:
-        return _Bare.of(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs))
+        return _Bare.of(export.export(jitted, platforms=tuple(platforms))(*specs))
     except (NotImplementedError, ValueError) as e:
         raise ExportError(
-            f"{OWNER}: {_first(e)} Ask for other platforms= than {tuple(platforms)}, or write that operation with"
+            f"{owner}: {_first(e)} Ask for other platforms= than {tuple(platforms)}, or write that operation with"
             " those that every platform has."
         ) from e
 

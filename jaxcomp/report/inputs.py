@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcomp.artifact.container import KEY, opened
-from jaxcomp.artifact.disk import FileError
+from jaxcomp.artifact.disk import FileError, reading_file
 from jaxcomp.artifact.files import load_metadata
 from jaxcomp.artifact.measuring import load_measured
 from jaxcomp.core.progress import progress
@@ -68,12 +68,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     if (Path(name) / CONFIG).exists():
         with progress("read"):
             return _folder(name)
-    try:
-        with FileIO(name, "r") as f:
-            start = f.read(8) or b""
-            size = os.fstat(f.fileno()).st_size
-    except OSError as e:
-        raise FileError(f"read: cannot read {name!r}: {e.strerror or e}.") from e
+    with reading_file(name, owner="read"), FileIO(name, "r") as f:
+        start = f.read(8) or b""
+        size = os.fstat(f.fileno()).st_size
     kinds: list[tuple[bool, Callable[[str, int], Weights]]] = [
         (start[:4] == b"PK\x03\x04", _npz),
         (start[:6] == b"\x93NUMPY", _npy),
@@ -95,14 +92,11 @@ def _next_is_brace(name: str) -> bool:
 
 
 def _safetensors(name: str, size: int) -> Weights:
-    try:
-        with FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
-            reader = opened(f, hashing)
-            if KEY not in reader.metadata:
-                tree = {entry.name: reader.read(i) for i, entry in enumerate(reader.entries)}
-                return Weights(tree, "safetensors of another program", size, dict(reader.metadata))
-    except ValueError as e:
-        raise FileError(f"read: {name!r} {e}.") from e
+    with reading_file(name, owner="read"), FileIO(name, "r") as f, ThreadPoolExecutor(1) as hashing:
+        reader = opened(f, hashing)
+        if KEY not in reader.metadata:
+            tree = {entry.name: reader.read(i) for i, entry in enumerate(reader.entries)}
+            return Weights(tree, "safetensors of another program", size, dict(reader.metadata))
     tree, stored = load_measured(name)
     return Weights(tree, "jaxcomp", size, load_metadata(name), stored)
 

@@ -78,9 +78,8 @@ def _(network: OnGrids, variables: Variables) -> Program:
 
 @program_of.register
 def _(network: LearnedGrids, variables: Variables) -> Program:
-    weights, given = variables["params"]["weights"], variables["params"]["ranges"]
-    ranges = {name: Range(r.get("low", jnp.zeros_like(r["high"])), r["high"]) for name, r in given.items()}
-    return Program(inference(network.network), {**variables, "params": weights}, network.rules, ranges)
+    own, ranges = network.apart(variables)
+    return Program(inference(network.network), own, network.rules, ranges)
 
 
 def export(name: str, target: Target, *, program: Program, data: Dataset, folder: Path) -> Export:

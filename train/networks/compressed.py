@@ -77,11 +77,17 @@ class LearnedGrids:
 
     def apply(self, variables: Variables, images: jax.Array, /, *, train: bool, mutable: Mutable = False) -> PyTree:
         """The network's results; in integer mode ``variables`` hold the compressed leaves as they are."""
-        weights, given = variables["params"]["weights"], variables["params"]["ranges"]
-        ranges = {name: Range(r.get("low", jnp.zeros_like(r["high"])), r["high"]) for name, r in given.items()}
+        own, ranges = self.apart(variables)
         fn = partial(self.network.apply, train=train, mutable=mutable)
         run = jc.quantize_function(fn, self.rules, integer=self.integer)
-        return run({**variables, "params": weights}, ranges, images)
+        return run(own, ranges, images)
+
+    @staticmethod
+    def apart(variables: Variables) -> tuple[Variables, dict[str, Range]]:
+        """The network's own variables, and the ranges of its activations."""
+        weights, given = variables["params"]["weights"], variables["params"]["ranges"]
+        ranges = {name: Range(r.get("low", jnp.zeros_like(r["high"])), r["high"]) for name, r in given.items()}
+        return {**variables, "params": weights}, ranges
 
 
 @dataclass(frozen=True)

@@ -50,17 +50,17 @@ def codes_of_lanes(x: np.ndarray, bits: int, columns: int) -> np.ndarray:
 
 
 def pairs(codes: np.ndarray) -> np.ndarray:
-    """Two codes of four bits a byte, the first one low.
+    """Two codes of four bits a byte, the first one low; of rows of whole bytes.
 
     >>> pairs(np.array([[1, 15]], np.uint8))
     array([[241]], dtype=uint8)
     """
-    return codes[:, ::2] | codes[:, 1::2] << np.uint8(4)
+    return pack_bits_on_host(codes, 4).reshape(len(codes), codes.shape[1] // 2)
 
 
 def unpaired(x: np.ndarray) -> np.ndarray:
     """The inverse of :func:`pairs`."""
-    return np.stack([x & np.uint8(15), x >> np.uint8(4)], axis=-1).reshape(len(x), -1)
+    return spread_out(x.reshape(-1), 4, 2 * x.size).reshape(len(x), 2 * x.shape[1])
 
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

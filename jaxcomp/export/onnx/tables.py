@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcomp.core.bits import pack_bits_on_host
 from jaxcomp.export.onnx import typed as t
 from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.values import Coded, Tensor, Value
@@ -63,19 +64,12 @@ def _codes(graph: Graph, codes: np.ndarray, axis: int, ids: str, lead: int) -> s
     if bits == 8 or axis == last or codes.shape[last] % (8 // bits):
         fits = np.int8 if low >= -128 and high <= 127 else np.uint8 if low >= 0 and high <= 255 else np.int32
         return graph.once("Gather", [graph.constant(codes.astype(fits)), ids], axis=axis)
-    packed = graph.once("Gather", [graph.constant(packed_along(codes - low, bits)), ids], axis=axis)
+    stream = pack_bits_on_host(codes, bits, low).reshape(*codes.shape[:-1], codes.shape[last] * bits // 8)
+    packed = graph.once("Gather", [graph.constant(stream), ids], axis=axis)
     apart = unpacked(graph, packed, bits, [0] * (lead + last - 1) + [codes.shape[last]])
     if not low:
         return apart
     return graph.once("Add", [graph.once("Cast", [apart], to=t.I32), graph.constant(low, t.I32)])
-
-
-def packed_along(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of few bits, several to a byte along the last axis, the first lowest."""
-    per = 8 // bits
-    parts = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, per)
-    shifted = parts << (np.arange(per, dtype=np.uint8) * np.uint8(bits))
-    return np.bitwise_or.reduce(shifted, -1).astype(np.uint8)
 
 
 def unpacked(graph: Graph, packed: str, bits: int, shape: list[int]) -> str:
