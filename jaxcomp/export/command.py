@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,3 @@ def _array(path: Path) -> np.ndarray:
         raise ExportError(
             f"{OWNER}: --samples {os.fspath(path)!r} is no .npy file of numbers ({e}); write it by numpy.save."
         ) from e
-
-
-PROGRAMS: tuple[Target, ...] = get_args(Target)
-"""The formats that want a function."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxcomp.core.types import PyTree
 from jaxcomp.export import litert_model
-from jaxcomp.export.errors import ExportError
+from jaxcomp.export.packages import package
 
 Target = Literal["onnx", "stablehlo", "litert"]
 """What programs are exported to."""
@@ -33,10 +32,7 @@ def opened(path: str | os.PathLike[str], target: Target) -> Run:
 
 
 def _onnx(path: Path) -> Run:
-    try:
-        runtime = import_module("onnxruntime")
-    except ImportError as e:
-        raise ExportError(f'onnxruntime is not installed ({e}); pip install "jaxcomp[export]".') from e
+    runtime = package("onnxruntime", "an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     # Or products with weights alone in codes round their activations to 8 bits.

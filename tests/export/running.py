@@ -31,8 +31,11 @@ def run(path: Path, *args: Any) -> list[np.ndarray]:
 
 
 def exported(folder: Path, fn: Any, params: Any, *args: Any, **how: Any) -> list[np.ndarray]:
-    """Writes the function, and runs it on the same arguments."""
+    """Writes the function, checks the file, and runs it on the same arguments."""
+    import onnx
+
     to_onnx(folder / "fn.onnx", fn, params, *args, **how)
+    onnx.checker.check_model(folder / "fn.onnx")
     return run(folder / "fn.onnx", *args)
 
 

@@ -1,4 +1,4 @@
-"""The graph as ONNX's protobuf, checked, and written whole or not at all."""
+"""The graph as ONNX's protobuf, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxcomp.artifact.disk import replacing, write_all
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.onnx.graph import Attribute, Graph, Node
 from jaxcomp.export.onnx.values import Tensor, is_static
+from jaxcomp.export.packages import package
 
 OPSET, IR = 21, 10
 """Of the operators, and of the file: those that know int4 and blocks."""
@@ -20,20 +21,13 @@ MOST = 2**31 - 1
 
 
 def onnx() -> ModuleType:
-    """The package, or an error that names the extra."""
-    try:
-        import onnx
-    except ImportError as e:
-        raise ExportError(
-            'to_onnx: the package onnx is not installed; install it with: pip install "jaxcomp[export]".'
-        ) from e
-    return onnx
+    """The package."""
+    return package("onnx", "to_onnx")
 
 
 def model_of(graph: Graph, name: str) -> Any:
-    """The graph as a checked ``onnx.ModelProto``."""
-    package = onnx()
-    helper = package.helper
+    """The graph as an ``onnx.ModelProto``."""
+    helper = onnx().helper
     return helper.make_model(
         _graph(graph, name),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -43,11 +37,10 @@ def model_of(graph: Graph, name: str) -> Any:
 
 
 def _graph(graph: Graph, name: str) -> Any:
-    package = onnx()
     nodes = [_node(node, i) for i, node in enumerate(graph.nodes)]
     constants = [_constant(array, called) for called, array in graph.constants.items()]
     ends = [[_info(t) for t in tensors] for tensors in (graph.inputs, graph.outputs)]
-    return package.helper.make_graph(nodes, name, *ends, initializer=constants)
+    return onnx().helper.make_graph(nodes, name, *ends, initializer=constants)
 
 
 def _constant(array: np.ndarray, name: str) -> Any:

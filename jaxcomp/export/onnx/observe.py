@@ -13,6 +13,7 @@ from jaxcomp.export.errors import ExportError
 from jaxcomp.export.onnx.graph import Graph
 from jaxcomp.export.onnx.model import model_of, onnx
 from jaxcomp.export.onnx.passes.results import Ends
+from jaxcomp.export.packages import package
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,7 @@ class Seen:
 
     def results(self, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
         """The tensors of each batch."""
-        try:
-            import onnxruntime
-        except ImportError as e:
-            raise ExportError(
-                "to_onnx: samples= runs the graph in onnxruntime, which is not installed; install it with: pip install"
-                ' "jaxcomp[export]".'
-            ) from e
+        onnxruntime = package("onnxruntime", "to_onnx: samples=")
         model = model_of(self.graph, "observed")
         model.graph.output.extend(onnx().helper.make_empty_tensor_value_info(name) for name in names)
         options = onnxruntime.SessionOptions()
