@@ -324,3 +324,8 @@ def test_any_damage_is_a_file_error(count, whole, tmp_path) -> None:
             wrong += not str(e).startswith("from_gguf: ")
     assert read < 0.75 * count
     assert not wrong
+
+
+def test_who_cannot_write_is_named(tmp_path) -> None:
+    with pytest.raises(FileError, match=r"^to_gguf: cannot write '.*/gone/w.gguf': No such file or directory\.$"):
+        jc.export.to_gguf(tmp_path / "gone" / "w.gguf", {"w": np.ones((2, 32), np.float32)})
