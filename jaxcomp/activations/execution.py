@@ -114,17 +114,22 @@ class _Product:
         return [self.fake(side, given, why)]
 
     def in_turn(
-        self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E | Why]
-    ) -> tuple[tuple[Value, ...], dict[int, E | Why]]:
+        self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E]
+    ) -> tuple[tuple[Value, ...], dict[int, E]]:
         """The operands with a held weight unpacked once the activation is in codes; and that activation by index."""
-        waited: dict[int, E | Why] = {}
-        values = list(map(in_arrays, given))
+        waited: dict[int, E] = {}
+        values: list[Value | Held] = [v if isinstance(v, Held) else in_arrays(v) for v in given]
         for index in (0, 1):
             value, other = values[index], values[1 - index]
             if isinstance(value, Held) and isinstance(other, jax.Array):
                 entered = enter(1 - index, other, ranges.get(1 - index))
-                waited[1 - index], values[index] = in_its_turn(entered, value)
-        return tuple(map(as_array, values)), waited
+                if isinstance(entered, Factor) and entered.reach:  # its scale waits for the value's NaN
+                    scale, values[index] = in_its_turn(entered.scale, value)
+                    entered = replace(entered, scale=scale)
+                else:
+                    entered, values[index] = in_its_turn(entered, value)
+                waited[1 - index] = entered
+        return tuple(as_array(v) for v in values), waited
 
     def fake(self, side: Side, given: tuple[Value | Carried | Held, ...], why: Why | None) -> jax.Array:
         """The product in float, on codes where both operands have them; ``why`` it is not on integers."""

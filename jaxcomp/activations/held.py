@@ -93,7 +93,13 @@ def holdable(program: Program, planned: Iterable[Planned], params: Params) -> di
         users.update(path for o in p.site.operands for path in (o.params if o.leaf is None else (o.leaf,)))
         weight = p.site.weight
         alone = p.site.steps == math.prod(p.site.layer_steps) and BARRED.isdisjoint(p.site.inside)
-        if p.site.leaf and weight is not None and p.site.kind != "embed" and alone and p.site.operands[weight].exact:
+        if (
+            p.site.leaf is not None
+            and weight is not None
+            and p.site.kind != "embed"
+            and alone
+            and p.site.operands[weight].exact
+        ):
             once.add(p.site.leaf)
     found = {}
     for path, leaf in leaves_with_paths(params, is_leaf=is_compressed)[0]:
@@ -122,7 +128,7 @@ def held(leaf: Quantized, steps: int, *, coded: bool) -> Held:
     return Held(leaf, rank, steps, coded)
 
 
-def as_array(value: Held | T) -> Value | T:
+def as_array(value: Value | Held) -> Value:
     """What stands where a held leaf did; other values are the same."""
     return value.array() if isinstance(value, Held) else value
 
