@@ -76,7 +76,7 @@ def codes_of(leaf: CompressedLeaf, stepped: frozenset[int] = frozenset()) -> Cod
         through = isinstance(leaf, Masked) and leaf.straight
         codes = nothing + masked_through(codes - nothing, inside) if through else jnp.where(inside, codes, nothing)
     box = Codes(codes, dense(inner.scale), zero, inner.dtype, high - low if zero is not None else max(-low, high))
-    return _on_scales(box, lambda v: _filled(v, codes.shape, stepped)) if stepped else box
+    return _on_scales(box, lambda v: filled(v, codes.shape, stepped)) if stepped else box
 
 
 FLOAT8 = frozenset({jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
@@ -89,7 +89,7 @@ def of_float8(leaf: Leaf) -> Codes | None:
     return Codes(leaf, jnp.ones((1,) * leaf.ndim, jnp.float32), None, leaf.dtype, 0)
 
 
-def _filled(v: jax.Array, shape: Shape, axes: frozenset[int]) -> jax.Array:
+def filled(v: jax.Array, shape: Shape, axes: frozenset[int]) -> jax.Array:
     """A scale made full along ``axes``."""
     target = [shape[i] if i in axes else b for i, b in enumerate(v.shape)]
     repeats = [n // b if b != 1 else 1 for n, b in zip(target, v.shape, strict=True)]
@@ -133,7 +133,7 @@ def joined(op: Op, *values: Value) -> Sequence[Value]:
         return jnp.stack(parts, op.eqn.params["axis"]) if axis is None else lax.concatenate(parts, axis)
 
     wide = {i for i in range(boxes[0].codes.ndim) if i == axis or any(box.scale.shape[i] != 1 for box in boxes)}
-    full = [_on_scales(box, partial(_filled, shape=box.codes.shape, axes=frozenset(wide))) for box in boxes]
+    full = [_on_scales(box, partial(filled, shape=box.codes.shape, axes=frozenset(wide))) for box in boxes]
     zero = None if full[0].zero is None else join([box.zero for box in full if box.zero is not None])
     (codes,) = op.bind(*(box.codes for box in full))
     scale = join([box.scale for box in full])
@@ -175,7 +175,7 @@ def _reshape(op: Op, v: jax.Array) -> jax.Array:
         target[j] = new[j]
         for i in sources:
             middle[i] = old[i]
-    return _filled(v, old, frozenset(i for i, m in enumerate(middle) if m != v.shape[i])).reshape(target)
+    return filled(v, old, frozenset(i for i, m in enumerate(middle) if m != v.shape[i])).reshape(target)
 
 
 _RULES: dict[str, Callable[[Op, jax.Array], jax.Array]] = {
@@ -191,7 +191,7 @@ LAYOUT = RELAID | UNCHANGED | CUTS | {"convert_element_type"}
 
 def _only_full(v: jax.Array, shape: Shape) -> jax.Array:
     """A scale whose axes are whole or 1: groups are spread, for a cut may go through one."""
-    return _filled(v, shape, frozenset(i for i, b in enumerate(v.shape) if b not in (1, shape[i])))
+    return filled(v, shape, frozenset(i for i, b in enumerate(v.shape) if b not in (1, shape[i])))
 
 
 def _cut(op: Op, v: jax.Array, rest: tuple[jax.Array, ...]) -> list[jax.Array]:

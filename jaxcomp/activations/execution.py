@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxcomp.activations.codes import Codes, Value
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, scale_blocks
 from jaxcomp.activations.float_products import Form, float_product, long_sum, no_codes, value_product
+from jaxcomp.activations.held import Held, as_array, held_product, in_its_turn
 from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal, small_integers
 from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.memory import Memory
@@ -29,6 +30,8 @@ from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.ranges import Range
+
+E = TypeVar("E")
 
 
 class Mode(NamedTuple):
@@ -62,6 +65,7 @@ class Around:
       reasons: why the codes of a leaf do not come to its site, by its path.
       record: learns what was done at a site.
       prepared: the leaves that are laid out for their products, by path.
+      held: the leaves that are unpacked at their products, by path.
       encoded, faked: give a value in codes, and as the float product takes it.
     """
 
@@ -70,6 +74,7 @@ class Around:
     reasons: Mapping[str, Why]
     record: Record
     prepared: Mapping[str, Prepared]
+    held: Container[str]
     encoded: Memory[Factor] = field(default_factory=lambda: Memory(_encoded))
     faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))
 
@@ -80,7 +85,7 @@ def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
     if site.kind == "embed":
         return Claim(lookup(planned, around.record)) if BARRED.isdisjoint(site.inside) else None
     if planned.act is None:
-        return product_claim(planned, around.prepared, around.record)
+        return product_claim(planned, around.prepared, around.record) or held_product(planned, around.held)
     key = mode.gradients.key_of(index, planned.op)
     side = Side({i: around.ranges[name] for i, name in planned.ranges.items()}, key)
     return Claim(_Product(planned, planned.act, around), side)
@@ -94,24 +99,43 @@ class _Product:
     act: ActSpec
     around: Around
 
-    def __call__(self, side: Side, *given: Value | Carried) -> list[jax.Array]:
-        values = tuple(map(in_arrays, given))
+    def __call__(self, side: Side, *given: Value | Carried | Held) -> list[jax.Array]:
         path, op, spec = self.planned.site.path, self.planned.op, self.around.mode.gradients.spec
         why = None
         if self.around.mode.integer:
-            pair = self.factors(values, side.ranges)
+            values, waited = self.in_turn(given, side.ranges, self.factor)
+            pair = self.factors(values, side.ranges, waited)
             if not isinstance(pair, Why):
                 self.around.record(path, *_done(pair[0]))
                 form = Form(integer_product, self.single(values, pair))
                 product = product_with_gradient(op, spec, self.rounded, form)
                 return [product(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
             why = pair
-        return [self.fake(side, values, why)]
+        return [self.fake(side, given, why)]
 
-    def fake(self, side: Side, values: tuple[Value, ...], why: Why | None) -> jax.Array:
+    def in_turn(
+        self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E]
+    ) -> tuple[tuple[Value, ...], dict[int, E]]:
+        """The operands with a held weight unpacked once the activation is in codes; and that activation by index."""
+        waited: dict[int, E] = {}
+        values: list[Value | Held] = [v if isinstance(v, Held) else in_arrays(v) for v in given]
+        for index in (0, 1):
+            value, other = values[index], values[1 - index]
+            if isinstance(value, Held) and isinstance(other, jax.Array):
+                entered = enter(1 - index, other, ranges.get(1 - index))
+                if isinstance(entered, Factor) and entered.reach:  # its scale waits for the value's NaN
+                    scale, values[index] = in_its_turn(entered.scale, value)
+                    entered = replace(entered, scale=scale)
+                else:
+                    entered, values[index] = in_its_turn(entered, value)
+                waited[1 - index] = entered
+        return tuple(as_array(v) for v in values), waited
+
+    def fake(self, side: Side, given: tuple[Value | Carried | Held, ...], why: Why | None) -> jax.Array:
         """The product in float, on codes where both operands have them; ``why`` it is not on integers."""
+        values, waited = self.in_turn(given, side.ranges, self._rounded)
         op, spec, rest = self.planned.op, self.around.mode.gradients.spec, values[2:]
-        x, y = (self._rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values[:2]))
+        x, y = (waited.get(i) or self._rounded(i, value, side.ranges.get(i)) for i, value in enumerate(values[:2]))
         if x.factor is None or y.factor is None:
             self.around.record(self.planned.site.path, "fake", why)
             if spec is None:
@@ -141,9 +165,11 @@ class _Product:
             return value.scale.size == 1
         return math.prod(scale_blocks(value.shape, self.planned.site.operands[index].roles, self.act.per)) == 1
 
-    def factors(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[Factor, Factor] | Why:
+    def factors(
+        self, values: tuple[Value, ...], ranges: Mapping[int, Range], waited: Mapping[int, Factor | Why]
+    ) -> tuple[Factor, Factor] | Why:
         """Both operands in codes, or why the product cannot be run on them."""
-        a, b = (self.factor(i, value, ranges.get(i)) for i, value in enumerate(values[:2]))
+        a, b = (waited.get(i) or self.factor(i, value, ranges.get(i)) for i, value in enumerate(values[:2]))
         if isinstance(a, Why):
             return a
         if isinstance(b, Why):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import NamedTuple, cast
 
 import jax
 
@@ -12,6 +13,7 @@ from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
+from jaxcomp.activations.held import Held, held, held_layouts, holdable
 from jaxcomp.activations.lookups import Table, table_claims, tables
 from jaxcomp.activations.planning import OWNER, Planned, Rules, assigned, checked_ranges
 from jaxcomp.activations.prepared import Carried, carried, checked, layout_claims
@@ -144,11 +146,14 @@ class Call:
             **looked_up,
             **{path: carried(leaf) for path, leaf in prepared.items()},
         }
-        tree, reasons = _placed(program, self.params, kept, None if mode.integer else _entering(self.planned))
-        around = Around(mode, ranges, reasons, record, prepared)
+        waiting = {path: n for path, n in holdable(program, planned, self.params).items() if path not in kept}
+        leaves = Leaves(kept, waiting, None if mode.integer else _entering(self.planned))
+        tree, reasons = _placed(program, self.params, leaves)
+        around = Around(mode, ranges, reasons, record, prepared, waiting)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
+        claims |= held_layouts(program, waiting)
         claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
         apart = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in apart}
@@ -160,30 +165,46 @@ Kept = ThinFactors | Carried | Table
 """What stands where a leaf of factors, a prepared one, or a table that is looked up did."""
 
 
-@on_any_mesh
-def _dense(value: Leaf | Kept | Codes) -> jax.Array:
-    return value.dense() if isinstance(value, Kept | Codes) else dense(value)
+class Leaves(NamedTuple):
+    """How leaves enter the program.
 
-
-def _placed(
-    program: Program, params: Params, kept: Mapping[str, Kept], wanted: frozenset[str] | None
-) -> tuple[PyTree, dict[str, Why]]:
-    """The tree with factors and codes where leaves have them; and why others reach no site as codes.
-
-    ``wanted`` are the leaves whose codes are; None is all.
+    Attributes:
+      kept: those that something else stands for, by path.
+      waiting: those that are held, with the number of axes that scans step over.
+      wanted: those whose codes are; None is all.
     """
+
+    kept: Mapping[str, Kept]
+    waiting: Mapping[str, int]
+    wanted: frozenset[str] | None
+
+
+@on_any_mesh
+def _dense(value: Leaf | Kept | Codes | Held) -> jax.Array:
+    return value.dense() if isinstance(value, Kept | Codes | Held) else dense(value)
+
+
+def _placed(program: Program, params: Params, how: Leaves) -> tuple[PyTree, dict[str, Why]]:
+    """The tree with factors and codes where leaves have them; and why others reach no site as codes."""
     stepped = stepped_axes(program)
     named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-    leaves: list[Leaf | Kept | Codes] = []
+    leaves: list[Leaf | Kept | Codes | Held] = []
     reasons: dict[str, Why] = {}
     for path, leaf in named:
         found: Codes | Why | None = None
-        if path in kept:
-            value = kept[path]
+        if path in how.kept:
+            value = how.kept[path]
             leaves.append(value)
             reasons[path] = MULTIPLIED_OUT if isinstance(value, Carried) else IN_FLOAT
             continue
-        if wanted is None or path in wanted:
+        wanted = how.wanted is None or path in how.wanted
+        if path in how.waiting:
+            coded = wanted and leaf.grid.code_range is not None
+            leaves.append(on_any_mesh(held)(leaf, how.waiting[path], coded=coded))
+            if wanted:
+                reasons[path] = MULTIPLIED_OUT if coded else cast(Why, codes_of(leaf))
+            continue
+        if wanted:
             axes = frozenset(stepped.get(path, ()))
             found = on_any_mesh(codes_of)(leaf, axes) if is_compressed(leaf) else of_float8(leaf)
         if isinstance(found, Codes):

@@ -23,6 +23,16 @@ def made_once(value: T) -> T:
     return made
 
 
+def together(values: T) -> T:
+    """The values, of which XLA on CPU makes nothing before all are there; each must be used, or it is left out.
+
+    >>> import jax.numpy as jnp
+    >>> together((jnp.arange(3), jnp.ones(1)))
+    (Array([0, 1, 2], dtype=int32), Array([1.], dtype=float32))
+    """
+    return made_once(values)
+
+
 def _barred(value: T) -> T:
     barred: T = jax.lax.optimization_barrier(value)
     return barred

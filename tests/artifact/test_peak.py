@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,13 +56,17 @@ def layers(count: int, width: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coding", [None, "ans"])
-def test_a_loaded_tree_runs_in_the_memory_of_its_file(coding, tmp_path) -> None:
-    """One that was prepared for its function before it was saved; see docs/serving.md."""
+@pytest.mark.parametrize(("coding", "prepared"), [(None, True), ("ans", True), (None, False)])
+def test_a_loaded_tree_runs_in_the_memory_of_its_file(coding, prepared, tmp_path) -> None:
+    """One that was prepared for its function before it was saved (docs/serving.md), and one that was not."""
+    if not prepared and jax.__version_info__ < (0, 11):
+        pytest.skip("its XLA puts the products of a chain in no order")
     sizes = []
     for name, count, width in (("small", LAYERS, 128), ("f", LAYERS, WIDTH)):
         save(tmp_path / name, layers(count, width))
-        ready = jc.prepare(jc.load(tmp_path / name), fn, np.ones((1, width), np.float32))
+        ready = jc.load(tmp_path / name)
+        if prepared:
+            ready = jc.prepare(ready, fn, np.ones((1, width), np.float32))
         sizes.append(save(tmp_path / name, ready, coding=coding))
     files, found = [os.fspath(tmp_path / name) for name in ("f", "small")], {}
     for way in ("packed", "dense"):
@@ -71,7 +76,7 @@ def test_a_loaded_tree_runs_in_the_memory_of_its_file(coding, tmp_path) -> None:
         found[way] = [int(n) / sizes[1] for n in done.stdout.split()]
     print(f"{sizes[1] / 1e6:.0f} MB; peaks of loading and of running, in files: {found}")
     assert found["packed"][0] < 1.3
-    assert found["packed"][1] < 3.5  # of which the compiler takes more than one
+    assert found["packed"][1] < (3.5 if prepared else 2.5)  # of which the compiler takes one, or two
     assert found["dense"][1] > LAYERS * WIDTH * WIDTH * 4 / sizes[1] > 7
 
 
