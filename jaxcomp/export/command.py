@@ -69,6 +69,7 @@ def export_program(
     function = function_of(fn)
     scope = jax.export.SymbolicScope()
     specs = [spec_of(text, free=to != "litert", scope=scope) for text in shapes]
+    _fits(function, tree, specs, fn=fn)
     tried = [_tried(spec, i) for i, spec in enumerate(specs)]
     options: dict[str, PyTree] = {}
     rules: Rules = {}
@@ -142,12 +143,32 @@ def spec_of(text: str, *, free: bool, scope: jax.export.SymbolicScope) -> jax.Sh
         ) from e
 
 
+def _fits(function: Callable[..., PyTree], tree: Params, specs: Sequence[jax.ShapeDtypeStruct], *, fn: str) -> None:
+    """The function takes the file's tree and the arguments, or the one error says what it says."""
+    try:
+        jax.eval_shape(lambda *args: function(materialize(tree), *args), *specs)
+    except Exception as e:
+        raise ExportError(
+            f"{OWNER}: --fn {fn} does not take the file's tree and arguments of the shapes"
+            f" {[spec.shape for spec in specs]}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        ) from e
+
+
 def _tried(spec: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     """Numbers to try an argument with: normal ones, or small integers."""
     shape = [n if isinstance(n, int) else ANY for n in spec.shape]
     rng = np.random.default_rng(seed)
     floats = jnp.issubdtype(spec.dtype, jnp.floating)
     return jnp.asarray(rng.normal(size=shape) if floats else rng.integers(0, 2, shape), spec.dtype)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as e:
+        raise ExportError(
+            f"{OWNER}: --samples wants .npy files, as numpy.save writes them; {str(path)!r} is none: {e}."
+        ) from e
 
 
 def _batches(samples: Sequence[Path], tried: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from jaxcomp.activations.planning import Rules, assigned, checked_ranges
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.export.errors import ExportError
+from jaxcomp.export.errors import ExportError, want_rules
 from jaxcomp.export.onnx.activations import Site
 from jaxcomp.export.onnx.emitter import Emitter
 from jaxcomp.export.onnx.graph import Graph, Node
@@ -80,6 +80,7 @@ def to_onnx(
     ...     to_onnx(f"{folder}/net.onnx", fn, {"w": jnp.ones((8, 4))}, rows) > 8 * 4 * 4
     True
     """
+    want_rules("to_onnx", rules, ranges=ranges, samples=samples)
     written, shapes = opened(fn, params)
     program = trace(written, shapes, *args)
     planned = assigned(program, rules or {})
