@@ -162,15 +162,6 @@ def _tried(spec: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape) if floats else rng.integers(0, 2, shape), spec.dtype)
 
 
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as e:
-        raise ExportError(
-            f"{OWNER}: --samples wants .npy files, as numpy.save writes them; {str(path)!r} is none: {e}."
-        ) from e
-
-
 def _batches(samples: Sequence[Path], tried: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """The samples in batches of the sizes that the arguments have."""
     arrays = [_array(path) for path in samples]

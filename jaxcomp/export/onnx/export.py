@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
+
 from jaxcomp.activations.planning import Rules, assigned, checked_ranges
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.types import Params, PyTree
@@ -117,6 +120,11 @@ class _Ends:
         """Makes the inputs."""
         avals = program.jaxpr.in_avals[len(program.param_paths) :]
         for i, aval in enumerate(avals):
+            if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+                raise ExportError(
+                    f"to_onnx: argument {i} is of {aval.dtype}, which ONNX has not; make what it is for (random keys:"
+                    " the key) inside of the function, or leave that part out of the export."
+                )
             name = graph.fresh(f"input_{i}" if len(avals) > 1 else "input")
             order = self.order(name, tuple(aval.shape))
             tensor = replace(graph.tensor(name, tuple(aval.shape), aval.dtype), order=order)

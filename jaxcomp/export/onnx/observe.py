@@ -70,4 +70,6 @@ class Seen:
             try:
                 yield session.run(list(names), fed)
             except Exception as e:
-                raise ExportError(f"to_onnx: the samples do not run in the written graph: {' '.join(str(e).split())}") from e
+                raise ExportError(
+                    f"to_onnx: the samples do not run in the written graph: {' '.join(str(e).split())}"
+                ) from e

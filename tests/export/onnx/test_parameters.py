@@ -115,7 +115,10 @@ def test_factors_run_thin(tmp_path: Path) -> None:
 def test_a_weight_in_front_stays_in_codes(tmp_path: Path) -> None:
     """As in all of Equinox: ``w @ row``, and an embedding that is a slice, under vmap over a free dimension."""
     params = {"w": jnp.asarray(draws(128, 256)), "table": jnp.asarray(draws(50, 256, seed=2))}
-    rows = lambda p, ids: jax.vmap(lambda i: p["w"] @ jax.lax.dynamic_slice(p["table"], (i, 0), (1, 256))[0])(ids)
+
+    def rows(p, ids):
+        return jax.vmap(lambda i: p["w"] @ jax.lax.dynamic_slice(p["table"], (i, 0), (1, 256))[0])(ids)
+
     leaves = jc.pack(jc.quantize(jc.Int(4), per=jc.Groups(32, -1)).apply((), params))
     free = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.int32)
     ids = np.array([3, 0, 49, 7, 3], np.int32)
