@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcomp.core.types import PyTree
 from jaxcomp.export import litert_model
+from jaxcomp.export.errors import ExportError
 from jaxcomp.export.packages import package
 
 Target = Literal["onnx", "stablehlo", "litert"]
