@@ -232,7 +232,9 @@ def _described_by(reader: Reader) -> tuple[Reader, dict[str, Json]]:
       ValueError: it is of another program, of a newer version, or damaged.
     """
     if KEY not in reader.metadata:
-        raise ValueError("is a safetensors file, but not one that jaxcomp.save wrote")
+        raise ValueError(
+            "is a safetensors file, but not one that jaxcomp.save wrote; safetensors itself reads its arrays"
+        )
     described = parsed(reader.metadata[KEY], "has a damaged header; get the file again")
     version = described.get("version") if isinstance(described, dict) else None
     if type(version) is not int:

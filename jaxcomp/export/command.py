@@ -69,6 +69,7 @@ def export_program(
     function = function_of(fn)
     scope = jax.export.SymbolicScope()
     specs = [spec_of(text, free=to != "litert", scope=scope) for text in shapes]
+    _fits(function, tree, specs, fn=fn)
     tried = [_tried(spec, i) for i, spec in enumerate(specs)]
     options: dict[str, PyTree] = {}
     rules: Rules = {}
@@ -139,6 +140,17 @@ def spec_of(text: str, *, free: bool, scope: jax.export.SymbolicScope) -> jax.Sh
         raise ExportError(
             f"{OWNER}: --shape wants numbers and names with commas between, and a type behind a colon, such as"
             f" batch,128:int32, got {text!r}: {' '.join(str(e).split())}"
+        ) from e
+
+
+def _fits(function: Callable[..., PyTree], tree: Params, specs: Sequence[jax.ShapeDtypeStruct], *, fn: str) -> None:
+    """The function takes the file's tree and the arguments, or the one error says what it says."""
+    try:
+        jax.eval_shape(lambda *args: function(materialize(tree), *args), *specs)
+    except Exception as e:
+        raise ExportError(
+            f"{OWNER}: --fn {fn} does not take the file's tree and arguments of the shapes"
+            f" {[spec.shape for spec in specs]}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         ) from e
 
 

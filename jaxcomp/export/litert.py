@@ -16,7 +16,7 @@ from jaxcomp.artifact.disk import replacing, write_all
 from jaxcomp.core.leaves import is_compressed, materialize, method_of
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.export.errors import ExportError
+from jaxcomp.export.errors import ExportError, want_rules
 from jaxcomp.export.litert_check import Asked, check
 from jaxcomp.export.litert_model import OWNER, Foreign, Model, Product, as_range, converted, needed, observed, quiet
 from jaxcomp.export.stablehlo import closed, exported
@@ -78,6 +78,7 @@ def to_litert(
     Source: LiteRT's quantization specification. Deviations of the result from ``quantize_function``: sums, biases and
     results that go on are rounded to int8 too where ``Act(8)`` asks.
     """
+    want_rules(OWNER, rules, ranges=ranges)
     leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
     program = trace(fn, shapes_of(params), *args)
     planned = assigned(program, rules or {})

@@ -114,6 +114,12 @@ def _numbers(of: Iterable[int] | None) -> tuple[int, ...]:
     return () if of is None else tuple(int(n) for n in of)
 
 
+INSTALL = (
+    'pip install "jaxcomp[litert]", then pip install --no-deps litert-converter==0.5.0 (it pins an xdsl that no current'
+    " tool can stand beside, and does not need it here)"
+)
+
+
 def needed(name: str) -> ModuleType:
     """A module of LiteRT's packages.
 
@@ -123,11 +129,7 @@ def needed(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as e:
-        raise ExportError(
-            f'{OWNER}: LiteRT\'s packages are not installed ({e}); pip install "jaxcomp[litert]", then'
-            " pip install --no-deps litert-converter==0.5.0 (it pins an xdsl that no current tool can stand beside, and"
-            " does not need it here)."
-        ) from e
+        raise ExportError(f"{OWNER}: LiteRT's packages are not installed ({e}); {INSTALL}.") from e
 
 
 def converted(program: bytes, inputs: int, outputs: int) -> bytes:

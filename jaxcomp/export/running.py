@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +13,33 @@ import numpy as np
 
 from jaxcomp.core.types import PyTree
 from jaxcomp.export import litert_model
+from jaxcomp.export.errors import ExportError
 from jaxcomp.export.packages import package
 
 Target = Literal["onnx", "stablehlo", "litert"]
 """What programs are exported to."""
 SUFFIXES: dict[Target, str] = {"onnx": ".onnx", "stablehlo": ".stablehlo", "litert": ".tflite"}
 """The ends of their files' names."""
+PACKAGES: dict[Target, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime"),
+    "stablehlo": (),
+    "litert": ("litert_converter", "ai_edge_quantizer", "ai_edge_litert"),
+}
+"""What writes and runs them."""
 Run = Callable[..., list[np.ndarray]]
 """From a program's arguments to the leaves of its result."""
+
+
+def ready(target: Target) -> None:
+    """The packages that write and run a target are there.
+
+    Raises:
+      ExportError: one is not; the message says how it is installed.
+    """
+    for name in PACKAGES[target]:
+        if find_spec(name) is None:
+            how = 'pip install "jaxcomp[export]"' if target == "onnx" else litert_model.INSTALL
+            raise ExportError(f"{target}: the package {name} is not installed; {how}.")
 
 
 def opened(path: str | os.PathLike[str], target: Target) -> Run:

@@ -21,7 +21,7 @@ from jaxcomp.artifact.disk import replacing, write_all
 from jaxcomp.core.bits import bits_of, pack_bits_on_host, unpack_bits
 from jaxcomp.core.leaves import pack
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape
-from jaxcomp.export.errors import ExportError
+from jaxcomp.export.errors import ExportError, want_rules
 from jaxcomp.trace.ranges import Range
 
 OWNER = "to_stablehlo"
@@ -80,11 +80,12 @@ def to_stablehlo(
 
     Source: JAX's documentation of ``jax.export``, and the StableHLO specification.
     """
+    want_rules(OWNER, rules, ranges=ranges)
     if gradients not in ORDERS:
         raise ExportError(f"{OWNER}: gradients must be 0, 1 or 2, the order of derivatives, got {gradients!r}.")
     unknown = set(platforms) - set(KNOWN)
     if unknown or not platforms:
-        raise ExportError(f"{OWNER}: platforms must be some of {', '.join(KNOWN)}, got {tuple(platforms)}.")
+        raise ExportError(f"{OWNER}: platforms must be a tuple of some of {', '.join(KNOWN)}, got {platforms!r}.")
     program = exported(
         closed(fn, params, rules=rules, ranges=ranges, integer=integer),
         *args,

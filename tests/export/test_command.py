@@ -95,8 +95,12 @@ def test_integers_go_in(run, tmp_path) -> None:
         ("--to stablehlo --fn no_such_module:f --shape 1,32", "cannot be imported"),
         ("--to stablehlo --fn networks_to_export:number --shape 1,32", "has no function 'number'"),
         ("--to stablehlo --fn networks_to_export:network --shape 1;32", "--shape wants numbers and names"),
-        ("--to stablehlo --fn networks_to_export:network --shape 1,33", "dot_general"),
+        (
+            "--to stablehlo --fn networks_to_export:network --shape 1,33",
+            "of the shapes [(1, 33)]: TypeError: dot_general",
+        ),
         (f"--to stablehlo {PROGRAM} --samples net.safetensors", "'net.safetensors' is no .npy file of numbers"),
+        (f"--to stablehlo {PROGRAM} --samples gone.npy", "No such file or directory: 'gone.npy'"),
         ("--to stablehlo --fn networks_to_export:network --shape 100,32 --samples x.npy", "--samples hold arrays"),
         (f"--to gguf {PROGRAM}", "gguf holds weights alone"),
     ],

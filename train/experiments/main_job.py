@@ -17,6 +17,8 @@ from jaxcomp.artifact.coding import check
 from jaxcomp.artifact.files import write_atomically
 from jaxcomp.core.leaves import zeros_counted
 from jaxcomp.core.types import Params, PyTree
+from jaxcomp.export import ExportError
+from jaxcomp.export.running import ready
 from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
@@ -59,13 +61,19 @@ def run(config: Config, console: Console) -> list[Row]:
     Whatever stops it, the same command goes on from the last checkpoint and ends with the same numbers.
 
     Raises:
-      RunError: an unknown method, a folder that holds a run with other settings or that cannot be written.
+      RunError: an unknown method, a runtime that is not installed, a folder that holds a run with other settings or
+        that cannot be written.
       DataError, TrainingError: what their names say.
     """
     methods = config.methods or MAIN_JOB
     unknown = [m for m in methods if m not in METHODS]
     if unknown:
         raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")
+    for target in config.export:  # before hours of training
+        try:
+            ready(target)
+        except ExportError as e:
+            raise RunError(f"--export {e}") from e
     check_folder(config)
     data = load(config.dataset, data_dir=config.data_dir)
     job = Job.of(config, make_model(config.model, data), data)

@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
+
 from jaxcomp.activations.planning import Rules, assigned, checked_ranges
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.export.errors import ExportError
+from jaxcomp.export.errors import ExportError, want_rules
 from jaxcomp.export.onnx.activations import Site
 from jaxcomp.export.onnx.emitter import Emitter
 from jaxcomp.export.onnx.graph import Graph, Node
@@ -80,6 +83,7 @@ def to_onnx(
     ...     to_onnx(f"{folder}/net.onnx", fn, {"w": jnp.ones((8, 4))}, rows) > 8 * 4 * 4
     True
     """
+    want_rules("to_onnx", rules, ranges=ranges, samples=samples)
     written, shapes = opened(fn, params)
     program = trace(written, shapes, *args)
     planned = assigned(program, rules or {})
@@ -116,6 +120,11 @@ class _Ends:
         """Makes the inputs."""
         avals = program.jaxpr.in_avals[len(program.param_paths) :]
         for i, aval in enumerate(avals):
+            if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+                raise ExportError(
+                    f"to_onnx: argument {i} is of {aval.dtype}, which ONNX has not; make what it is for (random keys:"
+                    " the key) inside of the function, or leave that part out of the export."
+                )
             name = graph.fresh(f"input_{i}" if len(avals) > 1 else "input")
             order = self.order(name, tuple(aval.shape))
             tensor = replace(graph.tensor(name, tuple(aval.shape), aval.dtype), order=order)

@@ -64,10 +64,12 @@ class Seen:
             ):
                 raise ExportError(
                     f"to_onnx: a batch of samples= has arrays of shape {[np.shape(a) for a in leaves]}, wanted"
-                    f" {[t.shape for t in inputs]}: one array for each input."
+                    f" {[t.shape for t in inputs]}: samples= is a list of batches, each an array for each input."
                 )
             fed = {t.name: np.transpose(np.asarray(a, t.dtype), t.order) for t, a in zip(inputs, leaves, strict=True)}
             try:
                 yield session.run(list(names), fed)
             except Exception as e:
-                raise ExportError(f"to_onnx: the samples do not run in the written graph: {e}.") from e
+                raise ExportError(
+                    f"to_onnx: the samples do not run in the written graph: {' '.join(str(e).split())}"
+                ) from e

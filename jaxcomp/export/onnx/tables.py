@@ -45,13 +45,21 @@ def _dequantized(graph: Graph, held: HostCodes, axis: int, ids: str, lead: int) 
 
 def _shared(graph: Graph, v: np.ndarray, held: HostCodes, axis: int, ids: str, lead: int) -> str:
     """The rows of what blocks share; what all rows share is not looked up."""
-    v = np.asarray(v, np.float32)
-    for i, n in enumerate(held.codes.shape):
-        if v.shape[i] not in (1, n):
+    v, shape = np.asarray(v, np.float32), held.codes.shape
+    last = len(shape) - 1
+    late = last != axis and v.shape[axis] != 1 and v.shape[last] not in (1, shape[last])
+    for i, n in enumerate(shape):
+        if v.shape[i] not in (1, n) and not (late and i == last):
             v = np.repeat(v, n // v.shape[i], i)
-    if v.shape[axis] != 1:
-        return graph.once("Gather", [graph.constant(v), ids], axis=axis)
-    return graph.constant(v.reshape([*v.shape[:axis], *[1] * lead, *v.shape[axis + 1 :]]))
+    if v.shape[axis] == 1:
+        return graph.constant(v.reshape([*v.shape[:axis], *[1] * lead, *v.shape[axis + 1 :]]))
+    name = graph.once("Gather", [graph.constant(v), ids], axis=axis)
+    if not late:
+        return name
+    # Groups along a row are spread when it was taken: spread before, they would be a table of floats.
+    name = graph.once("Unsqueeze", [name, graph.ints([-1])])
+    name = graph.once("Expand", [name, graph.ints([shape[last] // v.shape[last]])])
+    return graph.once("Reshape", [name, graph.ints([0] * (lead + last - 1) + [shape[last]])])
 
 
 def _codes(graph: Graph, codes: np.ndarray, axis: int, ids: str, lead: int) -> str:

@@ -98,10 +98,11 @@ def test_leaves(tmp_path: Path, name: str) -> None:
 def test_lookups_take_rows(tmp_path: Path) -> None:
     """A table in 4 bits stays so: rows are unpacked and dequantized when they are taken."""
     ids = np.array([[5, 0], [255, 5]], np.int32)
-    for grid in (jc.Int(4), jc.Int(4, symmetric=False), jc.Int(8), jc.Int(2)):
-        leaf = by(jc.quantize(grid, per=jc.Channels(0)))()
+    grids, groups = (jc.Int(4), jc.Int(4, symmetric=False), jc.Int(8), jc.Int(2)), jc.Groups(32, -1)
+    for grid, per in [*((grid, jc.Channels(0)) for grid in grids), *((grid, groups) for grid in grids[:2])]:
+        leaf = by(jc.quantize(grid, per=per))()
         size = to_onnx(tmp_path / "t.onnx", lambda p, i: jnp.take(p["w"], i, 0, mode="clip"), leaf, ids)
-        assert size < 256 * 128 * grid.bits / 8 + 5000
+        assert size < 256 * 128 * (grid.bits / 8 + (per == groups) / 4) + 5000
         (rows,) = session(tmp_path / "t.onnx").run(None, {"input": ids})
         np.testing.assert_array_equal(rows, np.asarray(jc.materialize(leaf)["w"])[ids])
 
@@ -109,3 +110,21 @@ def test_lookups_take_rows(tmp_path: Path) -> None:
 def test_factors_run_thin(tmp_path: Path) -> None:
     to_onnx(tmp_path / "w.onnx", lambda p, x: x @ p["w"], factors(jc.chain()), X)
     assert operators(tmp_path / "w.onnx").count("MatMul") == 2
+
+
+def test_a_weight_in_front_stays_in_codes(tmp_path: Path) -> None:
+    """As in all of Equinox: ``w @ row``, and an embedding that is a slice, under vmap over a free dimension."""
+    params = {"w": jnp.asarray(draws(128, 256)), "table": jnp.asarray(draws(50, 256, seed=2))}
+
+    def rows(p, ids):
+        return jax.vmap(lambda i: p["w"] @ jax.lax.dynamic_slice(p["table"], (i, 0), (1, 256))[0])(ids)
+
+    leaves = jc.pack(jc.quantize(jc.Int(4), per=jc.Groups(32, -1)).apply((), params))
+    free = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.int32)
+    ids = np.array([3, 0, 49, 7, 3], np.int32)
+    size = to_onnx(tmp_path / "fn.onnx", rows, leaves, free)
+    assert size < jc.nbytes(leaves) + ROOM
+    assert "DequantizeLinear" in operators(tmp_path / "fn.onnx")
+    (got,) = session(tmp_path / "fn.onnx", **{"session.qdq_matmulnbits_accuracy_level": "1"}).run(None, {"input": ids})
+    dense = {name: np.asarray(leaf, np.float64) for name, leaf in jc.materialize(leaves).items()}
+    np.testing.assert_allclose(got, dense["table"][ids] @ dense["w"].T, rtol=1e-4, atol=1e-4)

@@ -212,14 +212,24 @@ def wrong_samples(path) -> None:
     to_onnx(path, residual, quantized(p), x, rules=W8A8, ranges=OF_RESIDUAL, samples=[x[0]])
 
 
+def no_rules(path) -> None:
+    to_onnx(path, dense_net, DENSE, draws(2, 7), ranges={})
+
+
+def random_key(path) -> None:
+    to_onnx(path, lambda p, k: p["up"] + jax.random.normal(k), {"up": jnp.ones(3)}, jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (wrong_layout, r"layouts\['input'\] must be an order of the 2 axes of \(2, 7\), got \(0, 2\)"),
         (foreign_layout, r"layouts name 'image'; the file has 'input', 'output'"),
         (wrong_samples, r"a batch of samples= has arrays of shape \[\(6, 6, 2\)\], wanted \[\(2, 6, 6, 2\)\]"),
+        (no_rules, "ranges= is of rounded activations, and no rules= round any; give rules too"),
+        (random_key, r"argument 0 is of key<fry>, which ONNX has not; make what it is for"),
     ],
-    ids=["order", "name", "samples"],
+    ids=["order", "name", "samples", "rules", "key"],
 )
 def test_errors(wrong, said, tmp_path) -> None:
     with pytest.raises(ExportError, match=said):

@@ -183,6 +183,9 @@ LOOKED_UP = {
     "dynamic_slice whole": lambda x, i: lax.dynamic_slice(x, (i[0, 0], i[0, 1], i[0, 2]), (4, 5, 2)),
     "dynamic_index": lambda x, i: lax.dynamic_index_in_dim(x, i[0, 0], 1, keepdims=False),
     "windows": lambda x, i: jax.vmap(lambda k: lax.dynamic_slice(x, (0, k, 1), (3, 2, 4)))(i.reshape(-1)),
+    "rows at a place of a whole axis": lambda x, i: jax.vmap(
+        lambda k: lax.dynamic_slice(x[0], (k, i[0, 0]), (1, 8))
+    )(i.reshape(-1)),
     "windows of each": lambda x, i: jax.vmap(lambda r, k: lax.dynamic_slice(r, (k, 1), (2, 4)))(x[:3], i[0]),
     "table": lambda x, i: jnp.asarray(draws(7, 4, seed=5))[i],
     "numbers": lambda x, i: x[jnp.array([2, 0])][:, :, jnp.array([1, -1])],
@@ -212,6 +215,10 @@ PRODUCTS = {
     "two axes": lambda x, y: jnp.tensordot(x, draws(3, 8, 5), ((1, 2), (2, 1))),
     "row": lambda x, y: x[0, 0] @ y,
     "column": lambda x, y: x @ y[:, 0],
+    "a matrix in front": lambda x, y: jnp.einsum("dc,abc->dab", jnp.asarray(draws(7, 8)), x),
+    "a matrix in front of rows": lambda x, y: jax.vmap(lambda v: jnp.asarray(draws(7, 8)) @ v)(x[0]),
+    "matrices in front": lambda x, y: jnp.einsum("abc,aec->abe", jnp.asarray(draws(4, 3, 8)), x),
+    "all of a matrix": lambda x, y: jnp.einsum("bc,abc->a", jnp.asarray(draws(5, 8)), x),
     "integers": lambda x, y: lax.dot_general(
         (x * 9).astype(jnp.int8), (y * 9).astype(jnp.int8), (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32
     ),

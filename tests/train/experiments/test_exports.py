@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 import jaxcomp.export
+from jaxcomp.export import running
 from train.configs import DIGITS, ModelConfig, OptimConfig
+from train.errors import RunError
 from train.experiments.main_job import export_all, run
 from train.reports.exports import write_exports
 
@@ -45,3 +47,11 @@ def test_rows_run_elsewhere(tmp_path) -> None:
         assert abs(one.accuracy - rows[one.name].test_accuracy) < 0.01
         assert one.bytes < 1.1 * rows[one.name].file_bytes + 20_000
     assert [one["bytes"] for one in json.loads((config.folder / "exports.json").read_text())] == [d.bytes for d in done]
+
+
+def test_a_runtime_that_is_not_there_is_said_before_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(running.PACKAGES, "litert", ("no_such_package",))
+    config = dataclasses.replace(SMALL, out=tmp_path / "run", export=("litert",))
+    with pytest.raises(RunError, match=r'--export litert: the package no_such_package is not installed; pip install "'):
+        run(config, Console(quiet=True))
+    assert not (tmp_path / "run").exists()

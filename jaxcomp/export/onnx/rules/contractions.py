@@ -38,29 +38,37 @@ def sides_of(step: Step) -> tuple[Side, Side]:
 
 @rule("dot_general")
 def _dot(step: Step) -> Value:
-    """``MatMul`` of (batch, rows, summed) by (batch, summed, columns), or of any rank by a matrix."""
+    """``MatMul`` of (batch, rows, summed) by (batch, summed, columns), or of any rank by a matrix.
+
+    A weight stands on the right, where runtimes have their products of codes, also where the function has it on the
+    left (``w @ x`` under ``vmap``, all of Equinox): the result then lies with its axes turned.
+    """
     values = [v if isinstance(v, Coded) else step.graph.array(v) for v in step.values]
-    sides = sides_of(step)
-    a, b = _alike(step, values)
-    shape = tuple(a.shape[i] for i in sides[0].batch)
-    rows, columns = (tuple(v.shape[i] for i in side.free) for v, side in zip((a, b), sides, strict=True))
-    if not sides[0].batch and len(sides[0].summed) == 1 and len(rows) > 0:
-        left = step.graph.plain(a, order=(*sides[0].free, *sides[0].summed))
+    operands = list(zip(_alike(step, values), sides_of(step), strict=True))
+    turned = isinstance(values[0], Coded | Const) and not isinstance(values[1], Coded | Const)
+    (a, left_side), (b, right_side) = reversed(operands) if turned else operands
+    shape = tuple(a.shape[i] for i in left_side.batch)
+    rows, columns = (tuple(v.shape[i] for i in side.free) for v, side in ((a, left_side), (b, right_side)))
+    if not left_side.batch and len(left_side.summed) == 1 and len(rows) > 0:
+        left = step.graph.plain(a, order=(*left_side.free, *left_side.summed))
         made: Dims = (*rows, _size(columns))
     else:
-        left = matrix(step.graph, a, sides[0], (sides[0].free, sides[0].summed))
+        left = matrix(step.graph, a, left_side, (left_side.free, left_side.summed))
         made = (*shape, _size(rows), _size(columns))
-    right = matrix(step.graph, b, sides[1], (sides[1].summed, sides[1].free))
+    right = matrix(step.graph, b, right_side, (right_side.summed, right_side.free))
     whole = a.dtype in BYTES and b.dtype in BYTES
     name = (
         _whole_product(step.graph, left, a.dtype, right, b.dtype)
         if whole
         else step.graph.run("MatMul", [left, right])[0]
     )
-    if made != step.shape:
-        name = reshape(step.graph, name, step.shape)
+    held = (*shape, *rows, *columns)
+    if made != held:
+        name = reshape(step.graph, name, held)
+    own = [range(len(shape) + len(columns), len(held)), range(len(shape), len(shape) + len(columns))]
+    order = (*range(len(shape)), *own[0], *own[1]) if turned else tuple(range(len(held)))
     made_of = t.F32 if isinstance(a, Coded) else a.dtype
-    return _typed(step, step.graph.tensor(name, step.shape, t.I32 if whole else made_of))
+    return _typed(step, Tensor(name, step.shape, t.I32 if whole else made_of, order))
 
 
 def _whole_product(graph: Graph, left: str, of_left: DType, right: str, of_right: DType) -> str:

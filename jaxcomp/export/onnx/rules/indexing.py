@@ -16,10 +16,12 @@ from jaxcomp.export.onnx.values import Const, Tensor, Value, is_static
 @rule("gather")
 def _gather(step: Step) -> Value:
     numbers, sizes = step.eqn.params["dimension_numbers"], step.eqn.params["slice_sizes"]
-    at = tuple(numbers.start_index_map)
-    shape = step.of(0).shape
+    at, shape = tuple(numbers.start_index_map), step.of(0).shape
+    if step.eqn.params["mode"] != FILL and len(at) > 1:  # a place along an axis that is taken whole is clipped to 0
+        at = tuple(i for i in at if sizes[i] != shape[i])
     whole = all(sizes[i] == n for i, n in enumerate(shape) if i not in at)
-    if len(at) == 1 and sizes[at[0]] == 1 and whole and not numbers.operand_batching_dims:
+    alone = not numbers.operand_batching_dims and set(numbers.collapsed_slice_dims) <= set(at)
+    if len(at) == 1 and sizes[at[0]] == 1 and whole and alone:
         return _rows(step, at[0])
     return _general(step)
 
@@ -29,7 +31,7 @@ def _rows(step: Step, axis: int) -> Value:
     graph, numbers = step.graph, step.eqn.params["dimension_numbers"]
     places = t.cast(graph, graph.array(step.values[1]), t.I64)
     batch = places.shape[:-1]
-    ids = _squeezed(graph, places)
+    ids = _column(graph, places, numbers.start_index_map.index(axis))
     if step.eqn.params["mode"] != FILL or isinstance(ids, Const):
         inside, ids = None, clipped(graph, ids, step.of(0).shape[axis] - 1)
     else:
@@ -49,11 +51,13 @@ def _rows(step: Step, axis: int) -> Value:
     return result if inside is None else _filled(step, result, inside)
 
 
-def _squeezed(graph: Graph, places: Const | Tensor) -> Const | Tensor:
-    """The places without their vectors' axis, of length 1."""
+def _column(graph: Graph, places: Const | Tensor, k: int) -> Const | Tensor:
+    """Number k of each vector of places."""
     if isinstance(places, Const):
-        return Const(places.array[..., 0], places.shape[:-1])
+        return Const(places.array[..., k], places.shape[:-1])
     last = len(places.shape) - 1
+    if places.shape[last] != 1:
+        places = tensor(graph, cut(graph, places, {last: (k, k + 1, 1)}, (*places.shape[:-1], 1)))
     return cut_away(graph, places, last)
 
 
