@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,7 +197,7 @@ HARNESS = {"None": forged_plain, "zstd": forged_compact, "ans": forged_compact}
 def outcome(path: Path, data: bytes) -> str:
     """ "loaded", or the message of the error; the same leaf by leaf."""
     path.write_bytes(data)
-    start = time.monotonic()
+    start = _processor_seconds()
     try:
         jc.load(path, companders=[ROOT], limit=LIMIT)
     except FileError as e:
@@ -214,9 +213,14 @@ def outcome(path: Path, data: bytes) -> str:
                     continue
     except FileError:
         pass
-    assert time.monotonic() - start < 10
+    assert _processor_seconds() - start < 10
     assert found == "loaded" or found.startswith("load: '"), found
     return found
+
+
+def _processor_seconds() -> float:
+    """Of this process: work that does not end, however busy the machine is."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def run(files: list[bytes], count: int, change: Callable[[Rng, bytes], bytes], path: Path) -> list[str]:
