@@ -144,7 +144,8 @@ for i, (name, (tree, given)) in enumerate(made.items()):
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
-for axis, values, label in zip(axes, (sizes, times), ("bytes of the file", "µs an image, one thread"), strict=True):
+kilobytes = {name: size / 1000 for name, size in sizes.items()}
+for axis, values, label in zip(axes, (kilobytes, times), ("kB of the file", "µs an image, one thread"), strict=True):
     bars = axis.barh(list(values), list(values.values()), color=[f"C{i}" for i in range(4)])
     axis.bar_label(bars, [f"{v:,.0f}" for v in values.values()], padding=3)
     axis.set(xlabel=label)
