@@ -24,7 +24,7 @@ from tests.benchmarks.timing import Report, Row, measure
 from train.networks import ResNet18
 
 RULES = {r".*": jc.Act(8)}
-WIDTHS = (64, 16)
+WIDTHS = (64, 32, 16)
 FLOAT, AGAIN, INT8, HALF, BOTH = "float", "float again (control)", "W8A8", "half the channels", "half, W8A8"
 TARGETS = {INT8: ">= 3", BOTH: ">= 8"}
 ONE = (1, 28, 28, 1)
