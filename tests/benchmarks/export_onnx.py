@@ -1,4 +1,4 @@
-"""ResNet-18 as ONNX files in onnxruntime, one thread, batch 1: float, W8A8, half the channels, and both.
+"""ONNX files in onnxruntime, one thread, batch 1: ResNet-18 in float, W8A8, half the channels and both; dense layers.
 
 Command: ``python -m tests.benchmarks export_onnx``. The networks have random weights, which take as long as trained
 ones. With ``JAXCOMP_RESNET=runs/.../baseline.safetensors``, a ResNet-18 that ``python -m train fashion_mnist`` trained,
@@ -123,6 +123,41 @@ def speed(width: int, folder: Path) -> Report:
     return Report(title, f"float ({timings.median(FLOAT) * 1e3:.3f} ms)", rows, timings.notes())
 
 
+def dense(folder: Path, *, layers: int = 4, width: int = 2048) -> Report:
+    """What weights alone gain, in codes of 8 bits and of 4 in groups of 32."""
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        for i in range(layers):
+            x = jax.nn.gelu(x @ p[f"w{i}"])
+        return x
+
+    rng = np.random.default_rng(0)
+    params = {f"w{i}": rng.normal(size=(width, width)).astype(np.float32) / width**0.5 for i in range(layers)}
+    x = rng.normal(size=(1, width)).astype(np.float32)
+    quantized = {
+        "8-bit weights": jc.quantize(jc.Int(8), per=jc.Channels(1)),
+        "4-bit weights, groups of 32": jc.quantize(jc.Int(4), per=jc.Groups(32, 0)),
+    }
+    trees = {FLOAT: params} | {name: jc.pack(t.apply((), params)) for name, t in quantized.items()}
+    files = {name: folder / f"dense_{i}.onnx" for i, name in enumerate(trees)}
+    sizes = {name: to_onnx(files[name], fn, tree, x) for name, tree in trees.items()}
+    sessions = {name: session(path) for name, path in {**files, AGAIN: files[FLOAT]}.items()}
+    calls = {name: (lambda ran=ran: ran.run(None, {"input": x})) for name, ran in sessions.items()}
+    timings = measure(calls, rounds=30, inner=10, warm=True)
+    rows = [
+        timings.speed_row(
+            name,
+            FLOAT,
+            factor=1.0,
+            detail=f"{timings.median(name) * 1e3:.3f} ms, {sizes.get(name, sizes[FLOAT]):,} bytes",
+            target=">= 3" if "4-bit" in name else "",
+        )
+        for name in (AGAIN, *quantized)
+    ]
+    title = f"{layers} dense layers of {width}^2, batch 1, onnxruntime, one thread: speed"
+    return Report(title, f"float ({timings.median(FLOAT) * 1e3:.3f} ms)", rows, timings.notes())
+
+
 def accuracy(file: Path, folder: Path) -> Report:
     """What W8A8 does on Fashion-MNIST."""
     from train.data.sets import load
@@ -159,5 +194,6 @@ def run() -> Iterator[Report]:
     with tempfile.TemporaryDirectory() as folder:
         for width in WIDTHS:
             yield speed(width, Path(folder))
+        yield dense(Path(folder))
         if file := os.environ.get("JAXCOMP_RESNET"):
             yield accuracy(Path(file), Path(folder))
