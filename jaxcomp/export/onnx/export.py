@@ -24,7 +24,7 @@ from jaxcomp.export.onnx.passes.affine import fold_affine
 from jaxcomp.export.onnx.passes.integers import to_integers
 from jaxcomp.export.onnx.passes.links import sweep
 from jaxcomp.export.onnx.passes.results import quantize_results
-from jaxcomp.export.onnx.passes.weights import spell_out_relus
+from jaxcomp.export.onnx.passes.weights import narrow_kernels, spell_out_relus
 from jaxcomp.export.onnx.rules import MODULES
 from jaxcomp.export.onnx.values import Dims, Tensor, Value, is_static
 from jaxcomp.trace.program import Program, trace
@@ -98,6 +98,7 @@ def to_onnx(
     left = quantize_results(graph, None if samples is None else Seen(graph, samples))
     to_integers(graph)
     spell_out_relus(graph)
+    narrow_kernels(graph)
     sweep(graph)
     if left:
         warnings.warn(

@@ -126,6 +126,19 @@ def test_a_relu_behind_weights_alone_does_not_hide_them(tmp_path) -> None:
     assert "MatMulNBits" in operators(tmp_path / "optimized.onnx")
 
 
+def test_kernels_of_4_bits_take_4_bits_of_the_file_and_run_on_integers(tmp_path) -> None:
+    def fn(p, x):
+        for name in ("w", "v"):
+            x = lax.conv_general_dilated(x, p[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return 2.0 * x
+
+    x, small = draws(2, 5, 5, 16), quantized({"w": draws(3, 3, 16, 32), "v": draws(1, 1, 32, 16)}, jc.Int(4))
+    ranges = {**over("w", low=-3.0), **over("v", low=-30.0, high=30.0)}
+    size = to_onnx(tmp_path / "fn.onnx", fn, small, x, rules={".*": Act(8)}, ranges=ranges)
+    assert size < (9 * 16 * 32 + 32 * 16) / 2 + 2500
+    assert optimized(tmp_path / "fn.onnx", tmp_path)["QLinearConv"] >= 1
+
+
 @cache
 def normed():
     """A convolution with a batch norm behind it, and its quantized weights."""
