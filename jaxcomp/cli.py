@@ -172,7 +172,8 @@ def export(
     """Write a file for another runtime; a program is run there and compared with JAX.
 
     ONNX, StableHLO and LiteRT hold a program: name its function, of the parameters and the arguments, and the shape of
-    each argument. compressed-tensors and GGUF hold weights.
+    each argument. compressed-tensors and GGUF hold weights; where paths do not say what products do with the axes, name
+    the function too.
 
     Args:
       file: of weights.
@@ -187,9 +188,12 @@ def export(
 
     target = out or command.output_of(file, to)
     if to == "compressed-tensors" or to == "gguf":
-        if fn or shape or samples:
-            raise ValueError(f"export: {to} holds weights alone; leave --fn, --shape and --samples out.")
-        done = command.export_weights(read(file).tree, to, target)
+        if samples or bool(fn) != bool(shape):
+            raise ValueError(
+                f"export: {to} holds weights alone; leave --samples out, and give --fn and --shape both, which say what"
+                " products do with the axes, or neither."
+            )
+        done = command.export_weights(read(file).tree, to, target, fn=fn, shapes=shape)
     elif not fn or not shape:
         raise ValueError(f"export: {to} holds a program; say --fn MODULE:FUNCTION and a --shape for each argument.")
     else:

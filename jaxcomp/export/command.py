@@ -20,6 +20,8 @@ from jaxcomp.core.types import Params, PyTree
 from jaxcomp.export.errors import ExportError
 from jaxcomp.export.running import SUFFIXES, Target, apart, opened
 from jaxcomp.trace import calibrate_over
+from jaxcomp.trace import roles as roles_of
+from jaxcomp.trace.program import shapes_of
 from jaxcomp.trace.ranges import Range
 
 Format = Literal["onnx", "stablehlo", "litert", "compressed-tensors", "gguf"]
@@ -45,9 +47,15 @@ class Exported:
     apart: tuple[float, float] | None
 
 
-def export_weights(tree: Params, to: Format, out: Path) -> Exported:
-    """Writes a tree as compressed-tensors (a folder) or GGUF."""
-    return Exported(out, writer(to)(out, tree), None)
+def export_weights(tree: Params, to: Format, out: Path, *, fn: str, shapes: Sequence[str]) -> Exported:
+    """Writes a tree as compressed-tensors (a folder) or GGUF; a function says what products do with its axes."""
+    roles = None
+    if fn:
+        function, scope = function_of(fn), jax.export.SymbolicScope()
+        specs = [spec_of(text, free=False, scope=scope) for text in shapes]
+        _fits(function, tree, specs, fn=fn)
+        roles = roles_of(function)(shapes_of(tree), *specs)
+    return Exported(out, writer(to)(out, tree, roles=roles), None)
 
 
 def export_program(

@@ -162,7 +162,7 @@ def _placed(
     if said is None or MIXED in said.names or len(said.names) != len(shape):
         raise ExportError(
             f"{owner}: {path!r} has {len(shape)} axes, and neither its path nor its rank settles which of them a"
-            " product sums over; pass roles=jaxcomp.roles(fn)(params, *args)."
+            " product sums over; pass roles=jaxcomp.roles(fn)(params, *args), or --fn and --shape to the command."
         )
     apart = [kind for kind in (BATCH, STACKED) if kind in said.names]
     if apart:

@@ -87,6 +87,14 @@ def test_integers_go_in(run, tmp_path) -> None:
     assert "largest difference 0 " in out
 
 
+def test_a_function_says_what_products_do_with_the_axes_of_weights(run, folder) -> None:
+    code, _, err = run(f"export net.safetensors --to gguf {PROGRAM} --out by_roles.gguf")
+    assert (code, err) == (0, "")
+    held = {k: np.asarray(jc.materialize(v)) for k, v in jc.export.from_gguf(folder / "by_roles.gguf").items()}
+    up = np.asarray(jc.materialize(jc.load(folder / "net.safetensors")["up"]))
+    assert any(np.allclose(x, up.T, rtol=1e-3) for x in held.values())
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -102,7 +110,9 @@ def test_integers_go_in(run, tmp_path) -> None:
         (f"--to stablehlo {PROGRAM} --samples net.safetensors", "'net.safetensors' is no .npy file of numbers"),
         (f"--to stablehlo {PROGRAM} --samples gone.npy", "No such file or directory: 'gone.npy'"),
         ("--to stablehlo --fn networks_to_export:network --shape 100,32 --samples x.npy", "--samples hold arrays"),
-        (f"--to gguf {PROGRAM}", "gguf holds weights alone"),
+        (f"--to gguf {PROGRAM} --samples x.npy", "gguf holds weights alone"),
+        ("--to gguf --shape 1,32", "give --fn and --shape both"),
+        ("--to gguf", "or --fn and --shape to the command"),
     ],
 )
 def test_wrong_words_give_one_line(words, says, run) -> None:
