@@ -314,8 +314,8 @@ def test_a_method_that_was_stopped_goes_on_from_its_checkpoint(method, interrupt
     was_base, was = wanted(interrupted, "baseline", method)
     assert base == was_base
     # Halves went to the even code then and go towards zero now: 4 bits of two epochs are another draw of 450 examples.
-    # The file has another format, of fewer bytes.
-    inexact = {"untuned_accuracy": 0.06, "test_accuracy": 0.06, "zeros": 0.01, "file_bytes": 500}
+    # The file has another format, with a checksum for each tensor.
+    inexact = {"untuned_accuracy": 0.06, "test_accuracy": 0.06, "zeros": 0.01, "file_bytes": 1200}
     for field, tolerance in inexact.items():
         assert abs(row[field] - was[field]) <= tolerance, field
     exact = [k for k in was if k not in {*inexact, "note"}]
