@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ from jaxcomp.quantization.learned import Learned
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import dequantize, in_type, spread
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.primitives import CUTS, RELAID, UNCHANGED
+from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.primitives import BARRED, CUTS, JOINS, RELAID, UNCHANGED
+from jaxcomp.trace.program import Program
 from jaxcomp.trace.tags import Origin
+from jaxcomp.trace.walk import Location
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero"], meta_fields=["dtype", "reach"])
@@ -138,6 +142,33 @@ def joined(op: Op, *values: Value) -> Sequence[Value]:
     (codes,) = op.bind(*(box.codes for box in full))
     scale = join([box.scale for box in full])
     return [Codes(codes, scale, zero, boxes[0].dtype, max(box.reach for box in boxes))]
+
+
+def passing(
+    program: Program,
+    paths: Container[str],
+    move: Callable[..., Sequence[object]],
+    as_value: Callable[[Any], Value],
+) -> dict[Location, Claim]:
+    """Claims on the layout operations between leaves that something else stands for and their products.
+
+    Args:
+      program: whose operations they are.
+      paths: of the leaves.
+      move: ``move(op, value, *rest)``, the results of an operation on what stands for a leaf.
+      as_value: from that to what :func:`joined` takes.
+    """
+
+    def join(op: Op, *values: object) -> Sequence[Value]:
+        return joined(op, *map(as_value, values))
+
+    found = {}
+    for op in program.flow.ops:
+        origins = [tag.origin for tag in op.tags if tag.origin is not None]
+        mine = any(origin.path in paths and origin.exact for origin in origins)
+        if mine and BARRED.isdisjoint(op.inside) and (op.name in LAYOUT or op.name in JOINS):
+            found[op.location] = Claim(partial(move if op.name in LAYOUT else join, op))
+    return found
 
 
 def _same(op: Op, v: jax.Array) -> jax.Array:

@@ -17,11 +17,11 @@ from typing import TypeVar
 import jax
 
 from jaxcomp.activations import codes as as_arrays
-from jaxcomp.activations.codes import LAYOUT, Codes, Value, codes_of, filled
+from jaxcomp.activations.codes import Codes, Value, codes_of, filled, passing
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.reasons import Why
 from jaxcomp.activations.thin_claims import stepped_axes
-from jaxcomp.core.barriers import together
+from jaxcomp.core.barriers import made_once
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import leaves_with_paths
@@ -29,7 +29,7 @@ from jaxcomp.core.types import Params
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
-from jaxcomp.trace.primitives import BARRED, JOINS
+from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
 
@@ -135,16 +135,7 @@ def as_array(value: Value | Held) -> Value:
 
 def held_layouts(program: Program, paths: Container[str]) -> dict[Location, Claim]:
     """Claims on the layout operations between a held leaf and its product."""
-    found = {}
-    for op in program.flow.ops:
-        origins = [tag.origin for tag in op.tags if tag.origin is not None]
-        mine = any(origin.path in paths and origin.exact for origin in origins)
-        if mine and BARRED.isdisjoint(op.inside):
-            if op.name in LAYOUT:
-                found[op.location] = Claim(partial(_moved, op))
-            elif op.name in JOINS:
-                found[op.location] = Claim(partial(_joined, op))
-    return found
+    return passing(program, paths, _moved, as_array)
 
 
 def _moved(op: Op, value: Value | Held, *rest: jax.Array) -> Sequence[Value | Held]:
@@ -152,10 +143,6 @@ def _moved(op: Op, value: Value | Held, *rest: jax.Array) -> Sequence[Value | He
     if isinstance(value, Held) and one and not value.waits:
         return [replace(value, moves=(*value.moves, op))]
     return as_arrays.moved(op, as_array(value), *rest)
-
-
-def _joined(op: Op, *values: Value | Held) -> Sequence[Value]:
-    return as_arrays.joined(op, *map(as_array, values))
 
 
 def held_product(planned: Planned, paths: Container[str]) -> Claim | None:
@@ -177,4 +164,4 @@ def in_its_turn(other: T, value: Value | Held) -> tuple[T, Value | Held]:
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(other))
     if not isinstance(value, Held) or not traced:  # else each is computed when it is asked for
         return other, value
-    return together((other, value))
+    return made_once((other, value))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations import codes as as_arrays
 from jaxcomp.activations.avals import result_of
-from jaxcomp.activations.codes import LAYOUT, Codes, Value
+from jaxcomp.activations.codes import Codes, Value, passing
 from jaxcomp.activations.planning import OWNER, Planned
 from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
@@ -25,7 +25,7 @@ from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import weight_only
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
-from jaxcomp.trace.primitives import BARRED, JOINS
+from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import dot_numbers
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
@@ -115,16 +115,7 @@ _KEEP = frozenset({"reshape", "squeeze", "transpose", "copy", "copy_p", "name", 
 
 def layout_claims(program: Program, leaves: Mapping[str, Prepared]) -> dict[Location, Claim]:
     """Claims on the layout operations between a prepared leaf and its products."""
-    found = {}
-    for op in program.flow.ops:
-        origins = [tag.origin for tag in op.tags if tag.origin is not None]
-        mine = any(origin.path in leaves and origin.exact for origin in origins)
-        if mine and BARRED.isdisjoint(op.inside):
-            if op.name in LAYOUT:
-                found[op.location] = Claim(partial(_moved, op))
-            elif op.name in JOINS:
-                found[op.location] = Claim(partial(_joined, op))
-    return found
+    return passing(program, leaves, _moved, in_arrays)
 
 
 def _moved(op: Op, value: Value | Carried, *rest: jax.Array) -> Sequence[Value | Carried]:
@@ -135,10 +126,6 @@ def _moved(op: Op, value: Value | Carried, *rest: jax.Array) -> Sequence[Value |
         return as_arrays.moved(op, in_arrays(value), *rest)
     dtype = op.eqn.params["new_dtype"] if cast else value.dtype
     return [replace(value, moves=(*value.moves, op), dtype=dtype)]
-
-
-def _joined(op: Op, *values: Value | Carried) -> Sequence[Value]:
-    return as_arrays.joined(op, *map(in_arrays, values))
 
 
 def product_claim(planned: Planned, leaves: Mapping[str, Prepared], record: Record) -> Claim | None:

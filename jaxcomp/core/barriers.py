@@ -13,7 +13,8 @@ def made_once(value: T) -> T:
     """The value, which XLA on CPU makes once for all that read it; accelerators fuse it into each.
 
     Which of the two is settled when a program is lowered: one exported for a GPU from a machine without one has no
-    barrier, and one that runs on the CPU beside a GPU has it.
+    barrier, and one that runs on the CPU beside a GPU has it. Of a tree, nothing is made from any part before all are
+    there; a part that nobody reads is left out.
 
     >>> import jax.numpy as jnp
     >>> made_once(jnp.arange(3))
@@ -21,16 +22,6 @@ def made_once(value: T) -> T:
     """
     made: T = jax.lax.platform_dependent(value, cpu=_barred, default=_same)
     return made
-
-
-def together(values: T) -> T:
-    """The values, of which XLA on CPU makes nothing before all are there; each must be used, or it is left out.
-
-    >>> import jax.numpy as jnp
-    >>> together((jnp.arange(3), jnp.ones(1)))
-    (Array([0, 1, 2], dtype=int32), Array([1.], dtype=float32))
-    """
-    return made_once(values)
 
 
 def _barred(value: T) -> T:
