@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxcomp.core.types import DType
+from jaxcomp.export.coded import repeated_to
 from jaxcomp.export.onnx.graph import Attribute, Graph
 from jaxcomp.export.onnx.values import Coded
 
@@ -96,15 +97,8 @@ def dequantized(graph: Graph, held: HostCodes, *, dtype: DType | None = None) ->
         scale, zero, attributes = scale.reshape(-1), zero.reshape(-1), {"axis": wide[0]}
     else:
         axis = min(range(codes.ndim), key=lambda i: scale.shape[i] / codes.shape[i])
-        scale, zero = (_full_but(v, codes.shape, axis) for v in (scale, zero))
-        attributes = {"axis": axis, "block_size": codes.shape[axis] // scale.shape[axis]}
+        blocks = tuple(scale.shape[i] if i == axis else n for i, n in enumerate(codes.shape))
+        scale, zero = (repeated_to(v, blocks) for v in (scale, zero))
+        attributes = {"axis": axis, "block_size": codes.shape[axis] // blocks[axis]}
     names = [graph.constant(codes.astype(stored)), graph.constant(scale), graph.constant(zero.astype(stored))]
     return graph.once("DequantizeLinear", names, **attributes)
-
-
-def _full_but(v: np.ndarray, shape: Sequence[int], axis: int) -> np.ndarray:
-    """Scales with an entry for each index of all axes but one."""
-    for i, n in enumerate(shape):
-        if i != axis and v.shape[i] != n:
-            v = np.repeat(v, n // v.shape[i], i)
-    return v

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxcomp.export.onnx.graph import Graph, Node
-from jaxcomp.export.onnx.passes.links import Links
+from jaxcomp.export.onnx.passes.links import Links, rebuild
 
 INT4 = np.dtype(ml_dtypes.int4)
 
@@ -35,16 +35,16 @@ def narrow_kernels(graph: Graph) -> None:
 
     onnxruntime convolves codes of a byte alone, and casts a constant before it looks for them.
     """
-    links, nodes = Links.of(graph), list[Node]()
-    for node in graph.nodes:
-        codes = graph.constants.get(node.inputs[0]) if node.op == "DequantizeLinear" else None
+    links = Links.of(graph)
+
+    def each(node: Node) -> bool:
+        codes = links.constant(node.inputs[0]) if node.op == "DequantizeLinear" else None
         reader = links.only_reader(node.outputs[0])
         if codes is not None and reader is not None and reader.op == "Conv" and _fits(codes):
-            (wide,) = graph.run("Cast", [graph.constant(codes.astype(INT4))], to=codes.dtype)
-            nodes.append(graph.nodes.pop())
-            node.inputs[0] = wide
-        nodes.append(node)
-    graph.nodes = nodes
+            (node.inputs[0],) = graph.run("Cast", [graph.constant(codes.astype(INT4))], to=codes.dtype)
+        return False
+
+    rebuild(graph, each)
 
 
 def _fits(codes: np.ndarray) -> bool:
