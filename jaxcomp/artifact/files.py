@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 
-from jaxcomp.artifact.coding.blocks import CODINGS, Coding, encode
+from jaxcomp.artifact.coding.blocks import Coding, check, encode
 from jaxcomp.artifact.container import FORMAT_VERSION, KEY, Reader, opened
 from jaxcomp.artifact.decoding import decode_tree
 from jaxcomp.artifact.disk import Counted, reading_file, replacing, spooled, write_all
@@ -82,8 +82,7 @@ def save(
 def _layout(coding: Coding | None) -> Layout:
     if coding is None:
         return write_plain
-    if coding not in CODINGS:
-        raise ValueError(f"save: coding must be None, {' or '.join(map(repr, CODINGS))}, got {coding!r}.")
+    check(coding, owner="save")
     return compact_layout(lambda tensor: encode(tensor, coding))
 
 

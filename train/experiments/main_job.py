@@ -249,7 +249,7 @@ def _check_coding(name: str, recipe: Recipe) -> None:
     """
     try:
         if recipe.coding is not None:
-            check(recipe.coding)
+            check(recipe.coding, owner=name)
     except ImportError as e:
         raise RunError(f"{name}: {e}.") from e
 

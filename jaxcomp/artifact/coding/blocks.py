@@ -44,15 +44,15 @@ _SAID = 16
 """What saying that a tensor is coded takes in a file, about."""
 
 
-def check(coding: Coding) -> None:
-    """That a coding is known, and what it wants is installed.
+def check(coding: Coding, *, owner: str) -> None:
+    """That a coding is known, and what it wants is installed; errors begin with the ``owner``.
 
     Raises:
       ValueError: there is no such coding.
       ImportError: a package is missing. The message names the extra.
     """
     if coding not in CODINGS:
-        raise ValueError(f"coding must be None, {' or '.join(map(repr, CODINGS))}, got {coding!r}.")
+        raise ValueError(f"{owner}: coding must be None, {' or '.join(map(repr, CODINGS))}, got {coding!r}.")
     for name in ("zstandard",) if coding == "zstd" else ("zstandard", "constriction"):
         package(name)
 

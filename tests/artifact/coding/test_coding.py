@@ -108,7 +108,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name: str) -> No
     monkeypatch.setitem(sys.modules, name, None)
     match = rf'coded tensors need the package {name}: pip install "jaxcomp\[coding\]"'
     with pytest.raises(ImportError, match=match):
-        check("ans")
+        check("ans", owner="save")
     monkeypatch.undo()
     said, data, *_ = coded(RNG.binomial(9, 0.5, 9000).astype(np.uint8), "ans" if name == "constriction" else "zstd")
     monkeypatch.setitem(sys.modules, name, None)
