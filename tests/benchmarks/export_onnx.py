@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from train.networks import ResNet18
 RULES = {r".*": jc.Act(8)}
 WIDTHS = (64, 32, 16)
 FLOAT, AGAIN, INT8, HALF, BOTH = "float", "float again (control)", "W8A8", "half the channels", "half, W8A8"
+NARROW = "4-bit weights, groups of 32"
 TARGETS = {INT8: ">= 3", BOTH: ">= 8"}
 ONE = (1, 28, 28, 1)
 
@@ -105,8 +106,14 @@ def speed(width: int, folder: Path) -> Report:
         HALF: small.exported(folder / "half.onnx"),
         BOTH: small.exported_in_8_bits(folder / "both.onnx"),
     }
+    title = f"ResNet-18 width {width}, 28x28x1, batch 1, onnxruntime, one thread: speed"
+    return compared(title, files, samples[:1], TARGETS)
+
+
+def compared(title: str, files: Mapping[str, Path], x: np.ndarray, targets: Mapping[str, str]) -> Report:
+    """What each file gains over the first, which is the float one."""
     sessions = {name: session(path) for name, path in {**files, AGAIN: files[FLOAT]}.items()}
-    calls = {name: (lambda ran=ran: ran.run(None, {"input": samples[:1]})) for name, ran in sessions.items()}
+    calls = {name: (lambda ran=ran: ran.run(None, {"input": x})) for name, ran in sessions.items()}
     timings = measure(calls, rounds=30, inner=20, warm=True)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     rows = [
@@ -115,11 +122,10 @@ def speed(width: int, folder: Path) -> Report:
             FLOAT,
             factor=1.0,
             detail=f"{timings.median(name) * 1e3:.3f} ms, {sizes.get(name, sizes[FLOAT]):,} bytes",
-            target=TARGETS.get(name, ""),
+            target=targets.get(name, ""),
         )
-        for name in (AGAIN, INT8, HALF, BOTH)
+        for name in (AGAIN, *(name for name in files if name != FLOAT))
     ]
-    title = f"ResNet-18 width {width}, 28x28x1, batch 1, onnxruntime, one thread: speed"
     return Report(title, f"float ({timings.median(FLOAT) * 1e3:.3f} ms)", rows, timings.notes())
 
 
@@ -136,26 +142,14 @@ def dense(folder: Path, *, layers: int = 4, width: int = 2048) -> Report:
     x = rng.normal(size=(1, width)).astype(np.float32)
     quantized = {
         "8-bit weights": jc.quantize(jc.Int(8), per=jc.Channels(1)),
-        "4-bit weights, groups of 32": jc.quantize(jc.Int(4), per=jc.Groups(32, 0)),
+        NARROW: jc.quantize(jc.Int(4), per=jc.Groups(32, 0)),
     }
     trees = {FLOAT: params} | {name: jc.pack(t.apply((), params)) for name, t in quantized.items()}
     files = {name: folder / f"dense_{i}.onnx" for i, name in enumerate(trees)}
-    sizes = {name: to_onnx(files[name], fn, tree, x) for name, tree in trees.items()}
-    sessions = {name: session(path) for name, path in {**files, AGAIN: files[FLOAT]}.items()}
-    calls = {name: (lambda ran=ran: ran.run(None, {"input": x})) for name, ran in sessions.items()}
-    timings = measure(calls, rounds=30, inner=10, warm=True)
-    rows = [
-        timings.speed_row(
-            name,
-            FLOAT,
-            factor=1.0,
-            detail=f"{timings.median(name) * 1e3:.3f} ms, {sizes.get(name, sizes[FLOAT]):,} bytes",
-            target=">= 3" if "4-bit" in name else "",
-        )
-        for name in (AGAIN, *quantized)
-    ]
+    for name, tree in trees.items():
+        to_onnx(files[name], fn, tree, x)
     title = f"{layers} dense layers of {width}^2, batch 1, onnxruntime, one thread: speed"
-    return Report(title, f"float ({timings.median(FLOAT) * 1e3:.3f} ms)", rows, timings.notes())
+    return compared(title, files, x, {NARROW: ">= 3"})
 
 
 def accuracy(file: Path, folder: Path) -> Report:

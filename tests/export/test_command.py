@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp import cli
 from jaxcomp.export.running import opened
+from tests.command_line import runner
 
 MODULE = """
 import jax
@@ -39,17 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(line: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(line.split())
-        except SystemExit as e:  # tyro's own
-            code = int(e.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return runner(folder, monkeypatch, capsys)
 
 
 PROGRAM = "--fn networks_to_export:network --shape batch,32"

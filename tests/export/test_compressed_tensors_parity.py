@@ -31,9 +31,7 @@ def test_the_package_dequantizes_what_materialize_gives(name, tmp_path) -> None:
     t, tree = TRANSFORMS[name], params()
     small = t.apply(t.init(tree), tree)
     jc.export.to_compressed_tensors(tmp_path, small)
-    config = QuantizationConfig.model_validate(
-        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    )
+    config = config_in(tmp_path)
     scheme = config.config_groups["group_0"]
     assert scheme.targets == ["a.mlp"]
     state = load_file(tmp_path / "model.safetensors")
@@ -54,21 +52,31 @@ class Net(torch.nn.Module):
         self.a.mlp = torch.nn.Linear(128, 24)
 
 
-def test_a_model_of_torch_loads_the_folder(tmp_path) -> None:
-    """As transformers does: the scheme is put on the modules, the state is loaded, the weights are decompressed."""
-    from compressed_tensors.compressors import compress_module, decompress_module
+def config_in(folder):
+    return QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
 
-    small = TRANSFORMS["int4 in groups"].apply((), params())
-    jc.export.to_compressed_tensors(tmp_path, small)
-    config = QuantizationConfig.model_validate(
-        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    )
+
+def loaded(folder, config) -> Net:
+    """The module with the folder's weights, still compressed."""
+    from compressed_tensors.compressors import compress_module
+
     net = Net()
     apply_quantization_config(net, config)
     compress_module(net.a.mlp)
-    missing, unexpected = net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    missing, unexpected = net.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert not missing
     assert not unexpected
+    return net
+
+
+def test_a_model_of_torch_loads_the_folder(tmp_path) -> None:
+    """As transformers does: the scheme is put on the modules, the state is loaded, the weights are decompressed."""
+    from compressed_tensors.compressors import decompress_module
+
+    small = TRANSFORMS["int4 in groups"].apply((), params())
+    jc.export.to_compressed_tensors(tmp_path, small)
+    config = config_in(tmp_path)
+    net = loaded(tmp_path, config)
     decompress_module(net.a.mlp)
     dense = jc.materialize(small)["a"]["mlp"]
     np.testing.assert_array_equal(net.a.mlp.weight.detach().float().numpy(), np.asarray(dense["kernel"]).T)
@@ -160,23 +168,16 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_the_package(name, tmp_path) -> None:
     """A module with its activations quantized: its inputs lie within half a step of ours, and the weights are ours."""
-    from compressed_tensors.compressors import compress_module, decompress_module
+    from compressed_tensors.compressors import decompress_module
     from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
     grid, act, form = ACTIVATIONS[name]
     small = jc.quantize(grid, per=jc.Channels()).apply((), params())
     ranges = {"a/mlp/kernel": Range(jnp.float32(-1.5), jnp.float32(2.5))}
     jc.export.to_compressed_tensors(tmp_path, small, rules={".*kernel": act}, ranges=ranges)
-    config = QuantizationConfig.model_validate(
-        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    )
+    config = config_in(tmp_path)
     assert config.format == form
-    net = Net()
-    apply_quantization_config(net, config)
-    compress_module(net.a.mlp)
-    missing, unexpected = net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-    assert not missing
-    assert not unexpected
+    net = loaded(tmp_path, config)
     x = np.random.default_rng(1).uniform(-1.5, 2.5, (1, 3, 128)).astype(np.float32)  # batch, tokens, features
     got = forward_quantize(net.a.mlp, torch.from_numpy(x), "input", net.a.mlp.quantization_scheme.input_activations)
     q = jc.quantize_function(lambda p, x: x @ p["a"]["mlp"]["kernel"], {".*": act})

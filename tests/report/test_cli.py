@@ -19,6 +19,7 @@ import jaxcomp as jc
 from jaxcomp import cli
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.report.inputs import read
+from tests.command_line import runner
 from tests.export.formats import random_leaf
 from tests.report import trees
 
@@ -42,17 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """The exit code, output and errors of a command."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(line: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(line.split())
-        except SystemExit as e:  # tyro's own
-            code = int(e.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return runner(folder, monkeypatch, capsys)
 
 
 def test_inspect_shows_what_a_file_holds(run, folder):
