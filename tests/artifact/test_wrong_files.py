@@ -63,7 +63,8 @@ def test_a_file_by_hand_is_read(tmp_path) -> None:
 
 
 HUGE = {"masked": {"survivors": 1}, "mask": [[1], 0], "shape": [1 << 40]}
-DEEP = f'{{"version":4,"sums":"{sums_of(CODES, SCALE)}","tree":' + '{"list":[' * 3000 + "0" + "]}" * 3000 + ',"metadata":{}}'
+NESTED = '{"list":[' * 3000 + "0" + "]}" * 3000
+DEEP = f'{{"version":4,"sums":"{sums_of(CODES, SCALE)}","tree":{NESTED},"metadata":{{}}}}'
 TREES = {
     # Too deep for the parser of some Pythons (RecursionError), parsed by others (3.13) and refused as a tree.
     "a deep tree": (DEEP, "nested|deep"),
