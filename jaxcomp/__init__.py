@@ -102,8 +102,10 @@ _LATER = (
     "distill",
     "export",
     "federated",
+    "ptq",
     "recipes",
     "report",
+    "search",
 )  # rooms that nothing here stands on: imported when they are first named
 
 
