@@ -26,12 +26,12 @@ SOURCES = Sources(ROOT, TRAIN)
 FACES = sorted(name for name in SOURCES.faces - {"train"} if name.count(".") < 2)
 """Those of jaxcomp and of every room; folders within a room are the room's own."""
 
-METHODS = {"distill", "factorization", "federated", "pruning", "quantization", "sharing", "trace"}
+METHODS = {"factorization", "federated", "pruning", "quantization", "sharing", "trace"}
 LEVELS = [
     {"core"},
     METHODS,
     {"kernels"},
-    {"activations", "artifact", "ptq", "recipes", "structure"},
+    {"activations", "adapters", "artifact", "distill", "ptq", "recipes", "structure"},
     {"cli", "export", "report", "search"},
 ]
 """The rooms and loose files of jaxcomp, lowest first."""
@@ -199,7 +199,7 @@ def test_values_come_before_leaves_and_leaves_before_transforms(room) -> None:
 
 
 def test_few_files_stand_loose() -> None:
-    loose = {p.stem for p in ROOT.glob("*.py")} - {"__init__", "recipes", "distill"}
+    loose = {p.stem for p in ROOT.glob("*.py")} - {"__init__", "recipes"}
     assert len(loose) <= 2, f"{', '.join(sorted(loose))} stand beside the rooms of jaxcomp; move each into a room."
 
 

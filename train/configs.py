@@ -51,6 +51,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What a row that ends in `+distill` learns from the float baseline, its teacher."""
+
+    weight: float = 0.9
+    """Of the teacher's soft targets in the loss; the labels have the rest."""
+    temperature: float = 4.0
+    """That both softmaxes are taken at."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"distill.weight must be a fraction above 0, got {self.weight}.")
+        if not self.temperature > 0:
+            raise ValueError(f"distill.temperature must be above 0, got {self.temperature}.")
+
+
+@dataclass(frozen=True)
 class Config:
     """A main job: a baseline, then each method fine-tuned from it, then the table."""
 
@@ -62,6 +78,8 @@ class Config:
     """How the float network is trained."""
     finetune: OptimConfig
     """How each method is fine-tuned from the baseline."""
+    distill: DistillConfig = DistillConfig()
+    """How rows are taught whose names end in `+distill`, as in `--methods w2a2 w2a2+distill`."""
     batch: int = 128
     """Examples a step, over all devices."""
     label_smoothing: float = 0.0
@@ -103,7 +121,9 @@ def identity_of(config: Config) -> dict[str, object]:
             return {k: v for name, x in inner for k, v in flat(f"{prefix}{name}.", x).items()}
         return {prefix.rstrip("."): value}
 
-    return flat("", config)
+    found = flat("", config)
+    usual = {f"distill.{f.name}": f.default for f in fields(DistillConfig)}  # as in runs that know no teacher
+    return {k: v for k, v in found.items() if k not in usual or usual[k] != v}
 
 
 def difference(a: Identity, b: Identity) -> str | None:

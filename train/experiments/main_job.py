@@ -23,11 +23,11 @@ from train.configs import Config, ModelConfig, OptimConfig, difference, identity
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
 from train.experiments.exports import Export, export, program_of
-from train.experiments.methods import MAIN_JOB, METHODS, Recipe, Start
+from train.experiments.methods import MAIN_JOB, METHODS, TAUGHT, Method, Recipe, Start, method_named
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
 from train.loop.progress import Progress, say
-from train.loop.step import init_variables
+from train.loop.step import Teacher, init_variables
 from train.networks.compressed import macs_of
 from train.networks.linen import build
 
@@ -66,10 +66,9 @@ def run(config: Config, console: Console) -> list[Row]:
       DataError, TrainingError: what their names say.
     """
     methods = config.methods or MAIN_JOB
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown:
-        raise RunError(f"no method is called {unknown[0]!r}; there are {', '.join(METHODS)}.")
-    for target in config.export:  # before hours of training
+    for name in methods:  # before hours of training
+        _method(name)
+    for target in config.export:
         try:
             ready(target)
         except ExportError as e:
@@ -186,7 +185,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         return found
     _make_folder(folder)
     recipe, optim = _recipe(job, name)
-    job = job.on(recipe.network)
+    job = replace(job.on(recipe.network), teacher=_teacher(job, name))
     variables = recipe.variables["params"], recipe.variables["batch_stats"]
     first = first_compression(job, recipe.transform, variables)
     untuned = None if name == BASELINE else _accuracy(job, recipe.transform.apply(first, variables[0]), variables[1])
@@ -205,12 +204,12 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     jc.save(file, shipped, metadata=about, coding=recipe.coding)
     row = Row(
         name=name,
-        method="float32 baseline" if name == BASELINE else METHODS[name].title,
+        method="float32 baseline" if name == BASELINE else _method(name).title,
         untuned_accuracy=untuned,
         test_accuracy=_judge_file(job, recipe, file, shipped),
         macs=macs_of(recipe.network, recipe.variables, job.data),
         zeros=_fraction_of_zeros(shipped["params"]),
-        bits=32 if name == BASELINE else METHODS[name].bits,
+        bits=32 if name == BASELINE else _method(name).bits,
         file_bytes=os.path.getsize(file),
         seconds=round(seconds, 1),
         note=_note(job, recipe, shipped),
@@ -236,9 +235,30 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
-    recipe = METHODS[name].make(Start(model, job.data, saved, steps))
+    recipe = _method(name).make(Start(model, job.data, saved, steps))
     _check_coding(name, recipe)
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
+
+
+def _method(name: str) -> Method:
+    """The row of a name.
+
+    Raises:
+      RunError: there is none.
+    """
+    found = method_named(name)
+    if found is None:
+        raise RunError(
+            f"no method is called {name!r}; there are {', '.join(METHODS)}, each also with {TAUGHT!r} after it."
+        )
+    return found
+
+
+def _teacher(job: Job, name: str) -> Teacher | None:
+    """The float baseline, for a row that learns from it."""
+    if not name.endswith(TAUGHT):
+        return None
+    return Teacher(job.model, jc.load(job.config.folder / f"{BASELINE}.safetensors"), job.config.distill)
 
 
 def _check_coding(name: str, recipe: Recipe) -> None:

@@ -235,3 +235,14 @@ METHODS: dict[str, Method] = {
 """All rows by name."""
 MAIN_JOB = ("l1", "sensitivity", "filters", "structured", "int8", "log8", "w8a8", "int4", "joint")
 """The rows of a run that names none."""
+
+TAUGHT = "+distill"
+"""The end of a row's name whose fine-tuning also learns from the float baseline."""
+
+
+def method_named(name: str) -> Method | None:
+    """The row of a name, which may end in ``+distill``; None where there is none."""
+    found = METHODS.get(name.removesuffix(TAUGHT))
+    if found is None or not name.endswith(TAUGHT):
+        return found
+    return replace(found, title=f"{found.title}, distilled")

@@ -24,6 +24,7 @@ from train.loop.step import (
     Mesh,
     Metrics,
     Predict,
+    Teacher,
     TrainState,
     data_mesh,
     make_gradient,
@@ -43,6 +44,7 @@ class Job:
     data: Dataset
     mesh: Mesh
     predict: Predict
+    teacher: Teacher | None = None
 
     @staticmethod
     def of(config: Config, model: Network, data: Dataset) -> Job:
@@ -136,6 +138,7 @@ def _start(
         augmented=config.augment,
         seed=config.seed,
         mesh=job.mesh,
+        teacher=job.teacher,
     )
     state = TrainState(jax.numpy.int32(0), *variables, optimizer.init(variables[0]), compression)
     # Copies: the step donates its state, and the caller keeps the variables.

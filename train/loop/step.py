@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 
 import jaxcomp as jc
 from jaxcomp.core.types import Params, PyTree, State
-from train.configs import OptimConfig
+from jaxcomp.distill import soft_targets
+from train.configs import DistillConfig, OptimConfig
 from train.data.images import augment, normalize
 from train.data.sets import Dataset
 from train.networks.compressed import Network
@@ -41,6 +42,14 @@ class Metrics(NamedTuple):
     loss: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array
+
+
+class Teacher(NamedTuple):
+    """A trained network whose results another learns from, and how: see ``train.configs.DistillConfig``."""
+
+    network: Network
+    variables: Mapping[str, PyTree]
+    config: DistillConfig
 
 
 class Mesh(NamedTuple):
@@ -96,27 +105,36 @@ def make_train_step(
     augmented: bool,
     seed: int,
     mesh: Mesh,
+    teacher: Teacher | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """``step(state, images, labels, indices) -> (state, metrics)``; the state's buffers are donated.
 
     Images and labels are the whole training split on the device, uint8; ``indices`` picks the batch. The augmentation's
-    key is made of the seed and the step, so a resumed run draws what it would have drawn.
+    key is made of the seed and the step, so a resumed run draws what it would have drawn. A teacher sees the same
+    images.
     """
 
-    def loss_fn(params: Params, state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, PyTree]:
+    def loss_fn(
+        params: Params, state: TrainState, images: jax.Array, labels: jax.Array, known: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         seen = jc.materialize(transform.apply(state.compression, params))
         logits, batch_stats = forward(model, seen, state.batch_stats, images=images, train=True)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, data.num_classes), label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), (batch_stats, logits)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        if teacher is not None:
+            loss = _taught(teacher, known, images, logits=logits, loss=loss)
+        return loss, (batch_stats, logits)
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, known: PyTree
+    ) -> tuple[TrainState, Metrics]:
         batch, targets = images[indices], labels[indices]
         if augmented:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             batch = augment(key, batch, data.augmentation)
         batch = normalize(batch, data.mean, data.std)
         (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state, batch, targets
+            state.params, state, batch, targets, known
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -124,12 +142,21 @@ def make_train_step(
         metrics = Metrics(loss, (logits.argmax(-1) == targets).mean(), optax.global_norm(grads))
         return TrainState(state.step + 1, params, batch_stats, opt_state, compression), metrics
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(mesh.copied, mesh.copied, mesh.copied, mesh.split),
+        in_shardings=(mesh.copied, mesh.copied, mesh.copied, mesh.split, mesh.copied),
         out_shardings=(mesh.copied, mesh.copied),
     )
+    known = jax.device_put({} if teacher is None else dict(teacher.variables), mesh.copied)
+    return lambda state, images, labels, indices: jitted(state, images, labels, indices, known)
+
+
+def _taught(teacher: Teacher, known: PyTree, images: jax.Array, *, logits: jax.Array, loss: jax.Array) -> jax.Array:
+    """The loss on labels, and on what the teacher says of the same images."""
+    weight, temperature = teacher.config.weight, teacher.config.temperature
+    said, _ = forward(teacher.network, known["params"], known["batch_stats"], images=images, train=False)
+    return (1 - weight) * loss + weight * soft_targets(logits, said, temperature)
 
 
 def make_predict(model: Network, data: Dataset) -> Predict:

@@ -1,4 +1,4 @@
-"""Distillation: pure losses between a student's outputs or features and a teacher's, which no gradient reaches."""
+"""Pure losses between what a student computes and what a teacher does, which no gradient reaches."""
 
 from __future__ import annotations
 
