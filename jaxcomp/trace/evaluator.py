@@ -44,7 +44,7 @@ import jax
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.control_flow import reopen
-from jaxcomp.trace.interpreter import Claim, Evaluator, Handler, Monoid, Result
+from jaxcomp.trace.interpreter import Claim, Evaluator, Handler, Monoid, Result, Watch
 from jaxcomp.trace.primitives import SEALED
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.walk import Fn, Location, Value
@@ -88,6 +88,7 @@ def evaluate(
     collect: Monoid | None = None,
     to_array: Callable[[Value], jax.Array] | None = None,
     inline: bool = False,
+    watch: Mapping[Location, Watch] | None = None,
 ) -> Result:
     """Runs ``program`` on ``values`` with some equations done otherwise.
 
@@ -99,14 +100,15 @@ def evaluate(
         cond, or of a name that was emitted already, is an error.
       to_array: turns a value that is no array into one, for equations that no one claims.
       inline: open every jit, also where nothing inside changes, so that what it holds stands beside its neighbours.
+      watch: by location, what is emitted beside an equation that is done as ever, be it claimed, opened or neither.
 
     Raises:
       ValueError: a claim stands at no equation, emissions cannot be merged, or a claim gives a wrong number of results.
       TypeError: an unclaimed equation meets a value that is no array, and ``to_array`` is not given.
     """
-    run = Evaluator(program, claims, reopen, collect=collect, to_array=to_array, inline=inline)
+    run = Evaluator(program, claims, reopen, collect=collect, to_array=to_array, inline=inline, watch=watch or {})
     results, aux = run.jaxpr(program.jaxpr, (), values, {at: c.side for at, c in claims.items() if c.side is not None})
-    unused = [at for at in claims if at not in run.met]
+    unused = [at for at in (*claims, *run.watch) if at not in run.met]
     if unused:
         raise ValueError(
             f"evaluate: claims at {some_paths(map(str, unused))} stand at no equation that was reached; "

@@ -64,6 +64,8 @@ class Result(NamedTuple):
     aux: Aux
 
 
+Watch = Callable[[Sequence[Value], Sequence[Value]], Mapping[str, PyTree]]
+"""From an equation's operands and its results to values that are emitted beside them; nothing is done otherwise."""
 Handler = Callable[[Op], Claim | None]
 """Looks at an equation and claims it, or does not."""
 Sides = Mapping[Location, PyTree]
@@ -96,14 +98,16 @@ class Evaluator:
         collect: Monoid | None,
         to_array: Callable[[Value], jax.Array] | None,
         inline: bool,
+        watch: Mapping[Location, Watch],
     ) -> None:
         self.claims = claims
+        self.watch = watch
         self.reopen = reopen
         self.inlined = INLINED if inline else frozenset()
         self.layer_scans = {loop.location for op in program.flow.ops for loop in op.loops if loop.layers}
         self.collect = collect
         self.to_array = to_array
-        self.around = {at[:i] for at in claims for i in range(1, len(at))}
+        self.around = {at[:i] for at in (*claims, *watch) for i in range(1, len(at))}
         self.met: set[Location] = set()
 
     def jaxpr(self, jaxpr: nested.Closed, at: Location, values: Sequence[Value], sides: Sides) -> Outcome:
@@ -119,6 +123,14 @@ class Evaluator:
         return walk.run(jaxpr, values, equation, constant=_itself, at=at, free=True), aux
 
     def equation(self, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
+        """One equation, and what is seen of it."""
+        results, aux = self.done(eqn, at, values, sides)
+        if at in self.watch:
+            self.met.add(at)
+            aux = self.merged(aux, self.watch[at](values, results))
+        return results, aux
+
+    def done(self, eqn: core.JaxprEqn, at: Location, values: list[Value], sides: Sides) -> Outcome:
         """One equation: claimed, opened, or re-bound."""
         if at in self.claims:
             self.met.add(at)
