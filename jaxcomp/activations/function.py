@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 import jax
 
+from jaxcomp.activations.adapted import Beside, apart, put_beside, with_adapters
 from jaxcomp.activations.backward import Gradients, checked_key
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
@@ -105,7 +106,7 @@ def quantize_function(
         seen: Seen = {}
         result = call.run(given, Mode(integer, gradients), partial(put, seen))
         if integer:
-            demand(unmet(call.planned, seen, params), told, strict=strict)
+            demand(unmet(call.planned, seen, apart(params)[0]), told, strict=strict)
         return result
 
     return quantized
@@ -137,27 +138,31 @@ class Call:
     def run(self, ranges: Mapping[str, Range], mode: Mode, record: Record) -> PyTree:
         """The result; ``record`` learns what was done at each site."""
         program = self.program
-        factors = kept_factors(program, self.params, mode.gradients.spec is not None)
+        params, adapters = apart(self.params)
+        factors = kept_factors(program, params, mode.gradients.spec is not None)
         planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
-        prepared = checked(program, self.params)
-        looked_up = tables(program, planned, self.params)
+        prepared = checked(program, params)
+        looked_up = tables(program, planned, params)
         kept: dict[str, Kept] = {
             **factors.kept,
             **looked_up,
             **{path: carried(leaf) for path, leaf in prepared.items()},
         }
-        waiting = {path: n for path, n in holdable(program, planned, self.params).items() if path not in kept}
+        waiting = {path: n for path, n in holdable(program, planned, params).items() if path not in kept}
         leaves = Leaves(kept, waiting, None if mode.integer else _entering(self.planned))
-        tree, reasons = _placed(program, self.params, leaves)
+        tree, reasons = _placed(program, params, leaves)
         around = Around(mode, ranges, reasons, record, prepared, waiting)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims |= held_layouts(program, waiting)
         claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
-        apart = joins(program, {**factors.kept, **looked_up})
-        claims = {at: claim for at, claim in claims.items() if at not in apart}
+        joined_up = joins(program, {**factors.kept, **looked_up})
+        claims = {at: claim for at, claim in claims.items() if at not in joined_up}
         values = program.flatten(tree, *self.args, **self.kwargs)
+        if adapters:
+            claims = with_adapters(program, planned, claims, adapters=adapters, to_array=_dense)
+            values = put_beside(program, values, adapters)
         return evaluate(program, claims, values, to_array=_dense).out
 
 
@@ -180,7 +185,9 @@ class Leaves(NamedTuple):
 
 
 @on_any_mesh
-def _dense(value: Leaf | Kept | Codes | Held) -> jax.Array:
+def _dense(value: Leaf | Kept | Codes | Held | Beside) -> jax.Array:
+    if isinstance(value, Beside):
+        return value.dense(_dense)
     return value.dense() if isinstance(value, Kept | Codes | Held) else dense(value)
 
 

@@ -112,7 +112,7 @@ def combine(trained: Params, frozen: Params) -> Params:
       trained, frozen: trees alike, each None where the other has an array.
 
     Raises:
-      ValueError: trees that differ, or a place that both or neither fill.
+      ValueError: trees that differ, or a place that both fill.
 
     >>> import jax.numpy as jnp
     >>> from jaxcomp.adapters import adapt
@@ -122,10 +122,9 @@ def combine(trained: Params, frozen: Params) -> Params:
     """
 
     def one(key_path: jax.tree_util.KeyPath, a: Leaf, b: Leaf) -> Leaf:
-        if (a is None) == (b is None):
-            both = "both trees have" if a is not None else "neither tree has"
+        if a is not None and b is not None:  # where both are None the parameters are, as a symmetric grid's zero point
             raise ValueError(
-                f"combine: {both} an array at {path_str(key_path)!r}; give the two trees of one partition."
+                f"combine: both trees have an array at {path_str(key_path)!r}; give the two trees of one partition."
             )
         return b if a is None else a
 
