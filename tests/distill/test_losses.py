@@ -62,6 +62,8 @@ LOSSES = {
     "hint": distill.hint,
     "attention_transfer": distill.attention_transfer,
     "similarity": distill.similarity,
+    "distances": distill.distances,
+    "angles": distill.angles,
 }
 
 
@@ -73,7 +75,7 @@ def test_only_the_student_learns(name) -> None:
     assert not np.asarray(theirs).any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", quick(LOSSES, "soft_targets", "similarity"))
 def test_zeros_and_half_precision_stay_finite(name) -> None:
     zeros = jnp.zeros((3, 4, 5), jnp.bfloat16)
     value, grads = jax.value_and_grad(LOSSES[name])(zeros, zeros)
@@ -93,6 +95,10 @@ def test_zeros_and_half_precision_stay_finite(name) -> None:
         (lambda: distill.hint(jnp.ones((2, 3)), jnp.ones((2, 4))), "hint: the student's shape is"),
         (lambda: distill.attention_transfer(jnp.ones((2, 3, 1)), jnp.ones((2, 4, 1))), "all but the last dimension"),
         (lambda: distill.similarity(jnp.ones((2, 3)), jnp.ones((3, 3))), "batches are 2 and 3"),
+        (lambda: distill.distances(jnp.ones((2, 3)), jnp.ones((3, 3))), "distances: the batches are 2 and 3"),
+        (lambda: distill.distances(jnp.ones((1, 3)), jnp.ones((1, 3))), "wants 2 examples or more, got a batch of 1"),
+        (lambda: distill.angles(jnp.ones((2, 3)), jnp.ones((2, 3))), "wants 3 examples or more, got a batch of 2"),
+        (lambda: distill.attention_maps(jnp.ones((2, 3)), jnp.ones((2, 4))), "attention_maps: the student's shape"),
     ],
 )
 def test_misfits_are_refused(call, message) -> None:
@@ -117,3 +123,49 @@ def test_fault_7_a_narrow_projection_is_summed_wide() -> None:
     x, w = jnp.full((1, 4096), 0.0625, jnp.bfloat16), jnp.full((4096, 1), 0.0625, jnp.bfloat16).at[0].set(1.0)
     want = np.float64(0.0625) * (1 + 4095 * 0.0625)
     assert float(distill.hint(x, jnp.zeros((1, 1)), w)) == pytest.approx(want**2, rel=1e-6)
+
+
+def test_attention_maps() -> None:
+    s, t = (softmax(np.asarray(normal(2, 3, 4, 5, seed=i), np.float64), -1) for i in (0, 1))
+    want = np.mean(np.sum(t * np.log(t / s), -1))
+    assert float(distill.attention_maps(jnp.float32(s), jnp.float32(t))) == pytest.approx(want, rel=1e-5)
+    masked = t * (np.arange(5) < 3)
+    masked /= masked.sum(-1, keepdims=True)
+    want = np.mean(np.sum((masked * np.log(np.where(masked > 0, masked, 1) / s)), -1))
+    assert float(distill.attention_maps(jnp.float32(s), jnp.float32(masked))) == pytest.approx(want, rel=1e-5)
+
+
+def huber(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) <= 1, x * x / 2, np.abs(x) - 0.5)
+
+
+def test_distances_of_pairs() -> None:
+    scaled = []
+    for x in (normal(6, 3), 5 * normal(6, 2, 4, seed=1)):
+        flat = np.asarray(x, np.float64).reshape(6, -1)
+        pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+        d = np.array([np.linalg.norm(flat[i] - flat[j]) for i, j in pairs])
+        scaled.append(d / d.mean())
+    want = huber(scaled[0] - scaled[1]).mean()
+    got = distill.distances(normal(6, 3), 5 * normal(6, 2, 4, seed=1))
+    assert float(got) == pytest.approx(want, rel=1e-5)
+
+
+def test_angles_of_triplets() -> None:
+    cosines = []
+    for x in (normal(5, 3), 5 * normal(5, 2, 4, seed=1)):
+        flat = np.asarray(x, np.float64).reshape(5, -1)
+        triplets = [(i, j, k) for i in range(5) for j in range(5) for k in range(5) if len({i, j, k}) == 3]
+        unit = lambda v: v / np.linalg.norm(v)  # noqa: E731
+        cosines.append(np.array([unit(flat[i] - flat[j]) @ unit(flat[k] - flat[j]) for i, j, k in triplets]))
+    want = huber(cosines[0] - cosines[1]).mean()
+    got = distill.angles(normal(5, 3), 5 * normal(5, 2, 4, seed=1))
+    assert float(got) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_far_from_the_origin_pairs_are_told_apart() -> None:
+    """Distances come from products, which lose what is small beside their size: the mean is taken off first."""
+    x = normal(8, 4)
+    near, far = distill.distances(x, normal(8, 4, seed=1)), distill.distances(x + 1000, normal(8, 4, seed=1))
+    assert float(far) == pytest.approx(float(near), rel=1e-3)
