@@ -54,9 +54,9 @@ class OptimConfig:
 class DistillConfig:
     """What a row that ends in `+distill` learns from the float baseline, its teacher."""
 
-    weight: float = 0.9
+    weight: float = 0.5
     """Of the teacher's soft targets in the loss; the labels have the rest."""
-    temperature: float = 4.0
+    temperature: float = 1.0
     """That both softmaxes are taken at."""
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.interpreter import Claim, Emitted
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, Value
@@ -136,7 +136,9 @@ class _Both:
 
     def _of_base(self, *given: Value) -> Sequence[Value]:
         if self.claim is not None:
-            return cast(Sequence[Value], self.claim.run(*given))
+            results = self.claim.run(*given)
+            assert not isinstance(results, Emitted)  # nothing is gathered here
+            return results
         return self.op.bind(*(v if v is None else self.to_array(v) for v in given))
 
     def _dense(self, value: Value) -> Value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 
 import jax
@@ -27,7 +26,7 @@ from jaxcomp.core.paths import (
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import INDEXED, Roles, checked_roles, roles_of, selecting
 from jaxcomp.core.slots import Slot, check_finite
-from jaxcomp.core.specs import check_key
+from jaxcomp.core.specs import check_key, is_number
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import DType, Key, Leaf, Params
 from jaxcomp.factorization.axes import Placed, placed
@@ -120,7 +119,7 @@ def _check(start: object, base: object, *, key: Key | None, alpha: object) -> No
         if key is None:
             raise ValueError(f"{OWNER}: Zeros() has a random factor; give key=jax.random.key(0), or another one.")
         check_key(OWNER, key)
-    if alpha is not None and not (isinstance(alpha, numbers.Real) and math.isfinite(alpha) and alpha > 0):
+    if alpha is not None and not (is_number(alpha) and 0 < alpha < math.inf):
         raise ValueError(f"{OWNER}: alpha must be a positive number or None, got {alpha!r}.")
 
 
@@ -162,8 +161,8 @@ def _zero(path: str, leaf: Leaf, at: Placed, rank: int, *, roles: Roles | None, 
     second = at.outputs_first or looked_up  # a lookup meets its rows alone, which start at 0 there
     noise = jax.random.normal(key_of_leaf(key, path), v if second else u, jnp.float32) * inputs**-0.5
     noise, zeros = noise.astype(leaf.dtype), jnp.zeros(u if second else v, leaf.dtype)
-    pair = (zeros, noise) if second else (noise, zeros)
-    return LowRank(*pair, len(rows), at.outputs_first)
+    first, last = (zeros, noise) if second else (noise, zeros)
+    return LowRank(first, last, len(rows), at.outputs_first)
 
 
 def _uncompressed(found: Leaves) -> Leaves:

@@ -34,10 +34,10 @@ class Captured(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A value of a program: the operand or the result ``index`` of an equation; ``why`` it cannot be taken out."""
+    """A value of a program: the operand or the result at ``place`` of an equation; ``why`` it cannot be taken out."""
 
     op: Op
-    index: int
+    place: int
     is_input: bool
     why: str
 
@@ -45,7 +45,7 @@ class Point(NamedTuple):
     def shape(self) -> jax.ShapeDtypeStruct:
         """Of what is captured: the layers of the scans around stand in front."""
         variables = self.op.eqn.invars if self.is_input else self.op.eqn.outvars
-        aval = aval_of(variables[self.index])
+        aval = aval_of(variables[self.place])
         return jax.ShapeDtypeStruct((*self.op.layer_steps, *aval.shape), aval.dtype)
 
 
@@ -223,6 +223,6 @@ def _watched(chosen: Mapping[str, Point]) -> dict[Location, Watch]:
 
 def _seen(wanted: Mapping[str, Point]) -> Watch:
     def watch(values: Sequence[Value], results: Sequence[Value]) -> dict[str, PyTree]:
-        return {name: (values if p.is_input else results)[p.index] for name, p in wanted.items()}
+        return {name: (values if p.is_input else results)[p.place] for name, p in wanted.items()}
 
     return watch
