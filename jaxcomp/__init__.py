@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from jaxcomp import (
     activations,
+    adapters,
     artifact,
     core,
     factorization,

@@ -113,44 +113,56 @@ def distilled(
         raise ValueError(f"{OWNER}: there is no term; give one, such as {{'soft': Match(soft_targets)}}.")
     ours = _captured(student, [m.at for m in terms.values()])
     theirs = _captured(teacher, [m.theirs for m in terms.values()])
+    pair = _Pair(dict(terms), ours, theirs, logits, dtype)
+    return Distilled(pair.init, pair.loss)
 
-    def of_teacher(known: Params, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> Captured:
-        known, args, kwargs = jax.lax.stop_gradient(_in_type((materialize(known), args, kwargs), dtype))
-        found: Captured = jax.lax.stop_gradient(theirs(known, *args, **kwargs))
-        return found
 
-    def init(key: Key, params: Params, known: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
+class _Pair(NamedTuple):
+    """A student and its teacher with what the terms name captured; see :func:`distilled`."""
+
+    terms: Mapping[str, Match]
+    ours: Callable[..., Captured]
+    theirs: Callable[..., Captured]
+    logits: Callable[[PyTree], jax.Array]
+    dtype: DType | None
+
+    def init(self, key: Key, params: Params, known: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, jax.Array]:
         check_key(OWNER, key)
-        mine = jax.eval_shape(lambda p: ours(p, *args, **kwargs), params)
-        other = jax.eval_shape(lambda p: of_teacher(p, args, kwargs), known)
-        widths = {
-            name: (_value(mine, m.at, None, logits).shape[-1], _value(other, m.theirs, None, logits).shape[-1])
-            for name, m in terms.items()
-            if m.projected
-        }
-        return {
-            name: jax.random.normal(key_of_leaf(key, name), shape) * shape[0] ** -0.5 for name, shape in widths.items()
-        }
+        mine = jax.eval_shape(lambda p: self.ours(p, *args, **kwargs), params)
+        other = jax.eval_shape(lambda p: self.of_teacher(p, args, kwargs), known)
+        made = {}
+        for name, m in self.terms.items():
+            if m.projected:
+                inner, outer = (
+                    _value(found, at, None, self.logits).shape[-1] for found, at in ((mine, m.at), (other, m.theirs))
+                )
+                made[name] = jax.random.normal(key_of_leaf(key, name), (inner, outer)) * inner**-0.5
+        return made
 
     def loss(
+        self,
         params: Params,
         known: Params,
         *args: PyTree,
         projections: Mapping[str, jax.Array] | None = None,
         **kwargs: PyTree,
     ) -> Taught:
-        matrices = _checked(terms, projections or {})
-        mine, other = ours(params, *args, **kwargs), of_teacher(known, args, kwargs)
+        matrices = _checked(self.terms, projections or {})
+        mine, other = self.ours(params, *args, **kwargs), self.of_teacher(known, args, kwargs)
         parts = {}
-        for name, m in terms.items():
-            value = _value(mine, m.at, m.layer, logits)
+        for name, m in self.terms.items():
+            value = _value(mine, m.at, m.layer, self.logits)
             if m.projected:
                 value = _projected(value, matrices[name])
-            parts[name] = m.loss(value, _value(other, m.theirs, m.of_layer, logits))
-        total = sum((m.weight * parts[name] for name, m in terms.items()), jnp.float32(0))
+            parts[name] = m.loss(value, _value(other, m.theirs, m.of_layer, self.logits))
+        total = sum((m.weight * parts[name] for name, m in self.terms.items()), jnp.float32(0))
         return Taught(mine.out, total, parts)
 
-    return Distilled(init, loss)
+    def of_teacher(self, known: Params, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> Captured:
+        """What the frozen teacher gives, in its own type."""
+        known, args, kwargs = jax.lax.stop_gradient(_in_type((materialize(known), args, kwargs), self.dtype))
+        found: Captured = jax.lax.stop_gradient(self.theirs(known, *args, **kwargs))
+        return found
 
 
 def _captured(fn: Fn, names: list[str | None]) -> Callable[..., Captured]:

@@ -95,6 +95,26 @@ def forward(
     return logits, updated.get("batch_stats", {})
 
 
+def _make_loss(
+    model: Network, transform: jc.Transform, *, data: Dataset, label_smoothing: float, teacher: Teacher | None
+) -> Callable[..., tuple[jax.Array, PyTree]]:
+    """``loss(params, state, images, labels, known) -> (loss, (batch statistics, logits))``; the teacher's variables
+    are ``known``."""
+
+    def loss_fn(
+        params: Params, state: TrainState, images: jax.Array, labels: jax.Array, known: PyTree
+    ) -> tuple[jax.Array, PyTree]:
+        seen = jc.materialize(transform.apply(state.compression, params))
+        logits, batch_stats = forward(model, seen, state.batch_stats, images=images, train=True)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, data.num_classes), label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        if teacher is not None:
+            loss = taught_loss(teacher, known, images, logits=logits, loss=loss)
+        return loss, (batch_stats, logits)
+
+    return loss_fn
+
+
 def make_train_step(
     model: Network,
     optimizer: optax.GradientTransformation,
@@ -114,16 +134,7 @@ def make_train_step(
     images.
     """
 
-    def loss_fn(
-        params: Params, state: TrainState, images: jax.Array, labels: jax.Array, known: PyTree
-    ) -> tuple[jax.Array, PyTree]:
-        seen = jc.materialize(transform.apply(state.compression, params))
-        logits, batch_stats = forward(model, seen, state.batch_stats, images=images, train=True)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, data.num_classes), label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        if teacher is not None:
-            loss = _taught(teacher, known, images, logits=logits, loss=loss)
-        return loss, (batch_stats, logits)
+    loss_fn = _make_loss(model, transform, data=data, label_smoothing=label_smoothing, teacher=teacher)
 
     def step(
         state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, known: PyTree
@@ -152,7 +163,7 @@ def make_train_step(
     return lambda state, images, labels, indices: jitted(state, images, labels, indices, known)
 
 
-def _taught(teacher: Teacher, known: PyTree, images: jax.Array, *, logits: jax.Array, loss: jax.Array) -> jax.Array:
+def taught_loss(teacher: Teacher, known: PyTree, images: jax.Array, *, logits: jax.Array, loss: jax.Array) -> jax.Array:
     """The loss on labels, and on what the teacher says of the same images."""
     weight, temperature = teacher.config.weight, teacher.config.temperature
     said, _ = forward(teacher.network, known["params"], known["batch_stats"], images=images, train=False)

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -22,12 +24,12 @@ import jaxcomp as jc
 from jaxcomp.activations import LSQ
 from jaxcomp.core.paths import leaves_with_paths
 from train.__main__ import main
-from train.configs import DIGITS, ModelConfig, OptimConfig
+from train.configs import DIGITS, DistillConfig, ModelConfig, OptimConfig
 from train.data.sets import load
 from train.errors import RunError, TrainingError
 from train.experiments.main_job import make_model, run
 from train.loop.evaluate import accuracy
-from train.loop.step import make_predict
+from train.loop.step import Teacher, make_predict, taught_loss
 from train.networks.compressed import LearnedGrids, OnGrids, ranges_of_dicts
 from train.networks.linen import MLP
 from train.reports.main_job import write_report
@@ -152,6 +154,32 @@ def test_deep_compression_is_a_small_file(finished, tmp_path) -> None:
     kernel = saved["params"]["dense_0"]["kernel"]
     assert len(np.unique(kernel.materialize())) <= 17
     assert row.file_bytes < base.file_bytes / 30
+
+
+def test_the_loss_of_a_taught_row() -> None:
+    """Cross-entropy with the labels, and with what the teacher says, each by its weight."""
+    network = SimpleNamespace(apply=lambda variables, x, train: x @ variables["params"])
+    teacher = Teacher(network, {}, DistillConfig(weight=0.3, temperature=1.0))
+    x, known = jnp.ones((2, 3)), {"params": jnp.float32(np.arange(12.0).reshape(3, 4) / 7), "batch_stats": {}}
+    logits = jnp.float32(np.arange(8.0).reshape(2, 4) % 3)
+    p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (x @ known["params"], logits))
+    want = 0.7 * 5.0 + 0.3 * np.mean(np.sum(p * np.log(p / q), -1))
+    np.testing.assert_allclose(taught_loss(teacher, known, x, logits=logits, loss=jnp.float32(5.0)), want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_row_that_learns_from_the_baseline(finished, tmp_path) -> None:
+    out, rows = finished
+    shutil.copytree(out, tmp_path / "run")  # the baseline is finished
+    config = dataclasses.replace(SMALL, out=tmp_path / "run", methods=("sensitivity", "sensitivity+distill"))
+    base, plain, taught = run(config, Console(quiet=True))
+    assert base == rows[0]
+    assert (plain.method, taught.method) == ("sensitivity pruning 20%", "sensitivity pruning 20%, distilled")
+    kernels = [jc.load(config.folder / f"{name}.safetensors")["params"]["dense_0"]["kernel"] for name in config.methods]
+    assert (kernels[0].materialize() != kernels[1].materialize()).any()
+    assert taught.test_accuracy > base.test_accuracy - 0.05
+    with pytest.raises(RunError, match="holds a run with distill.weight = None, this one has 0.9"):
+        run(dataclasses.replace(config, distill=DistillConfig(weight=0.9)), Console(quiet=True))
 
 
 @pytest.mark.slow
