@@ -178,7 +178,7 @@ def test_a_row_that_learns_from_the_baseline(finished, tmp_path) -> None:
     kernels = [jc.load(config.folder / f"{name}.safetensors")["params"]["dense_0"]["kernel"] for name in config.methods]
     assert (kernels[0].materialize() != kernels[1].materialize()).any()
     assert taught.test_accuracy > base.test_accuracy - 0.05
-    with pytest.raises(RunError, match="holds a run with distill.weight = None, this one has 0.9"):
+    with pytest.raises(RunError, match=r"holds a run with distill\.weight = None, this one has 0\.9"):
         run(dataclasses.replace(config, distill=DistillConfig(weight=0.9)), Console(quiet=True))
 
 
