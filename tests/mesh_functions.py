@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
-from jaxcomp import distill, federated, recipes, structure, trace
+from jaxcomp import adapters, distill, federated, recipes, structure, trace
 from jaxcomp.activations import Backward, Dynamic, Static, factored
 from jaxcomp.core.meshes import axes_of, is_explicit
 
@@ -163,6 +163,26 @@ def distilled(p: Any, x: jax.Array) -> Any:
     return found, attention
 
 
+def related(p: Any, x: jax.Array) -> Any:
+    losses = (distill.distances, distill.angles)
+    return [jax.value_and_grad(loss)(x, jnp.sin(x)) for loss in losses]
+
+
+def looked_into(p: Any, x: jax.Array) -> Any:
+    return distill.capture(model)(p, x)
+
+
+def adapted(p: Any, x: jax.Array) -> Any:
+    tree = adapters.adapt(p, 2, key=jax.random.key(0), base=INT8, alpha=4, roles=jc.roles(model)(p, x))
+    trained, frozen = adapters.partition(tree)
+    trained = jax.tree.map(lambda a: a + 0.5, trained)
+
+    def loss(trained: Any) -> jax.Array:
+        return jnp.sum(jc.activations.factored(model)(adapters.combine(trained, frozen), x) ** 2)
+
+    return jc.materialize(adapters.combine(trained, frozen)), jax.grad(loss)(trained)
+
+
 def wrapped(p: Any, x: jax.Array) -> Any:
     tx = jc.wrap_optax(optax.sgd(0.01), jc.chain(jc.prune(0.5), INT8))
     state = tx.init(p)
@@ -236,6 +256,9 @@ FUNCTIONS: dict[str, Case] = {
     "regularize": regularized,
     "save, load": saved,
     "distill": distilled,
+    "distill, relations": related,
+    "capture": looked_into,
+    "adapters": adapted,
     "wrap_optax": wrapped,
     "learned": learned,
     "closures": captured,

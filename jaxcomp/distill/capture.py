@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from jaxcomp.trace.sites import sites_of
 from jaxcomp.trace.walk import Fn, Location, Value, aval_of
 
 OWNER = "capture"
+_EINSUM = "->"
+"""In a scope that ``jnp.einsum`` opens: its product has a name already."""
 Wanted = Where | Sequence[str]
 """A rule over names, or names each of which must be there."""
 
@@ -127,21 +130,21 @@ def _of_products(program: Program, ops: Mapping[Location, Op]) -> Iterator[tuple
 
 def _of_scopes(program: Program, ops: Mapping[Location, Op]) -> Iterator[tuple[str, Point]]:
     """What comes out of each scope: what is read outside of its equations, or else what the program gives of it."""
-    times: dict[str, int] = {}
     groups: dict[Location, list[Op]] = {}
     for op in ops.values():
         groups.setdefault(op.location[:-1], []).append(op)
+    found: list[tuple[str, list[Point]]] = []
     for at, group in groups.items():
-        around = ops[at[:-1]].scope if at else ""
         given = _results(program, ops, at)
-        for scope, first, end in sorted(_runs(group, around), key=lambda run: run[1]):
-            if not at and end - first == len(group):
-                continue  # its values are the function's own results
-            count = times[scope] = times.get(scope, -1) + 1
-            name = f"{scope}#{count}" if count else scope
-            out = _coming_out(group, first, end, given)
-            for i, point in enumerate(out):
-                yield name if len(out) == 1 else f"{name}:{i}", point
+        for scope, first, end in _runs(group, ops[at[:-1]].scope if at else ""):
+            whole = not at and end - first == len(group)  # its values are the function's own results
+            points = [] if whole else _coming_out(group, first, end, given)
+            found += [(scope, points)] if points else []
+    order, times = {at: i for i, at in enumerate(ops)}, Counter[str]()
+    for scope, out in sorted(found, key=lambda one: order[one[1][0].op.location]):
+        name = f"{scope}#{times[scope]}" if times[scope] else scope
+        times[scope] += 1
+        yield from ((name if len(out) == 1 else f"{name}:{i}", point) for i, point in enumerate(out))
 
 
 def _results(program: Program, ops: Mapping[Location, Op], at: Location) -> Sequence[object]:
@@ -167,7 +170,7 @@ def _runs(group: Sequence[Op], around: str) -> Iterator[tuple[str, int, int]]:
     began: dict[str, int] = {}
     for i, op in enumerate([*group, None]):
         parts = op.scope.split("/") if op is not None and op.scope else []
-        inside = {"/".join(parts[:n]) for n in range(depth + 1, len(parts) + 1)}
+        inside = {"/".join(parts[:n]) for n in range(depth + 1, len(parts) + 1) if _EINSUM not in parts[n - 1]}
         for scope in [s for s in began if s not in inside]:
             yield scope, began.pop(scope), i
         for scope in inside:
