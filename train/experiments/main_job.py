@@ -23,7 +23,7 @@ from train.configs import Config, ModelConfig, OptimConfig, difference, identity
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
 from train.experiments.exports import Export, export, program_of
-from train.experiments.methods import MAIN_JOB, METHODS, TAUGHT, Method, Recipe, Start, method_named
+from train.experiments.methods import MAIN_JOB, TAUGHT, Recipe, Start, method_named
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
 from train.loop.progress import Progress, say
@@ -67,7 +67,7 @@ def run(config: Config, console: Console) -> list[Row]:
     """
     methods = config.methods or MAIN_JOB
     for name in methods:  # before hours of training
-        _method(name)
+        method_named(name)
     for target in config.export:
         try:
             ready(target)
@@ -204,12 +204,12 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     jc.save(file, shipped, metadata=about, coding=recipe.coding)
     row = Row(
         name=name,
-        method="float32 baseline" if name == BASELINE else _method(name).title,
+        method="float32 baseline" if name == BASELINE else method_named(name).title,
         untuned_accuracy=untuned,
         test_accuracy=_judge_file(job, recipe, file, shipped),
         macs=macs_of(recipe.network, recipe.variables, job.data),
         zeros=_fraction_of_zeros(shipped["params"]),
-        bits=32 if name == BASELINE else _method(name).bits,
+        bits=32 if name == BASELINE else method_named(name).bits,
         file_bytes=os.path.getsize(file),
         seconds=round(seconds, 1),
         note=_note(job, recipe, shipped),
@@ -235,23 +235,9 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
-    recipe = _method(name).make(Start(model, job.data, saved, steps))
+    recipe = method_named(name).make(Start(model, job.data, saved, steps))
     _check_coding(name, recipe)
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
-
-
-def _method(name: str) -> Method:
-    """The row of a name.
-
-    Raises:
-      RunError: there is none.
-    """
-    found = method_named(name)
-    if found is None:
-        raise RunError(
-            f"no method is called {name!r}; there are {', '.join(METHODS)}, each also with {TAUGHT!r} after it."
-        )
-    return found
 
 
 def _teacher(job: Job, name: str) -> Teacher | None:

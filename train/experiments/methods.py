@@ -18,6 +18,7 @@ from jaxcomp.quantization import APoT
 from jaxcomp.quantization.grids import Grid
 from jaxcomp.structure import Plan, plan
 from train.data.sets import Dataset
+from train.errors import RunError
 from train.networks.compressed import (
     Network,
     OnGrids,
@@ -240,9 +241,14 @@ TAUGHT = "+distill"
 """The end of a row's name whose fine-tuning also learns from the float baseline."""
 
 
-def method_named(name: str) -> Method | None:
-    """The row of a name, which may end in ``+distill``; None where there is none."""
+def method_named(name: str) -> Method:
+    """The row of a name, which may end in ``+distill``.
+
+    Raises:
+      RunError: there is none.
+    """
     found = METHODS.get(name.removesuffix(TAUGHT))
-    if found is None or not name.endswith(TAUGHT):
-        return found
-    return replace(found, title=f"{found.title}, distilled")
+    if found is None:
+        known = ", ".join(METHODS)
+        raise RunError(f"no method is called {name!r}; there are {known}, each also with {TAUGHT} behind its name.")
+    return replace(found, title=f"{found.title}, distilled") if name.endswith(TAUGHT) else found
