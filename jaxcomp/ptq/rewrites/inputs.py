@@ -25,36 +25,36 @@ from jaxcomp.trace.walk import Fn
 
 
 class Entry(NamedTuple):
-    """Where the channels that a weight sums over lie in the activation, in the order of the leaf's axes.
+    """Where the channels that a weight sums over lie in the activation.
 
-    ``apart`` are the activation's axes that are the leaf's batch axes, and ``axes`` those of the leaf, stacked layers
-    apart: the batch axes and then the channels.
+    ``axes`` are those of the activation, in the order of the leaf's own batch and contracted axes; ``sizes`` are the
+    leaf's, which a view may have merged.
     """
 
     operand: int
-    apart: tuple[int, ...]
-    summed: tuple[int, ...]
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 def entry_of(site: Site, op: Op) -> Entry | None:
     """Where a site's channels enter; None where they cannot be told from others."""
     if site.weight is None or len(site.activations) != 1 or site.kind not in ("dot", "conv"):
         return None
-    if not BARRED.isdisjoint(site.inside) or site.groups != 1 or site.leaf is None:
+    weight, x = site.operands[site.weight], site.activations[0]
+    stacked = weight.leaf_axes(STACKED)
+    layers = tuple(weight.leaf_shape[i] for i in stacked) == site.layer_steps and stacked == (*range(len(stacked)),)
+    if site.leaf is None or site.groups != 1 or not layers or not BARRED.isdisjoint(site.inside):
         return None
-    x = site.activations[0]
+    own = sorted((*weight.leaf_axes(BATCH), *weight.leaf_axes(CONTRACTED)))
+    sizes = tuple(weight.leaf_shape[i] for i in own)
     if site.kind == "conv":
-        return Entry(x, (), (site.operands[x].roles.index(CONTRACTED),))
-    contract, batch = dot_numbers(op.eqn)
+        return Entry(x, (site.operands[x].roles.index(CONTRACTED),), sizes)
     origin = op.tags[site.weight].origin
     assert origin is not None
-    summed = sorted(zip(contract[site.weight], contract[x], strict=True), key=lambda pair: origin.axes[pair[0]])
-    shared = sorted(zip(batch[site.weight], batch[x], strict=True), key=lambda pair: origin.axes[pair[0]])
-    if any(len(origin.axes[i]) != 1 for i, _ in (*summed, *shared) if site.operands[site.weight].shape[i] != 1):
-        whole = len(summed) == 1 and not shared  # a view that merges the leaf's axes, summed over at once
-        if not whole:
-            return None
-    return Entry(x, tuple(j for _, j in shared), tuple(j for _, j in summed))
+    pairs = [(w, a) for side in dot_numbers(op.eqn) for w, a in zip(side[site.weight], side[x], strict=True)]
+    pairs.sort(key=lambda pair: origin.axes[pair[0]])
+    met = [axis for w, _ in pairs for axis in origin.axes[w]]
+    return Entry(x, tuple(a for _, a in pairs), sizes) if [i for i in met if i in own] == own else None
 
 
 _LARGEST = Monoid(zeros, lambda a, b: jax.tree.map(jnp.maximum, a, b))
@@ -92,14 +92,11 @@ def input_peaks(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, jax.Arr
 
 
 def _peaks(site: Site, entry: Entry) -> Observer:
-    weight = site.operands[site.weight or 0]
-    sizes = [weight.leaf_shape[i] for i in (*weight.leaf_axes(BATCH), *weight.leaf_axes(CONTRACTED))]
-
     def look(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
         x = jnp.abs(values[entry.operand])
-        kept = (*entry.apart, *entry.summed)
-        top = jnp.max(jnp.moveaxis(x, kept, range(len(kept))), axis=tuple(range(len(kept), x.ndim)))
-        return {str(site.leaf): top.astype(jnp.float32).reshape(sizes)}
+        first = range(len(entry.axes))
+        top = jnp.max(jnp.moveaxis(x, entry.axes, first), axis=tuple(range(len(entry.axes), x.ndim)))
+        return {str(site.leaf): top.astype(jnp.float32).reshape(entry.sizes)}
 
     return look
 
@@ -123,31 +120,21 @@ def with_factors(fn: Fn) -> Fn:
         for site in sites_of(program):
             entry = entry_of(site, ops[site.location])
             if entry is not None and site.leaf in inputs:
-                side = inputs[site.leaf].reshape(*site.layer_steps, *_sizes(site, entry))
+                sizes = [site.operands[entry.operand].shape[i] for i in entry.axes]
+                side = inputs[site.leaf].reshape(*site.layer_steps, *sizes)
                 claims[site.location] = Claim(_scaling(ops[site.location], entry), side)
         return evaluate(program, claims, program.flatten(params, *args, **kwargs), to_array=dense).out
 
     return multiplied
 
 
-def _sizes(site: Site, entry: Entry) -> list[int]:
-    return [site.operands[entry.operand].shape[i] for i in (*entry.apart, *entry.summed)]
-
-
 def _scaling(op: Op, entry: Entry) -> Callable[..., list[jax.Array]]:
-    axes = (*entry.apart, *entry.summed)
+    order = sorted(range(len(entry.axes)), key=entry.axes.__getitem__)
 
     def run(factors: jax.Array, *values: jax.Array) -> list[jax.Array]:
         x = values[entry.operand]
-        order = sorted(range(len(axes)), key=axes.__getitem__)
-        shape = [x.shape[i] if i in axes else 1 for i in range(x.ndim)]
+        shape = [n if i in entry.axes else 1 for i, n in enumerate(x.shape)]
         scaled = x * factors.transpose(order).reshape(shape).astype(x.dtype)
         return op.bind(*(scaled if i == entry.operand else v for i, v in enumerate(values)))
 
     return run
-
-
-def layers_in_front(site: Site) -> bool:
-    """Whether the leaf has an axis for each scan around it, so that each layer has factors of its own."""
-    weight = site.operands[site.weight or 0]
-    return tuple(weight.leaf_shape[i] for i in weight.leaf_axes(STACKED)) == site.layer_steps
