@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.leaves import dense
+from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import Where, matches
 from jaxcomp.core.roles import BATCH, CONTRACTED, STACKED
 from jaxcomp.core.types import Params, PyTree
@@ -19,7 +19,7 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Monoid, zeros
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import dot_numbers
-from jaxcomp.trace.program import shapes_of, trace
+from jaxcomp.trace.program import trace
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn
 
@@ -113,8 +113,8 @@ def with_factors(fn: Fn) -> Fn:
 
     @wraps(fn)
     def multiplied(tree: Mapping[str, PyTree], *args: PyTree, **kwargs: PyTree) -> PyTree:
-        params, inputs = tree["params"], dict(tree["inputs"])
-        program = trace(fn, shapes_of(params), *args, **kwargs)
+        params, inputs = materialize(tree["params"]), dict(tree["inputs"])
+        program = trace(fn, params, *args, **kwargs)
         ops = {op.location: op for op in program.flow.ops}
         claims = {}
         for site in sites_of(program):
@@ -123,7 +123,7 @@ def with_factors(fn: Fn) -> Fn:
                 sizes = [site.operands[entry.operand].shape[i] for i in entry.axes]
                 side = inputs[site.leaf].reshape(*site.layer_steps, *sizes)
                 claims[site.location] = Claim(_scaling(ops[site.location], entry), side)
-        return evaluate(program, claims, program.flatten(params, *args, **kwargs), to_array=dense).out
+        return evaluate(program, claims, program.flatten(params, *args, **kwargs)).out
 
     return multiplied
 

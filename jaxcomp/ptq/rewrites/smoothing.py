@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Mapping
+from functools import wraps
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.paths import Where, matches, some_paths
-from jaxcomp.core.transform import Transform
-from jaxcomp.core.leaves import dense
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, arrays_of, diagonals_of, replaced
 from jaxcomp.ptq.rewrites.inputs import entry_of, with_factors
@@ -72,29 +70,33 @@ def smooth(fn: Fn, *, alpha: float = 0.5, where: Where = r".*", insert: bool = F
             sides = [s for s in diagonal.inputs if matches(where, s.path, leaves[s.path])]
             if not sides:
                 return None
-            tops = [s.gathered(_given("smooth", peaks, s), diagonal.size) for s in sides]
-            rows = [s.gathered(_rows(leaves[s.path], s), diagonal.size) for s in diagonal.inputs]
-            return _ratio(jax.tree.reduce(jnp.maximum, tops), jax.tree.reduce(jnp.maximum, rows), alpha)
+            tops = [s.gathered(given("smooth", peaks, s.path), diagonal.size) for s in sides]
+            read = [s.gathered(rows(leaves[s.path], s), diagonal.size) for s in diagonal.inputs]
+            return _ratio(jax.tree.reduce(jnp.maximum, tops), jax.tree.reduce(jnp.maximum, read), alpha)
 
         return rewritten("smooth", fn, choice, (params, args, kwargs), where=where, insert=insert)
 
     return smoothed
 
 
-def _given(owner: str, known: Arrays, side: Side) -> jax.Array:
-    """What is known of a side's channels."""
-    if side.path not in known:
+def given(owner: str, known: Arrays, path: str) -> jax.Array:
+    """What is known of the channels that a leaf sums over.
+
+    Raises:
+      ValueError: nothing, or what is not finite.
+    """
+    if path not in known:
         raise ValueError(
-            f"{owner}: the statistics have no entry for {side.path!r}, only {some_paths(known)}; make them by "
-            "input_peaks or input_moments of this function."
+            f"{owner}: the statistics have no entry for {path!r}, only {some_paths(known)}; make them of this function, "
+            "by input_peaks or input_moments, with the same where=."
         )
-    values = jnp.asarray(known[side.path])
+    values = jnp.asarray(known[path])
     if not bool(jnp.isfinite(values).all()):
-        raise ValueError(f"{owner}: the statistics of {side.path!r} are not finite; look for the batch that made them so.")
+        raise ValueError(f"{owner}: the statistics of {path!r} are not finite; look for the batch that made them so.")
     return values
 
 
-def _rows(leaf: jax.Array, side: Side) -> jax.Array:
+def rows(leaf: jax.Array, side: Side) -> jax.Array:
     """The largest magnitude of each of a side's channels."""
     return jnp.abs(leaf).max(tuple(i for i in range(leaf.ndim) if i not in side.axes))
 
@@ -114,6 +116,7 @@ def rewritten(
     *,
     where: Where,
     insert: bool,
+    rounds: int = 1,
 ) -> Rewritten:
     """The parameters with the factors that ``choice`` has for each diagonal."""
     params, args, kwargs = call
@@ -121,11 +124,10 @@ def rewritten(
     program = trace(fn, params, *args, **kwargs)
     found = diagonals_of(program)
     after, moved, inputs = dict(before), dict[str, None](), dict[str, jax.Array]()
-    for diagonal in found:
-        s = choice(diagonal, after)
-        if s is not None:
-            after |= diagonal.applied(after, s)
-            moved |= dict.fromkeys(side.path for side in diagonal.sides)
+    for _ in range(rounds):
+        steps = [_step(choice, diagonal, after, moved) for diagonal in found]
+        if max(steps, default=0.0) < _SETTLED:
+            break
     placed = {side.path for diagonal in found for side in diagonal.inputs}
     homeless, left = _homeless(program, before, where, placed)
     for diagonal in homeless if insert else ():
@@ -140,6 +142,20 @@ def rewritten(
         left = tuple(x for x in left if x.path not in inputs)
     worst = difference(fn, params, new_fn, new, (args, kwargs))
     return Rewritten(new, new_fn, tuple(moved), left, checked(owner, worst, tuple(moved)))
+
+
+_SETTLED = 1e-3
+"""Factors that all differ from one by less than this are not worth another round."""
+
+
+def _step(choice: Choice, diagonal: Diagonal, leaves: dict[str, jax.Array], moved: dict[str, None]) -> float:
+    """Applies a diagonal's factors to ``leaves``; gives by how much the largest or smallest differs from one."""
+    s = choice(diagonal, leaves)
+    if s is None:
+        return 0.0
+    leaves |= diagonal.applied(leaves, s)
+    moved |= dict.fromkeys(side.path for side in diagonal.sides)
+    return float(jnp.abs(jnp.log(s)).max())
 
 
 _NO_PLACE = (
