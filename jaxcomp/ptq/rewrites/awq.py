@@ -82,7 +82,7 @@ def _searched(
     sides: list[Side], size: int, leaves: Arrays, how: tuple[Transform, Arrays, int, Params]
 ) -> jax.Array:
     quantizer, moments, steps, params = how
-    known = {s.path: given(OWNER, moments, s.path) for s in sides}
+    known = {s.path: given(OWNER, {k: getattr(m, "second", m) for k, m in moments.items()}, s.path) for s in sides}
     power = jnp.zeros((size,))
     for s in sides:
         diag = jnp.diagonal(known[s.path], axis1=-2, axis2=-1)

@@ -15,7 +15,7 @@ from jaxcomp.ptq.rewrites.labels import Block, Factors, Ids, Label, tied
 from jaxcomp.ptq.rewrites.rules import RULES, plain, unknown
 from jaxcomp.trace import nested, walk
 from jaxcomp.trace.program import Program
-from jaxcomp.trace.sites import Site, sites_of
+from jaxcomp.trace.sites import sites_of
 from jaxcomp.trace.walk import Location, aval_of, shape_of
 
 _SMALL = 1 << 22
@@ -36,7 +36,7 @@ class Slice:
 def slices_of(program: Program) -> list[Slice]:
     """Every factor that some leaf may have, equal ones with equal names; 0 is one, and ``-k`` the inverse of ``k``."""
     factors = Factors()
-    kinds = _kinds(sites_of(program))
+    kinds = roles_of(program)
     slices: list[Slice] = []
     ins = []
     for i, v in enumerate(program.jaxpr.jaxpr.invars):
@@ -53,10 +53,10 @@ def slices_of(program: Program) -> list[Slice]:
     return [replace(s, ids=ids) for s, ids in zip(slices, solved, strict=True)]
 
 
-def _kinds(sites: Sequence[Site]) -> dict[str, tuple[str, ...] | None]:
+def roles_of(program: Program) -> dict[str, tuple[str, ...] | None]:
     """The roles of the axes of each leaf that a product or lookup reads; None where two do not agree."""
     kinds: dict[str, tuple[str, ...] | None] = {}
-    for site in sites:
+    for site in sites_of(program):
         for operand in site.operands:
             if operand.leaf is not None:
                 roles = operand.leaf_roles
