@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -144,20 +144,26 @@ def trained(params: Any, data: tuple[np.ndarray, np.ndarray], how: Setting, run:
     net = network()
     run = run or (lambda p, *args: net.states(jc.materialize(p), *args))
     held = {"codes", "zero_point", "mask"}
-    frozen = lambda path: any(getattr(k, "name", None) in held for k in path) or getattr(path[0], "key", "") == "embeddings"  # noqa: E731
+
+    def frozen(path: tuple[Any, ...]) -> bool:
+        return any(getattr(k, "name", "") in held for k in path) or getattr(path[0], "key", "") == "embeddings"
+
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     free = [i for i, (path, x) in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and not frozen(path)]
     every = [x for _, x in leaves]
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(how.rate, how.steps)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(how.rate, how.steps))
+    )
 
     def loss(values: list[jax.Array], ids: jax.Array, mask: jax.Array, want: jax.Array) -> jax.Array:
         whole = list(every)
         for i, value in zip(free, values, strict=True):
             whole[i] = value
         got = run(jax.tree.unflatten(tree, whole), ids, mask)
-        weight = mask[:, :, None]
+        weight = mask[:, :, None].astype(got.dtype)
         pooled = [(x * weight).sum(1) / weight.sum(1) for x in (got, want)]
-        cosine = (pooled[0] * pooled[1]).sum(-1) / jnp.linalg.norm(pooled[0], axis=-1) / jnp.linalg.norm(pooled[1], axis=-1)
+        norms = [jnp.linalg.norm(x, axis=-1) for x in pooled]
+        cosine = (pooled[0] * pooled[1]).sum(-1) / norms[0] / norms[1]
         tokens = jnp.sum(((got - want) ** 2).mean(-1) * mask) / mask.sum() / jnp.mean(want**2)
         return tokens + (1 - cosine).mean()
 
@@ -177,3 +183,94 @@ def trained(params: Any, data: tuple[np.ndarray, np.ndarray], how: Setting, run:
     for i, value in zip(free, values, strict=True):
         every[i] = value
     return jax.tree.unflatten(tree, every)
+
+
+# ---- rows
+
+
+def _rtn(grid: jc.Int, group: int) -> Any:
+    return jc.quantize(grid, per=jc.Groups(group), scale=MSE(), where=KERNELS).apply((), network().params)
+
+
+def _quantized(grid: jc.Int, group: int, how: Setting) -> dict[str, Score]:
+    """Round to nearest; the solver layer by layer; biases corrected; floats tuned."""
+    data, fn = text(how.sequences).calibration, network().fn
+    scores = {"to nearest": score(fn, jc.materialize(_rtn(grid, group)))}
+    params = sequentially(lambda p, m: gptq(p, m, grid, per=jc.Groups(group), scale=MSE()), data)
+    return scores | _recovered(params, "gptq", how)
+
+
+def _pruned(keep: Any, how: Setting) -> dict[str, Score]:
+    data = text(how.sequences).calibration
+    return _recovered(sequentially(lambda p, m: sparsegpt(p, m, keep), data), "sparsegpt", how)
+
+
+def _recovered(params: Any, name: str, how: Setting) -> dict[str, Score]:
+    net, data = network(), text(how.sequences).calibration
+    scores = {name: score(net.fn, jc.materialize(params))}
+    params = correct_bias(net.fn)(net.params, params, *data).params
+    scores[f"{name}, biases"] = score(net.fn, jc.materialize(params))
+    if how.steps:
+        params = trained(params, data, how)
+        scores[f"{name}, biases, tuned for {how.steps} steps"] = score(net.fn, jc.materialize(params))
+    return scores
+
+
+def _on_integers(bits: int, how: Setting) -> dict[str, Score]:
+    """Weights of 8 or 4 bits, activations of 8 with ranges held: as it is, and smoothed."""
+    net, data = network(), text(how.sequences).calibration
+    done = smooth(net.fn, alpha=0.65, where=KERNELS, insert=True)(
+        net.params, jax.jit(input_peaks(net.fn))(net.params, *data), *(x[:4] for x in data)
+    )
+    scores = {}
+    for name, fn, params in (("as it is", net.fn, net.params), ("smoothed", done.fn, done.params)):
+        roles = jc.roles(fn)(params, *data)
+        where = rf"(params/)?{KERNELS}"
+        if bits == 8:
+            weights = jc.quantize(jc.Int(8), where=where, roles=roles).apply((), params)
+        else:
+            moments = jax.jit(row_moments(fn, where))(params, *data)
+            weights = gptq(params, moments, jc.Int(bits, symmetric=False), per=jc.Groups(64), scale=MSE())
+        ranges = ranges_of(jax.jit(jc.calibrate(fn))(params, *data))
+        run = jc.quantize_function(fn, SITES)
+        scores[name] = score(lambda p, *args, run=run, ranges=ranges: run(p, ranges, *args), weights)
+    return scores
+
+
+ROWS: dict[str, tuple[str, float, Callable[[Setting], dict[str, Score]]]] = {
+    "int4": ("int4, groups of 64", 0.99, lambda how: _quantized(jc.Int(4, symmetric=False), 64, how)),
+    "int3": ("int3, groups of 32", 0.97, lambda how: _quantized(jc.Int(3, symmetric=False), 32, how)),
+    "int2": ("int2, groups of 32", 0.85, lambda how: _quantized(jc.Int(2, symmetric=False), 32, how)),
+    "w8a8": ("W8A8, ranges held", 0.997, lambda how: _on_integers(8, how)),
+    "w4a8": ("W4A8, groups of 64, ranges held", 0.985, lambda how: _on_integers(4, how)),
+    "nm": ("2:4", 0.92, lambda how: _pruned(jc.pruning.NM(2, 4), how)),
+    "half": ("50% of elements", 0.96, lambda how: _pruned(0.5, how)),
+}
+"""Title, aim and what makes it, by the name of a section."""
+
+
+def sections(name: str = "", *, toy: bool = False) -> Callable[[], Iterator[Report]]:
+    """What runs one row, or all."""
+    if name and name not in ROWS:
+        raise ValueError(f"no row of the sentences is called {name!r}; there are {', '.join(ROWS)}")
+
+    def run() -> Iterator[Report]:
+        how = Setting(sequences=8, steps=1) if toy else Setting()
+        for title, aim, made in [ROWS[name]] if name else ROWS.values():
+            found = made(how)
+            last = list(found)[-1]
+            rows = [
+                Row(
+                    label,
+                    s.eight,
+                    s.eight,
+                    s.eight,
+                    f"docstrings {s.docstrings:.4f}",
+                    f">= {aim}" if label == last else "",
+                )
+                for label, s in found.items()
+            ]
+            notes = ["The figure is the mean cosine of the eight sentences; the aim is for the last line."]
+            yield Report(title, "float32", rows, notes)
+
+    return run

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, wraps
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths, matches
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Diagonal, Side
+from jaxcomp.ptq.rewrites.diagonals import Diagonal, Side, Vector
 from jaxcomp.ptq.rewrites.results import Rewritten
 from jaxcomp.ptq.rewrites.smoothing import Arrays, given, rewritten
 from jaxcomp.trace.walk import Fn
@@ -27,8 +29,8 @@ def awq(
     """Scales channels up before they are rounded, the more the larger their activations are, as far as that helps.
 
     Row j of a weight is multiplied by ``s_j = mean(x_j^2)^(a / 2)`` and what enters divided by it, as in
-    :func:`~jaxcomp.ptq.rewrites.smoothing.smooth`. The exponent ``a`` in 0..1 is searched for each diagonal by the error
-    of all products that read it, ``sum ||x (Q(s W) / s - W)||^2``, which second moments give without running the
+    :func:`~jaxcomp.ptq.rewrites.smoothing.smooth`. The exponent ``a`` in 0..1 is searched for each diagonal by the
+    error of all products that read it, ``sum ||x (Q(s W) / s - W)||^2``, which second moments give without running the
     network; ``a = 0`` is among the candidates, so that no diagonal does worse than rounding alone on these data. The
     parameters that come out are not rounded yet.
 
@@ -42,7 +44,7 @@ def awq(
 
     Returns:
       A function of ``(params, moments, *args)`` giving :class:`Rewritten`; ``moments`` is what
-      :func:`~jaxcomp.trace.moments.input_moments` saw.
+      :func:`~jaxcomp.trace.rows.row_moments` or :func:`~jaxcomp.trace.moments.input_moments` saw.
 
     Raises (the function returned):
       TypeError: a leaf is compressed already.
@@ -57,9 +59,12 @@ def awq(
         shapes = jax.eval_shape(lambda p: quantizer.apply(quantizer.init(p), p), params)
         touched = {path for path, leaf in leaves_with_paths(shapes, is_leaf=is_compressed)[0] if is_compressed(leaf)}
 
-        def choice(diagonal: Diagonal, leaves: Arrays) -> jax.Array | None:
+        second = {path: getattr(m, "second", m) for path, m in moments.items()}
+        search = _Search(quantizer, second, steps, params)
+
+        def choice(diagonal: Diagonal, leaves: Arrays) -> Vector | None:
             rounded = [s for s in diagonal.inputs if s.path in touched and matches(where, s.path, leaves[s.path])]
-            return _searched(rounded, diagonal.size, leaves, (quantizer, moments, steps, params)) if rounded else None
+            return _searched(rounded, diagonal.size, leaves, search) if rounded else None
 
         return rewritten(OWNER, fn, choice, (params, args, kwargs), where=where, insert=insert)
 
@@ -78,37 +83,36 @@ def _rounded(quantizer: Transform, path: str, leaf: jax.Array, params: Params) -
     return jnp.asarray(dense(dict(leaves_with_paths(done, is_leaf=is_compressed)[0])[path]))
 
 
-def _searched(
-    sides: list[Side], size: int, leaves: Arrays, how: tuple[Transform, Arrays, int, Params]
-) -> jax.Array:
-    quantizer, moments, steps, params = how
-    known = {s.path: given(OWNER, {k: getattr(m, "second", m) for k, m in moments.items()}, s.path) for s in sides}
-    power = jnp.zeros((size,))
-    for s in sides:
-        diag = jnp.diagonal(known[s.path], axis1=-2, axis2=-1)
-        power = jnp.maximum(power, s.gathered(_laid(diag, s), size))
-    rms = jnp.sqrt(power)
+class _Search(NamedTuple):
+    """What a search needs to know, whatever the diagonal."""
+
+    quantizer: Transform
+    moments: Arrays
+    steps: int
+    params: Params
+
+
+def _searched(sides: list[Side], size: int, leaves: Arrays, how: _Search) -> Vector:
+    known = {s.path: given(OWNER, how.moments, s.path) for s in sides}
+    diagonals = {path: np.diagonal(np.asarray(m), axis1=-2, axis2=-1) for path, m in known.items()}
+    rms = np.sqrt(np.max([s.gathered(diagonals[s.path], size) for s in sides], axis=0))
     seen = rms > 0
-    level = jnp.exp(jnp.sum(jnp.where(seen, jnp.log(jnp.where(seen, rms, 1.0)), 0.0)) / jnp.maximum(seen.sum(), 1))
-    base = jnp.where(seen, jnp.maximum(rms / jnp.maximum(level, 1e-30), 1e-4), 1.0)
+    level = np.exp(np.log(rms[seen]).mean()) if seen.any() else 1.0
+    base = np.where(seen, np.maximum(rms / level, 1e-4), 1).astype(np.float32)
 
     def error(exponent: jax.Array) -> jax.Array:
-        s = base**exponent
         total = jnp.float32(0)
         for side in sides:
-            w = leaves[side.path]
-            f = side.factors(s, w.ndim).astype(w.dtype)
-            total += output_error(_rounded(quantizer, side.path, w * f, params) / f - w, side, known[side.path])
+            w = jnp.asarray(leaves[side.path])
+            f = (jnp.asarray(side.factors(base, w.ndim)) ** exponent).astype(w.dtype)
+            off = _rounded(how.quantizer, side.path, w * f, how.params) / f - w
+            total += output_error(off, side, jnp.asarray(known[side.path]))
         return total
 
-    exponents = jnp.linspace(0.0, 1.0, steps + 1, dtype=jnp.float32)
-    errors = jax.jit(partial(jax.lax.map, error))(exponents)
-    return base ** exponents[jnp.argmin(jnp.where(jnp.isfinite(errors), errors, jnp.inf))]
-
-
-def _laid(values: jax.Array, side: Side) -> jax.Array:
-    """What is one a channel, the contracted axes as one, in the shape of the side's channels."""
-    return values.reshape(side.channel.shape)
+    exponents = np.linspace(0, 1, how.steps + 1, dtype=np.float32)
+    errors = np.asarray(jax.jit(partial(jax.lax.map, error))(exponents))
+    best = exponents[np.argmin(np.where(np.isfinite(errors), errors, np.inf))]
+    return (base**best).astype(np.float32)
 
 
 def output_error(d: jax.Array, side: Side, moments: jax.Array) -> jax.Array:

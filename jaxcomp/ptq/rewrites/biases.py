@@ -26,6 +26,9 @@ from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Location
 
 
+_Data = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
+
+
 class Corrected(NamedTuple):
     """Parameters with other biases.
 
@@ -83,7 +86,7 @@ def correct_bias(fn: Fn, *, where: Where = r".*") -> Callable[..., Corrected]:
         named = dict(leaves_with_paths(compressed, is_leaf=is_compressed)[0])
         biased, left = _biased(program, named, where)
 
-        def run(one: Params, other: Params, data: tuple[tuple[PyTree, ...], Mapping[str, PyTree]]) -> dict[str, jax.Array]:
+        def run(one: Params, other: Params, data: _Data) -> dict[str, jax.Array]:
             wanted = _evaluated(program, one, data, {b.op.location: Claim(_mean(b)) for b in biased})
             claims = {b.op.location: Claim(_shifted(b), wanted[b.bias]) for b in biased}
             return _evaluated(program, other, data, claims)
@@ -101,7 +104,10 @@ _LAST = Monoid(zeros, lambda a, b: b)
 
 
 def _evaluated(
-    program: Program, params: Params, data: tuple[tuple[PyTree, ...], Mapping[str, PyTree]], claims: Mapping[Location, Claim]
+    program: Program,
+    params: Params,
+    data: _Data,
+    claims: Mapping[Location, Claim],
 ) -> dict[str, jax.Array]:
     values = program.flatten(materialize(params), *data[0], **data[1])
     return evaluate(program, claims, values, collect=_LAST).aux

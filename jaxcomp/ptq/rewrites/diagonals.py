@@ -1,4 +1,4 @@
-"""Diagonals of a program: factors of its channels, and what of its parameters each multiplies, the function the same."""
+"""Diagonals of a program: factors of its channels, and what each multiplies, the function staying the same."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params
 from jaxcomp.ptq.rewrites.walking import Slice, slices_of
 from jaxcomp.trace.program import Program
+
+Vector = NDArray[np.float32]
+"""A factor for each channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +40,17 @@ class Side:
     input: bool
     kernel: bool
 
-    def factors(self, s: jax.Array, rank: int) -> jax.Array:
+    def factors(self, s: Vector, rank: int) -> Vector:
         """What the leaf of ``rank`` axes is multiplied by, where the channels' factors are ``s``."""
-        one = jnp.ones((1,), s.dtype)
-        full = jnp.concatenate([1 / s if self.inverse else s, one])[self.channel]
+        full = np.append(1 / s if self.inverse else s, np.ones(1, s.dtype))[self.channel]
         shape = dict(zip(self.axes, self.channel.shape, strict=True))
         return full.reshape([shape.get(i, 1) for i in range(rank)])
 
-    def gathered(self, values: jax.Array, size: int, *, zero: float = 0.0) -> jax.Array:
-        """The largest of ``values``, which lie over the side's axes, of each channel."""
-        at = jnp.where(jnp.asarray(self.channel) < 0, size, jnp.asarray(self.channel)).reshape(-1)
-        return jnp.full((size + 1,), zero, values.dtype).at[at].max(values.reshape(-1))[:size]
+    def gathered(self, values: jax.Array | Vector, size: int) -> Vector:
+        """The largest of ``values``, which lie over the side's axes, of each channel; 0 where there is none."""
+        found = np.zeros(size + 1, np.float32)
+        np.maximum.at(found, self.channel.reshape(-1), np.asarray(values, np.float32).reshape(-1))
+        return found[:size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +76,12 @@ class Diagonal:
 
         return f"<{self.size} channels: {words(self.outputs)} -> {words([s for s in self.sides if not s.inverse])}>"
 
-    def applied(self, leaves: Mapping[str, jax.Array], s: jax.Array) -> dict[str, jax.Array]:
+    def applied(self, leaves: Mapping[str, jax.Array], s: Vector) -> dict[str, jax.Array]:
         """The leaves that the diagonal touches, each multiplied by its factors."""
         new: dict[str, jax.Array] = {}
         for side in self.sides:
             leaf = jnp.asarray(new.get(side.path, leaves[side.path]))
-            factors = side.factors(s.astype(jnp.float32), leaf.ndim)
-            new[side.path] = (leaf * factors.astype(leaf.dtype)).astype(leaf.dtype)
+            new[side.path] = leaf * side.factors(s, leaf.ndim).astype(leaf.dtype)
         return new
 
 
@@ -132,5 +134,5 @@ def replaced(params: Params, new: Mapping[str, jax.Array]) -> Params:
     return jax.tree.unflatten(tree, [new.get(path, leaf) for path, leaf in named])
 
 
-Choice = Callable[[Diagonal, Mapping[str, jax.Array]], jax.Array | None]
+Choice = Callable[[Diagonal, Mapping[str, jax.Array]], Vector | None]
 """The factors of a diagonal, given the leaves as they are; None leaves it."""

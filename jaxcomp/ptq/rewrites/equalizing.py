@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.core.paths import Where, matches
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Diagonal, Side
+from jaxcomp.ptq.rewrites.diagonals import Diagonal, Side, Vector
 from jaxcomp.ptq.rewrites.results import Rewritten
 from jaxcomp.ptq.rewrites.smoothing import Arrays, rewritten, rows
 from jaxcomp.trace.walk import Fn
@@ -37,6 +36,7 @@ def equalize(fn: Fn, *, rounds: int = 20, where: Where = r".*") -> Callable[...,
     Raises (the function returned):
       TypeError: a leaf is compressed already.
 
+    >>> import jax, jax.numpy as jnp
     >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
     >>> params = {"up": jnp.array([[8.0, 1.0]]), "down": jnp.array([[2.0], [1.0]])}
     >>> done = equalize(fn)(params, jnp.array([[2.0]]))
@@ -48,14 +48,15 @@ def equalize(fn: Fn, *, rounds: int = 20, where: Where = r".*") -> Callable[...,
 
     @wraps(fn)
     def equalized(params: Params, *args: PyTree, **kwargs: PyTree) -> Rewritten:
-        def choice(diagonal: Diagonal, leaves: Arrays) -> jax.Array | None:
+        def choice(diagonal: Diagonal, leaves: Arrays) -> Vector | None:
             made = _weights([s for s in diagonal.sides if s.inverse])
             read = _weights([s for s in diagonal.sides if not s.inverse])
             if not made or not read or not all(matches(where, s.path, leaves[s.path]) for s in (*made, *read)):
                 return None
             r1, r2 = (_level(sides, diagonal.size, leaves) for sides in (made, read))
-            s = jnp.exp(0.5 * (r1 - r2))
-            return jnp.where(jnp.isfinite(s), s, 1.0)
+            with np.errstate(invalid="ignore"):  # a channel of zeros on both sides
+                s = np.exp(0.5 * (r1 - r2))
+            return np.where(np.isfinite(s) & (s > 0), s, 1).astype(np.float32)
 
         return rewritten("equalize", fn, choice, (params, args, kwargs), where=where, insert=False, rounds=rounds)
 
@@ -67,6 +68,7 @@ def _weights(sides: Sequence[Side]) -> list[Side]:
     return [s for s in sides if s.kernel] or list(sides)
 
 
-def _level(sides: Sequence[Side], size: int, leaves: Arrays) -> jax.Array:
-    """The mean logarithm of each channel's ranges."""
-    return sum((jnp.log(s.gathered(rows(leaves[s.path], s), size)) for s in sides), jnp.zeros(size)) / len(sides)
+def _level(sides: Sequence[Side], size: int, leaves: Arrays) -> Vector:
+    """The mean logarithm of each channel's ranges; of a channel of zeros no number."""
+    with np.errstate(divide="ignore"):
+        return np.mean([np.log(s.gathered(rows(leaves[s.path], s), size)) for s in sides], axis=0)

@@ -161,6 +161,9 @@ def tied(factors: Factors, labels: Sequence[Label]) -> Label:
 def fronted(a: Ids, b: Ids, rank: int) -> tuple[Ids, Ids]:
     """Two arrays with as many axes in front of their last ``rank``, those that are missing after the others."""
     n = max(a.ndim, b.ndim) - rank
-    sides = (x.reshape(*x.shape[: x.ndim - rank], *(1,) * (n - x.ndim + rank), *x.shape[x.ndim - rank :]) for x in (a, b))
-    first, second = sides
-    return first, second
+
+    def widened(x: Ids) -> Ids:
+        own = x.ndim - rank
+        return x.reshape(*x.shape[:own], *(1,) * (n - own), *x.shape[own:])
+
+    return widened(a), widened(b)

@@ -49,15 +49,14 @@ TOLERANCE = 1e-3
 """More than this, relative to the largest result, is no rounding."""
 
 
-def difference(fn: Fn, before: Params, new_fn: Fn, after: Params, call: tuple[tuple[PyTree, ...], Mapping[str, PyTree]]) -> float:
-    """The largest relative difference of the results of two functions on the same arguments."""
+Call = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
 
-    def compared(a_params: Params, b_params: Params, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> PyTree:
-        pairs = zip(jax.tree.leaves(fn(a_params, *args, **kwargs)), jax.tree.leaves(new_fn(b_params, *args, **kwargs)), strict=True)
-        return [_relative(jnp.asarray(a), jnp.asarray(b)) for a, b in pairs]
 
-    worst = max((float(x) for x in compared(before, after, *call)), default=0.0)
-    return worst
+def difference(before: tuple[Fn, Params], after: tuple[Fn, Params], call: Call) -> float:
+    """The largest relative difference of the results of two functions, each of its parameters, on the same arguments."""
+    args, kwargs = call
+    one, other = (jax.tree.leaves(fn(params, *args, **kwargs)) for fn, params in (before, after))
+    return max((float(_relative(jnp.asarray(a), jnp.asarray(b))) for a, b in zip(one, other, strict=True)), default=0.0)
 
 
 def _relative(a: jax.Array, b: jax.Array) -> jax.Array:

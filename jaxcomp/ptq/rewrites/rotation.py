@@ -1,4 +1,4 @@
-"""Rotation: residual streams, and the channels of heads, turned by an orthogonal matrix that the function cannot see."""
+"""Rotation: residual streams, and channels of heads, turned by a matrix that the function cannot see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.types import Key, Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Diagonal, arrays_of, diagonals_of, replaced
+from jaxcomp.ptq.rewrites.diagonals import Diagonal, Vector, arrays_of, diagonals_of, replaced
 from jaxcomp.ptq.rewrites.results import Left, Rewritten, checked, difference
 from jaxcomp.ptq.rewrites.smoothing import Arrays
 from jaxcomp.ptq.rewrites.turning import Axis, turned, turns_of
@@ -23,7 +23,7 @@ def rotate(fn: Fn, *, least: int = 8) -> Callable[..., Rewritten]:
     """Turns residual streams and heads by random orthogonal matrices, so that no channel is an outlier.
 
     What is turned is found in the program: all parameters that make a stream, or read it, turn together, through sums,
-    products with numbers, and norms. A norm's scale is folded into the weights that read it first, and is 1 then; a norm
+    products with numbers, and norms. A norm's scale is first folded into the weights that read it, and is 1 then; one
     whose scale is read elsewhere too (as in a post-norm transformer) keeps the stream as it is. The matrices keep the
     vector of ones, so that layer norms, which subtract the mean, are as exact as RMS norms are.
 
@@ -43,8 +43,8 @@ def rotate(fn: Fn, *, least: int = 8) -> Callable[..., Rewritten]:
     >>> done.moved, bool(jnp.allclose(done.params["a"] @ done.params["b"], jnp.eye(8), atol=1e-5))
     (('a', 'b'), True)
 
-    Source: Ashkboos et al. 2024, arXiv:2404.00456, and SliceGPT, arXiv:2401.15024, for norms. A random orthogonal matrix
-    stands for a Hadamard one, and keeps the ones, so that no mean need be folded.
+    Source: Ashkboos et al. 2024, arXiv:2404.00456, and SliceGPT, arXiv:2401.15024, for norms. Random orthogonal
+    matrices stand for Hadamard ones, and keep the vector of ones, so that no mean need be folded.
     """
 
     @wraps(fn)
@@ -65,13 +65,15 @@ def rotate(fn: Fn, *, least: int = 8) -> Callable[..., Rewritten]:
         new = replaced(params, {path: after[path] for path in moved})
         weights = dict.fromkeys(site.leaf for site in sites_of(program) if site.leaf)
         left = tuple(Left(path, _WHY) for path in weights if path not in moved)
-        worst = difference(fn, params, fn, new, (args, kwargs))
+        worst = difference((fn, params), (fn, new), (args, kwargs))
         return Rewritten(new, fn, tuple(moved), left, checked("rotate", worst, tuple(moved)))
 
     return rotated
 
 
-_WHY = "what it reads and what it makes pass through what a rotation does not: an elementwise function, or a norm's scale"
+_WHY = (
+    "what it reads and what it makes pass through what a rotation does not: an elementwise function, or a norm's scale"
+)
 
 
 def rotation(key: Key, n: int) -> jax.Array:
@@ -83,13 +85,11 @@ def rotation(key: Key, n: int) -> jax.Array:
     """
     if n == 1:
         return jnp.ones((1, 1))
-    one = np.full((n, 1), n**-0.5)
-    basis, _ = np.linalg.qr(np.concatenate([one, np.eye(n)[:, 1:]], axis=1))
-    basis[:, :1] = one
-    inner = jax.random.orthogonal(key, n - 1)
-    rest = jnp.asarray(basis[:, 1:], inner.dtype)
-    turned_rest = jnp.matmul(jnp.matmul(rest, inner, precision="highest"), rest.T, precision="highest")
-    return turned_rest + jnp.full((n, n), 1 / n, inner.dtype)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
+    basis = np.linalg.qr(np.concatenate([np.ones((n, 1)), np.eye(n)[:, 1:]], axis=1))[0][:, 1:]
+    inner, triangle = np.linalg.qr(rng.normal(size=(n - 1, n - 1)))
+    inner *= np.where(np.diag(triangle) < 0, -1, 1)
+    return jnp.asarray(basis @ inner @ basis.T + 1 / n, jnp.float32)
 
 
 def _is_one(leaf: jax.Array) -> bool:
@@ -115,7 +115,7 @@ def _norms_folded(program: Program, leaves: dict[str, jax.Array]) -> tuple[dict[
     return leaves, moved
 
 
-def _norm_scale(diagonal: Diagonal, scales: set[str], leaves: Arrays) -> tuple[str, jax.Array] | None:
+def _norm_scale(diagonal: Diagonal, scales: set[str], leaves: Arrays) -> tuple[str, Vector] | None:
     """The path and the scale of the one norm that makes a diagonal's channels, if it is positive."""
     (*made,) = (s for s in diagonal.outputs if s.path in scales and not s.kernel)
     if len(made) != 1 or not diagonal.inputs or any(s.kernel for s in diagonal.outputs):
@@ -127,4 +127,4 @@ def _norm_scale(diagonal: Diagonal, scales: set[str], leaves: Arrays) -> tuple[s
         return None
     s = np.empty(diagonal.size, np.float32)
     s[channel] = leaf.reshape(-1)
-    return side.path, jnp.asarray(s)
+    return side.path, s

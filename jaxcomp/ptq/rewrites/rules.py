@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +85,9 @@ def multiplied(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[L
         right = inverse(right)
     if left.null or right.null:
         return [Label(shape_of(eqn.outvars[0]), (), True)]
-    same_value = eqn.invars[0] is eqn.invars[1]
-    return [_product(factors, (left, right), shape_of(eqn.outvars[0]))] if not same_value else unknown(factors, eqn, ins)
+    if eqn.invars[0] is eqn.invars[1]:
+        return unknown(factors, eqn, ins)
+    return [_product(factors, (left, right), shape_of(eqn.outvars[0]))]
 
 
 def _product(factors: Factors, ins: tuple[Label, Label], shape: tuple[int, ...]) -> Label:
@@ -178,9 +180,7 @@ def parted(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label
     (x,), axis = ins, eqn.params["axis"]
     ends = np.cumsum([0, *eqn.params["sizes"]])
     cuts = [slice(None)] * len(x.shape)
-    return [
-        _cut(x, [*cuts[:axis], slice(int(a), int(b)), *cuts[axis + 1 :]]) for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    return [_cut(x, [*cuts[:axis], slice(int(a), int(b)), *cuts[axis + 1 :]]) for a, b in pairwise(ends)]
 
 
 @rule("rev")
@@ -208,8 +208,13 @@ def joined(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label
         ids = np.zeros((1,) * len(dims), np.int64) if kept is None else kept.on(dims)
         parts.append(np.broadcast_to(ids, (*ids.shape[: ids.ndim - len(dims)], *sizes)))
     front = np.broadcast_shapes(*(p.shape[: p.ndim - len(dims)] for p in parts))
-    full = [np.broadcast_to(fronted(p, np.zeros(front + (1,) * len(dims), np.int64), len(dims))[0],
-                            (*front, *p.shape[p.ndim - len(dims) :])) for p in parts]
+    full = [
+        np.broadcast_to(
+            fronted(p, np.zeros(front + (1,) * len(dims), np.int64), len(dims))[0],
+            (*front, *p.shape[p.ndim - len(dims) :]),
+        )
+        for p in parts
+    ]
     return [replace(out, blocks=(*out.blocks, Block(dims, np.concatenate(full, axis=len(front) + dims.index(axis)))))]
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.paths import Where, matches, some_paths
+from jaxcomp.core.roles import BATCH, CONTRACTED
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, arrays_of, diagonals_of, replaced
+from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, Vector, arrays_of, diagonals_of, replaced
 from jaxcomp.ptq.rewrites.inputs import entry_of, with_factors
 from jaxcomp.ptq.rewrites.results import Left, Rewritten, checked, difference
 from jaxcomp.trace.program import Program, trace
@@ -66,13 +67,13 @@ def smooth(fn: Fn, *, alpha: float = 0.5, where: Where = r".*", insert: bool = F
 
     @wraps(fn)
     def smoothed(params: Params, peaks: Arrays, *args: PyTree, **kwargs: PyTree) -> Rewritten:
-        def choice(diagonal: Diagonal, leaves: Arrays) -> jax.Array | None:
+        def choice(diagonal: Diagonal, leaves: Arrays) -> Vector | None:
             sides = [s for s in diagonal.inputs if matches(where, s.path, leaves[s.path])]
             if not sides:
                 return None
             tops = [s.gathered(given("smooth", peaks, s.path), diagonal.size) for s in sides]
             read = [s.gathered(rows(leaves[s.path], s), diagonal.size) for s in diagonal.inputs]
-            return _ratio(jax.tree.reduce(jnp.maximum, tops), jax.tree.reduce(jnp.maximum, read), alpha)
+            return _ratio(np.max(tops, axis=0), np.max(read, axis=0), alpha)
 
         return rewritten("smooth", fn, choice, (params, args, kwargs), where=where, insert=insert)
 
@@ -87,11 +88,11 @@ def given(owner: str, known: Arrays, path: str) -> jax.Array:
     """
     if path not in known:
         raise ValueError(
-            f"{owner}: the statistics have no entry for {path!r}, only {some_paths(known)}; make them of this function, "
-            "by input_peaks or input_moments, with the same where=."
+            f"{owner}: the statistics have no entry for {path!r}, only {some_paths(known) or 'none'}; make them of this "
+            "function, by input_peaks or input_moments, with the same where=."
         )
-    values = jnp.asarray(known[path])
-    if not bool(jnp.isfinite(values).all()):
+    values = known[path]
+    if not np.isfinite(np.asarray(values)).all():
         raise ValueError(f"{owner}: the statistics of {path!r} are not finite; look for the batch that made them so.")
     return values
 
@@ -101,11 +102,11 @@ def rows(leaf: jax.Array, side: Side) -> jax.Array:
     return jnp.abs(leaf).max(tuple(i for i in range(leaf.ndim) if i not in side.axes))
 
 
-def _ratio(x: jax.Array, w: jax.Array, alpha: float) -> jax.Array:
+def _ratio(x: Vector, w: Vector, alpha: float) -> Vector:
     """``x^alpha / w^(1 - alpha)``, and 1 where a channel is never active or never read."""
-    floor = lambda v: jnp.maximum(v, _LEAST * v.max())  # noqa: E731
-    s = floor(x) ** alpha / floor(w) ** (1 - alpha)
-    return jnp.where((x > 0) & (w > 0) & jnp.isfinite(s) & (s > 0), s, 1.0)
+    used = (x > 0) & (w > 0)
+    x, w = (np.maximum(np.where(used, v, 1), _LEAST * v.max(initial=0)) for v in (x, w))
+    return np.where(used, x**alpha / w ** (1 - alpha), 1).astype(np.float32)
 
 
 def rewritten(
@@ -135,12 +136,12 @@ def rewritten(
         if s is not None:
             after |= diagonal.applied(after, s)
             moved |= dict.fromkeys(side.path for side in diagonal.sides)
-            inputs |= {side.path: (1 / s)[side.channel] for side in diagonal.sides}
+            inputs |= {side.path: jnp.asarray((1 / s)[side.channel]) for side in diagonal.sides}
     new, new_fn = replaced(params, {path: after[path] for path in moved}), fn
     if insert:
         new, new_fn = {"params": new, "inputs": inputs}, with_factors(fn)
         left = tuple(x for x in left if x.path not in inputs)
-    worst = difference(fn, params, new_fn, new, (args, kwargs))
+    worst = difference((fn, params), (new_fn, new), (args, kwargs))
     return Rewritten(new, new_fn, tuple(moved), left, checked(owner, worst, tuple(moved)))
 
 
@@ -155,12 +156,12 @@ def _step(choice: Choice, diagonal: Diagonal, leaves: dict[str, jax.Array], move
         return 0.0
     leaves |= diagonal.applied(leaves, s)
     moved |= dict.fromkeys(side.path for side in diagonal.sides)
-    return float(jnp.abs(jnp.log(s)).max())
+    return float(np.abs(np.log(s)).max(initial=0))
 
 
 _NO_PLACE = (
-    "nothing before it can take a factor of its channels: what makes them is read elsewhere too, or passes through what "
-    "a factor does not pass; insert=True multiplies its input"
+    "nothing before it can take a factor of its channels: what makes them is read elsewhere too, or passes through "
+    "what a factor does not pass; insert=True multiplies its input"
 )
 
 
@@ -181,7 +182,8 @@ def _homeless(
             continue
         left.append(Left(path, _NO_PLACE))
         weight = site.operands[site.weight or 0]
-        axes = (*range(len(site.layer_steps)), *(i for i, r in enumerate(weight.leaf_roles) if r in ("batch", "contracted")))
+        own = [i for i, role in enumerate(weight.leaf_roles) if role in (BATCH, CONTRACTED)]
+        axes = (*range(len(site.layer_steps)), *own)
         sizes = [weight.leaf_shape[i] for i in axes]
         channel = np.arange(int(np.prod(sizes))).reshape(sizes)
         key = (site.location[:-1], op.eqn.invars[entry.operand], entry.axes, tuple(sizes))

@@ -111,8 +111,8 @@ class _Walk:
         shape = shape_of(first)
         alike = [x for x in ins if len(x.shape) == len(shape)]
         elementwise = not more and all(len(x.shape) in (len(shape), 0) for x in ins) and bool(ins)
-        even = tuple(elementwise and all(x.uniform[d] for x in alike) for d in range(len(shape)))
-        even = tuple(e or n == 1 for e, n in zip(even, shape, strict=True)) if eqn.primitive.name in _EACH else _still(shape).uniform
+        elementwise = elementwise and eqn.primitive.name in _EACH
+        even = tuple(n == 1 or (elementwise and all(x.uniform[d] for x in alike)) for d, n in enumerate(shape))
         return [Turn(shape, (EVEN,) * len(shape), even), *(_still(shape_of(v)) for v in more)]
 
 
@@ -210,7 +210,8 @@ def _reshaped(factors: Factors, eqn: core.JaxprEqn, ins: list[Turn]) -> list[Tur
             if n == m and n > 1 and int(np.prod(new[:e], dtype=np.int64)) == before:
                 at[d] = e
     _freeze(factors, *(name for d, name in enumerate(x.by) if d not in at))
-    return [_moved(x, new, at) if all(d in at or n == 1 for d, n in enumerate(x.shape)) else _loose(_moved(x, new, at), at)]
+    whole = all(d in at or n == 1 for d, n in enumerate(x.shape))
+    return [_moved(x, new, at) if whole else _loose(_moved(x, new, at), at)]
 
 
 def _loose(x: Turn, at: Mapping[int, int]) -> Turn:

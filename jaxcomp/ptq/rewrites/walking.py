@@ -44,7 +44,8 @@ def slices_of(program: Program) -> list[Slice]:
             ins.append(plain(v))
             continue
         path, shape = program.param_paths[i], shape_of(v)
-        own = [Slice(path, axes, factors.fresh([shape[a] for a in axes]), *kind) for axes, *kind in _parts(kinds.get(path), shape)]
+        parts = _parts(kinds.get(path), shape)
+        own = [Slice(path, axes, factors.fresh([shape[a] for a in axes]), *kind) for axes, *kind in parts]
         slices += own
         ins.append(Label(shape, tuple(Block(s.axes, s.ids) for s in own)))
     outs = _Walk(factors).run(program.jaxpr, ins)
@@ -110,15 +111,15 @@ class _Walk:
         outer = [_entered(x) for x in ins[:split]]
         results = self.run(parts.body, [*outer, *(_step(x) for x in ins[split:])])
         carried = [replace(x, null=False) for x in outer[parts.consts :]]
-        kept = [tied(self.factors, [a, replace(b, null=False)]) for a, b in zip(carried, results, strict=False)]
-        del kept
+        for before, after in zip(carried, results, strict=False):
+            tied(self.factors, [before, replace(after, null=False)])
         ys = [_stacked(x, parts.length) for x in results[parts.carry :]]
         return [*(replace(x, null=False) for x in ins[parts.consts : split]), *ys]
 
 
 def _entered(x: Label) -> Label:
     """A value from outside a scan, the same at every step."""
-    return replace(x, blocks=tuple(Block(b.dims, _more(b)[..., :]) for b in x.blocks), null=x.null)
+    return replace(x, blocks=tuple(Block(b.dims, _more(b)) for b in x.blocks))
 
 
 def _more(b: Block) -> Ids:
@@ -130,9 +131,9 @@ def _step(x: Label) -> Label:
     """One step's slice of what is scanned."""
     blocks = []
     for b in x.blocks:
-        ids = np.moveaxis(b.ids, b.ids.ndim - len(b.dims) + b.dims.index(0), b.ids.ndim - len(b.dims)) if 0 in b.dims else _more(b)
-        dims = tuple(d - 1 for d in b.dims if d != 0)
-        blocks.append(Block(dims, ids))
+        front = b.ids.ndim - len(b.dims)
+        ids = np.moveaxis(b.ids, front + b.dims.index(0), front) if 0 in b.dims else _more(b)
+        blocks.append(Block(tuple(d - 1 for d in b.dims if d != 0), ids))
     return Label(x.shape[1:], tuple(blocks), x.null)
 
 
@@ -149,6 +150,11 @@ def _stacked(x: Label, length: int) -> Label:
 
 
 def _constant(value: jax.Array) -> Label:
-    shape = np.shape(value)
-    known = not isinstance(value, jax.core.Tracer) and not jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
-    return Label(shape, (), bool(known and not shape and value == 0))
+    """The label of a number or a constant array: of zero any factor is one."""
+    zero = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer) and _is_zero(value)
+    return Label(np.shape(value), (), zero)
+
+
+def _is_zero(value: jax.Array) -> bool:
+    dtype = getattr(value, "dtype", np.dtype(np.float32))
+    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and bool(value == 0)

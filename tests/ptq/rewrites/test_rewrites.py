@@ -15,7 +15,6 @@ from jaxcomp.ptq import awq, correct_bias, equalize, input_peaks, rotate, smooth
 from jaxcomp.ptq.rewrites.diagonals import diagonals_of
 from jaxcomp.ptq.rewrites.labels import Factors
 from jaxcomp.trace import input_moments, trace
-from tests.marks import quick
 from tests.trace.models import CASES
 
 
@@ -55,16 +54,20 @@ def glu(p: Any, x: jax.Array) -> jax.Array:
 def glu_params() -> tuple[Any, jax.Array]:
     rng = np.random.default_rng(1)
     d, hidden = 8, 12
-    shapes = {**dict.fromkeys("qkvo", (d, d)), "in": (5, d), "gate": (d, hidden), "up": (d, hidden), "down": (hidden, d)}
+    shapes = {
+        **dict.fromkeys("qkvo", (d, d)),
+        "in": (5, d),
+        "gate": (d, hidden),
+        "up": (d, hidden),
+        "down": (hidden, d),
+    }
     params = {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in {**shapes, "head": (d, 3)}.items()}
     params |= {name: rng.uniform(0.5, 2, d).astype(np.float32) for name in ("n0", "n1", "n2")}
     return params, rng.normal(size=(6, 5)).astype(np.float32)
 
 
 def sides(fn: Any, params: Any, *args: Any) -> set[frozenset[tuple[str, int, bool]]]:
-    return {
-        frozenset((s.path, s.axes[-1], s.inverse) for s in d.sides) for d in diagonals_of(trace(fn, params, *args))
-    }
+    return {frozenset((s.path, s.axes[-1], s.inverse) for s in d.sides) for d in diagonals_of(trace(fn, params, *args))}
 
 
 def test_factors_that_are_their_own_inverse_are_one() -> None:
@@ -81,16 +84,10 @@ def test_factors_that_are_their_own_inverse_are_one() -> None:
 def test_diagonals_of_a_block() -> None:
     """Norms' scales, values and outputs, queries and keys, gates: each diagonal, and no other."""
     found = sides(glu, *glu_params())
-    assert found == {
+    turned = frozenset({("q", 1, False), ("k", 1, True)})  # which of the two is divided has no meaning
+    assert found - {turned} | ({frozenset({("q", 1, True), ("k", 1, False)})} if turned in found else set()) == {
         frozenset({("n0", 0, True), ("q", 0, False), ("k", 0, False), ("v", 0, False)}),
         frozenset({("q", 1, True), ("k", 1, False)}),
-        frozenset({("v", 1, True), ("o", 0, False)}),
-        frozenset({("n1", 0, True), ("gate", 0, False), ("up", 0, False)}),
-        frozenset({("up", 1, True), ("down", 0, False)}),
-        frozenset({("n2", 0, True), ("head", 0, False)}),
-    } or found == {
-        frozenset({("n0", 0, True), ("q", 0, False), ("k", 0, False), ("v", 0, False)}),
-        frozenset({("q", 1, False), ("k", 1, True)}),
         frozenset({("v", 1, True), ("o", 0, False)}),
         frozenset({("n1", 0, True), ("gate", 0, False), ("up", 0, False)}),
         frozenset({("up", 1, True), ("down", 0, False)}),
@@ -118,12 +115,13 @@ def test_what_a_factor_does_not_pass(fn) -> None:
     assert not sides(fn, params, jnp.ones((2, 3)))
 
 
-@pytest.mark.parametrize("case", quick(CASES, "linen_mlp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_functions_stay(case) -> None:
     fn, params, *args = CASES[case]()
     for done in (equalize(fn)(params, *args), rotate(fn, least=2)(params, jax.random.key(0), *args)):
         assert done.difference < 1e-5
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), done.params) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+        assert jax.tree.map(jnp.shape, done.params) == jax.tree.map(jnp.shape, params)
 
 
 @pytest.mark.slow
@@ -131,7 +129,8 @@ def test_functions_stay(case) -> None:
 def test_smoothing_keeps_real_layers(case) -> None:
     fn, params, *args = CASES[case]()
     done = smooth(fn, insert=True)(params, input_peaks(fn)(params, *args), *args)
-    assert done.difference < 1e-5 and done.moved
+    assert done.difference < 1e-5
+    assert done.moved
 
 
 def test_smooth_is_the_papers_and_helps() -> None:
@@ -143,7 +142,9 @@ def test_smooth_is_the_papers_and_helps() -> None:
     s = np.sqrt(hidden.max(0) / np.abs(params["down"]).max(1))
     np.testing.assert_allclose(done.params["down"], params["down"] * s[:, None], rtol=1e-5)
     np.testing.assert_allclose(done.params["up"], params["up"] / s, rtol=1e-5)
-    assert done.difference < 1e-5 and done.fn is mlp and not done.left
+    assert done.difference < 1e-5
+    assert done.fn is mlp
+    assert not done.left
     whole = smooth(mlp, where="up|down")(params, peaks, x)
     assert [(left.path, "insert=True" in left.why) for left in whole.left] == [("up", True)]
 
@@ -155,6 +156,7 @@ def test_equalized_ranges_are_equal() -> None:
     np.testing.assert_allclose(made, read, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_awq_is_never_worse_than_rounding() -> None:
     params, x = mlp_params()
     x = x * np.exp(np.linspace(0, 3, 8, dtype=np.float32))
@@ -185,7 +187,8 @@ def test_corrected_biases_make_the_means_right() -> None:
     params, x = mlp_params()
     rounded = jc.quantize(jc.Int(3), where="up|down").apply((), params)
     done = correct_bias(mlp)(params, rounded, x)
-    assert set(done.moved) == {"bias", "end"} and not done.left
+    assert set(done.moved) == {"bias", "end"}
+    assert not done.left
     w = {name: np.asarray(materialize(rounded)[name], np.float64) for name in ("up", "down")}
     bias = params["bias"] + (x @ (params["up"] - w["up"])).mean(0)
     np.testing.assert_allclose(done.params["bias"], bias, rtol=1e-4, atol=1e-5)
