@@ -25,7 +25,6 @@ from jaxcomp.trace.program import Program, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Location
 
-
 _Data = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
 
 

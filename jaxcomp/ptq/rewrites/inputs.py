@@ -101,13 +101,19 @@ def _peaks(site: Site, entry: Entry) -> Observer:
     return look
 
 
+def name_of(path: str) -> str:
+    """What the factors in front of a weight are called."""
+    return f"{path}/scale"
+
+
 def with_factors(fn: Fn) -> Fn:
     """``fn`` over ``{"params": params, "inputs": factors}``: what enters each leaf named there is multiplied.
 
-    ``inputs`` holds, by the paths of ``params``, factors in the shape of :func:`input_peaks`.
+    ``inputs`` holds factors in the shape of :func:`input_peaks`, by the path in ``params`` and "/scale": so no rule that
+    selects the weight selects them.
 
     >>> f = with_factors(lambda p, x: x @ p["w"])
-    >>> f({"params": {"w": jnp.ones((2, 1))}, "inputs": {"w": jnp.array([2.0, 3.0])}}, jnp.ones((1, 2))).tolist()
+    >>> f({"params": {"w": jnp.ones((2, 1))}, "inputs": {"w/scale": jnp.array([2.0, 3.0])}}, jnp.ones((1, 2))).tolist()
     [[5.0]]
     """
 
@@ -119,9 +125,9 @@ def with_factors(fn: Fn) -> Fn:
         claims = {}
         for site in sites_of(program):
             entry = entry_of(site, ops[site.location])
-            if entry is not None and site.leaf in inputs:
+            if entry is not None and name_of(site.leaf or "") in inputs:
                 sizes = [site.operands[entry.operand].shape[i] for i in entry.axes]
-                side = inputs[site.leaf].reshape(*site.layer_steps, *sizes)
+                side = inputs[name_of(site.leaf or "")].reshape(*site.layer_steps, *sizes)
                 claims[site.location] = Claim(_scaling(ops[site.location], entry), side)
         return evaluate(program, claims, program.flatten(params, *args, **kwargs)).out
 

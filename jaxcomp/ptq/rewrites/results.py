@@ -26,7 +26,7 @@ class Rewritten(NamedTuple):
 
     Attributes:
       params: the tree given, of the same structure, shapes and types; with factors inserted, ``{"params": that tree,
-        "inputs": factors by path}``.
+        "inputs": factors}`` as :func:`~jaxcomp.ptq.rewrites.inputs.with_factors` takes it.
       fn: what computes the same of ``params``: the function given, unless factors were inserted.
       moved: paths of the leaves that changed.
       left: the products that were wanted and were not served, and why.
@@ -53,7 +53,7 @@ Call = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
 
 
 def difference(before: tuple[Fn, Params], after: tuple[Fn, Params], call: Call) -> float:
-    """The largest relative difference of the results of two functions, each of its parameters, on the same arguments."""
+    """The largest relative difference of the results of two functions, each of its own parameters."""
     args, kwargs = call
     one, other = (jax.tree.leaves(fn(params, *args, **kwargs)) for fn, params in (before, after))
     return max((float(_relative(jnp.asarray(a), jnp.asarray(b))) for a, b in zip(one, other, strict=True)), default=0.0)

@@ -13,7 +13,7 @@ from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.core.roles import BATCH, CONTRACTED
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, Vector, arrays_of, diagonals_of, replaced
-from jaxcomp.ptq.rewrites.inputs import entry_of, with_factors
+from jaxcomp.ptq.rewrites.inputs import entry_of, name_of, with_factors
 from jaxcomp.ptq.rewrites.results import Left, Rewritten, checked, difference
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.sites import sites_of
@@ -88,8 +88,8 @@ def given(owner: str, known: Arrays, path: str) -> jax.Array:
     """
     if path not in known:
         raise ValueError(
-            f"{owner}: the statistics have no entry for {path!r}, only {some_paths(known) or 'none'}; make them of this "
-            "function, by input_peaks or input_moments, with the same where=."
+            f"{owner}: the statistics have no entry for {path!r}, only {some_paths(known) or 'none'}; make them of "
+            "this function, by input_peaks or input_moments, with the same where=."
         )
     values = known[path]
     if not np.isfinite(np.asarray(values)).all():
@@ -136,11 +136,11 @@ def rewritten(
         if s is not None:
             after |= diagonal.applied(after, s)
             moved |= dict.fromkeys(side.path for side in diagonal.sides)
-            inputs |= {side.path: jnp.asarray((1 / s)[side.channel]) for side in diagonal.sides}
+            inputs |= {name_of(side.path): jnp.asarray((1 / s)[side.channel]) for side in diagonal.sides}
     new, new_fn = replaced(params, {path: after[path] for path in moved}), fn
     if insert:
         new, new_fn = {"params": new, "inputs": inputs}, with_factors(fn)
-        left = tuple(x for x in left if x.path not in inputs)
+        left = tuple(x for x in left if name_of(x.path) not in inputs)
     worst = difference((fn, params), (new_fn, new), (args, kwargs))
     return Rewritten(new, new_fn, tuple(moved), left, checked(owner, worst, tuple(moved)))
 
