@@ -13,6 +13,7 @@ from jaxcomp.ptq.rewrites import (
     with_factors,
 )
 from jaxcomp.ptq.second_order import gptq, sparsegpt
+from jaxcomp.ptq.sequential import sequentially
 
 __all__ = [
     "Corrected",
@@ -24,6 +25,7 @@ __all__ = [
     "gptq",
     "input_peaks",
     "rotate",
+    "sequentially",
     "smooth",
     "sparsegpt",
     "with_factors",

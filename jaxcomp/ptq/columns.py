@@ -1,7 +1,7 @@
 """The columns of a weight rounded or pruned row by row, each row's error made good by the rows to come. Arrays alone.
 
-With ``h = Σ x xᵀ`` the loss of ``q`` in place of ``w`` is ``tr((w - q)ᵀ h (w - q))``. With ``h = r rᵀ``, ``r`` upper, it
-is the squared norm of ``rᵀ (w - q)``, whose row i holds the errors of rows up to i alone: what the rows before have
+With ``h = Σ x xᵀ`` the loss of ``q`` in place of ``w`` is ``tr((w - q)ᵀ h (w - q))``. With ``h = r rᵀ``, ``r`` upper,
+it is the squared norm of ``rᵀ (w - q)``, whose row i holds the errors of rows up to i alone: what the rows before have
 left there is taken up by row i before it is rounded. That is GPTQ's recursion without the inverse of ``h``.
 """
 
@@ -158,7 +158,10 @@ def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
     """Block after block; the rows of the last one are filled up with zeros whose inputs go with no others."""
     n, block = len(factor), _block_of(rule)
     tile = block * max(1, min(_TILE // block, -(-n // block)))
-    full, r = _filled(rows, n, -(-n // block) * block), _grown(factor, -(-n // tile) * tile)
+    full, r = (
+        _filled(rows, n, -(-n // block) * block, of_some=isinstance(rule.keep, float)),
+        _grown(factor, -(-n // tile) * tile),
+    )
 
     def one(errors: jax.Array, b: jax.Array) -> tuple[jax.Array, Done]:
         start = b * block
@@ -176,9 +179,9 @@ def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
 
     nothing = jnp.zeros((len(r), rows.w.shape[1]), rows.w.dtype)
     _, done = lax.scan(one, nothing, jnp.arange(-(-n // block)))
-    values, codes, scale, zero, mask = (None if x is None else x.reshape(-1, x.shape[-1]) for x in done)
-    of_rows = jax.tree.map(lambda x: x[:n], (values, codes, mask))
-    return Done(*of_rows[:2], scale, zero, of_rows[2])
+    values, codes, scale, zero, mask = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tuple(done))
+    values, codes, mask = jax.tree.map(lambda x: x[:n], (values, codes, mask))
+    return Done(values, codes, scale, zero, mask)
 
 
 def _block_of(rule: Rule) -> int:
@@ -186,14 +189,14 @@ def _block_of(rule: Rule) -> int:
     return rule.group or -(-BLOCK // choice) * choice
 
 
-def _filled(rows: Rows, n: int, size: int) -> Rows:
-    """As many rows as ``size``: those that are more are zeros, of scale 1, and not alive."""
+def _filled(rows: Rows, n: int, size: int, *, of_some: bool) -> Rows:
+    """As many rows as ``size``: those that are more are zeros, of scale 1, and count for nothing where some go."""
     if size == n:
         return rows
-    alive = jnp.ones(rows.w.shape, bool) if rows.alive is None else rows.alive
+    alive = jnp.ones(rows.w.shape, bool) if rows.alive is None and of_some else rows.alive
     scale = None if rows.scale is None else _pad(rows.scale, size - n, 1)
     zero = None if rows.zero is None else _pad(rows.zero, size - n, 0)
-    return Rows(_pad(rows.w, size - n, 0), scale, zero, _pad(alive, size - n, 0))
+    return Rows(_pad(rows.w, size - n, 0), scale, zero, None if alive is None else _pad(alive, size - n, 0))
 
 
 def _pad(x: jax.Array, more: int, value: int) -> jax.Array:
@@ -231,9 +234,9 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
     wide = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
     size = rule.keep.m if isinstance(rule.keep, NM) else max(k for k in range(1, _CHUNK + 1) if not len(w) % k)
     chosen = part.alive if isinstance(rule.keep, NM) else mask
-    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), (w, *wide, chosen))
+    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, *wide, chosen))
 
-    def chunk(errors: jax.Array, given: tuple[jax.Array, tuple[jax.Array | None, ...]]) -> tuple[jax.Array, Done]:
+    def chunk(errors: jax.Array, given: tuple[jax.Array, Rows]) -> tuple[jax.Array, Done]:
         at, (now, scale, zero, mask) = given
         columns = lax.dynamic_slice_in_dim(u, at, size, 1)
         now = now - _dot(columns.T, errors)
@@ -245,7 +248,7 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
 
     at = jnp.arange(0, len(w), size)
     _, done = lax.scan(chunk, jnp.zeros_like(w), (at, of_rows))
-    values, codes, mask = (None if x is None else x.reshape(w.shape) for x in (done.values, done.codes, done.mask))
+    values, codes, mask = jax.tree.map(lambda x: x.reshape(w.shape), (done.values, done.codes, done.mask))
     return Done(values, codes, *found, mask)
 
 
@@ -257,7 +260,7 @@ def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, grid: Grid | None) -> tup
         w = now[i]
         value, code = _settled(w, here, grid)
         error = (w - value) / coupling[i]
-        return now - coupling[:, None] * error, (error, Done(value, code, None, None, here.alive))
+        return now - coupling[:, None] * error[None], (error, Done(value, code, None, None, here.alive))
 
     _, (errors, done) = lax.scan(row, now, (jnp.arange(len(now)), u, rows))
     return errors, done

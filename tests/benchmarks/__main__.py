@@ -26,6 +26,7 @@ NAMES = (
     "shrink",
     "kmeans",
     "low_rank",
+    "column_solver",
     "analysis",
     "save_load",
     "coding",
@@ -35,9 +36,9 @@ NAMES = (
 )
 ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "sentences")
 """Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
-TOY = ("gpu", "decode", "coding", "sentences")
-SECTIONED = ("gpu", "sentences")
+TOY = ("gpu", "decode", "coding", "column_solver", "sentences")
 """Those that also run at toy size, which shows that they run and no more."""
+SECTIONED = ("gpu", "sentences")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 
