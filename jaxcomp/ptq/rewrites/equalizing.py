@@ -71,4 +71,5 @@ def _weights(sides: Sequence[Side]) -> list[Side]:
 def _level(sides: Sequence[Side], size: int, leaves: Arrays) -> Vector:
     """The mean logarithm of each channel's ranges; of a channel of zeros no number."""
     with np.errstate(divide="ignore"):
-        return np.mean([np.log(s.gathered(rows(leaves[s.path], s), size)) for s in sides], axis=0)
+        levels = [np.log(s.gathered(rows(leaves[s.path], s), size)) for s in sides]
+    return np.mean(levels, axis=0, dtype=np.float32)

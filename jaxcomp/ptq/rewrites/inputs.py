@@ -109,8 +109,8 @@ def name_of(path: str) -> str:
 def with_factors(fn: Fn) -> Fn:
     """``fn`` over ``{"params": params, "inputs": factors}``: what enters each leaf named there is multiplied.
 
-    ``inputs`` holds factors in the shape of :func:`input_peaks`, by the path in ``params`` and "/scale": so no rule that
-    selects the weight selects them.
+    ``inputs`` holds factors in the shape of :func:`input_peaks`, by the path in ``params`` and "/scale": so no rule
+    that selects the weight selects them.
 
     >>> f = with_factors(lambda p, x: x @ p["w"])
     >>> f({"params": {"w": jnp.ones((2, 1))}, "inputs": {"w/scale": jnp.array([2.0, 3.0])}}, jnp.ones((1, 2))).tolist()

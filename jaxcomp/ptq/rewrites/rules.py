@@ -170,8 +170,11 @@ def sliced(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label
 
 def _cut(x: Label, cuts: Sequence[slice]) -> Label:
     shape = tuple(len(range(n)[c]) for n, c in zip(x.shape, cuts, strict=True))
-    blocks = tuple(replace(b, ids=b.ids[(..., *(cuts[d] for d in b.dims))]) for b in x.blocks)
-    return Label(shape, blocks, x.null)
+    blocks = []
+    for b in x.blocks:
+        front = [slice(None)] * (b.ids.ndim - len(b.dims))
+        blocks.append(replace(b, ids=b.ids[tuple([*front, *(cuts[d] for d in b.dims)])]))
+    return Label(shape, tuple(blocks), x.null)
 
 
 @rule("split")
