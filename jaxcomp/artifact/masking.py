@@ -93,16 +93,18 @@ class Kept:
 
 
 def ahead(fn: Callable[[T], np.ndarray], items: Iterable[T]) -> Iterator[np.ndarray]:
-    """``map(fn, items)`` by as many threads as there are cores, with a few results ready before they are asked for."""
-    cores = os.cpu_count() or 1
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    if len(first) < 2 or cores < 2:
-        yield from map(fn, itertools.chain(first, items))
+    """``map(fn, items)`` by as many threads as there are cores, with a few results ready before they are asked for.
+
+    The first is made alone: who wants only the beginning pays for nothing else.
+    """
+    items, cores = iter(items), os.cpu_count() or 1
+    yield from map(fn, itertools.islice(items, None if cores < 2 else 1))
+    second = list(itertools.islice(items, 1))
+    if not second:
         return
     with ThreadPoolExecutor(cores) as pool:
         ready: deque[Future[np.ndarray]] = deque()
-        for item in itertools.chain(first, items):
+        for item in itertools.chain(second, items):
             ready.append(pool.submit(fn, item))
             if len(ready) > 2 * cores:
                 yield ready.popleft().result()

@@ -23,8 +23,8 @@ from jaxcomp.core.types import Json
 _RESERVED = 256
 """Bytes of the header of a compact file, of which all but the numbers are known before the pieces are written."""
 
-Coder = Callable[[Tensor], "tuple[Json, Iterable[np.ndarray]] | None"]
-"""What is said of a tensor's code, and its bytes; None where it is stored as it is."""
+Coder = Callable[[Tensor], tuple[Json, Iterable[np.ndarray]]]
+"""What is said of a tensor's code, None where it is stored as it is; and the bytes that are stored."""
 Advance = Callable[[int], None]
 """Told how many bytes were written, again and again."""
 
@@ -87,10 +87,10 @@ def compact_layout(code: Coder) -> Layout:
         ordered, pieces, sums, size = by_alignment(tensors), [], [], 0
         with ThreadPoolExecutor(1) as hashing:
             for t in ordered:
-                coded = code(t)
-                written, one = _copy(f, t.pieces() if coded is None else coded[1], hashing, advance)
+                coded, data = code(t)
+                written, one = _copy(f, data, hashing, advance)
                 shape = [NAMES[t.dtype], list(t.shape)]
-                pieces.append(shape if coded is None else [*shape, written, coded[0]])
+                pieces.append(shape if coded is None else [*shape, written, coded])
                 sums.append(one)
                 size += written
         described = {"sums": base64.b64encode(b"".join(sums)).decode(), "pieces": pieces, **said}

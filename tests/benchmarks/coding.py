@@ -77,7 +77,7 @@ def floats(count: int, rng: np.random.Generator) -> tuple[Stored, float]:
 def coded(stored: Stored, coding: Coding) -> list[Any]:
     tensors = [Tensor("w", x.dtype, x.shape, lambda x=x: blocks_of(x)) for x in stored]
     found = [encode(t, coding) for t in tensors]
-    return [(said, np.concatenate([*pieces])) for said, pieces in filter(None, found)]
+    return [(said, np.concatenate([*pieces])) for said, pieces in found if said is not None]
 
 
 def rows(name: str, made: tuple[Stored, float], count: int, coding: Coding, *, aims: bool) -> Iterator[Row]:

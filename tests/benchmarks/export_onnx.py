@@ -1,8 +1,8 @@
 """ONNX files in onnxruntime, one thread, batch 1: ResNet-18 in float, W8A8, half the channels and both; dense layers.
 
 Command: ``python -m tests.benchmarks export_onnx``. The networks have random weights, which take as long as trained
-ones. With ``JAXCOMP_RESNET=runs/.../baseline.safetensors``, a ResNet-18 that ``python -m train fashion_mnist`` trained,
-it also says how often W8A8 in onnxruntime agrees with the JAX function on integers on the test split, and its accuracy.
+ones. With ``JAXCOMP_RUN=runs/wide``, the folder of ``python -m train fashion_mnist --methods structured``, they are the
+two that it trained, and it also says how often each file is right on the test split, and agrees with JAX's integers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations.planning import ranges_of
+from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.export import to_onnx
 from tests.benchmarks.timing import Report, Row, measure
+from train.data.sets import load
 from train.networks import ResNet18
 
 RULES = {r".*": jc.Act(8)}
@@ -52,6 +54,10 @@ class Net(NamedTuple):
         quantize = jc.quantize(jc.Int(8), where=r".*kernel", roles=jc.roles(self.fn)(self.variables, self.samples))
         return jc.pack(quantize.apply((), self.variables))
 
+    def on_integers(self) -> Callable[..., Any]:
+        """The same function with integer products: of the quantized variables, the ranges and images."""
+        return jax.jit(jc.quantize_function(self.fn, RULES, integer=True, strict=True))
+
     def exported_in_8_bits(self, path: Path) -> Path:
         """The same with weights and activations on 8 bits."""
         to_onnx(
@@ -64,6 +70,13 @@ class Net(NamedTuple):
             samples=[self.samples],
         )
         return path
+
+
+class Nets(NamedTuple):
+    """A network, and one of half the channels."""
+
+    full: Net
+    half: Net
 
 
 def batch() -> jax.ShapeDtypeStruct:
@@ -94,20 +107,31 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def speed(width: int, folder: Path) -> Report:
-    """What each form gains."""
+def random_nets(width: int) -> Nets:
+    """With random weights, and without half of its channels."""
     apply, variables = random_net(width)
     samples = np.random.default_rng(0).normal(size=(64, *ONE[1:])).astype(np.float32)
     half = jc.plan(jc.channel_groups(apply)(variables, samples[:1]), variables, sparsity=0.5)
-    full, small = net(apply, variables, samples), net(jc.shrink(apply, half), half.take(variables), samples)
+    return Nets(net(apply, variables, samples), net(jc.shrink(apply, half), half.take(variables), samples))
+
+
+def trained_nets(run: Path, samples: np.ndarray) -> Nets:
+    """What ``python -m train fashion_mnist --methods structured`` left in its folder."""
+    files = [jc.load(run / f"{name}.safetensors") for name in ("baseline", "structured")]
+    shapes = [{path: np.shape(leaf) for path, leaf in leaves_with_paths(v["params"])[0]} for v in files]
+    widths: list[Any] = [{"width": files[0]["params"]["stem"]["kernel"].shape[-1]}, {"widths": shapes[1]}]
+    return Nets(*(net(ResNet18(**w).apply, jc.materialize(v), samples) for w, v in zip(widths, files, strict=True)))
+
+
+def speed(title: str, nets: Nets, folder: Path) -> Report:
+    """What each form gains."""
     files = {
-        FLOAT: full.exported(folder / "float.onnx"),
-        INT8: full.exported_in_8_bits(folder / "int8.onnx"),
-        HALF: small.exported(folder / "half.onnx"),
-        BOTH: small.exported_in_8_bits(folder / "both.onnx"),
+        FLOAT: nets.full.exported(folder / "float.onnx"),
+        INT8: nets.full.exported_in_8_bits(folder / "int8.onnx"),
+        HALF: nets.half.exported(folder / "half.onnx"),
+        BOTH: nets.half.exported_in_8_bits(folder / "both.onnx"),
     }
-    title = f"ResNet-18 width {width}, 28x28x1, batch 1, onnxruntime, one thread: speed"
-    return compared(title, files, samples[:1], TARGETS)
+    return compared(f"{title}, 28x28x1, batch 1, onnxruntime, one thread: speed", files, nets.full.samples[:1], TARGETS)
 
 
 def compared(title: str, files: Mapping[str, Path], x: np.ndarray, targets: Mapping[str, str]) -> Report:
@@ -152,42 +176,46 @@ def dense(folder: Path, *, layers: int = 4, width: int = 2048) -> Report:
     return compared(title, files, x, {NARROW: ">= 3"})
 
 
-def accuracy(file: Path, folder: Path) -> Report:
-    """What W8A8 does on Fashion-MNIST."""
-    from train.data.sets import load
-
-    data, variables = load("fashion_mnist"), jc.load(file)
+def trained(run: Path, folder: Path) -> Iterator[Report]:
+    """What a trained network gains and loses on Fashion-MNIST."""
+    data = load("fashion_mnist")
     mean, std = np.float32(data.mean), np.float32(data.std)
     images = (data.test.images.astype(np.float32) / 255 - mean) / std
-    samples = (data.train.images[:512].astype(np.float32) / 255 - mean) / std
-    trained = net(ResNet18(width=variables["params"]["stem"]["kernel"].shape[-1]).apply, variables, samples)
-    integer = jax.jit(jc.quantize_function(trained.fn, RULES, integer=True, strict=True))
-    weights, ranges = trained.quantized(), trained.ranges()
-    float_, small = session(trained.exported(folder / "f")), session(trained.exported_in_8_bits(folder / "q"))
-    found: dict[str, list[np.ndarray]] = {FLOAT: [], INT8: [], "integers in JAX": []}
-    for part in np.split(images, 20):
-        found[FLOAT].append(float_.run(None, {"input": part})[0])
-        found[INT8].append(small.run(None, {"input": part})[0])
-        found["integers in JAX"].append(np.asarray(integer(weights, ranges, part)))
-    said = {name: np.concatenate(logits).argmax(-1) for name, logits in found.items()}
-    right = {name: (classes == data.test.labels).mean() for name, classes in said.items()}
+    nets = trained_nets(run, (data.train.images[:512].astype(np.float32) / 255 - mean) / std)
+    yield speed(f"ResNet-18 of {run.name}", nets, folder)
+    yield accuracy(nets, images, data.test.labels, folder)
+
+
+def accuracy(nets: Nets, images: np.ndarray, labels: np.ndarray, folder: Path) -> Report:
+    """How often each file is right, and says what the JAX function of the same precision says."""
+    parts = np.split(images, 20)
+    files = {FLOAT: "float", INT8: "int8", HALF: "half", BOTH: "both"}
+    ran = {name: session(folder / f"{file}.onnx") for name, file in files.items()}
+    said = {name: [s.run(None, {"input": part})[0].argmax(-1) for part in parts] for name, s in ran.items()}
+    for name, n in ((INT8, nets.full), (BOTH, nets.half)):
+        integer, weights, ranges = n.on_integers(), n.quantized(), n.ranges()
+        said[f"{name} in JAX"] = [np.asarray(integer(weights, ranges, part)).argmax(-1) for part in parts]
+    classes = {name: np.concatenate(found) for name, found in said.items()}
+    right = {name: float((found == labels).mean()) for name, found in classes.items()}
 
     def row(name: str, value: float, detail: str, target: str = "") -> Row:
         return Row(name, value, value, value, detail, target)
 
-    agreed = float((said[INT8] == said["integers in JAX"]).mean())
-    rows = [row(f"accuracy, {name}", float(r), f"{r:.2%} of {len(images):,} images") for name, r in right.items()]
-    rows.append(row("W8A8 agrees with the integers in JAX", agreed, f"{agreed:.2%}", ">= 0.995"))
-    lost = float(right[FLOAT] - right[INT8])
-    rows.append(row("accuracy lost by W8A8", lost, f"{lost * 100:.2f} pp", "<= 0.002"))
-    return Report("ResNet-18 on Fashion-MNIST, W8A8 in onnxruntime", "1", rows, [])
+    rows = [row(f"accuracy, {name}", r, f"{r:.2%} of {len(images):,} images") for name, r in right.items()]
+    for name, most in ((INT8, 0.002), (BOTH, 0.005)):
+        agreed, lost = float((classes[name] == classes[f"{name} in JAX"]).mean()), right[FLOAT] - right[name]
+        rows.append(row(f"{name} agrees with the integers in JAX", agreed, f"{agreed:.2%}", ">= 0.995"))
+        rows.append(row(f"accuracy lost by {name}", lost, f"{lost * 100:.2f} pp", f"<= {most}"))
+    return Report("ResNet-18 on Fashion-MNIST in onnxruntime", "1", rows, [])
 
 
 def run() -> Iterator[Report]:
     """The reports."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if ran := os.environ.get("JAXCOMP_RUN"):
+            yield from trained(Path(ran), folder)
+            return
         for width in WIDTHS:
-            yield speed(width, Path(folder))
-        yield dense(Path(folder))
-        if file := os.environ.get("JAXCOMP_RESNET"):
-            yield accuracy(Path(file), Path(folder))
+            yield speed(f"ResNet-18 width {width}", random_nets(width), folder)
+        yield dense(folder)

@@ -57,11 +57,12 @@ def check(coding: Coding, *, owner: str) -> None:
         package(name)
 
 
-def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Iterator[np.ndarray]] | None:
-    """What :func:`decode` must be told of a coded tensor, and its bytes, made as they are asked for; None where coding
+def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any] | None, Iterator[np.ndarray]]:
+    """What :func:`decode` must be told of a coded tensor, and its bytes; None, and the tensor's own bytes, where coding
     does not pay.
 
-    The result depends on nothing but the tensor's bytes. Of a long tensor its first chunk says whether coding pays.
+    The bytes are made as they are asked for, and the tensor's once. The result depends on nothing but those. Of a long
+    tensor its first chunk says whether coding pays.
 
     Args:
       tensor: of any type.
@@ -70,11 +71,17 @@ def encode(tensor: Tensor, coding: Coding) -> tuple[dict[str, Any], Iterator[np.
     Raises:
       ImportError: what codes is not installed. The message names the extra.
     """
-    chunks = (b"".join(_coded(plane, coding) for plane in planes_of(chunk)) for chunk in _chunks(tensor))
-    first = next(chunks, b"")
+    chunks = _chunks(tensor)
+    beginning = next(chunks, np.empty(0, tensor.dtype))
+    first = _coded_planes(beginning, coding)
     if len(first) + _SAID >= min(tensor.nbytes, CHUNK):
-        return None
-    return {"codec": _CODEC}, _as_arrays(itertools.chain([first], chunks), -(-tensor.nbytes // MAX_RATIO))
+        return None, (chunk.view(np.uint8) for chunk in itertools.chain([beginning], chunks))
+    coded = itertools.chain([first], (_coded_planes(chunk, coding) for chunk in chunks))
+    return {"codec": _CODEC}, _as_arrays(coded, -(-tensor.nbytes // MAX_RATIO))
+
+
+def _coded_planes(chunk: np.ndarray, coding: Coding) -> bytes:
+    return b"".join(_coded(plane, coding) for plane in planes_of(chunk) if plane.size)
 
 
 def _as_arrays(pieces: Iterable[bytes], least: int) -> Iterator[np.ndarray]:

@@ -23,9 +23,8 @@ def tensor(x: np.ndarray) -> Tensor:
 
 def coded(x: np.ndarray, coding: str) -> tuple[dict, np.ndarray, np.dtype, tuple[int, ...]]:
     """What decodes to ``x``."""
-    found = encode(tensor(x), coding)  # type: ignore[arg-type]
-    assert found is not None
-    said, pieces = found
+    said, pieces = encode(tensor(x), coding)  # type: ignore[arg-type]
+    assert said is not None
     return said, np.concatenate([*pieces]), x.dtype, x.shape
 
 
@@ -58,7 +57,24 @@ def test_chunks_meet_without_a_seam(size: int, coding: str) -> None:
 
 @pytest.mark.parametrize("x", [np.ones(9, np.float32), RNG.integers(0, 256, 5000).astype(np.uint8), np.zeros((0, 3))])
 def test_what_coding_would_not_make_smaller_is_left(x: np.ndarray) -> None:
-    assert [encode(tensor(x), coding) for coding in CODINGS] == [None, None]
+    for coding in CODINGS:
+        said, pieces = encode(tensor(x), coding)
+        assert said is None
+        assert b"".join(piece.tobytes() for piece in pieces) == x.tobytes()
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_bytes_are_made_once(density: float) -> None:
+    x = sparse_int4(100_000, density)[0]
+    made = []
+
+    def blocks():
+        made.append(1)
+        return blocks_of(x)
+
+    _, pieces = encode(Tensor("w", x.dtype, x.shape, blocks), "ans")
+    list(pieces)
+    assert made == [1]
 
 
 def test_bits_and_codes_are_at_their_entropy() -> None:
