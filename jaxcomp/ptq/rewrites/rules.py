@@ -173,7 +173,7 @@ def _cut(x: Label, cuts: Sequence[slice]) -> Label:
     blocks = []
     for b in x.blocks:
         front = [slice(None)] * (b.ids.ndim - len(b.dims))
-        blocks.append(replace(b, ids=b.ids[tuple([*front, *(cuts[d] for d in b.dims)])]))
+        blocks.append(replace(b, ids=b.ids[(*front, *(cuts[d] for d in b.dims))]))
     return Label(shape, tuple(blocks), x.null)
 
 
