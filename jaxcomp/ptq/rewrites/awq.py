@@ -50,6 +50,15 @@ def awq(
       TypeError: a leaf is compressed already.
       ValueError: ``moments`` have no entry for a selected weight, or one that is not finite.
 
+    >>> from jaxcomp import Int, quantize
+    >>> from jaxcomp.trace import input_moments
+    >>> fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    >>> params = {"a": jnp.array([[9.0, 1.0]]), "b": jnp.array([[0.3], [1.0]])}
+    >>> x = jnp.array([[1.0], [2.0]])
+    >>> done = awq(fn, quantize(Int(2), where="b"), steps=4)(params, input_moments(fn)(params, x), x)
+    >>> done.moved, done.difference < 1e-5
+    (('a', 'b'), True)
+
     Source: Lin et al. 2023, arXiv:2306.00978, equation 5. Root mean squares stand for mean magnitudes, and the error is
     exact in place of measured on a few rows.
     """
