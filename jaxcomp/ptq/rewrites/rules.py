@@ -13,7 +13,6 @@ from jax.extend import core
 
 from jaxcomp.ptq.rewrites.labels import Block, Factors, Label, common, fronted, tied
 from jaxcomp.trace.primitives import COPIES, PASSES, SUMS
-from jaxcomp.trace.products import dot_numbers
 from jaxcomp.trace.walk import aval_of, shape_of
 
 Rule = Callable[[Factors, core.JaxprEqn, list[Label]], list[Label]]
@@ -87,10 +86,11 @@ def multiplied(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[L
         return [Label(shape_of(eqn.outvars[0]), (), True)]
     if eqn.invars[0] is eqn.invars[1]:
         return unknown(factors, eqn, ins)
-    return [_product(factors, (left, right), shape_of(eqn.outvars[0]))]
+    return [product(factors, (left, right), shape_of(eqn.outvars[0]))]
 
 
-def _product(factors: Factors, ins: tuple[Label, Label], shape: tuple[int, ...]) -> Label:
+def product(factors: Factors, ins: tuple[Label, Label], shape: tuple[int, ...]) -> Label:
+    """The label of a product of two, index by index, of ``shape``."""
     left, right = (replace(label, shape=shape) for label in ins)
     kept = list(right.blocks)
     for block in left.blocks:
@@ -295,45 +295,3 @@ def taken(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label]
     factors.freeze(*(block for label in starts for block in label.blocks))
     cut = {d for d, n in enumerate(eqn.params["slice_sizes"]) if n != x.shape[d]}
     return [_still(factors, x, cut, eqn)]
-
-
-@rule("dot_general")
-def dotted(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label]:
-    """What is summed over is multiplied by a factor in one operand and by its inverse in the other."""
-    contract, batch = dot_numbers(eqn)
-    if any(label.null for label in ins):
-        return [Label(shape_of(eqn.outvars[0]), (), True)]
-    inner: list[Label] = []
-    outer: list[Label] = []
-    shape = shape_of(eqn.outvars[0])
-    first = len(batch[0])
-    for side, x in enumerate(ins):
-        shared = [*batch[side], *contract[side]]
-        free = [d for d in range(len(x.shape)) if d not in shared]
-        summed = [b for b in x.blocks if set(b.dims) & set(contract[side])]
-        lost = [b for b in summed if set(b.dims) & set(free)]
-        factors.freeze(*lost)
-        held = replace(x, blocks=tuple(b for b in summed if b not in lost))
-        inner.append(held.moved([x.shape[d] for d in shared], {d: i for i, d in enumerate(shared)}))
-        at = {d: i for i, d in enumerate(batch[side])} | {d: first + i for i, d in enumerate(free)}
-        outer.append(replace(x, blocks=tuple(b for b in x.blocks if b not in summed)).moved(shape, at))
-        first += len(free)
-    tied(factors, [inner[0], inverse(inner[1])])
-    return [_product(factors, (outer[0], outer[1]), shape)]
-
-
-@rule("conv_general_dilated")
-def convolved(factors: Factors, eqn: core.JaxprEqn, ins: list[Label]) -> list[Label]:
-    """As a dot over the features; along a window, and where features are in groups, factors stay one."""
-    p, (x, w) = eqn.params, ins
-    numbers = p["dimension_numbers"]
-    if p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
-        return unknown(factors, eqn, ins)
-    parts = []
-    for label, keep in ((x, (numbers.lhs_spec[1],)), (w, (numbers.rhs_spec[1],)), (w, (numbers.rhs_spec[0],))):
-        parts.append([block for block in label.blocks if block.dims == keep])
-    factors.freeze(*(b for label in ins for b in label.blocks if not any(b in part for part in parts)))
-    size = (x.shape[numbers.lhs_spec[1]],)
-    front = [Label(size, tuple(Block((0,), b.ids) for b in part)) for part in parts[:2]]
-    tied(factors, [front[0], inverse(front[1])])
-    return [Label(shape_of(eqn.outvars[0]), tuple(Block((numbers.out_spec[1],), b.ids) for b in parts[2]))]

@@ -12,7 +12,8 @@ from jax.extend import core
 
 from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT, STACKED
 from jaxcomp.ptq.rewrites.labels import Block, Factors, Ids, Label, tied
-from jaxcomp.ptq.rewrites.rules import RULES, plain, unknown
+from jaxcomp.ptq.rewrites.product_rules import RULES
+from jaxcomp.ptq.rewrites.rules import plain, unknown
 from jaxcomp.trace import nested, walk
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.sites import sites_of
