@@ -26,6 +26,7 @@ NAMES = (
     "shrink",
     "kmeans",
     "low_rank",
+    "column_solver",
     "analysis",
     "save_load",
     "coding",
@@ -33,10 +34,11 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert")
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "sentences")
 """Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
-TOY = ("gpu", "decode", "coding")
+TOY = ("gpu", "decode", "coding", "column_solver", "sentences")
 """Those that also run at toy size, which shows that they run and no more."""
+SECTIONED = ("gpu", "sentences")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 
@@ -70,7 +72,7 @@ def _started(name: str, *, toy: bool) -> Callable[[], Iterator[Report]]:
     if toy and stem not in TOY:
         raise ValueError(f"{stem!r} has no toy size; these have: {', '.join(TOY)}")
     module = importlib.import_module(f"tests.benchmarks.{stem}")
-    if stem == "gpu":
+    if stem in SECTIONED:
         return module.sections(section, toy=toy)
     if section:
         raise ValueError(f"{stem!r} has no sections, so there is no {name!r}")

@@ -7,7 +7,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxcomp.trace import Claim, Emitted, Monoid, sites, trace
-from jaxcomp.trace.evaluator import claims_of, evaluate
-from jaxcomp.trace.flow import Op
 
 Tree = Any
 CONFIG = {"layers": 1, "heads": 4, "width": 32, "hidden": 64, "vocabulary": 101, "positions": 48}
@@ -32,8 +28,7 @@ def layer_norm(p: Tree, x: jax.Array) -> jax.Array:
 
 
 def dense(p: Tree, x: jax.Array) -> jax.Array:
-    """A layer; ``smooth`` are factors of its inputs whose inverses its kernel has taken."""
-    x = x * p["smooth"] if "smooth" in p else x
+    """A layer."""
     return x @ p["kernel"] + p["bias"]
 
 
@@ -42,6 +37,14 @@ def encoder(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax
 
     ``ids`` and ``mask`` are (batch, length), integers; the mask is 1 for a token and 0 for padding.
     """
+    x = token_states(params, ids, mask, heads=heads)
+    weight = mask[:, :, None].astype(x.dtype)
+    pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-9)
+    return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+
+
+def token_states(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax.Array:
+    """BERT's encoder: a vector for each token, (batch, length, width)."""
     e = params["embeddings"]
     x = jnp.take(e["word"], ids, axis=0, mode="clip") + e["position"][: ids.shape[1]] + e["type"][0]
     x = layer_norm(e["norm"], x)
@@ -54,9 +57,7 @@ def encoder(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -> jax
         x = layer_norm(p["norm_attention"], x + dense(p["output"], mixed))
         up = jax.nn.gelu(dense(p["up"], x), approximate=False)
         x = layer_norm(p["norm"], x + dense(p["down"], up))
-    weight = mask[:, :, None].astype(x.dtype)
-    pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1e-9)
-    return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+    return x
 
 
 def small_encoder(seed: int = 0) -> Tree:
@@ -188,42 +189,6 @@ SENTENCES = (
     "The recipe needs two eggs, flour and a pinch of salt.",
     "Paris is the capital of France.",
 )
-
-
-def balanced(params: Tree, args: tuple[Any, ...], *, heads: int, share: float = 0.65) -> Tree:
-    """The same encoder with the size of each input channel moved into the kernel's rows, in part.
-
-    Source: Xiao et al. 2023, arXiv:2211.10438, equation 4.
-    """
-    fn = partial(encoder, heads=heads)
-    found = {site.path: site.location for site in sites(fn)(params, *args)}
-
-    def largest(op: Op) -> Claim | None:
-        path = next((path for path, at in found.items() if at == op.location and path.endswith("kernel")), None)
-
-        def run(x: jax.Array, w: jax.Array) -> Emitted:
-            return Emitted(op.bind(x, w), {path: jnp.abs(x).max(tuple(range(x.ndim - 1)))})
-
-        return None if path is None else Claim(run)
-
-    program = trace(fn, params, *args)
-    last = Monoid(lambda shapes: jax.tree.map(jnp.zeros_like, shapes), lambda a, b: b)
-    seen = jax.jit(
-        lambda p: evaluate(program, claims_of(program, largest), program.flatten(p, *args), collect=last).aux
-    )
-
-    def moved(path: str, p: Tree, tops: Any) -> Tree:
-        factors = np.maximum(tops, 1e-5) ** share / np.abs(p["kernel"]).max(1) ** (1 - share)
-        return {"kernel": p["kernel"] * factors[:, None], "bias": p["bias"], "smooth": (1 / factors).astype(np.float32)}
-
-    tops = {path: np.asarray(v) for path, v in seen(params).items()}
-    layers = {
-        i: {
-            name: moved(name, p, tops[f"layers/{i}/{name}/kernel"]) if "kernel" in p else p for name, p in layer.items()
-        }
-        for i, layer in params["layers"].items()
-    }
-    return {**params, "layers": layers}
 
 
 # ---- a vision transformer

@@ -14,11 +14,11 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, quantize_function, ranges_of
 from jaxcomp.export import to_onnx
+from jaxcomp.ptq import input_peaks, smooth
 from jaxcomp.trace.calibrate import calibrate
 from tests.export.models import (
     CONFIG,
     SENTENCES,
-    balanced,
     encoder,
     minilm,
     minilm_folder,
@@ -177,7 +177,9 @@ def test_minilm(tmp_path: Path) -> None:
     assert cosine(got, want) > 0.999
     assert products(tmp_path / "o.onnx")["MatMulNBits"] == 36
 
-    even = Network(fn, balanced(params, (ids, mask), heads=heads), ids, mask)
+    peaks = jax.jit(input_peaks(fn))(params, ids, mask)
+    smoothed = smooth(fn, alpha=0.65, where=r"layers/.*kernel", insert=True)(params, peaks, ids, mask)
+    even = Network(smoothed.fn, smoothed.params, ids, mask)
     np.testing.assert_allclose(even.want, net.want, atol=1e-4)
     for rules in (STATIC, TOKENS):
         got, want = even.run(tmp_path, int8(even), rules)
