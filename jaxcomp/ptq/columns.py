@@ -231,10 +231,10 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
     mask = _kept(w, pivots, part.alive, rule)
     found = _found_scale(w, mask, rule) if rule.group else (None, None)
     scale, zero = found if rule.group else (part.scale, part.zero)
-    wide = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
+    scales, zeros = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
     size = rule.keep.m if isinstance(rule.keep, NM) else max(k for k in range(1, _CHUNK + 1) if not len(w) % k)
     chosen = part.alive if isinstance(rule.keep, NM) else mask
-    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, *wide, chosen))
+    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, scales, zeros, chosen))
 
     def chunk(errors: jax.Array, given: tuple[jax.Array, Rows]) -> tuple[jax.Array, Done]:
         at, (now, scale, zero, mask) = given
@@ -249,7 +249,7 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
     at = jnp.arange(0, len(w), size)
     _, done = lax.scan(chunk, jnp.zeros_like(w), (at, of_rows))
     values, codes, mask = jax.tree.map(lambda x: x.reshape(w.shape), (done.values, done.codes, done.mask))
-    return Done(values, codes, *found, mask)
+    return Done(values, codes, found[0], found[1], mask)
 
 
 def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, grid: Grid | None) -> tuple[jax.Array, Done]:

@@ -260,7 +260,7 @@ def _solved(
     wide = w.astype(compute_dtype(w.dtype))
     scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(wide, mask, ends, place, rule)
     own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
-    rows: Rows = jax.tree.map(place.rows, Rows(wide, *own, mask))
+    rows: Rows = jax.tree.map(place.rows, Rows(wide, own[0], own[1], mask))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
     done, _ = jax.vmap(partial(columns.solve, rule=rule))(rows, h) if len(h) > 1 else _alone(rows, h, rule)
     kept = None if done.mask is None else place.back(done.mask, w.shape)
