@@ -174,7 +174,7 @@ def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
             return total + _dot(coupling.T, lax.dynamic_slice_in_dim(errors, t * tile, tile))
 
         asked = lax.fori_loop(0, (start + tile - 1) // tile, add, jnp.zeros_like(part.w))
-        done = _one_block(part, part.w + _dot(inverse.T, asked), inverse, rule)
+        done = _one_block(part, part.w + _dot(inverse.T, asked), inverse, rule=rule)
         return lax.dynamic_update_slice_in_dim(errors, part.w - done.values, start, 0), done
 
     nothing = jnp.zeros((len(r), rows.w.shape[1]), rows.w.dtype)
@@ -218,7 +218,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision="highest")
 
 
-def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
+def _one_block(part: Rows, w: jax.Array, u: jax.Array, *, rule: Rule) -> Done:
     """One block, of which no row is settled yet.
 
     Args:
@@ -228,13 +228,13 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
       rule: what is done.
     """
     pivots = jnp.diagonal(u)[:, None]
-    mask = _kept(w, pivots, part.alive, rule)
+    mask = _kept(w, pivots, part.alive, rule=rule)
     found = _found_scale(w, mask, rule) if rule.group else (None, None)
     scale, zero = found if rule.group else (part.scale, part.zero)
-    wide = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
+    scales, zeros = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
     size = rule.keep.m if isinstance(rule.keep, NM) else max(k for k in range(1, _CHUNK + 1) if not len(w) % k)
     chosen = part.alive if isinstance(rule.keep, NM) else mask
-    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, *wide, chosen))
+    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, scales, zeros, chosen))
 
     def chunk(errors: jax.Array, given: tuple[jax.Array, Rows]) -> tuple[jax.Array, Done]:
         at, (now, scale, zero, mask) = given
@@ -242,17 +242,17 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
         now = now - _dot(columns.T, errors)
         here = lax.dynamic_slice_in_dim(columns, at, size)
         if isinstance(rule.keep, NM):
-            mask = _kept(now, jnp.diagonal(here)[:, None], mask, rule)
-        new, done = _rows_of(now, Rows(now, scale, zero, mask), here, rule.grid)
+            mask = _kept(now, jnp.diagonal(here)[:, None], mask, rule=rule)
+        new, done = _rows_of(now, Rows(now, scale, zero, mask), here, grid=rule.grid)
         return lax.dynamic_update_slice_in_dim(errors, new, at, 0), done
 
     at = jnp.arange(0, len(w), size)
     _, done = lax.scan(chunk, jnp.zeros_like(w), (at, of_rows))
     values, codes, mask = jax.tree.map(lambda x: x.reshape(w.shape), (done.values, done.codes, done.mask))
-    return Done(values, codes, *found, mask)
+    return Done(values, codes, found[0], found[1], mask)
 
 
-def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, grid: Grid | None) -> tuple[jax.Array, Done]:
+def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, *, grid: Grid | None) -> tuple[jax.Array, Done]:
     """A few rows one after the other: their errors over the pivots, and what became of them."""
 
     def row(now: jax.Array, given: tuple[jax.Array, jax.Array, Rows]) -> tuple[jax.Array, tuple[jax.Array, Done]]:
@@ -277,7 +277,7 @@ def _settled(w: jax.Array, here: Rows, grid: Grid | None) -> tuple[jax.Array, ja
     return values if here.alive is None else jnp.where(here.alive, values, jnp.zeros_like(values)), codes[0]
 
 
-def _kept(w: jax.Array, pivots: jax.Array, alive: jax.Array | None, rule: Rule) -> jax.Array | None:
+def _kept(w: jax.Array, pivots: jax.Array, alive: jax.Array | None, *, rule: Rule) -> jax.Array | None:
     """Which rows of a block stay, by what it costs to prune each alone."""
     if rule.keep is None:
         return alive

@@ -5,48 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import dense
-from jaxcomp.core.paths import Where, some_paths
+from jaxcomp.core.paths import Where
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import each
-from jaxcomp.core.roles import Roles
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import checked_fraction, is_number
-from jaxcomp.core.types import Leaf, Params, Shape
+from jaxcomp.core.types import Leaf, Params
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.pruning.specs import NM
 from jaxcomp.ptq import columns, notices
 from jaxcomp.ptq.columns import Done, Rows, Rule
+from jaxcomp.ptq.places import How, Keep, Place, place_of
 from jaxcomp.quantization.blocks import Cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
 from jaxcomp.quantization.leaves import Quantized, scales_and_zero
 from jaxcomp.quantization.numerics.affine import no_weights, spread
 from jaxcomp.quantization.scales import Fixed, ScaleRule, checked_rule
 from jaxcomp.trace.rows import Moments
-
-Keep = NM | float
-"""Which weights stay: n of every m neighbours that a product sums over, or all but a fraction."""
-
-
-class How(NamedTuple):
-    """What is asked of every leaf; the fields are arguments of :func:`solve`."""
-
-    owner: str
-    grid: Grid | None
-    per: Layout
-    scale: ScaleRule | None
-    keep: Keep | None
-    by_activation: bool
-    reached: bool
-    damping: float
 
 
 @on_any_mesh
@@ -149,7 +131,7 @@ def solve(params: Params, moments: Mapping[str, Moments], how: How, where: Where
     _check(how, moments)
     found = slots(params, _known(moments) if where is None else where, how.owner)
     check_finite(found, how.owner)
-    places = {path: _place(slot, moments, how) for path, slot in found.items()}
+    places = {path: place_of(slot, moments, how) for path, slot in found.items()}
     notices.of_rows(how.owner, {path: moments[slot.leaf_path] for path, slot in found.items()})
 
     def one(path: str, slot: Slot) -> Leaf:
@@ -158,109 +140,25 @@ def solve(params: Params, moments: Mapping[str, Moments], how: How, where: Where
             ends = range_of(place.cut(slot, how.owner), how.grid or Int(), how.scale)
         else:
             ends = None
-        leaf = _solved(slot.array, slot.full_mask, seen, ends, place=place, rule=place.rule(how))
+        leaf = _solved(slot.array, slot.full_mask, seen, ends=ends, place=place, rule=place.rule(how))
         return leaf if slot.mask is None or how.keep is not None else Masked(_inside(leaf), slot.mask)
 
     return replace_slots(params, each(one, found, how.owner))
 
 
-class Place(NamedTuple):
-    """How a leaf's rows lie in it: static.
-
-    Fields:
-      apart, summed, kept: its axes; the order in which a solver wants them.
-      blocks: of its scales along each axis.
-      group: rows of one scale that is found when they are reached; 0 for scales that are found before.
-    """
-
-    apart: tuple[int, ...]
-    summed: tuple[int, ...]
-    kept: tuple[int, ...]
-    blocks: Shape
-    group: int
-
-    def cut(self, slot: Slot, owner: str) -> Cut:
-        """The leaf as a quantizer sees it."""
-        return Cut(owner, slot.path, slot.array, slot.full_mask, self.blocks)
-
-    def rule(self, how: How) -> Rule:
-        """What is done to its rows."""
-        return Rule(
-            how.grid,
-            self.group,
-            None if isinstance(how.scale, Fixed) else how.scale,
-            how.keep,
-            by_activation=how.by_activation,
-            damping=float(how.damping),
-        )
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """An array of the leaf's rank as ``(apart, rows, columns)``."""
-        moved = jnp.transpose(x, (*self.apart, *self.summed, *self.kept))
-        sizes = [math.prod(x.shape[i] for i in axes) for axes in (self.apart, self.summed, self.kept)]
-        return moved.reshape(sizes)
-
-    def back(self, x: jax.Array, shape: Shape) -> jax.Array:
-        """The inverse, to this shape."""
-        order = (*self.apart, *self.summed, *self.kept)
-        moved = x.reshape([shape[i] for i in order])
-        return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
-
-
-def _place(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
-    """Where the rows of a leaf are.
-
-    Raises:
-      ValueError: nobody knows, or what is asked for does not fit them; the message names the path.
-    """
-    shape = tuple(slot.array.shape)
-    with naming(how.owner, slot.path):
-        seen = moments.get(slot.leaf_path) if slot.path == slot.leaf_path else None
-        if seen is None:
-            raise ValueError(f"has no moments, which are of {some_paths(moments)}; gather them, or narrow where")
-        kept = tuple(i for i in range(len(shape)) if i not in (*seen.apart, *seen.summed))
-        fits = max((*seen.apart, *seen.summed), default=-1) < len(shape)
-        sizes = [tuple(shape[i] for i in seen.apart), math.prod(shape[i] for i in seen.summed)] if fits else []
-        if [seen.second.shape[:-2], seen.second.shape[-1]] != sizes:
-            raise ValueError(
-                f"has shape {shape}, and its moments, of shape {seen.second.shape}, are of another; gather them again"
-            )
-        _check_numbers(seen)
-        roles = Roles({slot.leaf_path: seen.roles(len(shape))})
-        blocks, row = slot.blocks(how.per, roles, how.owner)
-        if row:
-            raise ValueError("would be cut in buckets across its rows; take Channels(), Groups(size) or Tensor()")
-        _check_neighbours(how.keep, seen, shape)
-        return Place(seen.apart, seen.summed, kept, blocks, _group(how, seen, shape, blocks))
-
-
-def _group(how: How, seen: Moments, shape: Shape, blocks: Shape) -> int:
-    """How many neighbouring rows share a scale that is found when they are reached; 0 where scales are found before."""
-    if how.grid is None or how.grid.scale_grid is not None or not how.reached or isinstance(how.scale, Fixed):
-        return 0
-    *before, last = seen.summed
-    apart = all(blocks[i] == n for i, n in enumerate(shape) if i not in seen.summed)
-    runs = all(blocks[i] == shape[i] for i in before) and blocks[last] < shape[last]
-    group = shape[last] // blocks[last]
-    whole = blocks[last] == 1 and not any(shape[i] > 1 for i in before)
-    return group if apart and runs and not whole else 0
+Ends = tuple[jax.Array, jax.Array | None]
 
 
 @partial(jax.jit, static_argnames=("place", "rule"))
 def _solved(
-    w: jax.Array,
-    mask: jax.Array | None,
-    seen: Moments,
-    ends: tuple[jax.Array, jax.Array | None] | None,
-    *,
-    place: Place,
-    rule: Rule,
+    w: jax.Array, mask: jax.Array | None, seen: Moments, *, ends: Ends | None, place: Place, rule: Rule
 ) -> Leaf:
     """One leaf: a program a shape."""
     wide = w.astype(compute_dtype(w.dtype))
-    scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(wide, mask, ends, place, rule)
+    x = Cut("", "", wide, mask, place.blocks)
+    scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(x, ends, rule)
     own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
-    rows: Rows = jax.tree.map(place.rows, Rows(wide, *own, mask))
+    rows: Rows = jax.tree.map(place.rows, Rows(wide, own[0], own[1], mask))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
     done, _ = jax.vmap(partial(columns.solve, rule=rule))(rows, h) if len(h) > 1 else _alone(rows, h, rule)
     kept = None if done.mask is None else place.back(done.mask, w.shape)
@@ -282,18 +180,13 @@ def _alone(rows: Rows, h: jax.Array, rule: Rule) -> tuple[Done, jax.Array]:
     return jax.tree.map(lambda x: x[None], done)
 
 
-def _given_scale(
-    w: jax.Array,
-    mask: jax.Array | None,
-    ends: tuple[jax.Array, jax.Array | None] | None,
-    place: Place,
-    rule: Rule,
-) -> tuple[Leaf, jax.Array | None]:
+def _given_scale(x: Cut, ends: Ends | None, rule: Rule) -> tuple[Leaf, jax.Array | None]:
     """The scales of the weights as they were given."""
     assert rule.grid is not None
-    kept = w if mask is None else jnp.where(mask, w, jnp.zeros_like(w))
-    found = range_of(Cut("", "", kept, mask, place.blocks), rule.grid, rule.scale) if ends is None else ends
-    return scales_and_zero(rule.grid, *found)
+    kept = x.values if x.mask is None else jnp.where(x.mask, x.values, jnp.zeros_like(x.values))
+    return scales_and_zero(
+        rule.grid, *(range_of(x._replace(values=kept), rule.grid, rule.scale) if ends is None else ends)
+    )
 
 
 def _inside(leaf: Leaf) -> Leaf:
@@ -325,26 +218,3 @@ def _check(how: How, moments: Mapping[str, Moments]) -> None:
 
 def _checked_keep(keep: Keep) -> Keep:
     return keep if isinstance(keep, NM) else checked_fraction("sparsegpt", keep, "NM(n, m) or a number in [0, 1)")
-
-
-def _check_numbers(seen: Moments) -> None:
-    bad = count_known(lambda x: ~jnp.isfinite(x), seen.second)
-    if bad:
-        raise ValueError(
-            f"has moments with {bad} values that are not finite, of {seen.second.size}; mend the batch that made them"
-        )
-
-
-def _check_neighbours(keep: Keep | None, seen: Moments, shape: Shape) -> None:
-    if not isinstance(keep, NM):
-        return
-    axis = seen.summed[-1]
-    if keep.axis is not None and keep.axis % len(shape) != axis:
-        raise ValueError(
-            f"is pruned along axis {axis}, the last that products sum over, and {keep} names another; name none"
-        )
-    if shape[axis] % keep.m:
-        raise ValueError(
-            f"has {shape[axis]} elements along axis {axis} of shape {shape}, which groups of {keep.m} do not divide;"
-            " leave it out by a rule"
-        )

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where, matches
 from jaxcomp.core.progress import progress
 from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
-from jaxcomp.core.types import Params, PyTree, Shape
+from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
 from jaxcomp.trace.exact import Sum, summed
 from jaxcomp.trace.flow import Op
@@ -27,10 +26,8 @@ from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.sites import Site
 from jaxcomp.trace.tags import Origin
-from jaxcomp.trace.walk import Fn, shape_of
-
-_PATCHES = 1 << 24
-"""Elements of a convolution's patches that are made at once."""
+from jaxcomp.trace.walk import Fn
+from jaxcomp.trace.windows import over_windows
 
 
 @compressed_leaf(meta=("apart", "summed", "window"))
@@ -244,7 +241,7 @@ def _rows(site: Site, op: Op) -> _Rows | None:
         return None
     shared = len(site.layer_steps) if not stacked else 0
     if site.kind == "conv":
-        return _windows(site, op, origin, stacked, shared)
+        return _windows(site, op, origin, stacked=stacked, shared=shared)
     if site.kind == "ragged" and (site.weight != 1 or by_rows(op.eqn) is None):
         return None
     batch, over = paired(site, op)
@@ -281,7 +278,7 @@ def _by_group(rows: jax.Array, sizes: jax.Array) -> _Sums:
     return _Sums(summed(second), summed(first[..., 0, :]), summed(sizes.astype(x.dtype)))
 
 
-def _windows(site: Site, op: Op, origin: Origin, stacked: tuple[int, ...], shared: int) -> _Rows | None:
+def _windows(site: Site, op: Op, origin: Origin, *, stacked: tuple[int, ...], shared: int) -> _Rows | None:
     """The rows of a convolution: a window each, in the order of the leaf's axes."""
     eqn, x = op.eqn, site.activations[0]
     numbers = eqn.params["dimension_numbers"]
@@ -297,44 +294,6 @@ def _windows(site: Site, op: Op, origin: Origin, stacked: tuple[int, ...], share
     order = [*(of[a] for a in leaf_axes), *(i for i in range(len(sizes)) if i not in of.values())]
 
     def take(values: Sequence[jax.Array]) -> dict[str, _Sums]:
-        return {site.leaf or "": _in_parts(values[0], eqn, sizes, order)}
+        return {site.leaf or "": over_windows(values[0], eqn, _sums, sizes=sizes, order=order)}
 
     return _Rows(stacked, leaf_axes, window, shared, take)
-
-
-def _in_parts(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Sequence[int]) -> _Sums:
-    """Sums over all windows, a part of the images at a time where their patches together are large."""
-    batch = eqn.params["dimension_numbers"].lhs_spec[0]
-    wide = math.prod(sizes) * math.prod(shape_of(eqn.outvars[0])) // max(_features(eqn), 1)
-    images = x.shape[batch]
-    parts = next((k for k in range(1, images) if not images % k and wide // k <= _PATCHES), max(images, 1))
-
-    def of(part: jax.Array) -> _Sums:
-        return _sums(_patches(part, eqn, sizes, order))
-
-    if parts == 1:
-        return of(x)
-    split = jnp.moveaxis(x.reshape(*x.shape[:batch], parts, images // parts, *x.shape[batch + 1 :]), batch, 0)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, split[0]))
-    return lax.scan(lambda total, part: (total.plus(of(part)), None), zero, split)[0]
-
-
-def _features(eqn: core.JaxprEqn) -> int:
-    return int(shape_of(eqn.outvars[0])[eqn.params["dimension_numbers"].out_spec[1]])
-
-
-def _patches(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Sequence[int]) -> jax.Array:
-    """The windows as rows: ``(windows, n)``."""
-    p = eqn.params
-    numbers: lax.ConvDimensionNumbers = p["dimension_numbers"]
-    same = {name: p[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
-    found = lax.conv_general_dilated_patches(
-        x.astype(compute_dtype(x.dtype)),
-        tuple(sizes[1:]),
-        dimension_numbers=numbers,
-        precision=lax.Precision.HIGHEST,
-        **same,
-    )
-    found = jnp.moveaxis(found, numbers.out_spec[1], -1)
-    count: Shape = (found.size // max(math.prod(sizes), 1),)
-    return jnp.transpose(found.reshape(*count, *sizes), (0, *(i + 1 for i in order))).reshape(*count, -1)

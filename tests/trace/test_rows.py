@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxcomp.trace import Moments, row_moments, row_moments_over, rows
+from jaxcomp.trace import Moments, row_moments, row_moments_over
+from jaxcomp.trace import windows as windows_of
 from tests.trace.models import normal
 
 
@@ -33,7 +34,7 @@ def test_windows_are_whole(spec, monkeypatch):
         return lax.conv_general_dilated(x, p["w"], (2, 2), "VALID", dimension_numbers=("NHWC", spec, "NHWC"))
 
     params, x = {"w": jnp.transpose(normal(1, 3, 3, 2, 5), order)}, normal(2, 4, 7, 7, 2)
-    monkeypatch.setattr(rows, "_PATCHES", 200)  # in parts
+    monkeypatch.setattr(windows_of, "_PATCHES", 200)  # in parts
     found = row_moments(fn)(params, x)["w"]
     wanted = windows(np.asarray(x, np.float64), 3, 2)
     np.testing.assert_allclose(found.second, wanted.T @ wanted, rtol=1e-4, atol=1e-4)
