@@ -16,6 +16,7 @@ from jaxcomp.trace.moments import input_moments, input_norms
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
 from jaxcomp.trace.roles import roles
+from jaxcomp.trace.rows import Moments, row_moments, row_moments_over
 from jaxcomp.trace.sites import Operand, Site, sites
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Device",
     "Emitted",
     "FoldedFunction",
+    "Moments",
     "Monoid",
     "Operand",
     "Program",
@@ -51,6 +53,8 @@ __all__ = [
     "percentile",
     "rewrite",
     "roles",
+    "row_moments",
+    "row_moments_over",
     "sites",
     "trace",
 ]

@@ -122,7 +122,7 @@ def _rows(site: Site, op: Op) -> _Rows | None:
         return _Rows((), (x.roles.index(CONTRACTED),)) if window else None
     if site.kind == "ragged" and (site.weight != 1 or by_rows(op.eqn) is None):
         return None
-    batch, summed = _paired(site, op)
+    batch, summed = paired(site, op)
     front = [a for axes, _ in (*batch, *summed) for a in axes]
     stacked = sum(r == STACKED for r in weight.leaf_roles)
     if front != list(range(stacked, stacked + len(front))) or stacked + len(front) == len(weight.leaf_shape):
@@ -133,7 +133,7 @@ def _rows(site: Site, op: Op) -> _Rows | None:
 _Pairs = list[tuple[tuple[int, ...], int | None]]
 
 
-def _paired(site: Site, op: Op) -> tuple[_Pairs, _Pairs]:
+def paired(site: Site, op: Op) -> tuple[_Pairs, _Pairs]:
     """For each axis that the operands share, and each that is summed over: the leaf's axes and the activation's.
 
     The axis of a ragged dot's groups has none in the activation.
@@ -160,7 +160,7 @@ def _moments(site: Site, op: Op, at: _Rows) -> Observer:
         count = x.size // max(math.prod(apart) * width, 1)
         rows = x.reshape(*apart, count, width).astype(compute_dtype(x.dtype))
         if site.kind == "ragged":
-            found = lax.ragged_dot_general(rows, rows, values[2], _BY_GROUP, precision="highest")
+            found = lax.ragged_dot_general(rows, rows, values[2], BY_GROUP, precision="highest")
         else:
             found = jnp.einsum("...ni,...nj->...ij", rows, rows, precision="highest")
         return {str(site.leaf): summed(found)}
@@ -168,7 +168,7 @@ def _moments(site: Site, op: Op, at: _Rows) -> Observer:
     return look
 
 
-_BY_GROUP = lax.RaggedDotDimensionNumbers(
+BY_GROUP = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
 )
 """``xᵀ y`` over the rows of each group."""
@@ -191,7 +191,7 @@ def _plain_weight(site: Site, op: Op) -> Operand | None:
 def _squares(site: Site, op: Op) -> Observer:
     operand = site.activations[0]
     axis = site.operands[operand].roles.index(CONTRACTED)
-    batch = [] if site.kind == "conv" else [j for _, j in _paired(site, op)[0] if j is not None]
+    batch = [] if site.kind == "conv" else [j for _, j in paired(site, op)[0] if j is not None]
     at = by_rows(op.eqn) if site.kind == "ragged" else None
     groups = 0 if at is None else site.operands[1].shape[at.group]
 
