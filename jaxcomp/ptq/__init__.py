@@ -1,3 +1,5 @@
 """Post-training compression: parameters to parameters, given what enters the layers, without labels."""
 
-__all__: list[str] = []
+from jaxcomp.ptq.second_order import gptq, sparsegpt
+
+__all__ = ["gptq", "sparsegpt"]

@@ -282,7 +282,11 @@ def _patches(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Sequ
     numbers: lax.ConvDimensionNumbers = p["dimension_numbers"]
     same = {name: p[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
     found = lax.conv_general_dilated_patches(
-        x.astype(compute_dtype(x.dtype)), tuple(sizes[1:]), dimension_numbers=numbers, precision=lax.Precision.HIGHEST, **same
+        x.astype(compute_dtype(x.dtype)),
+        tuple(sizes[1:]),
+        dimension_numbers=numbers,
+        precision=lax.Precision.HIGHEST,
+        **same,
     )
     found = jnp.moveaxis(found, numbers.out_spec[1], -1)
     count: Shape = (found.size // max(math.prod(sizes), 1),)
