@@ -1,7 +1,7 @@
 """The columns of a weight rounded or pruned row by row, each row's error made good by the rows to come. Arrays alone.
 
-With ``h = Σ x xᵀ`` the loss of ``q`` in place of ``w`` is ``tr((w - q)ᵀ h (w - q))``. With ``h = r rᵀ``, ``r`` upper, it
-is the squared norm of ``rᵀ (w - q)``, whose row i holds the errors of rows up to i alone: what the rows before have
+With ``h = Σ x xᵀ`` the loss of ``q`` in place of ``w`` is ``tr((w - q)ᵀ h (w - q))``. With ``h = r rᵀ``, ``r`` upper,
+it is the squared norm of ``rᵀ (w - q)``, whose row i holds the errors of rows up to i alone: what the rows before have
 left there is taken up by row i before it is rounded. That is GPTQ's recursion without the inverse of ``h``.
 """
 
@@ -158,7 +158,10 @@ def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
     """Block after block; the rows of the last one are filled up with zeros whose inputs go with no others."""
     n, block = len(factor), _block_of(rule)
     tile = block * max(1, min(_TILE // block, -(-n // block)))
-    full, r = _filled(rows, n, -(-n // block) * block), _grown(factor, -(-n // tile) * tile)
+    full, r = (
+        _filled(rows, n, -(-n // block) * block, of_some=isinstance(rule.keep, float)),
+        _grown(factor, -(-n // tile) * tile),
+    )
 
     def one(errors: jax.Array, b: jax.Array) -> tuple[jax.Array, Done]:
         start = b * block
@@ -186,14 +189,14 @@ def _block_of(rule: Rule) -> int:
     return rule.group or -(-BLOCK // choice) * choice
 
 
-def _filled(rows: Rows, n: int, size: int) -> Rows:
-    """As many rows as ``size``: those that are more are zeros, of scale 1, and not alive."""
+def _filled(rows: Rows, n: int, size: int, *, of_some: bool) -> Rows:
+    """As many rows as ``size``: those that are more are zeros, of scale 1, and count for nothing where some go."""
     if size == n:
         return rows
-    alive = jnp.ones(rows.w.shape, bool) if rows.alive is None else rows.alive
+    alive = jnp.ones(rows.w.shape, bool) if rows.alive is None and of_some else rows.alive
     scale = None if rows.scale is None else _pad(rows.scale, size - n, 1)
     zero = None if rows.zero is None else _pad(rows.zero, size - n, 0)
-    return Rows(_pad(rows.w, size - n, 0), scale, zero, _pad(alive, size - n, 0))
+    return Rows(_pad(rows.w, size - n, 0), scale, zero, None if alive is None else _pad(alive, size - n, 0))
 
 
 def _pad(x: jax.Array, more: int, value: int) -> jax.Array:

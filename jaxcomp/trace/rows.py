@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import wraps
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from jaxcomp.core.types import Params, PyTree, Shape
 from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
 from jaxcomp.trace.exact import Sum, summed
 from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import zeros
 from jaxcomp.trace.moments import BY_GROUP, paired
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import by_rows
@@ -43,7 +44,8 @@ class Moments:
       first: of shape ``(*apart, n)``.
       count: of shape ``apart``.
       apart: the leaf's axes of which each index has its own rows: stacked layers, batches, experts. Static.
-      summed: the leaf's axes that a row runs over, the slowest first; those of a window stand before the others. Static.
+      summed: the leaf's axes that a row runs over, the slowest first; those of a window before the others.
+        Static.
       window: those of them that are a convolution's window. Static.
     """
 
@@ -96,8 +98,8 @@ def row_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Moments
     Of a dot, a row runs over the leaf's axes that are summed over, wherever they stand; of a convolution over its whole
     window and its input features. In a scan over stacked layers there are moments for each layer, and where axes of the
     leaf are batch axes or experts (``ragged_dot``), for each of these, over its own rows. A leaf with several sites has
-    all their rows together. Sites whose weight is computed, convolutions with feature groups, and leaves that are summed
-    over in more ways than one are left out.
+    all their rows together. Sites whose weight is computed, convolutions with feature groups, and leaves that are
+    summed over in more ways than one are left out.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -110,27 +112,56 @@ def row_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Moments
     >>> m.second.tolist(), m.first.tolist(), float(m.count), m.summed
     ([[1.0, 2.0], [2.0, 5.0]], [1.0, 3.0], 2.0, (1,))
     """
-    nothing = Nothing("row_moments", where, "site that multiplies rows by a leaf")
+    found = chosen_moments(fn, where)
 
     @wraps(fn)
     def moments(params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, Moments]:
-        axes: dict[str, _Rows | None] = {}
+        return found(None, params, *args, **kwargs)
+
+    return moments
+
+
+def chosen_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Moments]]:
+    """:func:`row_moments` that compute only some: ``moments(chosen, params, *args)``, zeros for the others.
+
+    So one compiled program gathers now these, now those.
+
+    Args:
+      fn, where: as for :func:`row_moments`.
+
+    The result takes ``chosen``, by path whether it is wanted: booleans, or scalars of them inside jit; None is all.
+    """
+    nothing = Nothing("row_moments", where, "site that multiplies rows by a leaf")
+
+    def moments(
+        chosen: Mapping[str, jax.Array] | None, params: Params, *args: PyTree, **kwargs: PyTree
+    ) -> dict[str, Moments]:
+        known: dict[str, _Rows | None] = {}
 
         def observer(site: Site, op: Op) -> Observer | None:
             path = site.leaf or ""
             rows = _rows(site, op) if matches(where, path, site) else None
             if rows is None:
                 return None
-            known = axes.setdefault(path, rows)
-            if known is None or known[:-1] != rows[:-1]:
-                axes[path] = None
+            before = known.setdefault(path, rows)
+            if before is None or before[:-1] != rows[:-1]:
+                known[path] = None
                 return None
-            return rows.take
+            return rows.take if chosen is None else _when(chosen.get(path, False), rows.take)
 
         seen = collect(fn, observer, merged=ADDED, nothing=nothing)(params, *args, **kwargs).seen
-        return {path: _finished(seen[path], rows) for path, rows in axes.items() if rows is not None}
+        return {path: _finished(seen[path], rows) for path, rows in known.items() if rows is not None}
 
     return moments
+
+
+def _when(wanted: jax.Array | bool, take: Observer) -> Observer:
+    def look(values: Sequence[jax.Array]) -> Mapping[str, PyTree]:
+        values = list(values)
+        shapes = jax.eval_shape(take, values)
+        return lax.cond(wanted, take, lambda _: zeros(shapes), values)
+
+    return look
 
 
 def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[PyTree]], dict[str, Moments]]:
@@ -152,21 +183,37 @@ def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable
     observed = jax.jit(row_moments(fn, where))
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Moments]:
-        found: dict[str, Sum] | None = None
-        like: dict[str, Moments] = {}
-        total = len(batches) if isinstance(batches, Sized) else None
-        with progress("row_moments: batches", total) as advance:
-            for batch in batches:
-                like = observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
-                one = jax.tree.map(summed, like)
-                # Waiting keeps no more than one batch on the device, and the bar honest.
-                found = jax.block_until_ready(one if found is None else _added(found, one))
-                advance(1)
-        if found is None:
-            raise ValueError("row_moments_over: there is no batch; give an iterable of batches that was not used up.")
-        return jax.tree.map(lambda total: total.rounded(), found, is_leaf=_is_sum)
+        size = len(batches) if isinstance(batches, Sized) else None
+        with progress("row_moments: batches", size) as advance:
+
+            def each() -> Iterator[dict[str, Moments]]:
+                for batch in batches:
+                    yield observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
+                    advance(1)
+
+            return total(each(), "row_moments_over")
 
     return over
+
+
+def total(seen: Iterable[dict[str, Moments]], owner: str) -> dict[str, Moments]:
+    """The moments of several batches together, added up as they come without rounding errors that grow.
+
+    Args:
+      seen: of each batch.
+      owner: for the message.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found: dict[str, Moments] | None = None
+    for one in seen:
+        new = jax.tree.map(summed, one)
+        # Waiting keeps no more than one batch on the device, and a bar honest.
+        found = jax.block_until_ready(new if found is None else _added(found, new))
+    if found is None:
+        raise ValueError(f"{owner}: there is no batch; give an iterable of batches that was not used up.")
+    return jax.tree.map(lambda both: both.rounded(), found, is_leaf=_is_sum)
 
 
 @jax.jit
