@@ -260,7 +260,7 @@ def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, grid: Grid | None) -> tup
         w = now[i]
         value, code = _settled(w, here, grid)
         error = (w - value) / coupling[i]
-        return now - coupling[:, None] * error, (error, Done(value, code, None, None, here.alive))
+        return now - coupling[:, None] * error[None], (error, Done(value, code, None, None, here.alive))
 
     _, (errors, done) = lax.scan(row, now, (jnp.arange(len(now)), u, rows))
     return errors, done

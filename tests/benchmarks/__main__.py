@@ -26,6 +26,7 @@ NAMES = (
     "shrink",
     "kmeans",
     "low_rank",
+    "column_solver",
     "analysis",
     "save_load",
     "coding",
@@ -35,7 +36,7 @@ NAMES = (
 )
 ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert")
 """Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
-TOY = ("gpu", "decode", "coding")
+TOY = ("gpu", "decode", "coding", "column_solver")
 """Those that also run at toy size, which shows that they run and no more."""
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
