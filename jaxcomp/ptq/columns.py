@@ -179,9 +179,9 @@ def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
 
     nothing = jnp.zeros((len(r), rows.w.shape[1]), rows.w.dtype)
     _, done = lax.scan(one, nothing, jnp.arange(-(-n // block)))
-    values, codes, scale, zero, mask = (None if x is None else x.reshape(-1, x.shape[-1]) for x in done)
-    of_rows = jax.tree.map(lambda x: x[:n], (values, codes, mask))
-    return Done(*of_rows[:2], scale, zero, of_rows[2])
+    values, codes, scale, zero, mask = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tuple(done))
+    values, codes, mask = jax.tree.map(lambda x: x[:n], (values, codes, mask))
+    return Done(values, codes, scale, zero, mask)
 
 
 def _block_of(rule: Rule) -> int:
@@ -234,9 +234,9 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
     wide = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
     size = rule.keep.m if isinstance(rule.keep, NM) else max(k for k in range(1, _CHUNK + 1) if not len(w) % k)
     chosen = part.alive if isinstance(rule.keep, NM) else mask
-    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), (w, *wide, chosen))
+    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, *wide, chosen))
 
-    def chunk(errors: jax.Array, given: tuple[jax.Array, tuple[jax.Array | None, ...]]) -> tuple[jax.Array, Done]:
+    def chunk(errors: jax.Array, given: tuple[jax.Array, Rows]) -> tuple[jax.Array, Done]:
         at, (now, scale, zero, mask) = given
         columns = lax.dynamic_slice_in_dim(u, at, size, 1)
         now = now - _dot(columns.T, errors)
@@ -248,7 +248,7 @@ def _one_block(part: Rows, w: jax.Array, u: jax.Array, rule: Rule) -> Done:
 
     at = jnp.arange(0, len(w), size)
     _, done = lax.scan(chunk, jnp.zeros_like(w), (at, of_rows))
-    values, codes, mask = (None if x is None else x.reshape(w.shape) for x in (done.values, done.codes, done.mask))
+    values, codes, mask = jax.tree.map(lambda x: x.reshape(w.shape), (done.values, done.codes, done.mask))
     return Done(values, codes, *found, mask)
 
 

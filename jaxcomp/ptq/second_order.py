@@ -259,8 +259,8 @@ def _solved(
     """One leaf: a program a shape."""
     wide = w.astype(compute_dtype(w.dtype))
     scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(wide, mask, ends, place, rule)
-    each_own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
-    rows = Rows(*(None if x is None else place.rows(x) for x in (wide, *each_own, mask)))
+    own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
+    rows: Rows = jax.tree.map(place.rows, Rows(wide, *own, mask))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
     done, _ = jax.vmap(partial(columns.solve, rule=rule))(rows, h) if len(h) > 1 else _alone(rows, h, rule)
     kept = None if done.mask is None else place.back(done.mask, w.shape)
@@ -301,7 +301,10 @@ def _inside(leaf: Leaf) -> Leaf:
 
 
 def _known(moments: Mapping[str, Moments]) -> Where:
-    return lambda path, leaf: path in moments
+    def has_moments(path: str, leaf: Leaf) -> bool:
+        return path in moments
+
+    return has_moments
 
 
 def _check(how: How, moments: Mapping[str, Moments]) -> None:

@@ -27,7 +27,7 @@ from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.sites import Site
 from jaxcomp.trace.tags import Origin
-from jaxcomp.trace.walk import Fn
+from jaxcomp.trace.walk import Fn, shape_of
 
 _PATCHES = 1 << 24
 """Elements of a convolution's patches that are made at once."""
@@ -70,7 +70,7 @@ class Moments:
 class _Sums(NamedTuple):
     second: Sum
     first: Sum
-    count: Sum
+    number: Sum
 
     def plus(self, other: _Sums) -> _Sums:
         return _Sums(*(a.plus(b) for a, b in zip(self, other, strict=True)))
@@ -305,7 +305,7 @@ def _windows(site: Site, op: Op, origin: Origin, stacked: tuple[int, ...], share
 def _in_parts(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Sequence[int]) -> _Sums:
     """Sums over all windows, a part of the images at a time where their patches together are large."""
     batch = eqn.params["dimension_numbers"].lhs_spec[0]
-    wide = math.prod(sizes) * math.prod(eqn.outvars[0].aval.shape) // max(_features(eqn), 1)
+    wide = math.prod(sizes) * math.prod(shape_of(eqn.outvars[0])) // max(_features(eqn), 1)
     images = x.shape[batch]
     parts = next((k for k in range(1, images) if not images % k and wide // k <= _PATCHES), max(images, 1))
 
@@ -320,7 +320,7 @@ def _in_parts(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Seq
 
 
 def _features(eqn: core.JaxprEqn) -> int:
-    return int(eqn.outvars[0].aval.shape[eqn.params["dimension_numbers"].out_spec[1]])
+    return int(shape_of(eqn.outvars[0])[eqn.params["dimension_numbers"].out_spec[1]])
 
 
 def _patches(x: jax.Array, eqn: core.JaxprEqn, sizes: Sequence[int], order: Sequence[int]) -> jax.Array:

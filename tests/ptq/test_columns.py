@@ -22,7 +22,7 @@ def correlated(n, rows=1000):
 
 H, W = correlated(150), np.float32(RNG.normal(size=(150, 24)))
 H144, W144 = H[:144, :144], W[:144]
-SCALE = np.broadcast_to(np.abs(W).max(0) / 7.5, W.shape)
+SCALE = np.broadcast_to(np.abs(W).max(0) / 7.3, W.shape)
 RULE = Rule(Int(4), 0, None, None, by_activation=False, damping=0.01)
 
 
@@ -31,17 +31,19 @@ def agree(ours, theirs, most=0.002):
     assert np.mean(np.asarray(ours) != theirs) <= most
 
 
-@pytest.mark.parametrize("by_activation", [False, True])
+@pytest.mark.parametrize("by_activation", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_codes_are_those_of_the_published_algorithm(by_activation):
     order = np.argsort(-np.diag(H), kind="stable") if by_activation else np.arange(len(H))
     wanted = published.gptq(W[order], H[order][:, order], SCALE[order], ends=(-8, 7))[np.argsort(order)]
     rule = Rule(Int(4), 0, None, None, by_activation=by_activation, damping=0.01)
     done, damping = solve(Rows(jnp.array(W), jnp.array(SCALE)), jnp.array(H), rule)
     agree(done.codes, wanted)
-    assert float(damping) == np.float32(0.01) and done.mask is None
+    assert float(damping) == np.float32(0.01)
+    assert done.mask is None
     np.testing.assert_array_equal(done.values, np.asarray(done.codes) * SCALE)
 
 
+@pytest.mark.slow
 def test_scales_of_groups_are_found_when_they_are_reached():
     codes, scales = published.gptq_of_groups(W144, H144, 16, ends=(-8, 7))
     done, _ = solve(Rows(jnp.array(W144)), jnp.array(H144), Rule(Int(4), 16, None, None, False, 0.01))
@@ -59,7 +61,9 @@ def test_groups_stay_together_where_large_inputs_go_first():
     agree(done.codes, codes[np.argsort(order)], 0.01)
 
 
-@pytest.mark.parametrize("keep", [0.6, NM(2, 4)], ids=["fraction", "2:4"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param(0.6, marks=pytest.mark.slow, id="fraction"), pytest.param(NM(2, 4), id="2:4")]
+)
 def test_what_is_left_is_that_of_the_published_pruning(keep):
     how = {"fraction": keep} if isinstance(keep, float) else {"n_m": (keep.n, keep.m)}
     wanted = published.sparsegpt(W144, H144, block=128, **how)
@@ -74,7 +78,8 @@ def test_the_damping_grows_until_there_is_a_factor():
     x = np.float32(RNG.normal(size=(3, 40)))
     h = jnp.array(x.T @ x) - 1e-3 * jnp.eye(40)  # no rounding error is that large: no moments are
     factor, damping = upper_factor(h, 0.0)
-    assert 0 < float(damping) < 0.1 and np.isfinite(factor).all()
+    assert 0 < float(damping) < 0.1
+    assert np.isfinite(factor).all()
     damped = np.asarray(h) + float(damping) * np.mean(np.diag(h)) * np.eye(40)
     np.testing.assert_allclose(factor @ factor.T, damped, atol=1e-4)
 

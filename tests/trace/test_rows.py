@@ -39,7 +39,8 @@ def test_windows_are_whole(spec, monkeypatch):
     np.testing.assert_allclose(found.second, wanted.T @ wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.first, wanted.sum(0), rtol=1e-4, atol=1e-4)
     assert (float(found.count), found.apart) == (len(wanted), ())
-    assert found.summed == tuple(spec.index(c) for c in "HWI") and found.window == tuple(spec.index(c) for c in "HW")
+    assert found.summed == tuple(spec.index(c) for c in "HWI")
+    assert found.window == tuple(spec.index(c) for c in "HW")
     assert found.roles(4).names == tuple(
         {"H": "spatial", "W": "spatial", "I": "contracted", "O": "output"}[c] for c in spec
     )
@@ -70,7 +71,8 @@ def test_heads_experts_layers_and_a_leaf_that_layers_share():
         "out": ((8, 8), (), (0, 1)),
         "experts": ((3, 3, 3), (0,), (1,)),
     }
-    assert found["experts"].count.tolist() == [2, 0, 4] and float(found["shared"].count) == 12
+    assert found["experts"].count.tolist() == [2, 0, 4]
+    assert float(found["shared"].count) == 12
     h, seen = np.asarray(x, np.float64), []
     for w in np.asarray(params["stack"], np.float64):
         seen.append(h @ w)
@@ -88,7 +90,8 @@ def test_batches_add_and_leaves_of_two_kinds_are_left_out():
     assert set(over) == {"w"}
     apart = [row_moments(fn)(params, x)["w"] for x in (a, b)]
     both = jax.tree.map(jnp.add, *apart)
-    assert isinstance(both, Moments) and float(over["w"].count) == float(both.count) == 7
+    assert isinstance(both, Moments)
+    assert float(over["w"].count) == float(both.count) == 7
     np.testing.assert_allclose(over["w"].second, both.second, rtol=1e-6)
     with pytest.raises(ValueError, match="row_moments_over: there is no batch"):
         row_moments_over(fn)(params, [])
