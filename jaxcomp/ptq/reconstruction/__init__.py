@@ -4,17 +4,25 @@ from jaxcomp.ptq.reconstruction.blockwise import BlockError
 from jaxcomp.ptq.reconstruction.cuts import Block, Blocks, Layers, Scopes, Single, cut
 from jaxcomp.ptq.reconstruction.learning import Training
 from jaxcomp.ptq.reconstruction.reconstruct import Reconstructed, reconstruct, sampled_loss
+from jaxcomp.ptq.reconstruction.refit import FewRows, Refitted, SiteError, refit
+from jaxcomp.ptq.reconstruction.selection import lasso, removal_error
 
 __all__ = [
     "Block",
     "BlockError",
     "Blocks",
+    "FewRows",
     "Layers",
     "Reconstructed",
+    "Refitted",
     "Scopes",
     "Single",
+    "SiteError",
     "Training",
     "cut",
+    "lasso",
     "reconstruct",
+    "refit",
+    "removal_error",
     "sampled_loss",
 ]
