@@ -34,8 +34,8 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert")
-"""Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction")
+"""Those that want an accelerator, packages that cannot be declared, or trained networks: where they are named only."""
 TOY = ("gpu", "decode", "coding", "column_solver")
 """Those that also run at toy size, which shows that they run and no more."""
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"

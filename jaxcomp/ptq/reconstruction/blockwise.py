@@ -15,7 +15,17 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import Key, Leaf, Params, PyTree
 from jaxcomp.ptq.reconstruction.cuts import Block, Blocks, Values
-from jaxcomp.ptq.reconstruction.learning import Case, Fixed, Learned, Learner, Training, begin, hard, with_learned
+from jaxcomp.ptq.reconstruction.learning import (
+    Case,
+    Fixed,
+    Learned,
+    Learner,
+    Training,
+    begin,
+    hard,
+    is_float,
+    with_learned,
+)
 from jaxcomp.ptq.reconstruction.passing import Gridded, Inputs
 from jaxcomp.trace.ranges import Range
 
@@ -87,11 +97,7 @@ class Blockwise:
         @jax.jit
         def squares(params: Params, args: tuple[PyTree, ...], key: Key) -> list[Values]:
             shapes = jax.eval_shape(self.crossing, params, args)
-            floats = [[jnp.issubdtype(s.dtype, jnp.floating) for s in some] for some in shapes]
-            zero = [
-                tuple(jnp.zeros(s.shape, s.dtype) if is_float else None for s, is_float in zip(some, which, strict=True))
-                for some, which in zip(shapes, floats, strict=True)
-            ]
+            zero = [tuple(jnp.zeros(s.shape, s.dtype) if is_float(s) else None for s in some) for some in shapes]
             grads = jax.grad(through)(zero, params, args, key)
             return jax.tree.map(lambda g: jnp.square(g) / jnp.mean(jnp.square(g)), grads)
 

@@ -144,7 +144,7 @@ class Blocks(tuple[Block, ...]):
         return "\n".join(map(repr, self))
 
 
-def cut(fn: Fn, cuts: Cuts = Single()) -> Callable[..., Blocks]:  # noqa: B008 - frozen
+def cut(fn: Fn, cuts: Cuts = Single()) -> Callable[..., Blocks]:
     """``fn(params, *args)`` as blocks, each a pure function of the parameters and of what the block before gave.
 
     A cut is a place in the program: what crosses it are the values that were computed from parameters and arguments

@@ -176,7 +176,7 @@ def _mixed_with(case: Case, drop: float, key: Key) -> Values:
         return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), drop, rounded.shape), exact, rounded)
 
     both = zip(case.quantized, case.exact, strict=True)
-    return tuple(mixed(i, a, b) if _is_float(a) else a for i, (a, b) in enumerate(both))
+    return tuple(mixed(i, a, b) if is_float(a) else a for i, (a, b) in enumerate(both))
 
 
 def _error(run: Callable[..., Values], given: Inputs, case: Case) -> tuple[jax.Array, jax.Array]:
@@ -189,12 +189,13 @@ def squared(out: Values, case: Case) -> jax.Array:
     """The sum of squared differences from the target, each times its importance."""
     total = jnp.zeros((), jnp.float32)
     for i, (x, y) in enumerate(zip(out, case.target, strict=True)):
-        if not _is_float(y):
+        if not is_float(y):
             continue
         square = jnp.square((x - y).astype(jnp.float32))
         total += jnp.sum(square if case.importance is None else square * case.importance[i])
     return total
 
 
-def _is_float(x: jax.Array) -> bool:
+def is_float(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a value's errors can be squared."""
     return jnp.issubdtype(x.dtype, jnp.floating)

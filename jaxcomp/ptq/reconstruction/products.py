@@ -38,8 +38,8 @@ class Statistics:
     """Sums over all batches, of a leaf ``W`` whose rows are ``x'`` and whose products should be ``y``.
 
     Attributes:
-      second, cross: ``Σ x' x'ᵀ`` and ``Σ x' yᵀ``, of shapes (k, n, n) and (k, n, m), where k counts the leaf's parts that
-        have rows of their own.
+      second, cross: ``Σ x' x'ᵀ`` and ``Σ x' yᵀ``, of shapes (k, n, n) and (k, n, m); k counts the parts of the leaf
+        that have rows of their own.
       square: ``Σ |y|²``.
       count: the rows of the part that saw fewest.
     """
@@ -105,9 +105,7 @@ class Functions:
         loops = self.ops[site.location].loops
         return BARRED.isdisjoint(site.inside) and "cond" not in site.inside and all(loop.layers for loop in loops)
 
-    def one(
-        self, n: int, exact: Arrays, now: Arrays, case: Case
-    ) -> tuple[Moments, jax.Array, jax.Array]:
+    def one(self, n: int, exact: Arrays, now: Arrays, case: Case) -> tuple[Moments, jax.Array, jax.Array]:
         """The statistics of one batch."""
         target = self.results(n, exact, (case.exact, case.rest))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +20,8 @@ from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.walk import Fn
 
 OWNER = "reconstruct"
+
+
 @dataclass(frozen=True, eq=False)
 class Reconstructed:
     """What :func:`reconstruct` gives.

@@ -80,8 +80,8 @@ def refit(
     Args:
       fn: a pure function whose first argument is the parameter tree.
       params: its parameters, whose products are the target.
-      pruned: the tree with units removed: arrays of the same shapes with zeros, as ``mask(plan)(params)`` makes them, or
-        ``Masked`` leaves.
+      pruned: the tree with units removed: arrays of the same shapes with zeros, as ``mask(plan)(params)`` makes them,
+        or ``Masked`` leaves.
       batches: of what ``fn`` takes behind the parameters: a tuple of arguments, or the only one, all of the same
         shapes.
       where: the leaves to fit; None is those that lost rows.
@@ -90,8 +90,8 @@ def refit(
       cuts: where a block begins; what enters one is kept for all batches.
 
     Raises:
-      ValueError: no leaf is to be fitted, trees or batches of other shapes, a rule that matches nothing, values that are
-        not finite, or a damping that is no positive number.
+      ValueError: no leaf is to be fitted, trees or batches of other shapes, a rule that matches nothing, values that
+        are not finite, or a damping that is no positive number.
 
     >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 1))}
     >>> f = lambda p, x: (x @ p["a"]) @ p["b"]

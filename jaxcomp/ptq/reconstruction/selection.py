@@ -45,11 +45,11 @@ def removal_error(moments: Mapping[str, Moments], *, damping: float = 1e-3) -> U
     >>> params = {"up": np.float32([[1, 0, 1], [0, 1, 0]]), "down": np.float32([[1], [2], [1]])}
     >>> f, x = lambda p, x: x @ p["up"] @ p["down"], np.float32([[1, 0], [0, 1], [1, 2]])
     >>> scores = removal_error(row_moments(f)(params, x))(channel_groups(f)(params, x), params)
-    >>> scores[0].argmax(), (scores[0] < 0.1).sum()  # the first and the third unit are alike: one may go
-    (1, 1)
+    >>> (scores[0] < 0.1).tolist().count(True)  # the first and the third unit are alike: one may go
+    1
 
-    Source: OBC, Frantar & Alistarh 2022, arXiv:2208.11580, section 4, for groups of rows; the greedy order of
-    SlimGPT, arXiv:2412.18110. Deviation: all columns of a kernel lose the same rows.
+    Source: OBC, Frantar & Alistarh 2022, arXiv:2208.11580, section 4, for groups of rows. Deviation:
+    all columns of a kernel lose the same rows.
     """
 
     def score(consumers: list[Consumer], units: int) -> Matrix:
@@ -85,8 +85,8 @@ def lasso(moments: Mapping[str, Moments], *, penalties: int = 100, steps: int = 
       steps: at each penalty.
 
     Source: He et al. 2017, arXiv:1707.06168, equation 2. Deviations: the path of all penalties, by moments, in place of
-    one penalty that grows while samples of the activations are solved for; units that enter at the same penalty are told
-    apart by their weight there.
+    one penalty that grows while samples of the activations are solved for; units that enter at the same penalty are
+    told apart by their weight there.
     """
 
     def score(consumers: list[Consumer], units: int) -> Matrix:
@@ -162,9 +162,7 @@ class _Elimination:
         self.inverse[rows, rows] = 1
 
 
-def _of_consumers(
-    score: Callable[[list[Consumer], int], Matrix], moments: Mapping[str, Moments]
-) -> UnitScore:
+def _of_consumers(score: Callable[[list[Consumer], int], Matrix], moments: Mapping[str, Moments]) -> UnitScore:
     """A score of units by the kernels that sum over them, layer by layer of a stack."""
     plain = l2()
 
@@ -199,7 +197,8 @@ def _consumers(group: Group, layer: int, leaves: Mapping[str, Leaf], moments: Ma
         spread = np.asarray(s.unit_of).reshape([-1 if i == at else 1 for i in range(len(sizes))])
         unit_of = np.broadcast_to(spread, sizes).ravel()
         n = len(unit_of)
-        kernels = w.transpose((*known.apart, *known.summed, *outputs)).reshape(*[w.shape[i] for i in known.apart], n, -1)
+        kernels = w.transpose((*known.apart, *known.summed, *outputs))
+        kernels = kernels.reshape(*(w.shape[i] for i in known.apart), n, -1)
         second = np.asarray(known.second, np.float64)
         if group.layers:
             kernels, second = kernels[layer], second[layer]

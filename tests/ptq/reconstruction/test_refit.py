@@ -74,7 +74,7 @@ def test_a_convolution_is_fitted_over_its_window() -> None:
     pruned = {"one": p["one"].at[..., 1].set(0), "two": p["two"].at[:, :, 1].set(0)}
     x = normal(16, 6, 6, 3)
     found = refit(conv, p, pruned, batches=[x], damping=1e-4)
-    y = np.maximum(np.einsum("nhwi,io->nhwo", np.asarray(x, np.float64), np.asarray(pruned["one"], np.float64)[0, 0]), 0)
+    y = np.maximum(np.asarray(x, np.float64) @ np.asarray(pruned["one"], np.float64)[0, 0], 0)
     windows = y.reshape(16, 3, 2, 3, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16)
     target = np.asarray(conv(p, x), np.float64).reshape(-1, 3)
     wanted = least_squares(windows, target, np.asarray(pruned["two"], np.float64).reshape(16, 3), 1e-4)
@@ -95,7 +95,9 @@ def test_stacked_layers_are_fitted_each_to_its_own() -> None:
     assert found.sites[0].after < found.sites[0].before
     h = np.tanh(X @ np.asarray(p["up"][0], np.float64))
     h_ = np.tanh(X @ np.asarray(pruned["up"][0], np.float64))
-    wanted = least_squares(h_, h @ np.asarray(p["down"][0], np.float64), np.asarray(pruned["down"][0], np.float64), 1e-5)
+    wanted = least_squares(
+        h_, h @ np.asarray(p["down"][0], np.float64), np.asarray(pruned["down"][0], np.float64), 1e-5
+    )
     np.testing.assert_allclose(found.params["down"][0], wanted, rtol=1e-3, atol=1e-3)
 
 

@@ -61,7 +61,8 @@ def test_the_lasso_meets_its_conditions_and_ranks_by_entry(found) -> None:
     second, w = np.asarray(moments["out"].second, np.float64), PARAMS["out"].astype(np.float64)
     gram = _gram(Consumer(w, second, np.arange(8) // 2), 4)
     parts = [np.asarray(w[2 * u : 2 * u + 2]) for u in range(4)]
-    plain = [[np.sum(second[2 * u : 2 * u + 2, 2 * v : 2 * v + 2] * (parts[u] @ parts[v].T)) for v in range(4)] for u in range(4)]
+    blocks = second.reshape(4, 2, 4, 2)
+    plain = [[np.sum(blocks[u, :, v] * (parts[u] @ parts[v].T)) for v in range(4)] for u in range(4)]
     np.testing.assert_allclose(gram, plain, rtol=1e-9)
     target, penalty = gram.sum(1), 0.2 * np.abs(gram.sum(1)).max()
     beta = _proximal(gram, target, (penalty, float(np.linalg.eigvalsh(gram)[-1]), 5000), np.zeros(4))
