@@ -70,7 +70,7 @@ class Block:
     """A part of a program, between two cuts.
 
     Attributes:
-      sites: paths of its sites, as ``sites(fn)`` names them; none in what comes before the first.
+      sites: paths of its sites, as ``sites(fn)`` names them.
       paths: the parameter leaves that it reads.
       program: of ``(weights, values, rest, constants)``, tuples: the leaves of ``paths``, what enters at the cut, the
         function's arguments that it reads, and the program's constants.
@@ -87,7 +87,7 @@ class Block:
     @property
     def name(self) -> str:
         """Its sites, as far as a line holds them."""
-        return some_paths(self.sites, 3) or "(no site)"
+        return some_paths(self.sites, 3)
 
     @cached_property
     def shape(self) -> str:

@@ -134,7 +134,7 @@ class Learner:
         self.error = jax.jit(partial(_error, run))
         beta = annealed_beta(training.steps)
         falling = optax.cosine_decay_schedule(training.range_rate, training.steps)
-        self.optimizers = Learned(training.optimizer(training.rate), training.optimizer(falling))  # type: ignore[arg-type]
+        self.optimizers = training.optimizer(training.rate), training.optimizer(falling)
 
         def loss(learned: Learned, fixed: Fixed, case: Case, at: tuple[Step, Key]) -> jax.Array:
             step, key = at
@@ -156,7 +156,8 @@ class Learner:
             value, grads = jax.value_and_grad(loss)(learned, fixed, case, at)
             moved, after = [], []
             for how, own, grad, state in zip(self.optimizers, learned, grads, states, strict=True):
-                updates, new = how.update(grad, state, own)
+                with jax.numpy_dtype_promotion("standard"):  # optax's counts of steps meet its floats
+                    updates, new = how.update(grad, state, own)
                 moved.append(optax.apply_updates(own, updates))
                 after.append(new)
             return (Learned(*moved), tuple(after)), value

@@ -14,6 +14,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from jaxcomp.core.leaves import dense, is_compressed, materialize, method_of
+from jaxcomp.core.packed import unpacked
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.specs import is_number
@@ -73,8 +74,9 @@ def refit(
 
         ``argmin Σ |y - x' W'|² + δ |W' - W|²``
 
-    over the rows of ``W'`` that are left; rows and columns of zeros stay zeros. So channels that were removed are
-    made up for by those that stay. Shrink the result: ``plan.take(refitted.params)`` with ``shrink(fn, plan)`` gives
+    over the elements of ``W'`` that are left: rows and columns of zeros stay zeros, and so does what a mask takes. So
+    channels, or single weights, that were removed are made up for by those that stay: for a given mask nothing gives a
+    smaller error. Shrink the result: ``plan.take(refitted.params)`` with ``shrink(fn, plan)`` gives
     what it gives.
 
     Args:
@@ -84,7 +86,7 @@ def refit(
         or ``Masked`` leaves.
       batches: of what ``fn`` takes behind the parameters: a tuple of arguments, or the only one, all of the same
         shapes.
-      where: the leaves to fit; None is those that lost rows.
+      where: the leaves to fit; None is those that lost rows, and those that are ``Masked``.
       damping: ``δ`` as a multiple of the mean of ``x'``'s squares over inputs; it keeps what the batches do not
         determine.
       cuts: where a block begins; what enters one is kept for all batches.
@@ -100,8 +102,9 @@ def refit(
     >>> refit(f, p, pruned, batches=[x], damping=1e-6).params["b"].round(3).tolist()
     [[2.0], [1.0], [0.0]]
 
-    Source: He et al. 2017, arXiv:1707.06168, equation 3, for channels; PocketFlow's channel pruning. Deviation: damped
-    toward the weights as they were.
+    Source: He et al. 2017, arXiv:1707.06168, equation 3, for channels, and PocketFlow's channel pruning; for masks
+    of elements the least squares that SparseGPT, arXiv:2301.00774, equation 2, approximates. Deviation: damped toward
+    the weights as they were.
     """
     if not is_number(damping) or not 0 < damping < np.inf:
         raise ValueError(f"{OWNER}: damping must be a positive number, got {damping!r}.")
@@ -149,12 +152,13 @@ class _Walk:
         return tuple(dense(self.leaves[path]) for path in block.paths)
 
     def chosen(self, path: str, was: jax.Array, summed: tuple[int, ...]) -> bool:
-        """Whether a leaf is to be fitted: a rule says so, or an index that is summed over has nothing but zeros now."""
+        """Whether a leaf is to be fitted: by the rule, or as it has a mask or lost an index that is summed over."""
         if self.where is not None:
             return matches(self.where, path, was)
-        before, after = np.asarray(was) != 0, np.asarray(dense(self.leaves[path])) != 0
+        leaf = self.leaves[path]
+        before, after = np.asarray(was) != 0, np.asarray(dense(leaf)) != 0
         others = [tuple(i for i in range(before.ndim) if i != axis) for axis in summed]
-        return any((before.any(o) & ~after.any(o)).any() for o in others)
+        return isinstance(leaf, Masked) or any((before.any(o) & ~after.any(o)).any() for o in others)
 
     def fit(self, path: str, found: Statistics | None) -> None:
         """Puts a leaf that was fitted anew in its place."""
@@ -167,7 +171,9 @@ class _Walk:
         square, w = found.square, found.matrices(np.asarray(dense(leaf), np.float64))
         if not (np.isfinite(found.second).all() and np.isfinite(found.cross).all()):
             raise ValueError(f"{OWNER}: what enters or leaves {path!r} is not finite; look at the batches.")
-        needed = int(np.any(w, axis=-1).sum(-1).max())
+        mask = np.broadcast_to(unpacked(leaf.mask), leaf.shape) if isinstance(leaf, Masked) else None
+        support = _support(w, None if mask is None else found.matrices(np.asarray(mask, np.float64)))
+        needed = int(support.sum(-2).max())
         if found.count < needed:
             warnings.warn(
                 f"{OWNER}: {path!r} has {needed} inputs left and saw {found.count:.0f} rows; give {needed} or more. "
@@ -175,7 +181,8 @@ class _Walk:
                 FewRows,
                 stacklevel=5,
             )
-        new = np.stack([_solved(*x, self.damping) for x in zip(found.second, found.cross, w, strict=True)])
+        parts = zip(found.second, found.cross, w, support, strict=True)
+        new = np.stack([_solved(*part, self.damping) for part in parts])
         errors = [max(_squared(found, x) + square, 0.0) / (square or 1.0) for x in (w, new)]
         self.fitted.append(SiteError(path, *errors))
         array = jnp.asarray(found.leaf(new), leaf.dtype)
@@ -184,22 +191,30 @@ class _Walk:
     def result(self) -> Refitted:
         """The tree; an error where nothing was fitted."""
         if not self.fitted:
-            rule = "no leaf lost rows" if self.where is None else f"{describe(self.where)} matches none"
+            rule = "no leaf lost rows or is masked" if self.where is None else f"{describe(self.where)} matches none"
             also = f"; {some_paths(self.left)} have no rows that are read" if self.left else ""
             raise ValueError(f"{OWNER}: there is nothing to fit: {rule}{also}; name leaves by where=.")
         return Refitted(self.treedef.unflatten(self.leaves.values()), tuple(self.fitted))
 
 
-def _solved(second: Matrix, cross: Matrix, w: Matrix, damping: float) -> Matrix:
-    """The rows and columns of ``w`` that are not all zeros, fitted."""
-    rows, columns = np.any(w, axis=1), np.any(w, axis=0)
-    new = np.zeros_like(w)
-    own, mean = second[np.ix_(rows, rows)], np.mean(np.diag(second))
-    if not mean or not rows.any():
+def _support(w: Matrix, mask: Matrix | None) -> NDArray[np.bool_]:
+    """Where elements may be: in rows and columns that are not all zeros, and where a mask has them."""
+    kept = np.any(w, axis=-1, keepdims=True) & np.any(w, axis=-2, keepdims=True)
+    return kept if mask is None else kept & (mask != 0)
+
+
+def _solved(second: Matrix, cross: Matrix, w: Matrix, support: NDArray[np.bool_], damping: float) -> Matrix:
+    """Each column fitted over the rows that it has; columns with the same rows are solved for at once."""
+    delta = damping * np.mean(np.diag(second))
+    if not delta:
         return w
-    delta = damping * mean
-    at = np.ix_(rows, columns)
-    new[at] = scipy.linalg.solve(own + delta * np.eye(len(own)), cross[at] + delta * w[at], assume_a="pos")
+    damped, wanted = second + delta * np.eye(len(second)), cross + delta * w
+    new = np.zeros_like(w)
+    patterns, which = np.unique(support, axis=1, return_inverse=True)
+    for i, rows in enumerate(patterns.T):
+        at = np.ix_(rows, which.ravel() == i)
+        if rows.any():
+            new[at] = scipy.linalg.solve(damped[np.ix_(rows, rows)], wanted[at], assume_a="pos")
     return new
 
 

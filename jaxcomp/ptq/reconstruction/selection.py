@@ -56,7 +56,7 @@ def removal_error(moments: Mapping[str, Moments], *, damping: float = 1e-3) -> U
         work = [_Elimination(c, damping) for c in consumers]
         left, total, found = list(range(units)), 0.0, np.zeros(units)
         while left:
-            costs = sum(w.costs(left) for w in work)
+            costs = np.sum([w.costs(left) for w in work], axis=0)
             at = int(np.argmin(costs))
             total += max(float(costs[at]), 0.0)
             found[left[at]] = total
@@ -90,7 +90,7 @@ def lasso(moments: Mapping[str, Moments], *, penalties: int = 100, steps: int = 
     """
 
     def score(consumers: list[Consumer], units: int) -> Matrix:
-        return _entries(sum(_gram(c, units) for c in consumers), penalties, steps)
+        return _entries(np.sum([_gram(c, units) for c in consumers], axis=0), penalties, steps)
 
     return _of_consumers(score, moments)
 

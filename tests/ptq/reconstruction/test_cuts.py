@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,17 +42,19 @@ def through(blocks, params, *args):
     return blocks.result(values)
 
 
-@pytest.mark.parametrize(
-    ("cuts", "count"), [(Single(), 4), (Layers(), 6), (Scopes("block"), 3), (Scopes("block_[0-9]"), 4)], ids=str
-)
-def test_blocks_one_after_another_are_the_function(cuts, count) -> None:
+CUTS = {"single": (Single(), 4), "layers": (Layers(), 6), "scopes": (Scopes("block"), 3)}
+
+
+@pytest.mark.parametrize("name", quick(CUTS, "single", "scopes"))
+def test_blocks_one_after_another_are_the_function(name) -> None:
+    cuts, count = CUTS[name]
     blocks = cut(residual, cuts)(RESIDUAL, X, SHIFT)
     assert len(blocks) == count
     assert [path for block in blocks for path in block.sites] == [
         "stem", "block_0/up", "block_0/down", "block_1/up", "block_1/down", "head",
     ]  # fmt: skip
     found, wanted = through(blocks, RESIDUAL, X, SHIFT), residual(RESIDUAL, X, SHIFT)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()) if hasattr(a, "all") else a == b, found, wanted))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_blocks_that_are_alike_have_one_shape() -> None:
@@ -92,7 +95,7 @@ def pre_norm(p, x, mask):
 NETS = {"scan": (scanned, 3), "remat": (remat, 3), "shared": (shared, 4), "pre-norm": (pre_norm, 4)}
 
 
-@pytest.mark.parametrize("name", quick(NETS, "scan", "pre-norm"))
+@pytest.mark.parametrize("name", quick(NETS, "scan"))
 def test_other_programs(name) -> None:
     net, count = NETS[name]
     params = {"stem": normal(3, 4), "layers": normal(2, 4, 4), "head": normal(4, 2)}
@@ -108,7 +111,7 @@ def test_a_linen_module_under_jit() -> None:
     blocks = cut(jax.jit(net.apply))(params, X)
     assert [block.sites for block in blocks] == [("params/layers_0/kernel",), ("params/layers_2/kernel",)]
     assert blocks[0].paths == ("params/layers_0/bias", "params/layers_0/kernel")
-    np.testing.assert_array_equal(through(blocks, params, X), net.apply(params, X))
+    np.testing.assert_allclose(through(blocks, params, X), net.apply(params, X), rtol=1e-6, atol=1e-6)
 
 
 def test_what_cannot_be_cut() -> None:
@@ -119,5 +122,5 @@ def test_what_cannot_be_cut() -> None:
     with pytest.raises(ValueError, match=r"Scopes: '\(' is no regular expression"):
         Scopes("(")
     block = cut(residual)(RESIDUAL, X, SHIFT)[0]
-    with pytest.raises(ValueError, match="the tree has no stem, which the block stem reads"):
+    with pytest.raises(ValueError, match="the tree has no 'stem', which the block 'stem' reads"):
         block({"other": jnp.ones(2)}, (), X, SHIFT)

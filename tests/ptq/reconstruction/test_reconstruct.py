@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.activations import LSQ, ranges_of
+from jaxcomp.activations import LSQ
 from jaxcomp.ptq.reconstruction import Layers, Single, Training, reconstruct, sampled_loss
 from jaxcomp.quantization.adaround import adaround, harden
 from jaxcomp.quantization.scales import AbsMax
+from jaxcomp.trace.ranges import Range
+from tests.marks import quick
 
 rng = np.random.default_rng(0)
 MIX = rng.normal(size=(6, 6))
@@ -61,20 +63,27 @@ def test_a_layer_is_as_good_as_the_best_of_all_roundings() -> None:
     assert found.blocks[0].after <= found.blocks[0].before
 
 
+def ends(x: np.ndarray) -> Range:
+    return Range(-jnp.abs(x).max(), jnp.abs(x).max())
+
+
 @pytest.fixture(scope="module")
 def calibrated():
     rules = {"head": jc.Act(8, symmetric=True), ".*": jc.Act(4, symmetric=True, range=LSQ())}
-    stats = jc.calibrate(net)(PARAMS, jnp.concatenate(BATCHES))
-    soft = adaround(PARAMS, jc.Int(3))
-    return rules, ranges_of(stats), soft
+    x = np.concatenate(BATCHES)
+    ranges = {}
+    for name in ("one", "two"):
+        ranges[f"{name}/up"], h = ends(x), np.maximum(x @ np.asarray(PARAMS[name]["up"]), 0)
+        ranges[f"{name}/down"], x = ends(h), x + h @ np.asarray(PARAMS[name]["down"])
+    return rules, {**ranges, "head": ends(x)}, adaround(PARAMS, jc.Int(3), scale=AbsMax())
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("drop", quick([0.0, 0.5], 0.5))
 def test_blocks_learn_what_holds_on_other_inputs(calibrated, drop) -> None:
     rules, ranges, soft = calibrated
     given = {"batches": BATCHES, "rules": rules, "ranges": ranges, "key": jax.random.key(0)}
     found = reconstruct(net, PARAMS, soft, training=Training(steps=150, drop=drop), **given)
-    assert len(found.blocks) == 5  # what enters is an argument, and so no value that crosses a cut
+    assert len(found.blocks) == 4  # what enters is an argument, and so no value that crosses a cut
     assert found.ranges["head"] == ranges["head"]
     assert found.ranges["two/up"] != ranges["two/up"]
     assert all(b.after <= b.before for b in found.blocks)
@@ -84,7 +93,7 @@ def test_blocks_learn_what_holds_on_other_inputs(calibrated, drop) -> None:
     q = jax.jit(jc.quantize_function(net, rules))
 
     def error(tree, ranges, x):
-        wanted = net(PARAMS, x)
+        wanted = jax.jit(net)(PARAMS, x)
         return float(jnp.sum(jnp.square(q(tree, ranges, x) - wanted)) / jnp.sum(jnp.square(wanted)))
 
     other = correlated(256)
@@ -93,8 +102,9 @@ def test_blocks_learn_what_holds_on_other_inputs(calibrated, drop) -> None:
     np.testing.assert_allclose(here, found.blocks[-1].after, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_layers_are_blocks_too_and_other_leaves_stay() -> None:
-    soft = adaround(PARAMS, jc.Int(3), where="one")
+    soft = adaround(PARAMS, jc.Int(3), where="one/.*")
     found = reconstruct(net, PARAMS, soft, batches=BATCHES, cuts=Layers(), training=FEW)
     again = reconstruct(net, PARAMS, soft, batches=BATCHES, cuts=Layers(), training=FEW)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found.params, again.params))
@@ -104,6 +114,7 @@ def test_layers_are_blocks_too_and_other_leaves_stay() -> None:
     assert isinstance(found.params["one"]["up"], jc.quantization.Quantized)
 
 
+@pytest.mark.slow
 def test_importance_says_which_errors_count() -> None:
     p, x = {"w": normal(6, 2)}, BATCHES
     f = lambda p, x: x @ p["w"]  # noqa: E731
@@ -119,7 +130,7 @@ def test_importance_says_which_errors_count() -> None:
 def test_the_sampled_loss_has_fishers_gradient() -> None:
     logits = jnp.asarray([[1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 4000)
-    grads = jax.vmap(lambda k: jax.grad(sampled_loss)(logits, k))(keys)
+    grads = jax.jit(jax.vmap(jax.grad(sampled_loss), (None, 0)))(logits, keys)
     p = np.asarray(jax.nn.softmax(logits))[0].astype(np.float64)
     np.testing.assert_allclose(np.square(grads).mean((0, 1)), p * (1 - p), atol=0.02)
 
@@ -132,7 +143,7 @@ def test_what_is_refused() -> None:
         reconstruct(net, PARAMS, soft, batches=[])
     with pytest.raises(ValueError, match="batch 1 has shapes"):
         reconstruct(net, PARAMS, soft, batches=[BATCHES[0], BATCHES[0][:3]])
-    with pytest.raises(ValueError, match="params and rounded differ at head"):
+    with pytest.raises(ValueError, match="params and rounded differ at 'head'"):
         reconstruct(net, PARAMS, {**soft, "head": jnp.ones((6, 4))}, batches=BATCHES)
     with pytest.raises(ValueError, match=r"give key=jax.random.key\(0\)"):
         reconstruct(net, PARAMS, soft, batches=BATCHES, training=Training(drop=0.5))

@@ -82,6 +82,7 @@ def test_a_convolution_is_fitted_over_its_window() -> None:
     assert found.params["one"] is pruned["one"]
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_fitted_each_to_its_own() -> None:
     def stacked(p, x):
         def layer(x, w):
@@ -110,8 +111,22 @@ def test_masks_stay_and_few_rows_are_told() -> None:
     assert not found.params["down"].materialize()[1].any()
 
 
+@pytest.mark.slow
+def test_a_mask_of_elements_is_fitted_column_by_column() -> None:
+    keep = jnp.asarray(rng.random((8, 5)) < 0.6)
+    pruned = {**PARAMS, "down": Masked(PARAMS["down"] * keep, keep)}
+    found = refit(mlp, PARAMS, pruned, batches=BATCHES, damping=1e-6)
+    h = np.maximum(X @ np.asarray(PARAMS["up"], np.float64), 0)
+    target = h @ np.asarray(PARAMS["down"], np.float64)
+    for j in range(5):
+        rows = np.asarray(keep)[:, j]
+        wanted = np.linalg.lstsq(h[:, rows], target[:, j], rcond=None)[0]
+        np.testing.assert_allclose(found.params["down"].values[rows, j], wanted, rtol=1e-3, atol=1e-3)
+        assert not np.asarray(found.params["down"].values)[~rows, j].any()
+
+
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is nothing to fit: no leaf lost rows"):
+    with pytest.raises(ValueError, match="there is nothing to fit: no leaf lost rows or is masked"):
         refit(mlp, PARAMS, PARAMS, batches=BATCHES[:1])
     with pytest.raises(ValueError, match="damping must be a positive number, got 0"):
         refit(mlp, PARAMS, PARAMS, batches=BATCHES, damping=0)
