@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Params, PyTree
+from jaxcomp.ptq.reconstruction.cuts import arrays_in
 
 
 def read(batches: Iterable[PyTree], owner: str) -> list[tuple[PyTree, ...]]:
@@ -22,7 +21,7 @@ def read(batches: Iterable[PyTree], owner: str) -> list[tuple[PyTree, ...]]:
     cases = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not cases:
         raise ValueError(f"{owner}: there is no batch; give an iterable of batches that was not used up.")
-    shapes = [jax.tree.map(jnp.shape, case) for case in cases]
+    shapes = [[tuple(x.shape) for x in arrays_in(case)] for case in cases]
     for i, found in enumerate(shapes):
         if found != shapes[0]:
             raise ValueError(

@@ -48,16 +48,15 @@ class BlockError(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Batches as tuples of arguments; for each, the importance of what leaves each block, if asked for; and a key."""
+    """The arrays of each batch; the importance of what leaves each block, if asked for; and a key."""
 
-    cases: list[tuple[PyTree, ...]]
+    cases: list[list[jax.Array]]
     weighed: list[list[Values]] | None
     key: Key
 
     def rests(self, block: Block) -> list[Values]:
         """What the block reads of each batch's arguments."""
-        arrays = ([x for x in jax.tree.leaves(args) if hasattr(x, "shape")] for args in self.cases)
-        return [block.rest(x) for x in arrays]
+        return [block.rest(arrays) for arrays in self.cases]
 
     def marks(self, n: int) -> Sequence[Values | None]:
         """The importance of what leaves block ``n``, for each batch."""
@@ -84,31 +83,31 @@ class Blockwise:
         soft = any(begin(block.weights(rounded), (), ()).any() for block in self.blocks)
         return soft or any(any(gridded.trained) for gridded in self.gridded)
 
-    def importances(self, objective: Importance, cases: list[tuple[PyTree, ...]], key: Key) -> list[list[Values]]:
+    def importances(self, objective: Importance, cases: list[list[jax.Array]], key: Key) -> list[list[Values]]:
         """For each batch and block, squares of the objective's gradient by what leaves the block; their mean is 1."""
 
-        def through(moved: list[Values], params: Params, args: tuple[PyTree, ...], key: Key) -> jax.Array:
+        def through(moved: list[Values], params: Params, arrays: list[jax.Array], key: Key) -> jax.Array:
             values: Values = ()
             for block, by in zip(self.blocks, moved, strict=True):
-                found = zip(block(params, values, *args), by, strict=True)
+                found = zip(block.of(params, values, arrays), by, strict=True)
                 values = tuple(x if dx is None else x + dx for x, dx in found)
             return objective(self.blocks.result(values), key)
 
         @jax.jit
-        def squares(params: Params, args: tuple[PyTree, ...], key: Key) -> list[Values]:
-            shapes = jax.eval_shape(self.crossing, params, args)
+        def squares(params: Params, arrays: list[jax.Array], key: Key) -> list[Values]:
+            shapes = jax.eval_shape(self.crossing, params, arrays)
             zero = [tuple(jnp.zeros(s.shape, s.dtype) if is_float(s) else None for s in some) for some in shapes]
-            grads = jax.grad(through)(zero, params, args, key)
+            grads = jax.grad(through)(zero, params, arrays, key)
             return jax.tree.map(lambda g: jnp.square(g) / jnp.mean(jnp.square(g)), grads)
 
         keys = [jax.random.fold_in(key, i) for i in range(len(cases))]
-        return [jax.device_get(squares(self.params, args, k)) for args, k in zip(cases, keys, strict=True)]
+        return [jax.device_get(squares(self.params, arrays, k)) for arrays, k in zip(cases, keys, strict=True)]
 
-    def crossing(self, params: Params, args: tuple[PyTree, ...]) -> list[Values]:
+    def crossing(self, params: Params, arrays: list[jax.Array]) -> list[Values]:
         """What leaves each block."""
         found: list[Values] = []
         for block in self.blocks:
-            found.append(block(params, found[-1] if found else (), *args))
+            found.append(block.of(params, found[-1] if found else (), arrays))
         return found
 
     def all(

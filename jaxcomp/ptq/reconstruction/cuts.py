@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -13,56 +12,17 @@ from jax.extend import core
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths, some_paths
-from jaxcomp.core.specs import Spec
 from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.ptq.reconstruction.specs import Cuts, Layers, Scopes, Single
 from jaxcomp.trace import walk
 from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.program import Program, shapes_of, trace
+from jaxcomp.trace.program import Program, is_array_like, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Value
 
 OWNER = "cut"
 Values = tuple[jax.Array, ...]
 """What crosses a cut, in the program's order."""
-
-
-@dataclass(frozen=True)
-class Single(Spec):
-    """Cuts where one value passes: a residual block, or a layer of a chain without branches, is a block."""
-
-
-@dataclass(frozen=True)
-class Layers(Spec):
-    """A cut behind every product: each layer with the arithmetic behind it is a block."""
-
-
-@dataclass(frozen=True)
-class Scopes(Spec):
-    """The blocks of :class:`Single`, joined as long as the same text of their first site's path matches.
-
-    Args:
-      pattern: a regular expression, searched in paths: ``r"layer_[0-9]+"``, ``r"stage[0-9]"``.
-
-    Raises:
-      ValueError: no regular expression.
-    """
-
-    pattern: str
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as e:
-            raise ValueError(f"Scopes: {self.pattern!r} is no regular expression: {e}.") from e
-
-    def of(self, path: str) -> str | None:
-        """The text that matches, if any."""
-        found = re.search(self.pattern, path)
-        return found.group() if found else None
-
-
-Cuts = Single | Layers | Scopes
-"""Where to cut."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +67,9 @@ class Block:
             raise ValueError(f"{OWNER}: the tree has no {some_paths(missing)}, which the block {self.name} reads.")
         return tuple(named[path] for path in self.paths)
 
-    def rest(self, args: Sequence[jax.Array]) -> Values:
+    def rest(self, arrays: Sequence[jax.Array]) -> Values:
         """Of all arrays in the function's arguments, those that it reads."""
-        return tuple(args[i] for i in self.reads)
+        return tuple(arrays[i] for i in self.reads)
 
     def __call__(self, params: Params, values: Values, *args: PyTree) -> Values:
         """What leaves the block.
@@ -119,12 +79,20 @@ class Block:
           values: what enters it: what the block before gave; the first takes ().
           args: the function's arguments.
         """
-        rest = self.rest([x for x in jax.tree.leaves(args) if hasattr(x, "shape")])
-        flat = self.program.flatten(self.weights(params), values, rest, self.constants)
+        return self.of(params, values, arrays_in(args))
+
+    def of(self, params: Params, values: Values, arrays: Sequence[jax.Array]) -> Values:
+        """What leaves the block, from all arrays in the function's arguments."""
+        flat = self.program.flatten(self.weights(params), values, self.rest(arrays), self.constants)
         return tuple(evaluate(self.program, {}, flat).out)
 
     def __repr__(self) -> str:
         return f"<Block {self.name}>"
+
+
+def arrays_in(args: PyTree) -> list[jax.Array]:
+    """The arrays in a function's arguments, in order."""
+    return [x for x in jax.tree.leaves(args) if is_array_like(x)]
 
 
 class Blocks(tuple[Block, ...]):
@@ -144,7 +112,7 @@ class Blocks(tuple[Block, ...]):
         return "\n".join(map(repr, self))
 
 
-def cut(fn: Fn, cuts: Cuts = Single()) -> Callable[..., Blocks]:
+def cut(fn: Fn, cuts: Cuts = Single()) -> Callable[..., Blocks]:  # noqa: B008 - frozen
     """``fn(params, *args)`` as blocks, each a pure function of the parameters and of what the block before gave.
 
     A cut is a place in the program: what crosses it are the values that were computed from parameters and arguments

@@ -14,8 +14,9 @@ from jaxcomp.core.specs import check_key
 from jaxcomp.core.types import Key, Params, PyTree
 from jaxcomp.ptq.reconstruction.batches import check_trees, read
 from jaxcomp.ptq.reconstruction.blockwise import BlockError, Blockwise, Calibration, Importance
-from jaxcomp.ptq.reconstruction.cuts import Cuts, Single, cut
+from jaxcomp.ptq.reconstruction.cuts import arrays_in, cut
 from jaxcomp.ptq.reconstruction.learning import Training
+from jaxcomp.ptq.reconstruction.specs import Cuts, Single
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.walk import Fn
 
@@ -111,8 +112,9 @@ def reconstruct(
             f"{OWNER}: there is nothing to learn: no leaf is softly rounded, and no rule trains a range; make the tree "
             "with adaround(params, grid)."
         )
-    weighed = None if importance is None else work.importances(importance, cases, key)
-    new, found, errors = work.all(rounded, given, Calibration(cases, weighed, key))
+    arrays = [arrays_in(case) for case in cases]
+    weighed = None if importance is None else work.importances(importance, arrays, key)
+    new, found, errors = work.all(rounded, given, Calibration(arrays, weighed, key))
     return Reconstructed(new, {**(ranges or {}), **found}, errors)
 
 

@@ -21,8 +21,9 @@ from jaxcomp.core.specs import is_number
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.ptq.reconstruction.batches import check_trees, read
-from jaxcomp.ptq.reconstruction.cuts import Block, Cuts, Single, Values, cut
+from jaxcomp.ptq.reconstruction.cuts import Block, Values, arrays_in, cut
 from jaxcomp.ptq.reconstruction.products import Case, Functions, Statistics
+from jaxcomp.ptq.reconstruction.specs import Cuts, Single
 from jaxcomp.trace.walk import Fn
 
 OWNER = "refit"
@@ -113,7 +114,7 @@ def refit(
     walk = _Walk(materialize(params), pruned, where, damping)
     exact: list[Values] = [()] * len(cases)
     values = exact
-    arrays = [[x for x in jax.tree.leaves(args) if hasattr(x, "shape")] for args in cases]
+    arrays = [arrays_in(case) for case in cases]
     blocks = cut(fn, cuts)(params, *cases[0])
     with progress("refit: blocks", len(blocks)) as advance:
         for block in blocks:

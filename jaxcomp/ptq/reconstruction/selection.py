@@ -140,7 +140,7 @@ class _Elimination:
     def __init__(self, c: Consumer, damping: float) -> None:
         n = len(c.second)
         mean = float(np.mean(np.diag(c.second))) or 1.0
-        self.inverse = scipy.linalg.inv(c.second + damping * mean * np.eye(n))
+        self.inverse = np.asfortranarray(scipy.linalg.inv(c.second + damping * mean * np.eye(n)))
         self.w, self.unit_of = c.w.copy(), c.unit_of
         self.rows = [np.flatnonzero(c.unit_of == u) for u in range(int(c.unit_of.max()) + 1)]
 
@@ -156,7 +156,8 @@ class _Elimination:
         rows = self.rows[unit]
         lever = np.linalg.solve(self.inverse[np.ix_(rows, rows)], self.inverse[rows]).T
         self.w -= lever @ self.w[rows]
-        self.inverse -= lever @ self.inverse[rows]
+        # In place: a removal is a small change of a large matrix.
+        self.inverse = scipy.linalg.blas.dgemm(-1.0, lever, self.inverse[rows], 1.0, self.inverse, overwrite_c=1)
         self.w[rows] = 0
         self.inverse[rows] = self.inverse[:, rows] = 0
         self.inverse[rows, rows] = 1

@@ -114,6 +114,16 @@ def test_a_linen_module_under_jit() -> None:
     np.testing.assert_allclose(through(blocks, params, X), net.apply(params, X), rtol=1e-6, atol=1e-6)
 
 
+def test_arguments_that_are_no_arrays_are_held() -> None:
+    def net(p, x, train):
+        return jnp.tanh(x @ p["a"]) @ p["b"] if not train else x
+
+    p = {"a": normal(3, 4), "b": normal(4, 2)}
+    blocks = cut(net)(p, X, False)
+    assert len(blocks) == 2
+    np.testing.assert_allclose(through(blocks, p, X, False), net(p, X, False), rtol=1e-6, atol=1e-6)
+
+
 def test_what_cannot_be_cut() -> None:
     with pytest.raises(ValueError, match="the function has no site"):
         cut(lambda p, x: p["w"] * x)({"w": jnp.ones(2)}, jnp.ones(2))
