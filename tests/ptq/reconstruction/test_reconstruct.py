@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.activations import LSQ
-from jaxcomp.ptq.reconstruction import Layers, Single, Training, reconstruct, sampled_loss
+from jaxcomp.activations import LSQ, ranges_of
+from jaxcomp.ptq.reconstruction import Layers, Scopes, Single, Training, reconstruct, sampled_loss
 from jaxcomp.quantization.adaround import adaround, harden
 from jaxcomp.quantization.scales import AbsMax
 from jaxcomp.trace.ranges import Range
-from tests.marks import quick
 
 rng = np.random.default_rng(0)
 MIX = rng.normal(size=(6, 6))
@@ -63,40 +62,56 @@ def test_a_layer_is_as_good_as_the_best_of_all_roundings() -> None:
     assert found.blocks[0].after <= found.blocks[0].before
 
 
-def ends(x: np.ndarray) -> Range:
+def ends(x: np.ndarray | jax.Array) -> Range:
     return Range(-jnp.abs(x).max(), jnp.abs(x).max())
 
 
-@pytest.fixture(scope="module")
-def calibrated():
+def test_blocks_learn_what_holds_on_other_inputs() -> None:
+    """A block of two layers, with dropping: what is reported is what the quantized function then does."""
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["up"]) @ p["down"]
+
+    p, x = {"up": normal(6, 8), "down": normal(8, 6)}, np.concatenate(BATCHES)
+    rules = {"up": jc.Act(8, symmetric=True), "down": jc.Act(4, symmetric=True, range=LSQ())}
+    ranges = {"up": ends(x), "down": ends(np.maximum(x @ np.asarray(p["up"]), 0))}
+    soft = adaround(p, jc.Int(3), scale=AbsMax())
+    given = {"batches": BATCHES, "rules": rules, "ranges": ranges, "key": jax.random.key(0), "cuts": Scopes("")}
+    found = reconstruct(fn, p, soft, training=Training(steps=100, drop=0.5), **given)
+    assert len(found.blocks) == 1
+    assert found.blocks[0].after < 0.8 * found.blocks[0].before
+    assert found.ranges["up"] == ranges["up"]
+    assert found.ranges["down"] != ranges["down"]
+    up = found.params["up"].codes - soft["up"].floor
+    assert set(np.unique(up)) <= {-1.0, 0.0, 1.0}
+    error = relative(fn, p, rules)
+    other = correlated(256)
+    assert error(found.params, found.ranges, other) < error(harden(soft), ranges, other)
+    np.testing.assert_allclose(error(found.params, found.ranges, x), found.blocks[0].after, rtol=0.02)
+
+
+def relative(fn, params, rules):
+    """The squared error of the quantized function over the square of what it should give."""
+
+    @jax.jit
+    def error(tree, ranges, x):
+        wanted, found = fn(params, x), jc.quantize_function(fn, rules)(tree, ranges, x)
+        return jnp.sum(jnp.square(found - wanted)) / jnp.sum(jnp.square(wanted))
+
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_network_learns_block_by_block(drop) -> None:
     rules = {"head": jc.Act(8, symmetric=True), ".*": jc.Act(4, symmetric=True, range=LSQ())}
-    x = np.concatenate(BATCHES)
-    ranges = {}
-    for name in ("one", "two"):
-        ranges[f"{name}/up"], h = ends(x), np.maximum(x @ np.asarray(PARAMS[name]["up"]), 0)
-        ranges[f"{name}/down"], x = ends(h), x + h @ np.asarray(PARAMS[name]["down"])
-    return rules, {**ranges, "head": ends(x)}, adaround(PARAMS, jc.Int(3), scale=AbsMax())
-
-
-@pytest.mark.parametrize("drop", quick([0.0, 0.5], 0.5))
-def test_blocks_learn_what_holds_on_other_inputs(calibrated, drop) -> None:
-    rules, ranges, soft = calibrated
+    ranges = ranges_of(jc.calibrate(net)(PARAMS, jnp.concatenate(BATCHES)))
+    soft = adaround(PARAMS, jc.Int(3))
     given = {"batches": BATCHES, "rules": rules, "ranges": ranges, "key": jax.random.key(0)}
     found = reconstruct(net, PARAMS, soft, training=Training(steps=150, drop=drop), **given)
     assert len(found.blocks) == 4  # what enters is an argument, and so no value that crosses a cut
-    assert found.ranges["head"] == ranges["head"]
-    assert found.ranges["two/up"] != ranges["two/up"]
     assert all(b.after <= b.before for b in found.blocks)
-    floor = soft["two"]["up"].floor
-    up = found.params["two"]["up"].codes - floor
-    assert set(np.unique(up)) <= {-1.0, 0.0, 1.0}
-    q = jax.jit(jc.quantize_function(net, rules))
-
-    def error(tree, ranges, x):
-        wanted = jax.jit(net)(PARAMS, x)
-        return float(jnp.sum(jnp.square(q(tree, ranges, x) - wanted)) / jnp.sum(jnp.square(wanted)))
-
-    other = correlated(256)
+    error, other = relative(net, PARAMS, rules), correlated(256)
     assert error(found.params, found.ranges, other) < 0.8 * error(harden(soft), ranges, other)
     here = error(found.params, found.ranges, jnp.concatenate(BATCHES))
     np.testing.assert_allclose(here, found.blocks[-1].after, rtol=0.02)

@@ -114,7 +114,7 @@ def test_masks_stay_and_few_rows_are_told() -> None:
 @pytest.mark.slow
 def test_a_mask_of_elements_is_fitted_column_by_column() -> None:
     keep = jnp.asarray(rng.random((8, 5)) < 0.6)
-    pruned = {**PARAMS, "down": Masked(PARAMS["down"] * keep, keep)}
+    pruned = {**PARAMS, "down": Masked(jnp.where(keep, PARAMS["down"], 0.0), keep)}
     found = refit(mlp, PARAMS, pruned, batches=BATCHES, damping=1e-6)
     h = np.maximum(X @ np.asarray(PARAMS["up"], np.float64), 0)
     target = h @ np.asarray(PARAMS["down"], np.float64)
