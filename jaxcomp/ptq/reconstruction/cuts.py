@@ -8,6 +8,7 @@ from functools import cached_property, wraps
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxcomp.core.leaves import is_compressed
@@ -32,8 +33,8 @@ class Block:
     Attributes:
       sites: paths of its sites, as ``sites(fn)`` names them.
       paths: the parameter leaves that it reads.
-      program: of ``(weights, values, rest, constants)``, tuples: the leaves of ``paths``, what enters at the cut, the
-        function's arguments that it reads, and the program's constants.
+      program: of ``(weights, values, rest)``, tuples: the leaves of ``paths``, what enters at the cut, and the arrays
+        of the function's arguments and the whole program's constants that it reads.
       reads: which arrays of the function's arguments it reads, in the order of their leaves.
       constants: what it reads of the program's constants.
     """
@@ -68,8 +69,8 @@ class Block:
         return tuple(named[path] for path in self.paths)
 
     def rest(self, arrays: Sequence[jax.Array]) -> Values:
-        """Of all arrays in the function's arguments, those that it reads."""
-        return tuple(arrays[i] for i in self.reads)
+        """What it reads besides, from all arrays in the function's arguments."""
+        return (*(arrays[i] for i in self.reads), *self.constants)
 
     def __call__(self, params: Params, values: Values, *args: PyTree) -> Values:
         """What leaves the block.
@@ -83,7 +84,7 @@ class Block:
 
     def of(self, params: Params, values: Values, arrays: Sequence[jax.Array]) -> Values:
         """What leaves the block, from all arrays in the function's arguments."""
-        flat = self.program.flatten(self.weights(params), values, self.rest(arrays), self.constants)
+        flat = self.program.flatten(self.weights(params), values, self.rest(arrays))
         return tuple(evaluate(self.program, {}, flat).out)
 
     def __repr__(self) -> str:
@@ -127,7 +128,6 @@ def cut(fn: Fn, cuts: Cuts = Single()) -> Callable[..., Blocks]:  # noqa: B008 -
       TypeError: ``cuts`` is nothing of the kind.
       ValueError: the function has no site.
 
-    >>> import jax.numpy as jnp
     >>> def net(p, x):
     ...     x = x @ p["stem"]
     ...     x = x + jax.nn.relu(x @ p["a"]) @ p["b"]
@@ -214,8 +214,7 @@ class _Cutter:
         variables = (
             [self.jaxpr.invars[i] for i in params],
             [*entering],
-            [self.jaxpr.invars[len(self.paths) + i] for i in reads],
-            [self.jaxpr.constvars[i] for i in constants],
+            [*(self.jaxpr.invars[len(self.paths) + i] for i in reads), *(self.jaxpr.constvars[i] for i in constants)],
         )
         inputs = [v for some in variables for v in some]
         eqns = [self.jaxpr.eqns[i] for i in chosen]
@@ -227,7 +226,7 @@ class _Cutter:
 
         program = trace(run, *(tuple(walk.shapes_of(some)) for some in variables))
         names = tuple(name for i in chosen for name in self.names.get(i, ()))
-        values = tuple(self.program.jaxpr.consts[i] for i in constants)
+        values = tuple(jnp.asarray(self.program.jaxpr.consts[i]) for i in constants)
         return Block(names, tuple(self.paths[i] for i in params), program, tuple(reads), values)
 
     def behind(

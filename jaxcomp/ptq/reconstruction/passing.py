@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     Attributes:
       weights: its leaves, compressed ones too.
       values: what enters at the cut.
-      rest: the function's arguments that it reads.
+      rest: what it reads besides, :meth:`Block.rest <jaxcomp.ptq.Block.rest>`.
       ranges: of its activations, in the order of :attr:`Gridded.names`.
     """
 
@@ -76,7 +76,7 @@ class Gridded(NamedTuple):
 
     def run(self) -> Callable[[Inputs, Noise | None], Values]:
         """What leaves the block; differentiable in its weights and ranges."""
-        program, constants = self.block.program, self.block.constants
+        program = self.block.program
         ops = {op.location: op for op in program.flow.ops}
         sites, acts = self.block.own_sites, self.acts
 
@@ -91,7 +91,7 @@ class Gridded(NamedTuple):
                 drop = 0.0 if noise is None else noise.drop
                 claims[site.location] = Claim(partial(_product, ops[site.location], site, (act, drop)), side)
             weights = tuple(dense(leaf) for leaf in given.weights)
-            flat = program.flatten(weights, given.values, given.rest, constants)
+            flat = program.flatten(weights, given.values, given.rest)
             return tuple(evaluate(program, claims, flat).out)
 
         return run

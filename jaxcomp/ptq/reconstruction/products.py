@@ -27,7 +27,7 @@ _ADDED = Monoid(zeros, lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
 class Case(NamedTuple):
-    """One batch of a block: what enters it in both networks, and what it reads of the arguments."""
+    """One batch of a block: what enters it in both networks, and what it reads besides."""
 
     exact: Values
     values: Values
@@ -67,7 +67,7 @@ class Functions:
     """The compiled functions of all blocks that have the same program."""
 
     def __init__(self, block: Block) -> None:
-        self.program, self.constants = block.program, block.constants
+        self.program = block.program
         self.ops = {op.location: op for op in self.program.flow.ops}
         self.give = jax.jit(self.run)
         self.sites: dict[int, list[Site]] = {}
@@ -84,7 +84,7 @@ class Functions:
 
     def run(self, weights: Arrays, values: Values, rest: Values) -> Values:
         """What leaves the block."""
-        flat = self.program.flatten(weights, values, rest, self.constants)
+        flat = self.program.flatten(weights, values, rest)
         return tuple(evaluate(self.program, {}, flat).out)
 
     def over(self, n: int, cases: Iterable[tuple[Arrays, Arrays, Case]]) -> Statistics | None:
@@ -112,7 +112,7 @@ class Functions:
         def agreement(leaf: jax.Array) -> jax.Array:
             weights = (*now[:n], leaf, *now[n + 1 :])
             claims = {s.location: Claim(_agreeing(self.ops[s.location], s), target[s.path]) for s in self.sites[n]}
-            flat = self.program.flatten(weights, case.values, case.rest, self.constants)
+            flat = self.program.flatten(weights, case.values, case.rest)
             found = evaluate(self.program, claims, flat, collect=_ADDED).aux
             return sum((jnp.sum(x) for x in found.values()), jnp.float32(0))
 
@@ -135,7 +135,7 @@ class Functions:
             return Claim(run)
 
         claims = {site.location: kept(self.ops[site.location], site) for site in self.sites[n]}
-        flat = self.program.flatten(weights, *given, self.constants)
+        flat = self.program.flatten(weights, *given)
         return evaluate(self.program, claims, flat, collect=_ADDED).aux
 
 

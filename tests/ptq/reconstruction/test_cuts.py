@@ -114,6 +114,21 @@ def test_a_linen_module_under_jit() -> None:
     np.testing.assert_allclose(through(blocks, params, X), net.apply(params, X), rtol=1e-6, atol=1e-6)
 
 
+def test_constants_are_read_by_blocks_that_are_alike() -> None:
+    scales = [np.float32([1, 2, 3, 4]), normal(4)]
+
+    def net(p, x):
+        for w, scale in zip(p, scales, strict=True):
+            x = jnp.tanh(x @ w) * scale[None]
+        return x
+
+    p, x = [normal(4, 4), normal(4, 4)], normal(5, 4)
+    blocks = cut(net)(p, x)
+    assert blocks[0].shape == blocks[1].shape
+    assert [bool((block.constants[0] == s).all()) for block, s in zip(blocks, scales, strict=True)] == [True, True]
+    np.testing.assert_allclose(through(blocks, p, x), net(p, x), rtol=1e-6, atol=1e-6)
+
+
 def test_arguments_that_are_no_arrays_are_held() -> None:
     def net(p, x, train):
         return jnp.tanh(x @ p["a"]) @ p["b"] if not train else x
