@@ -142,6 +142,7 @@ def test_importance_says_which_errors_count() -> None:
     np.testing.assert_allclose(found.blocks[0].after, weighed, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_sampled_loss_has_fishers_gradient() -> None:
     logits = jnp.asarray([[1.0, 0.0, -1.0]])
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -150,8 +151,15 @@ def test_the_sampled_loss_has_fishers_gradient() -> None:
     np.testing.assert_allclose(np.square(grads).mean((0, 1)), p * (1 - p), atol=0.02)
 
 
-def test_what_is_refused() -> None:
+@pytest.mark.slow
+def test_values_that_are_not_finite_are_told_with_their_block() -> None:
     soft = adaround(PARAMS, jc.Int(3))
+    with pytest.raises(ValueError, match="the block 'one/up' gives values that are not finite"):
+        reconstruct(net, PARAMS, soft, batches=[BATCHES[0] * jnp.inf], cuts=Single())
+
+
+def test_what_is_refused() -> None:
+    soft = adaround(PARAMS, jc.Int(3), scale=AbsMax())
     with pytest.raises(ValueError, match="there is nothing to learn"):
         reconstruct(net, PARAMS, PARAMS, batches=BATCHES)
     with pytest.raises(ValueError, match="there is no batch"):
@@ -162,8 +170,6 @@ def test_what_is_refused() -> None:
         reconstruct(net, PARAMS, {**soft, "head": jnp.ones((6, 4))}, batches=BATCHES)
     with pytest.raises(ValueError, match=r"give key=jax.random.key\(0\)"):
         reconstruct(net, PARAMS, soft, batches=BATCHES, training=Training(drop=0.5))
-    with pytest.raises(ValueError, match="gives values that are not finite"):
-        reconstruct(net, PARAMS, soft, batches=[BATCHES[0] * jnp.inf], cuts=Single())
     with pytest.raises(ValueError, match="drop must be a probability below 1, got 1"):
         Training(drop=1)
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
