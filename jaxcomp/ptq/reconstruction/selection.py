@@ -84,6 +84,14 @@ def lasso(moments: Mapping[str, Moments], *, penalties: int = 100, steps: int = 
       penalties: how many are tried, from that which lets nothing in on, each a constant part of the one before.
       steps: at each penalty.
 
+    >>> from jaxcomp.structure import channel_groups
+    >>> from jaxcomp.trace import row_moments
+    >>> params = {"up": np.float32([[1, 0, 1], [0, 1, 0]]), "down": np.float32([[1], [2], [1]])}
+    >>> f, x = lambda p, x: x @ p["up"] @ p["down"], np.float32([[1, 0], [0, 1], [1, 2]])
+    >>> scores = lasso(row_moments(f)(params, x))(channel_groups(f)(params, x), params)
+    >>> int(scores[0].argmax())  # it gives most of the result
+    1
+
     Source: He et al. 2017, arXiv:1707.06168, equation 2. Deviations: the path of all penalties, by moments, in place of
     one penalty that grows while samples of the activations are solved for; units that enter at the same penalty are
     told apart by their weight there.
