@@ -34,8 +34,8 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "sentences")
-"""Those that want an accelerator, or packages that cannot be declared, and run where they are named only."""
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction", "sentences")
+"""Those that want an accelerator, packages that cannot be declared, or trained networks: where they are named only."""
 TOY = ("gpu", "decode", "coding", "column_solver", "sentences")
 """Those that also run at toy size, which shows that they run and no more."""
 SECTIONED = ("gpu", "sentences")
