@@ -1,3 +1,5 @@
 """What is worth compressing how much: it measures, allocates under budgets, and decides."""
 
-__all__: list[str] = []
+from jaxcomp.search.options import Option, Table, Unit
+
+__all__ = ["Option", "Table", "Unit"]
