@@ -3,7 +3,28 @@
 from jaxcomp.search.eigenvalues import eigenvalues
 from jaxcomp.search.estimates import Curvature, Estimate
 from jaxcomp.search.hessian import traces
+from jaxcomp.search.measures import Measure, change_of, decibels, kl, noise
 from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.search.products import GaussNewton
+from jaxcomp.search.sensitivity import Sensitivity, omega, sensitivity
+from jaxcomp.search.units import units_of
 
-__all__ = ["Curvature", "Estimate", "GaussNewton", "Option", "Table", "Unit", "eigenvalues", "traces"]
+__all__ = [
+    "Curvature",
+    "Estimate",
+    "GaussNewton",
+    "Measure",
+    "Option",
+    "Sensitivity",
+    "Table",
+    "Unit",
+    "change_of",
+    "decibels",
+    "eigenvalues",
+    "kl",
+    "noise",
+    "omega",
+    "sensitivity",
+    "traces",
+    "units_of",
+]
