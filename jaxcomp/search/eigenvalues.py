@@ -1,4 +1,4 @@
-"""Largest eigenvalues of a loss's curvature, a leaf or a group of leaves each: how much it minds the worst direction."""
+"""Largest eigenvalues of a loss's curvature, a leaf or a group of leaves each: how it minds the worst direction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.meshes import here
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.paths import Where, key_of_leaf, matrices, some_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import progress
@@ -33,9 +33,9 @@ def eigenvalues(
 ) -> Curvature:
     """The eigenvalue of largest size of each leaf's block of the Hessian of the batches' mean loss, by Lanczos.
 
-    All blocks go on in lockstep: one gradient of a batch is linearized, and each leaf's vector goes through it alone.
-    The error is Lanczos's own bound: an eigenvalue lies within it. That it is the largest one is as sure as that a
-    random vector is not orthogonal to its eigenvector.
+    Each leaf's vector goes through the gradient alone, by one program for all leaves. The error is Lanczos's own bound:
+    an eigenvalue lies within it. That it is the largest one is as sure as that a random vector is not orthogonal to
+    its eigenvector.
 
     Args:
       loss, params, batches, key, where: as of :func:`~jaxcomp.search.hessian.traces`.
@@ -60,7 +60,7 @@ def eigenvalues(
     check_asked(OWNER, key, rtol=rtol, most=most)
     ready = prepared(OWNER, loss, params, batches, where=where)
     named = _checked_units(units, ready)
-    run, step = on_any_mesh(jax.jit(ready.block_products(named))), on_any_mesh(jax.jit(_lanczos(named)))
+    run, step = on_any_mesh(jax.jit(ready.block_product(named))), on_any_mesh(jax.jit(_lanczos(named)))
     rows, value = {name: Tridiagonal() for name in named}, 0.0
     q = on_any_mesh(jax.jit(_starts(named, ready)))(key)
     last = zeros = jax.tree.map(jnp.zeros_like, q)
@@ -69,16 +69,11 @@ def eigenvalues(
             active = np.array([not row.done(rtol) for row in rows.values()])
             if not active.any():
                 break
-            total, losses = zeros, []
-            for i, batch in enumerate(ready.batches):
-                part = np.float32(ready.parts[i])
-                loss_here, total = run(ready.opened.arrays, q, active, total, (part, batch))
-                losses.append(ready.checked(loss_here, i))
-                advance(1)
-            value = float(np.dot(losses, ready.parts))
-            betas = np.array([row.beta for row in rows.values()], np.float32)
+            value, total = _product(ready, run, q, zeros, np.flatnonzero(active))
+            advance(len(ready.batches))
+            betas = np.array([row.beta for row in rows.values()])
             q, last, coefficients = step(q, last, total, betas)
-            ready.check_curvature(np.sum(coefficients, 1), named)
+            ready.check_curvature(np.asarray(coefficients, float).sum(1), named)
             for row, on, (alpha, beta) in zip(rows.values(), active, np.asarray(coefficients, float), strict=True):
                 row.add(float(alpha), float(beta), on=bool(on))
     sizes, n = ready.sizes(), len(ready.batches)
@@ -88,6 +83,18 @@ def eigenvalues(
         for name, row in rows.items()
     )  # fmt: skip
     return Curvature("eigenvalue", tuple(estimates), value)
+
+
+def _product(
+    ready: Prepared, run: Callable[..., tuple[jax.Array, Weights]], q: Weights, total: Weights, active: np.ndarray
+) -> tuple[float, Weights]:
+    """The mean loss, and the product of each active unit's block with its vector."""
+    losses = []
+    for i, batch in enumerate(ready.batches):
+        for unit in active:
+            value, total = run(ready.opened.arrays, q, unit, total, (np.float64(ready.parts[i]), batch))
+        losses.append(ready.checked(value, i))
+    return float(np.dot(losses, ready.parts)), total
 
 
 class Tridiagonal:
@@ -154,7 +161,7 @@ def _starts(units: Units, ready: Prepared) -> Callable[[Key], dict[str, jax.Arra
 
     def run(key: Key) -> dict[str, jax.Array]:
         def drawn(path: str, like: jax.Array) -> jax.Array:
-            wide = jnp.promote_types(like.dtype, jnp.float32)
+            wide = compute_dtype(like.dtype)
             return jax.random.normal(key_of_leaf(key, path), like.shape, wide)
 
         q = {path: drawn(path, like) for path, like in shapes.items()}

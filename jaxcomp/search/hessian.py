@@ -15,6 +15,7 @@ from jaxcomp.search.estimates import Curvature, Estimate
 from jaxcomp.search.prepared import Prepared, check_asked, prepared
 from jaxcomp.search.products import Curved
 
+Samples = Callable[..., tuple[jax.Array, jax.Array]]
 LEAST = 16
 """Products behind a trace before its standard error is believed."""
 
@@ -26,7 +27,7 @@ def traces(
     *,
     key: Key,
     where: Where = matrices,
-    probes: int = 4,
+    probes: int = 2,
     rtol: float = 0.05,
     atol: float = 0.0,
     most: int = 512,
@@ -73,10 +74,10 @@ def traces(
         while True:
             numbers = probes * (len(rounds) * len(ready.batches) + np.arange(len(ready.batches), dtype=np.int32))
             value, found = _round(ready, run, key, active=active, numbers=numbers)
+            ready.check_curvature(found.sum((0, 1)), ready.slots)
             rounds.append(found)
             taken.append(active)
             means, errors, counts = statistics(np.stack(rounds), np.stack(taken), ready.parts)
-            ready.check_curvature(means, ready.slots)
             met = errors <= atol + rtol * np.abs(means)
             active = active & ~(met & (counts >= LEAST))
             advance(len(ready.batches) * probes)
@@ -88,7 +89,12 @@ def traces(
 
 
 def _round(
-    ready: Prepared, run: Callable[..., tuple[jax.Array, jax.Array]], key: Key, *, active: np.ndarray, numbers: np.ndarray
+    ready: Prepared,
+    run: Callable[..., tuple[jax.Array, jax.Array]],
+    key: Key,
+    *,
+    active: np.ndarray,
+    numbers: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """The mean loss, and samples ``(batches, probes, leaves)``; ``numbers`` are those of the batches' first vectors."""
     losses, samples = [], []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.paths import is_float_array
 from jaxcomp.core.records import named
 from jaxcomp.core.specs import Spec
@@ -61,7 +61,7 @@ def _noise(outputs: PyTree, reference: PyTree, batch: tuple[PyTree, ...]) -> Seq
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(compute_dtype(x.dtype))
 
 
 kl = named("measures.kl", Measure("kl", _kl, _first))

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.gradients import masked
 from jaxcomp.core.paths import Where, key_of_leaf, some_paths
 from jaxcomp.core.slots import Slot, check_finite, slots
 from jaxcomp.core.specs import check_key, check_positive, is_number
 from jaxcomp.core.types import Key, Params, PyTree
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.search.batches import as_batch, parts_of
 from jaxcomp.search.products import Curved, Opened, Weights, curved
 
@@ -50,8 +53,18 @@ class Prepared:
         """The loss and the product there; the weights are found again in what a jitted function was given."""
         tree = self.opened.rebuilt(arrays, {})
         found = slots(tree, lambda path, leaf: path in self.slots, self.owner)
+        masks = {path: slot.full_mask for path, slot in found.items() if slot.mask is not None}
         weights = {path: found[path].array for path in self.slots}
-        return self.curve.at(lambda w: self.opened.rebuilt(arrays, w), weights, batch)
+
+        def rebuilt(w: Weights) -> Params:
+            new = {path: Masked(x, found[path].mask) if path in masks else x for path, x in w.items()}
+            return self.opened.rebuilt(arrays, new)
+
+        def kept(v: Weights) -> dict[str, jax.Array]:  # a straight mask lets gradients pass, and none is open there
+            return {path: masked(x, masks[path]) if path in masks else x for path, x in v.items()}
+
+        value, product = self.curve.at(rebuilt, weights, batch)
+        return value, lambda v: kept(product(kept(v)))
 
     def samples(self, probes: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """A program: ``vᵀ H v`` of each leaf for some vectors of signs, ``(probes, leaves)``, of one batch."""
@@ -69,33 +82,28 @@ class Prepared:
                 y = product(v)
                 return jnp.stack([dot(v[path], y[path]) for path in like])
 
-            return value, jax.lax.map(one, first + jnp.arange(probes, dtype=jnp.int32))
+            # No lax.map: XLA runs convolutions inside a loop many times slower on CPU (jax 0.12: 28 gradients each).
+            return value, jnp.stack([one(first + i) for i in range(probes)])
 
         return run
 
-    def block_products(self, units: Units) -> Callable[..., tuple[jax.Array, Weights]]:
-        """A program: what a batch adds to the product of every unit's block with the unit's own vector.
+    def block_product(self, units: Units) -> Callable[..., tuple[jax.Array, Weights]]:
+        """A program: what a batch adds to the product of one unit's block with the unit's own vector.
 
-        One linearized gradient serves all units; the vector of one at a time goes through it.
+        Which unit that is, is an argument, so that one program serves them all.
         """
         unit_of = {path: i for i, leaves in enumerate(units.values()) for path in leaves}
 
         def run(
-            arrays: list[jax.Array], q: Weights, active: jax.Array, total: Weights, counted: tuple[jax.Array, PyTree]
+            arrays: list[jax.Array], q: Weights, unit: jax.Array, total: Weights, counted: tuple[jax.Array, PyTree]
         ) -> tuple[jax.Array, Weights]:
             part, batch = counted
             value, product = self.at(arrays, batch)
+            mine = {path: unit == i for path, i in unit_of.items()}
             zeros = {path: jnp.zeros(s.array.shape, s.array.dtype) for path, s in self.slots.items()}
-
-            def alone(unit: jax.Array, total: Weights) -> Weights:
-                mine = {path: unit == i for path, i in unit_of.items()}
-                y = product(zeros | {p: jnp.where(mine[p], x.astype(zeros[p].dtype), zeros[p]) for p, x in q.items()})
-                return {p: x + jnp.where(mine[p], y[p].astype(x.dtype) * part, jnp.zeros_like(x)) for p, x in total.items()}
-
-            def one(total: Weights, unit: jax.Array) -> tuple[Weights, None]:
-                return jax.lax.cond(active[unit], alone, lambda _, same: same, unit, total), None
-
-            return value, jax.lax.scan(one, dict(total), jnp.arange(len(units)))[0]
+            y = product(zeros | {p: jnp.where(mine[p], x.astype(zeros[p].dtype), zeros[p]) for p, x in q.items()})
+            added = {p: y[p].astype(x.dtype) * part.astype(x.dtype) for p, x in total.items()}
+            return value, {p: x + jnp.where(mine[p], added[p], jnp.zeros_like(x)) for p, x in total.items()}
 
         return run
 
@@ -154,5 +162,5 @@ def check_asked(owner: str, key: Key, *, rtol: float, most: int, atol: float = 0
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """The inner product of two arrays, in float32 at least."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = compute_dtype(a.dtype)
     return jnp.sum(a.astype(wide) * b.astype(wide))

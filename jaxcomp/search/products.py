@@ -114,4 +114,3 @@ class Opened:
         left = iter(arrays)
         leaves = [next(left) if known else x for known, x in zip(self._is_array, self._rest, strict=True)]
         return replace_slots(self._treedef.unflatten(leaves), new)
-

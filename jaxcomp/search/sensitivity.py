@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import dense, is_compressed, materialize
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, some_paths
 from jaxcomp.core.placement import on_any_mesh
@@ -110,12 +111,12 @@ def sensitivity(
     """What ``fn`` loses by each option of each unit, all others as they are.
 
     One program measures everything: which unit is changed is an argument of it, so that it is compiled once, and not
-    once for each unit and option. The network as it was runs in it too, beside every option.
+    once for each unit and option.
 
     Args:
       fn: ``fn(params, *batch)`` to outputs; compressed, a leaf is the array that it stands for.
       params: the parameters that it takes.
-      table: the units and their options, such as of :func:`~jaxcomp.search.units.units_of`. Of a transform its state at ``init`` counts. A
+      table: the units and their options, such as of ``units_of``. Of a transform its state at ``init`` counts. A
         unit without leaves is not measured.
       batches: of each the arguments behind the parameters, as a tuple, or the only one. They are kept.
       measures: what is measured, all in one pass.
@@ -143,59 +144,79 @@ def sensitivity(
     leaves = _leaves_of(owner, params, table)
     kept = [as_batch(batch) for batch in batches]
     parts = parts_of(owner, kept)
-    program = _Program(fn, Opened(params), table, tuple(measures), at_once)
-    run = on_any_mesh(jax.jit(program.run))
+    program = _Program(fn, Opened(params), table, tuple(measures))
     found: dict[str, dict[tuple[str, str], float]] = {name: {} for name in names}
     labels = list(dict.fromkeys(option.label for unit in table for option in unit.options))
     with progress(owner, len(labels) * len(kept)) as advance:
         for label in labels:
             made, order = _changed(owner, leaves, table, label)
-            sums = None
-            for i, (batch, part) in enumerate(zip(kept, parts, strict=True)):
-                fine, means = run(program.opened.arrays, made, order, batch)
-                _check_reference(owner, i, bool(fine))
-                here = [np.asarray(m, np.float64) * part for m in means]
-                sums = here if sums is None else [a + b for a, b in zip(sums, here, strict=True)]
+            means = []
+            for i, batch in enumerate(kept):
+                means.append(program.means(made, order, batch, at_once=at_once, number=i))
                 advance(1)
-            assert sums is not None
-            for measure, rows in zip(measures, sums, strict=True):
-                values = {table.units[u].name: measure.value(*map(float, rows[i])) for i, u in enumerate(order) if u >= 0}
-                found[measure.name] |= {(name, label): x if math.isfinite(x) else math.inf for name, x in values.items()}
+            for measure, rows in zip(measures, zip(*means, strict=True), strict=True):
+                totals = np.einsum("b,bun->un", parts, np.stack(rows))
+                values = [measure.value(*map(float, row)) for row in totals]
+                named = {(table.units[u].name, label): x for u, x in zip(order, values, strict=True)}
+                found[measure.name] |= {at: x if math.isfinite(x) else math.inf for at, x in named.items()}
     return Sensitivity(table, found)
 
 
-@dataclass(frozen=True)
 class _Program:
-    fn: Callable[..., PyTree]
-    opened: Opened
-    table: Table
-    measures: tuple[Measure, ...]
-    at_once: int
+    """Two programs, each compiled once: of the network as it was, and of that with some unit changed.
 
-    def run(
-        self, arrays: list[jax.Array], made: Mapping[str, jax.Array], order: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Whether the network as it was gives numbers, and of each measure its means, ``(units, numbers)``."""
-        tree = self.opened.rebuilt(arrays, {})
-        named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
-        owner_of = {path: i for i, unit in enumerate(self.table) for path in unit.leaves}
-        reference = self.fn(tree, *batch)
+    The units are gone through here and not in a loop of the program, in which XLA runs convolutions many times slower
+    on CPU (jax 0.12).
+    """
 
-        def measured(unit: jax.Array) -> list[jax.Array]:
-            new = [_switched(unit == owner_of[p], made[p], x) if p in made else x for p, x in named]
-            outputs = self.fn(treedef.unflatten(new), *batch)
-            return [jnp.stack([*m.of(outputs, reference, batch)]).astype(jnp.float32) for m in self.measures]
+    def __init__(self, fn: Callable[..., PyTree], opened: Opened, table: Table, measures: tuple[Measure, ...]) -> None:
+        self._fn, self._opened, self._measures = fn, opened, measures
+        self._owner_of = {path: i for i, unit in enumerate(table) for path in unit.leaves}
+        self._reference = on_any_mesh(jax.jit(self._as_it_was))
+        self._changed = on_any_mesh(jax.jit(self._with_changes))
 
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured, order[0]))
-        one = lambda unit: jax.lax.cond(unit < 0, lambda _: nothing, measured, unit)  # noqa: E731
-        floats = [x for x in jax.tree.leaves(reference) if is_float_array(x)]
-        fine = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.array(True)
-        return fine, jax.lax.map(one, order, batch_size=None if self.at_once == 1 else self.at_once)
+    def means(
+        self, made: Mapping[str, jax.Array], order: Sequence[int], batch: Batch, *, at_once: int, number: int
+    ) -> list[np.ndarray]:
+        """Of each measure its means over a batch, ``(units, numbers)``, each unit of ``order`` changed alone.
 
+        Raises:
+          ValueError: the outputs of the network as it was are not finite.
+        """
+        reference, fine = self._reference(self._opened.arrays, batch)
+        if not fine:
+            raise ValueError(
+                f"sensitivity: in batch {number} the outputs of the network as it was are not finite, and nothing"
+                " compares with them; leave that batch out, or mend the network."
+            )
+        padded = [*order, *[order[-1]] * (-len(order) % at_once)]
+        found = []
+        for start in range(0, len(padded), at_once):
+            units = np.array(padded[start : start + at_once], np.int32)
+            found.append(self._changed(self._opened.arrays, made, units, (batch, reference)))
+        return [
+            np.concatenate([np.asarray(x, np.float64) for x in rows])[: len(order)] for rows in zip(*found, strict=True)
+        ]
 
-def _switched(on: jax.Array, made: jax.Array, leaf: Leaf) -> jax.Array:
-    was = dense(leaf)
-    return jnp.where(on, made, was)
+    def _as_it_was(self, arrays: list[jax.Array], batch: Batch) -> tuple[PyTree, jax.Array]:
+        outputs = self._fn(self._opened.rebuilt(arrays, {}), *batch)
+        floats = [x for x in jax.tree.leaves(outputs) if is_float_array(x)]
+        return outputs, jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+    def _with_changes(
+        self, arrays: list[jax.Array], made: Mapping[str, jax.Array], units: jax.Array, seen: tuple[Batch, PyTree]
+    ) -> list[jax.Array]:
+        batch, reference = seen
+        named, treedef = leaves_with_paths(self._opened.rebuilt(arrays, {}), is_leaf=is_compressed)
+
+        def one(unit: jax.Array) -> list[jax.Array]:
+            new = [jnp.where(unit == self._owner_of[p], made[p], dense(x)) if p in made else x for p, x in named]
+            outputs = self._fn(treedef.unflatten(new), *batch)
+            return [jnp.stack([*m.of(outputs, reference, batch)]).astype(jnp.float32) for m in self._measures]
+
+        if len(units) == 1:  # vmap of one makes grouped convolutions of plain ones
+            return [x[None] for x in one(units[0])]
+        return jax.vmap(one)(units)
 
 
 def _leaves_of(owner: str, params: Params, table: Table) -> dict[str, Leaf]:
@@ -215,14 +236,14 @@ def _leaves_of(owner: str, params: Params, table: Table) -> dict[str, Leaf]:
 
 def _changed(
     owner: str, leaves: Mapping[str, Leaf], table: Table, label: str
-) -> tuple[dict[str, jax.Array], np.ndarray]:
-    """All leaves under the options of a label, where there is none as they are; and the places of units that have it."""
+) -> tuple[dict[str, jax.Array], list[int]]:
+    """All leaves under the options of a label, or as they are where none has it; and the places of units that do."""
     made: dict[str, jax.Array] = {path: dense(leaf) for path, leaf in leaves.items()}
-    order = np.full(len(table), -1, np.int32)
+    order = []
     for i, unit in enumerate(table):
         option = next((o for o in unit.options if o.label == label), None)
         if option is not None and unit.leaves:
-            order[i] = i
+            order.append(i)
             made |= made_of(owner, leaves, unit, option)
     return made, order
 
@@ -239,18 +260,10 @@ def made_of(owner: str, leaves: Mapping[str, Leaf], unit: Unit, option: Option) 
         was, now = ((shape_words(x.shape), str(x.dtype)) for x in (leaf, seen[path]))
         if was != now:
             raise ValueError(
-                f"{owner}: option {option.label!r} makes {' '.join(now)} of {path!r}, which is {' '.join(was)}; wanted a"
-                " transform that keeps shape and type."
+                f"{owner}: option {option.label!r} makes {' '.join(now)} of {path!r}, which is {' '.join(was)}; wanted"
+                " a transform that keeps shape and type."
             )
     return dict(seen)
-
-
-def _check_reference(owner: str, number: int, fine: bool) -> None:
-    if not fine:
-        raise ValueError(
-            f"{owner}: in batch {number} the outputs of the network as it was are not finite, and nothing compares with"
-            " them; leave that batch out, or mend the network."
-        )
 
 
 def omega(params: Params, table: Table, curvature: Curvature) -> Table:
@@ -295,7 +308,7 @@ def omega(params: Params, table: Table, curvature: Curvature) -> Table:
 
 
 def _distance(made: jax.Array, leaf: Leaf) -> float:
-    wide = jnp.promote_types(made.dtype, jnp.float32)
+    wide = compute_dtype(made.dtype)
     return float(jnp.sum((made.astype(wide) - dense(leaf).astype(wide)) ** 2))
 
 
