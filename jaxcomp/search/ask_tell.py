@@ -116,7 +116,7 @@ class State:
         """The state one generation later."""
         at = int(np.argmax(scores))
         better = scores[at] > self.score
-        best, score = (rows[at], np.float64(scores[at])) if better else (self.best, self.score)
+        best, score = (rows[at], np.array(scores[at])) if better else (self.best, self.score)
         return replace(self, generation=self.generation + 1, best=best, score=score, inner=inner)
 
     def random(self) -> np.random.Generator:
@@ -128,7 +128,7 @@ def begun(space: Space, key: Key, inner: PyTree) -> State:
     """The state before anything was asked."""
     check_key("init", key)
     data = key if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.key_data(key)
-    return State(np.asarray(data), np.int64(0), np.zeros(len(space)), np.float64(-np.inf), inner)
+    return State(np.asarray(data), np.array(0), np.zeros(len(space)), np.array(-np.inf), inner)
 
 
 def candidate_of(space: Space, row: np.ndarray) -> dict[str, object]:
@@ -155,12 +155,12 @@ def row_of(space: Space, candidate: Candidate) -> np.ndarray:
     for name, what in space.items():
         value = candidate[name]
         if isinstance(what, Choice):
-            at = next((i for i, v in enumerate(what.values) if v == value), None)
+            at = next((float(i) for i, v in enumerate(what.values) if v == value), None)
         else:
             at = float(value) if is_number(value) and what.low <= value <= what.high else None
         if at is None:
             raise ValueError(f"tell: {name!r} is {value!r}, wanted of {what!r}.")
-        row.append(float(at))
+        row.append(at)
     return np.array(row)
 
 

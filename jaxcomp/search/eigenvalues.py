@@ -176,7 +176,8 @@ def _lanczos(units: Mapping[str, Sequence[str]]) -> Callable[..., tuple[Weights,
     """A program: from vectors, those before, and the products, to the next vectors and this step's coefficients."""
 
     def run(q: Weights, last: Weights, product: Weights, betas: jax.Array) -> tuple[Weights, Weights, jax.Array]:
-        new, rows = {}, []
+        new: dict[str, jax.Array] = {}
+        rows = []
         for leaves, beta in zip(units.values(), betas, strict=True):
             alpha = sum(dot(q[p], product[p]) for p in leaves)
             rest = {p: product[p] - alpha * q[p] - beta.astype(q[p].dtype) * last[p] for p in leaves}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.plain import Plain
 from jaxcomp.core.tables import columns, html_table
+from jaxcomp.core.types import Json
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Curvature:
         return {"what": self.what, "loss": self.loss, "estimates": rows}
 
     @staticmethod
-    def from_plain(data: Mapping[str, Plain]) -> Curvature:
+    def from_plain(data: Json) -> Curvature:
         """The inverse of :meth:`to_plain`.
 
         Raises:
@@ -116,11 +117,9 @@ class Curvature:
         True
         """
         try:
-            rows = data["estimates"]
-            assert isinstance(rows, list)
-            found = tuple(Estimate(**{**row, "leaves": tuple(row["leaves"])}) for row in rows)
+            found = tuple(Estimate(**{**row, "leaves": tuple(row["leaves"])}) for row in data["estimates"])
             return Curvature(str(data["what"]), found, float(data["loss"]))
-        except (KeyError, TypeError, AssertionError) as e:
+        except (KeyError, TypeError) as e:
             raise ValueError(f"Curvature: this is nothing that to_plain wrote: {e!r}.") from e
 
 

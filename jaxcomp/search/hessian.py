@@ -69,7 +69,9 @@ def traces(
         raise ValueError(f"{owner}: probes must be 2 or more, for of one no error is known, got {probes!r}.")
     ready = prepared(owner, loss, params, batches, where=where)
     run = on_any_mesh(jax.jit(ready.samples(probes)))
-    rounds, taken, active = [], [], np.ones(len(ready.slots), bool)
+    rounds: list[np.ndarray] = []
+    taken: list[np.ndarray] = []
+    active = np.ones(len(ready.slots), bool)
     with progress(owner, most) as advance:
         while True:
             numbers = probes * (len(rounds) * len(ready.batches) + np.arange(len(ready.batches), dtype=np.int32))

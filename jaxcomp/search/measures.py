@@ -57,7 +57,8 @@ def _noise(outputs: PyTree, reference: PyTree, batch: tuple[PyTree, ...]) -> Seq
     wide = [(_wide(a), _wide(b)) for a, b in pairs if is_float_array(b)]
     if not wide:
         raise ValueError("noise: the outputs hold no floating array; make fn give what is to stay as it was.")
-    return sum(jnp.mean((a - b) ** 2) for a, b in wide), sum(jnp.mean(b**2) for _, b in wide)
+    changes, squares = [jnp.mean((a - b) ** 2) for a, b in wide], [jnp.mean(b**2) for _, b in wide]
+    return jnp.sum(jnp.stack(changes)), jnp.sum(jnp.stack(squares))
 
 
 def _wide(x: jax.Array) -> jax.Array:

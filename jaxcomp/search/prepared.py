@@ -53,11 +53,11 @@ class Prepared:
         """The loss and the product there; the weights are found again in what a jitted function was given."""
         tree = self.opened.rebuilt(arrays, {})
         found = slots(tree, lambda path, leaf: path in self.slots, self.owner)
-        masks = {path: slot.full_mask for path, slot in found.items() if slot.mask is not None}
+        masks = {path: slot.mask for path, slot in found.items() if slot.mask is not None}
         weights = {path: found[path].array for path in self.slots}
 
         def rebuilt(w: Weights) -> Params:
-            new = {path: Masked(x, found[path].mask) if path in masks else x for path, x in w.items()}
+            new = {path: Masked(x, masks[path]) if path in masks else x for path, x in w.items()}
             return self.opened.rebuilt(arrays, new)
 
         def kept(v: Weights) -> dict[str, jax.Array]:  # a straight mask lets gradients pass, and none is open there
@@ -82,7 +82,7 @@ class Prepared:
                 y = product(v)
                 return jnp.stack([dot(v[path], y[path]) for path in like])
 
-            # No lax.map: XLA runs convolutions inside a loop many times slower on CPU (jax 0.12: 28 gradients each).
+            # No lax.map: XLA runs convolutions inside a loop many times slower on CPU (jax 0.12).
             return value, jnp.stack([one(first + i) for i in range(probes)])
 
         return run

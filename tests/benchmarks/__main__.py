@@ -27,6 +27,7 @@ NAMES = (
     "kmeans",
     "low_rank",
     "analysis",
+    "hessian",
     "save_load",
     "coding",
     "decode",
