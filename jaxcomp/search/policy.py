@@ -71,13 +71,8 @@ def policy_gradient(
     arXiv:1811.08886 (HAQ). Both train an actor and a critic by DDPG and one candidate at a time; scores of a whole
     generation need no critic.
     """
-    owner = "policy_gradient"
-    checked_space(owner, space, population)
-    check_positive(owner, hidden, "hidden")
-    for name, x in (("learning_rate", learning_rate), ("entropy", entropy)):
-        if not is_number(x) or x < 0:
-            raise ValueError(f"{owner}: {name} must be a number, 0 or more, got {x!r}.")
-    task = _task(owner, space, features)
+    _check(space, population, hidden, learning_rate=learning_rate, entropy=entropy)
+    task = _task("policy_gradient", space, features)
     optimizer = optax.adam(learning_rate)
     draw = jax.jit(lambda net, key: jax.vmap(lambda k: _drawn(task, net, k))(jax.random.split(key, population)))
     step = jax.jit(lambda inner, told: _step(task, optimizer, inner, told=told, entropy=entropy))
@@ -103,6 +98,20 @@ def policy_gradient(
         return state.told(rows, values, jax.tree.map(np.asarray, inner))
 
     return Search(init, ask, tell)
+
+
+def _check(space: Space, population: int, hidden: int, **amounts: float) -> None:
+    """Checks what the agent is made of.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    owner = "policy_gradient"
+    checked_space(owner, space, population)
+    check_positive(owner, hidden, "hidden")
+    for name, x in amounts.items():
+        if not is_number(x) or x < 0:
+            raise ValueError(f"{owner}: {name} must be a number, 0 or more, got {x!r}.")
 
 
 class _Told(NamedTuple):

@@ -104,8 +104,7 @@ class Opened:
     """
 
     def __init__(self, params: Params) -> None:
-        leaves, treedef = jax.tree.flatten(params)
-        self._whole: Callable[[list[Leaf]], Params] = treedef.unflatten
+        leaves, self._treedef = jax.tree.flatten(params)
         self._is_array = [hasattr(x, "dtype") and hasattr(x, "shape") for x in leaves]
         self._rest = [None if known else x for known, x in zip(self._is_array, leaves, strict=True)]
         self.arrays = [x for known, x in zip(self._is_array, leaves, strict=True) if known]
@@ -114,4 +113,4 @@ class Opened:
         """The tree of such arrays, with others at some slot paths."""
         left = iter(arrays)
         leaves = [next(left) if known else x for known, x in zip(self._is_array, self._rest, strict=True)]
-        return replace_slots(self._whole(leaves), new)
+        return replace_slots(jax.tree.unflatten(self._treedef, leaves), new)

@@ -92,12 +92,13 @@ def test_a_search_goes_on_from_what_was_saved(name) -> None:
     assert search.ask(whole) == search.ask(again)
 
 
-def test_what_is_asked_is_json_and_within() -> None:
-    for make in SEARCHES.values():
-        for c in make(MIXED, population=16).ask(make(MIXED, population=16).init(KEY)):
-            assert json.loads(json.dumps(c)) == c
-            assert c["bits"] in (2, 4, 8)
-            assert 0 <= c["sparsity"] <= 0.9
+@pytest.mark.parametrize("name", quick(SEARCHES, "cross_entropy"))
+def test_what_is_asked_is_json_and_within(name) -> None:
+    search = SEARCHES[name](MIXED, population=16)
+    for c in search.ask(search.init(KEY)):
+        assert json.loads(json.dumps(c)) == c
+        assert c["bits"] in (2, 4, 8)
+        assert 0 <= c["sparsity"] <= 0.9
 
 
 def test_scores_that_are_no_numbers_are_worst() -> None:
