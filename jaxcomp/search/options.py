@@ -36,9 +36,9 @@ class Option:
 
     label: str
     make: Transform = field(default_factory=identity)
-    costs: Mapping[str, float] = _NOTHING
+    costs: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     loss: float = math.nan
-    ties: Mapping[str, str] = _FREE
+    ties: Mapping[str, str] = field(default_factory=lambda: _FREE)
 
     def __post_init__(self) -> None:
         checked_transform("Option", self.make)
