@@ -31,9 +31,9 @@ def units_of(
       ValueError: no option, a rule that matches no leaf, or a name that is a path as well.
 
     >>> import jax.numpy as jnp, jaxcomp as jc
-    >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2)), "c": jnp.ones((2, 2))}
-    >>> [(u.name, u.leaves) for u in units_of(params, {"int4": jc.quantize(jc.Int(4))}, tied={"ends": "a|c"})]
-    [('ends', ('a', 'c')), ('b', ('b',))]
+    >>> params = {"u": jnp.ones((2, 2)), "v": jnp.ones((2, 2)), "w": jnp.ones((2, 2))}
+    >>> [(u.name, u.leaves) for u in units_of(params, {"int4": jc.quantize(jc.Int(4))}, tied={"ends": "u|w"})]
+    [('ends', ('u', 'w')), ('v', ('v',))]
     """
     if not options:
         raise ValueError("units_of: there is no option; give transforms by label, such as {'int4': quantize(Int(4))}.")
@@ -45,6 +45,11 @@ def units_of(
             f"units_of: rule {describe(where)} matches nothing; the paths are {some_paths(paths)}{meant(where, paths)}."
         )
     groups = list(tied or {})
+    paths = [path for path, _ in named if path in groups]
+    if paths:
+        raise ValueError(
+            f"units_of: tied= names a group {some_paths(paths)}, which is a leaf; call the group otherwise."
+        )
     first = first_matches((tied or {}).values(), chosen, owner="units_of")
     leaves: dict[str, list[str]] = {}
     for (path, _), group in zip(chosen, first, strict=True):

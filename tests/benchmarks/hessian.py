@@ -6,6 +6,7 @@ Command: ``python -m tests.benchmarks hessian``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -45,8 +46,8 @@ def compare(title: str, model: nn.Module, *, batch: int, rounds: int) -> Report:
         ONE: (ready.block_product(units), (arrays, vectors, np.int64(1), vectors, (np.float64(1), batches))),
     }
     compiled = {name: jax.jit(f).lower(*args).compile() for name, (f, args) in calls.items()}
-    timings = measure({name: (lambda n=name: compiled[n](*calls[n][1])) for name in calls}, rounds=rounds)
-    flops = {name: float(c.cost_analysis()["flops"]) for name, c in compiled.items()}
+    timings = measure({name: partial(compiled[name], *args) for name, (_, args) in calls.items()}, rounds=rounds)
+    flops = {name: float((c.cost_analysis() or {})["flops"]) for name, c in compiled.items()}
     rows = []
     for name, factor in ((TRACES, 1 / PROBES), (ONE, 1.0)):
         ratio = factor * flops[name] / flops[GRADIENT]
