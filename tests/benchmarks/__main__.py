@@ -28,6 +28,7 @@ NAMES = (
     "low_rank",
     "column_solver",
     "analysis",
+    "hessian",
     "save_load",
     "coding",
     "decode",

@@ -1,0 +1,196 @@
+"""Largest eigenvalues of a loss's curvature, a leaf or a group of leaves each: how it minds the worst direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.paths import Where, key_of_leaf, matrices, some_paths
+from jaxcomp.core.placement import on_any_mesh
+from jaxcomp.core.progress import progress
+from jaxcomp.core.types import Key, Params, PyTree
+from jaxcomp.search.estimates import Curvature, Estimate
+from jaxcomp.search.prepared import Prepared, Units, check_asked, dot, prepared
+from jaxcomp.search.products import Curved, Weights
+
+OWNER = "eigenvalues"
+
+
+def eigenvalues(
+    loss: Callable[..., jax.Array] | Curved,
+    params: Params,
+    batches: Iterable[PyTree],
+    *,
+    key: Key,
+    where: Where = matrices,
+    units: Units | None = None,
+    rtol: float = 0.01,
+    most: int = 64,
+) -> Curvature:
+    """The eigenvalue of largest size of each leaf's block of the Hessian of the batches' mean loss, by Lanczos.
+
+    Each leaf's vector goes through the gradient alone, by one program for all leaves. The error is Lanczos's own bound:
+    an eigenvalue lies within it. That it is the largest one is as sure as that a random vector is not orthogonal to
+    its eigenvector.
+
+    Args:
+      loss, params, batches, key, where: as of :func:`~jaxcomp.search.hessian.traces`.
+      units: paths by the name of a group of leaves that has one block, tied ones say; by default each selected leaf
+        has its own.
+      rtol: a unit is done where its error is at most ``rtol * |eigenvalue|``.
+      most: products with the whole Hessian for a unit, after which it is done anyway; ``met`` says so.
+
+    Raises:
+      ValueError: what :func:`~jaxcomp.search.hessian.traces` raises, a leaf of two units, or one that ``where`` does
+        not select.
+
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    >>> found = eigenvalues(lambda p, x: jnp.mean((x @ p["w"]) ** 2), {"w": jnp.ones((2, 1))}, x, key=jax.random.key(0))
+    >>> round(found["w"].value, 3)
+    10.606
+
+    Source: Dong et al. 2019, arXiv:1905.03696 (HAWQ), which takes power iterations and knows no error; the bound is
+    Paige's (1976, J. Inst. Maths Applics 18). No vectors are kept but three, so an eigenvalue may be found twice, and
+    the largest is right all the same.
+    """
+    check_asked(OWNER, key, rtol=rtol, most=most)
+    ready = prepared(OWNER, loss, params, batches, where=where)
+    named = _checked_units(units, ready)
+    run, step = on_any_mesh(jax.jit(ready.block_product(named))), on_any_mesh(jax.jit(_lanczos(named)))
+    rows, value = {name: Tridiagonal() for name in named}, 0.0
+    q = on_any_mesh(jax.jit(_starts(named, ready)))(key)
+    last = zeros = jax.tree.map(jnp.zeros_like, q)
+    with progress(OWNER, most * len(ready.batches)) as advance:
+        for _ in range(most):
+            active = np.array([not row.done(rtol) for row in rows.values()])
+            if not active.any():
+                break
+            value, total = _product(ready, run, q, zeros, np.flatnonzero(active))
+            advance(len(ready.batches))
+            betas = np.array([row.beta for row in rows.values()])
+            q, last, coefficients = step(q, last, total, betas)
+            ready.check_curvature(np.asarray(coefficients, float).sum(1), named)
+            for row, on, (alpha, beta) in zip(rows.values(), active, np.asarray(coefficients, float), strict=True):
+                row.add(float(alpha), float(beta), on=bool(on))
+    sizes, n = ready.sizes(), len(ready.batches)
+    estimates = (
+        Estimate(name, tuple(named[name]), sum(sizes[p] for p in named[name]), *row.largest(), n * row.steps,
+                 met=row.done(rtol))
+        for name, row in rows.items()
+    )  # fmt: skip
+    return Curvature("eigenvalue", tuple(estimates), value)
+
+
+def _product(
+    ready: Prepared, run: Callable[..., tuple[jax.Array, Weights]], q: Weights, total: Weights, active: np.ndarray
+) -> tuple[float, Weights]:
+    """The mean loss, and the product of each active unit's block with its vector."""
+    losses = []
+    for i, batch in enumerate(ready.batches):
+        for unit in active:
+            value, total = run(ready.opened.arrays, q, unit, total, (np.float64(ready.parts[i]), batch))
+        losses.append(ready.checked(value, i))
+    return float(np.dot(losses, ready.parts)), total
+
+
+class Tridiagonal:
+    """The coefficients of a block's Lanczos steps so far."""
+
+    def __init__(self) -> None:
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return len(self._alphas)
+
+    @property
+    def beta(self) -> float:
+        """The last one that couples to a next step."""
+        return self._betas[-1] if self._betas else 0.0
+
+    def add(self, alpha: float, beta: float, *, on: bool) -> None:
+        """A step's coefficients, where the block took part in it."""
+        if on:
+            self._alphas.append(alpha)
+            self._betas.append(beta)
+
+    def largest(self) -> tuple[float, float]:
+        """The eigenvalue of largest size, and how far the nearest eigenvalue of the block lies at most."""
+        inner = self._betas[: self.steps - 1]
+        values, vectors = np.linalg.eigh(np.diag(self._alphas) + np.diag(inner, 1) + np.diag(inner, -1))
+        at = int(np.argmax(np.abs(values)))
+        return float(values[at]), float(abs(self.beta * vectors[-1, at]))
+
+    def done(self, rtol: float) -> bool:
+        """Whether the error is small enough."""
+        if not self.steps:
+            return False
+        value, error = self.largest()
+        return error <= rtol * abs(value)
+
+
+def _checked_units(units: Units | None, ready: Prepared) -> Units:
+    """The groups, by default each leaf one of its own.
+
+    Raises:
+      ValueError: there is none, a leaf is of two, or none of a group's leaves is known.
+    """
+    if units is None:
+        return {path: (path,) for path in ready.slots}
+    every = [path for leaves in units.values() for path in leaves]
+    twice = sorted({path for path in every if every.count(path) > 1})
+    if twice:
+        raise ValueError(f"{OWNER}: {some_paths(twice)} are in two units; a leaf is in one.")
+    lost = [path for path in every if path not in ready.slots]
+    empty = [name for name, leaves in units.items() if not leaves]
+    if lost or empty or not units:
+        found = some_paths(lost) if lost else f"nothing in {some_paths(empty)}" if empty else "no unit"
+        raise ValueError(f"{OWNER}: units= names {found}; the selected leaves are {some_paths(ready.slots)}.")
+    return units
+
+
+def _starts(units: Units, ready: Prepared) -> Callable[[Key], dict[str, jax.Array]]:
+    """Random vectors of length 1, one a unit, in float32 at least."""
+    shapes = {path: ready.slots[path].array for leaves in units.values() for path in leaves}
+
+    def run(key: Key) -> dict[str, jax.Array]:
+        def drawn(path: str, like: jax.Array) -> jax.Array:
+            wide = compute_dtype(like.dtype)
+            return jax.random.normal(key_of_leaf(key, path), like.shape, wide)
+
+        q = {path: drawn(path, like) for path, like in shapes.items()}
+        for leaves in units.values():
+            q |= _scaled({p: q[p] for p in leaves})[0]
+        return q
+
+    return run
+
+
+def _lanczos(units: Mapping[str, Sequence[str]]) -> Callable[..., tuple[Weights, Weights, jax.Array]]:
+    """A program: from vectors, those before, and the products, to the next vectors and this step's coefficients."""
+
+    def run(q: Weights, last: Weights, product: Weights, betas: jax.Array) -> tuple[Weights, Weights, jax.Array]:
+        new: dict[str, jax.Array] = {}
+        rows = []
+        for leaves, beta in zip(units.values(), betas, strict=True):
+            alpha = sum(dot(q[p], product[p]) for p in leaves)
+            rest = {p: product[p] - alpha * q[p] - beta.astype(q[p].dtype) * last[p] for p in leaves}
+            found, length = _scaled(rest)
+            new |= found
+            rows.append(jnp.stack([alpha, length]))
+        return new, dict(q), jnp.stack(rows)
+
+    return run
+
+
+def _scaled(x: Weights) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The vector of length 1, zeros of zeros, and the length."""
+    length = jnp.sqrt(sum(dot(v, v) for v in x.values()))
+    safe = jnp.where(length > 0, length, jnp.ones_like(length))
+    return {path: v / safe for path, v in x.items()}, length
