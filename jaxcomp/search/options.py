@@ -25,7 +25,8 @@ class Option:
       label: for tables and plans, alone in its unit: "int4", "rank 8", "int4 50%".
       make: what makes it of the unit's leaves; :func:`~jaxcomp.core.transform.identity` leaves them.
       costs: by name, such as "bytes", "macs", "bops": what a network takes is the sum over its units.
-      loss: what the network loses by it alone, in whatever was measured; NaN as long as nothing was.
+      loss: what the network loses by it alone, in whatever was measured; NaN as long as nothing was, and infinite
+        where nothing would be left of the network: it is never chosen.
       ties: decisions that it shares with options of other units, by name: of two units that name the same tie, options
         are chosen that say the same of it. ``{"stage 1": "int4"}`` ties the bits of residual layers, and
         ``{"channels 3": "50%"}`` the widths of layers on both sides of a group of channels.
@@ -64,7 +65,7 @@ class Unit:
       options: one of them is chosen.
 
     Raises:
-      ValueError: no options, two of one label, or options that name other costs than the first.
+      ValueError: no options, two of one label, or options that name other costs or ties than the first.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Unit:
                 raise ValueError(
                     f"Unit: {self.name!r} costs {sorted(self.options[0].costs)} as {labels[0]!r} and"
                     f" {sorted(option.costs)} as {option.label!r}; say the same costs of all options."
+                )
+            if set(option.ties) != set(self.options[0].ties):
+                raise ValueError(
+                    f"Unit: {self.name!r} is tied by {sorted(self.options[0].ties)} as {labels[0]!r} and by"
+                    f" {sorted(option.ties)} as {option.label!r}; say the same ties of all options."
                 )
 
     def option(self, label: str) -> Option:
