@@ -1,4 +1,4 @@
-"""The ``jaxcomp`` command: what a file of weights holds, how two differ, a report, and files for other runtimes.
+"""The ``jaxcomp`` command: what a file of weights holds, how two differ, a report, a smaller file, other runtimes'.
 
 Exit codes: 0; 1 where ``diff`` found a difference, or ``export`` that the runtime computes something else; 2 with an
 error, which is one line; 130 stopped from the keyboard.
@@ -11,19 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
-if TYPE_CHECKING:
-    from jaxcomp.report.frontier import Point
-    from jaxcomp.report.inputs import Weights
-    from jaxcomp.report.summary import Row, Summary
-
-DESCRIPTION = """Look at compressed networks, and export them.
+DESCRIPTION = """Look at networks, compress them, and export them.
 
 Files are those of jaxcomp.save, safetensors of other programs, .npz, .npy, and .msgpack of Flax. A command says what it
 takes with --help."""
@@ -44,11 +39,11 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
       file: of weights, or a folder of the compressed-tensors layout.
       form: how it is printed.
     """
+    from jaxcomp.report.files import as_stored
     from jaxcomp.report.inputs import read
-    from jaxcomp.report.summary import summary
 
     held = read(file)
-    found = _as_stored(summary(held.tree), held)
+    found = as_stored(held)
     if form == "json":
         rows = [{**asdict(row), "bits": row.bits} for row in found.rows]
         print(json.dumps({"kind": held.kind, "bytes": held.bytes, "metadata": held.metadata, "leaves": rows}, indent=1))
@@ -58,24 +53,6 @@ def inspect(file: File, /, *, form: Form = "table") -> int:
         print(f"{name}: {value!s:.100}")
     print(found)
     return 0
-
-
-def _as_stored(found: Summary, held: Weights) -> Summary:
-    """The table with the bytes that the file holds, and with what the codes would take at their entropy."""
-    from jaxcomp.artifact import stored_bytes
-    from jaxcomp.artifact.measuring import entropy_of
-    from jaxcomp.core.leaves import is_compressed
-    from jaxcomp.core.paths import leaves_with_paths
-
-    leaves = dict(leaves_with_paths(held.tree, is_leaf=is_compressed)[0])
-
-    def row_of(row: Row) -> Row:
-        leaf = leaves[row.path]
-        size = held.stored.get(row.path, 0) if held.stored else stored_bytes(leaf)
-        bits = entropy_of(leaf)
-        return replace(row, bytes=size, held=size, entropy=None if bits is None else bits / max(row.size, 1))
-
-    return replace(found, rows=tuple(map(row_of, found.rows)))
 
 
 def diff(before: Before, after: After, /, *, form: Form = "table") -> int:
@@ -131,6 +108,7 @@ def report(
       title: of the page.
       pictures: of how many leaves there are pictures.
     """
+    from jaxcomp.report.files import points_of
     from jaxcomp.report.inputs import read
     from jaxcomp.report.page import check_output
     from jaxcomp.report.page import report as reported
@@ -138,7 +116,7 @@ def report(
     check_output(out)  # before the work, not after it
     one, other = read(before), read(after)
     held = [(before, one), (after, other), *((path, read(path)) for path in others)]
-    points = _points(held, score, scores)
+    points = points_of(held, score, scores)
     if others and not points:
         raise ValueError(
             f"report: --others are drawn by their score; give --scores, {len(held)} numbers, or save the files with"
@@ -205,6 +183,56 @@ def export(
     return 0 if done.apart[1] >= 0.99 else 1
 
 
+def compress(
+    file: File,
+    /,
+    *,
+    fn: Annotated[str, arg(metavar="MODULE:FUNCTION")],
+    samples: Annotated[tuple[Path, ...], arg(metavar="FILE")],
+    ratio: float = 8.0,
+    macs: float | None = None,
+    out: Out | None = None,
+    measure: Literal["noise", "kl"] = "noise",
+    coding: Literal["ans", "zstd", "none"] = "none",
+    keep: Annotated[str, arg(metavar="RULE")] = "",
+) -> int:
+    """Make a file as many times smaller as asked for with the least harm, and write the plan and a report beside it.
+
+    What each leaf may become is measured on samples, without labels, and chosen exactly. The same command goes on where
+    it was stopped; a choice that is edited in plan.json is taken.
+
+    Args:
+      file: of weights.
+      fn: the function; its module is imported, the current directory first, and so is run.
+      samples: .npy files, one for each argument behind the parameters, of examples along the first axis.
+      ratio: how many times smaller.
+      macs: how many times fewer multiply-accumulates, by channels that go.
+      out: the folder; beside the file by default.
+      measure: of the outputs' distance; kl for logits.
+      coding: of the file; ans is the smallest.
+      keep: a rule of paths that stay as they are.
+    """
+    from jaxcomp.report.inputs import read
+    from jaxcomp.search.command import compress_file
+
+    target = out or file.with_name(f"{file.stem}_compressed")
+    done = compress_file(
+        read(file).tree,
+        fn,
+        samples,
+        out=target,
+        ratio=ratio,
+        macs=macs,
+        measure=measure,
+        coding=coding,
+        keep=keep,
+    )
+    print(done.plan)
+    print(done)
+    print(f"{target}: compressed.safetensors, plan.json, report.md, measured.json.")
+    return 0
+
+
 def completion(shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")], /) -> int:
     """Print what makes a shell complete this command's words.
 
@@ -231,6 +259,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect,
     "diff": diff,
     "report": report,
+    "compress": compress,
     "export": export,
     "completion": completion,
 }
@@ -257,20 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="jaxcomp", description=DESCRIPTION, args=list(arguments))
-
-
-def _points(held: Sequence[tuple[Path, Weights]], score: str, scores: Sequence[float]) -> list[Point]:
-    """The files with their scores: as given, or as their metadata have them; those without one are left out."""
-    from jaxcomp.report.frontier import Point
-
-    if scores and len(scores) != len(held):
-        raise ValueError(f"report: --scores wants a number for each of the {len(held)} files, got {len(scores)}.")
-    known: Sequence[object] = scores or [weights.metadata.get(score) for _, weights in held]
-    return [
-        Point(path.stem, weights.bytes, float(value))
-        for (path, weights), value in zip(held, known, strict=True)
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
 
 
 if __name__ == "__main__":

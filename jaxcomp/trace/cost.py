@@ -174,13 +174,14 @@ def cost(fn: Fn, *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Calla
     @wraps(fn)
     def costed(params: Params, *args: PyTree, **kwargs: PyTree) -> Cost:
         program = trace(fn, params, *args, **kwargs)
-        costs = tuple(_site_cost(s, bits(s) if callable(bits) else bits) for s in sites_of(program))
+        costs = tuple(site_cost(s, bits(s) if callable(bits) else bits) for s in sites_of(program))
         return Cost(costs, unread(program))
 
     return costed
 
 
-def _site_cost(site: Site, bits: Bits) -> SiteCost:
+def site_cost(site: Site, bits: Bits) -> SiteCost:
+    """The cost of one site at its widths."""
     if any(b is not None and b < 1 for b in bits):
         raise ValueError(f"cost: widths of {site.path!r} must be positive or None, got {bits!r}.")
     widths = tuple((bits[0] if o.is_weight else bits[1]) or _own_bits(o) for o in site.operands)

@@ -1,0 +1,58 @@
+"""Leaves of a plan rounded anew by second order: each row's error is made good by the rows not yet rounded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.packed import unpacked
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.core.wrappers import Masked
+from jaxcomp.ptq.second_order import gptq
+from jaxcomp.quantization.leaves import Quantized
+from jaxcomp.quantization.scales import MSE
+from jaxcomp.search.batches import Batch
+from jaxcomp.trace.rows import Moments, row_moments_over
+
+
+def solved(fn: Callable[..., PyTree], params: Params, made: Params, batches: Sequence[Batch]) -> Params:
+    """The tree ``made`` with its rounded leaves by the column solver, on the same grids and under the same masks.
+
+    A leaf whose scales the solver would lay out otherwise, or that no product multiplies by rows, stays as it was made.
+
+    Args:
+      fn, params: the network before compression, at the widths that it has.
+      made: its leaves in training form, as the plan's transform made them.
+      batches: what the moments of the inputs are taken over.
+    """
+    dense = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
+    named, treedef = leaves_with_paths(made, is_leaf=is_compressed)
+    wanted = {path: leaf for path, leaf in named if isinstance(_inner(leaf), Quantized) and path in dense}
+    if not wanted:
+        return made
+    rule = "|".join(map(re.escape, wanted))
+    moments = row_moments_over(fn, rule)(params, batches)
+    new = {path: _one(dense[path], leaf, moments[path], path) for path, leaf in wanted.items() if path in moments}
+    return treedef.unflatten([new.get(path, leaf) for path, leaf in named])
+
+
+def _one(w: jax.Array, leaf: Leaf, moments: Moments, path: str) -> Leaf:
+    inner = _inner(leaf)
+    if isinstance(leaf, Masked):
+        given: Leaf = Masked(jnp.where(unpacked(leaf.mask), w, jnp.zeros((), w.dtype)), leaf.mask)
+    else:
+        given = w
+    grid = inner.grid
+    scale = MSE() if 2 <= grid.bits <= 4 else None  # as menus have it
+    found = gptq({path: given}, {path: moments}, grid, scale=scale, where=path)[path]
+    same = jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), leaf)
+    return found if same else leaf
+
+
+def _inner(leaf: Leaf) -> Leaf:
+    return leaf.values if isinstance(leaf, Masked) else leaf
