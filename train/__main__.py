@@ -1,4 +1,4 @@
-"""The command line: ``python -m train [digits | fashion_mnist | cifar10] [options]``."""
+"""The command line: ``python -m train [digits | fashion_mnist | cifar10] [compress --ratio N] [options]``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from jaxcomp.artifact.disk import FileError
 from train.configs import PRESETS, Config
 from train.errors import DataError, ProgressError, RunError, TrainingError
 from train.experiments.main_job import export_all, run
+from train.experiments.methods import RATIOS
 from train.reports.exports import write_exports
 from train.reports.main_job import write_report
 from train.reports.terminal import make_console, print_error, print_stopped
 
 DESCRIPTION = """Train a network, compress it by every method, and print what each one costs and gains.
 
+`compress --ratio 16` makes one row: a file 16 times smaller.
+
 Without a data set's name it is digits. The same command resumes a run that was stopped."""
 
 
 def parse(arguments: list[str]) -> Config:
     """The settings of a command line; a preset is chosen by name and any field of it can be overridden."""
+    arguments = _without_compress(arguments)
     name = arguments[0] if arguments else ""
     if name and not name.startswith("-") and name not in PRESETS:
         raise RunError(f"no data set is called {name!r}; there are {', '.join(PRESETS)}.")
@@ -35,6 +39,20 @@ def parse(arguments: list[str]) -> Config:
             f" `python -m train {config.dataset}`."
         )
     return config
+
+
+def _without_compress(arguments: list[str]) -> list[str]:
+    """``compress --ratio 16`` in the words of the other options: one row, of that name."""
+    if "compress" not in arguments:
+        return arguments
+    left = [word for word in arguments if word != "compress"]
+    ratio = "8"
+    if "--ratio" in left:
+        at = left.index("--ratio")
+        ratio, left = "".join(left[at + 1 : at + 2]), left[:at] + left[at + 2 :]
+    if ratio not in map(str, RATIOS):
+        raise RunError(f"--ratio must be one of {', '.join(map(str, RATIOS))}, got {ratio!r}.")
+    return [*left, "--methods", f"compress{ratio}"]
 
 
 def main(arguments: list[str]) -> int:

@@ -235,7 +235,8 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
-    recipe = method_named(name).make(Start(model, job.data, saved, steps))
+    start = Start(model, job.data, saved, steps, job.config.folder / name)
+    recipe = method_named(name).make(start)
     _check_coding(name, recipe)
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
 

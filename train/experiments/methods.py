@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from train.networks.compressed import (
     Widened,
     axis_roles,
     calibrated,
+    calibration,
     inference,
     learned_grids,
     narrow_norms,
@@ -38,12 +41,16 @@ from train.networks.linen import narrowed
 
 @dataclass(frozen=True)
 class Start:
-    """Where a method starts: the network, its data, the baseline's variables, and how many steps of fine-tuning."""
+    """Where a method starts: the network, its data, the baseline's variables, and how many steps of fine-tuning.
+
+    What takes long before the first step is kept in ``folder``, if there is one, and goes on there after a kill.
+    """
 
     model: nn.Module
     data: Dataset
     variables: Variables
     steps: int
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,53 @@ def _shared(clusters: int) -> Callable[[int], jc.Transform]:
     return lambda steps: jc.gate(jc.share(clusters), jc.every(_hundredth(steps)))
 
 
+def _smaller(ratio: int) -> Callable[[Start], Recipe]:
+    """Widths and sparsities of all leaves allocated for a file so many times smaller, and then fine-tuned.
+
+    Losses are divergences of the logits on 512 images of the training split, without labels. Masks follow the weights
+    over the first half of the steps.
+    """
+
+    def make(start: Start) -> Recipe:
+        from jaxcomp.search import Terms, compress, kl
+
+        params, beside = start.variables["params"], {k: v for k, v in start.variables.items() if k != "params"}
+        vectors = {path: x for path, x in leaves_with_paths(params)[0] if not jc.core.matrices(path, x)}
+        narrow = narrow_norms({"params": params, "batch_stats": start.variables.get("batch_stats", {})})
+        small = [x for path, x in leaves_with_paths(narrow)[0] if not jc.core.matrices(path, x)]
+        size = partial(jc.artifact.file_size, coding="ans")
+        more = size(vectors) - size(dict(enumerate(small)))  # what norms take in the plan, and not in the file
+        room = 0.96 * jc.artifact.file_size(dict(start.variables)) / ratio  # trained codes have another entropy
+        if room + more <= 0:
+            raise RunError(f"compress{ratio}: norms and biases alone take more; choose a smaller ratio.")
+        done = compress(
+            lambda params, x: inference(start.model)({**beside, "params": params}, x),
+            params,
+            calibration(start.data, examples=512),
+            budget={"bytes": room + more},
+            measure=kl,
+            terms=Terms(coding="ans"),
+            second_order=False,
+            rounds=0,
+            folder=start.folder,
+        )
+        half = _in_the_first_half(start.steps)
+        return Recipe(
+            jc.gate(done.plan.transform, half),
+            start.model,
+            start.variables,
+            opened=lambda _: Widened(start.model),
+            rewound=True,
+            shipped=narrow_norms,
+            coding="ans",
+        )
+
+    return make
+
+
+RATIOS = (2, 4, 8, 16, 32, 64)
+"""How many times smaller a file may be asked for."""
+
 METHODS: dict[str, Method] = {
     "l1": Method("l1 pruning 20%", 32, weights(lambda _: jc.once(jc.prune(0.2)))),
     "sensitivity": Method(
@@ -229,6 +283,7 @@ METHODS: dict[str, Method] = {
     "sparse90": Method("prune 90%", 32, weights(_sparse)),
     "deep92": Method("Deep Compression, 92%", 4, _deep_compression(0.92)),
     "deep95": Method("Deep Compression, 95%", 4, _deep_compression(0.95)),
+    **{f"compress{n}": Method(f"allocated, {n} times smaller", max(1, 32 // n), _smaller(n)) for n in RATIOS},
     "w4a4": Method("learned 4-bit, activations too", 4, _learned(4)),
     "w3a3": Method("learned 3-bit, activations too", 3, _learned(3)),
     "w2a2": Method("learned 2-bit, activations too", 2, _learned(2)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -150,10 +150,14 @@ def axis_roles(network: Network, variables: Variables, data: Dataset) -> jc.core
 def observed(network: Network, variables: Variables, data: Dataset, *, examples: int = 1000) -> dict[str, Stats]:
     """The statistics of each activation over the first examples of the training split."""
     observe = jax.jit(jc.calibrate(inference(network)))
-    size = min(250, examples, len(data.train))
-    starts = range(0, min(examples, len(data.train)) - size + 1, size)
-    batches = (normalize(jnp.asarray(data.train.images[s : s + size]), data.mean, data.std) for s in starts)
-    return merge_all(*(observe(variables, batch) for batch in batches))
+    return merge_all(*(observe(variables, batch) for batch in calibration(data, examples=examples, size=250)))
+
+
+def calibration(data: Dataset, *, examples: int, size: int = 128) -> Iterator[jax.Array]:
+    """The first examples of the training split, in batches, as the network takes them."""
+    size = min(size, examples, len(data.train))
+    for start in range(0, min(examples, len(data.train)) - size + 1, size):
+        yield normalize(jnp.asarray(data.train.images[start : start + size]), data.mean, data.std)
 
 
 def calibrated(network: Network, variables: Variables, data: Dataset) -> dict[str, Range]:
