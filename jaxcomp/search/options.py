@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 from jaxcomp.core.paths import some_paths
 from jaxcomp.core.plain import Plain, from_plain, to_plain
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.transform import Transform, checked_transform, identity
-
-_NOTHING: Mapping[str, float] = MappingProxyType({})
-_FREE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,9 @@ class Option:
 
     label: str
     make: Transform = field(default_factory=identity)
-    costs: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
+    costs: Mapping[str, float] = field(default_factory=dict)
     loss: float = math.nan
-    ties: Mapping[str, str] = field(default_factory=lambda: _FREE)
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checked_transform("Option", self.make)
