@@ -50,8 +50,8 @@ def _one(w: jax.Array, leaf: Leaf, moments: Moments, path: str) -> Leaf:
     grid = inner.grid
     scale = MSE() if 2 <= grid.bits <= 4 else None  # as menus have it
     found = gptq({path: given}, {path: moments}, grid, scale=scale, where=path)[path]
-    same = jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), leaf)
-    return found if same else leaf
+    one, other = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (found, leaf))
+    return found if one == other else leaf
 
 
 def _inner(leaf: Leaf) -> Leaf:
