@@ -69,7 +69,7 @@ def correct_bias(fn: Fn, *, where: Where = r".*") -> Callable[..., Corrected]:
       calibration data. It gives :class:`Corrected`.
 
     >>> import jaxcomp as jc
-    >>> fn = lambda p, x: x @ p["w"] + p["b"]
+    >>> fn = lambda p, x: x @ p["w"] + p["b"][None]
     >>> params, x = {"w": jnp.array([[0.4], [1.0]]), "b": jnp.zeros(1)}, jnp.ones((3, 2))
     >>> rounded = jc.quantize(jc.Int(2, narrow=True), per=jc.Tensor(), where="w").apply((), params)
     >>> float(fn(jc.materialize(rounded), x)[0, 0]), float(correct_bias(fn)(params, rounded, x).params["b"][0])
