@@ -89,7 +89,18 @@ class Kept:
     def _places(self, start: int) -> np.ndarray:
         stop = self._stop(start)
         mask = np.unpackbits(self.bits[start // 8 : packed_size(stop, 1)], count=stop - start, bitorder="little")
-        return np.flatnonzero(mask.view(bool))
+        return _nonzero(mask.view(bool))
+
+
+def _nonzero(mask: np.ndarray) -> np.ndarray:
+    """``np.flatnonzero``, which up to a tenth of ones takes a loop with a branch for each of them (numpy 2.5).
+
+    From 6% on that is the slower way, twice so at a tenth: more ones behind the end make it take the other.
+    """
+    count = int(np.count_nonzero(mask))
+    if not 0.06 * mask.size < count <= 0.1 * mask.size:
+        return np.flatnonzero(mask)
+    return np.flatnonzero(np.concatenate([mask, np.ones(mask.size // 8, bool)]))[:count]
 
 
 def ahead(fn: Callable[[T], np.ndarray], items: Iterable[T]) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.artifact.masking import Kept
+from jaxcomp.artifact.masking import Kept, constant, part_of
 from jaxcomp.artifact.masks import (
     Smallest,
     bits_of_form,
@@ -123,3 +123,12 @@ def test_what_cannot_be_is_one_error(case: str) -> None:
     node, size, match = WRONG[case]
     with pytest.raises(ValueError, match=match):
         bits_of_form(node, size, TENSORS.__getitem__, "w")
+
+
+@pytest.mark.parametrize("density", [0.03, 0.08, 0.1, 0.3])
+def test_what_is_kept_is_taken_and_put_back_at_any_density(density: float) -> None:
+    mask, x = RNG.random(CHUNK + 1000) < density, RNG.integers(0, 255, CHUNK + 1000).astype(np.uint8)
+    taken = np.concatenate([*kept(mask).take(part_of(x))])
+    assert (taken == x[mask]).all()
+    again = np.concatenate([*kept(mask).put(part_of(taken), constant(0, x.dtype))])
+    assert (again == np.where(mask, x, 0)).all()
