@@ -9,13 +9,14 @@ from jaxcomp.search.estimates import Curvature, Estimate
 from jaxcomp.search.hessian import traces
 from jaxcomp.search.measures import Measure, change_of, decibels, kl, noise
 from jaxcomp.search.menus import Terms, choosing, menu
+from jaxcomp.search.omega import omega
 from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.search.plans import Plan
 from jaxcomp.search.policy import policy_gradient
 from jaxcomp.search.products import GaussNewton
 from jaxcomp.search.recovery import Recovery
 from jaxcomp.search.results import Compressed
-from jaxcomp.search.sensitivity import Sensitivity, omega, sensitivity
+from jaxcomp.search.sensitivity import Sensitivity, sensitivity
 from jaxcomp.search.units import units_of
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a network loses when one of its units is compressed and all others stay: measured, or told by its curvature."""
+"""What a network loses when one of its units is compressed and all others stay: measured."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.leaves import dense, is_compressed, materialize
+from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, some_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import progress
 from jaxcomp.core.specs import check_positive
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.core.words import shape_words
 from jaxcomp.search.batches import Batch, as_batch, parts_of
-from jaxcomp.search.estimates import Curvature
 from jaxcomp.search.measures import Measure, kl
-from jaxcomp.search.options import Option, Table, Unit
+from jaxcomp.search.options import Table
 from jaxcomp.search.products import Opened
+from jaxcomp.search.trying import leaves_of, made_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,7 +139,7 @@ def sensitivity(
     names = [m.name for m in measures]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{owner}: measures= wants one or more, each of its own name, got {names}.")
-    leaves = _leaves_of(owner, params, table)
+    leaves = leaves_of(owner, params, table)
     kept = [as_batch(batch) for batch in batches]
     parts = parts_of(owner, kept)
     program = _Program(fn, Opened(params), table, tuple(measures))
@@ -219,21 +217,6 @@ class _Program:
         return jax.vmap(one)(units)
 
 
-def _leaves_of(owner: str, params: Params, table: Table) -> dict[str, Leaf]:
-    """The leaves that the table's units name, by path.
-
-    Raises:
-      ValueError: one is not there, or no unit has any.
-    """
-    named = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
-    wanted = [path for unit in table for path in unit.leaves]
-    lost = [path for path in wanted if path not in named]
-    if lost or not wanted:
-        what = f"the parameters have no {some_paths(lost)}" if lost else "no unit of the table has a leaf"
-        raise ValueError(f"{owner}: {what}; the paths are {some_paths(named)}.")
-    return {path: named[path] for path in wanted}
-
-
 def _changed(
     owner: str, leaves: Mapping[str, Leaf], table: Table, label: str
 ) -> tuple[dict[str, jax.Array], list[int]]:
@@ -246,70 +229,6 @@ def _changed(
             order.append(i)
             made |= made_of(owner, leaves, unit, option)
     return made, order
-
-
-def made_of(owner: str, leaves: Mapping[str, Leaf], unit: Unit, option: Option) -> dict[str, jax.Array]:
-    """The arrays that a unit's leaves stand for under an option.
-
-    Raises:
-      ValueError: what the option's ``init`` raises, or another shape or type than before.
-    """
-    own = {path: leaves[path] for path in unit.leaves}
-    seen = materialize(option.make.apply(option.make.init(own), own))
-    for path, leaf in own.items():
-        was, now = ((shape_words(x.shape), str(x.dtype)) for x in (leaf, seen[path]))
-        if was != now:
-            raise ValueError(
-                f"{owner}: option {option.label!r} makes {' '.join(now)} of {path!r}, which is {' '.join(was)}; wanted"
-                " a transform that keeps shape and type."
-            )
-    return dict(seen)
-
-
-def omega(params: Params, table: Table, curvature: Curvature) -> Table:
-    """HAWQ's measure as the losses of options: ``Ω = Σ over leaves (trace / parameters) · ‖Q(W) - W‖²``.
-
-    Half of it is what the loss grows by at a minimum, were the change as likely in all directions.
-
-    Args:
-      params: the parameters.
-      table: the units and their options.
-      curvature: of :func:`~jaxcomp.search.hessian.traces`, of all leaves of units; or of ``eigenvalues``, whose own
-        value is taken and not its part of a parameter, as the first HAWQ orders layers.
-
-    Raises:
-      ValueError: a unit's leaf that the parameters do not have, or that is changed and has no estimate.
-
-    >>> import jaxcomp as jc
-    >>> from jaxcomp.search import traces, units_of
-    >>> params = {"w": jnp.array([[1.0, 0.3], [0.2, 1.0]])}
-    >>> found = traces(lambda p, x: jnp.mean((x @ p["w"]) ** 2), params, [jnp.eye(2)], key=jax.random.key(0))
-    >>> losses = omega(params, units_of(params, {"int4": jc.quantize(jc.Int(4))}), found)
-    >>> 0 < losses["w"].options[0].loss < 0.01
-    True
-
-    Source: Dong et al. 2019, arXiv:1911.03852 (HAWQ-V2), equation 7.
-    """
-    leaves = _leaves_of("omega", params, table)
-    known = {e.name: e.mean if curvature.what == "trace" else e.value for e in curvature}
-    losses = {}
-    for unit in table:
-        for option in unit.options if unit.leaves else ():
-            made = made_of("omega", leaves, unit, option)
-            moved = {path: _distance(made[path], leaves[path]) for path in unit.leaves}
-            lost = [path for path, far in moved.items() if far and path not in known]
-            if lost:
-                raise ValueError(
-                    f"omega: of {some_paths(lost)} no {curvature.what} is known, only of {some_paths(known)}; estimate"
-                    " it with a where= that selects these leaves too."
-                )
-            losses[unit.name, option.label] = math.fsum(known[p] * far for p, far in moved.items() if far)
-    return table.with_losses(losses, f"omega by {curvature.what}")
-
-
-def _distance(made: jax.Array, leaf: Leaf) -> float:
-    wide = compute_dtype(made.dtype)
-    return float(jnp.sum((made.astype(wide) - dense(leaf).astype(wide)) ** 2))
 
 
 def _number(value: float | None) -> str:

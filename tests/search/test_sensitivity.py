@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 import jaxcomp as jc
 from jaxcomp.search import Curvature, Estimate, Option, Table, Unit, sensitivity, units_of
 from jaxcomp.search.measures import change_of, decibels, kl, noise
-from jaxcomp.search.sensitivity import omega
+from jaxcomp.search.omega import omega
 
 OPTIONS = {
     "int2": jc.quantize(jc.Int(2)),
