@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.adapters.leaves import Adapted, replaced
+from jaxcomp.adapters.leaves import Adapted
 from jaxcomp.adapters.specs import Principal, Residual, Start, Zeros
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
@@ -25,7 +25,7 @@ from jaxcomp.core.paths import (
 )
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.roles import INDEXED, Roles, checked_roles, roles_of, selecting
-from jaxcomp.core.slots import Slot, check_finite
+from jaxcomp.core.slots import Slot, check_finite, replace_slots
 from jaxcomp.core.specs import check_key, is_number
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import DType, Key, Leaf, Params
@@ -105,7 +105,7 @@ def adapt(
             found, start, base, lambda rest: factorize(rest, ranks, moments=moments, roles=axes)
         )
         deltas = {path: _divided(d, scaling[path], found[path].dtype) for path, d in found_deltas.items()}
-    return replaced(params, {path: Adapted(frozen[path], deltas[path], scaling[path]) for path in found})
+    return replace_slots(params, {path: Adapted(frozen[path], deltas[path], scaling[path]) for path in found})
 
 
 def _check(start: object, base: object, *, key: Key | None, alpha: object) -> None:

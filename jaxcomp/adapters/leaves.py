@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -56,12 +55,6 @@ class Adapted(CompressedLeaf):
     def pack(self) -> Adapted:
         """The same leaf, its base and its factors packed."""
         return Adapted(pack(self.base), pack(self.delta), self.scaling)
-
-
-def replaced(params: Params, new: Mapping[str, Leaf]) -> Params:
-    """The tree with other leaves at some paths; all others are the same objects."""
-    named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-    return treedef.unflatten([new.get(path, leaf) for path, leaf in named])
 
 
 def adapted_leaves(params: Params, owner: str) -> dict[str, Adapted]:

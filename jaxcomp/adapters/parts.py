@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from jaxcomp.adapters.leaves import Adapted, adapted_leaves, replaced
+from jaxcomp.adapters.leaves import Adapted, adapted_leaves
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, meant, path_str, some_paths
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Params, PyTree
 
@@ -29,7 +30,9 @@ def merge(params: Params, transform: Transform | None = None) -> Params:
     True
     """
     arrays = {path: dense(leaf) for path, leaf in adapted_leaves(params, "merge").items()}
-    return replaced(params, arrays if transform is None else _compressed(checked_transform("merge", transform), arrays))
+    return replace_slots(
+        params, arrays if transform is None else _compressed(checked_transform("merge", transform), arrays)
+    )
 
 
 def _compressed(transform: Transform, arrays: Params) -> Params:

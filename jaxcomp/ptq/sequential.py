@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.batches import all_batches
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths
 from jaxcomp.core.progress import progress
@@ -69,9 +70,7 @@ def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Para
     observed = jax.jit(gather)
 
     def compressed(params: Params, batches: Iterable[PyTree]) -> Params:
-        many = [b if isinstance(b, tuple) else (b,) for b in batches]
-        if not many:
-            raise ValueError("sequentially: there is no batch; give an iterable of batches that was not used up.")
+        many = all_batches("sequentially", batches)
         named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
         leaves, now = dict(named), {path: dense(leaf) for path, leaf in named}
         known = jax.eval_shape(gather, None, treedef.unflatten(list(now.values())), *many[0])

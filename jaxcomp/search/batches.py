@@ -1,4 +1,4 @@
-"""Batches of calibration: what a function takes behind its parameters, and what part each has in a mean."""
+"""What part each batch of calibration has in a mean."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.types import PyTree
-
-Batch = tuple[PyTree, ...]
-"""The arguments behind the parameters."""
-
-
-def as_batch(batch: PyTree) -> Batch:
-    """A batch as the arguments behind the parameters: a tuple is all of them, anything else the only one.
-
-    >>> as_batch(3), as_batch((3, 4))
-    ((3,), (3, 4))
-    """
-    return batch if type(batch) is tuple else (batch,)
+from jaxcomp.core.batches import Batch, no_batch
 
 
 def parts_of(owner: str, batches: Sequence[Batch]) -> list[float]:
@@ -36,7 +24,7 @@ def parts_of(owner: str, batches: Sequence[Batch]) -> list[float]:
     [0.5, 0.5]
     """
     if not batches:
-        raise ValueError(f"{owner}: there is no batch; give one or more of the arguments behind the parameters.")
+        raise no_batch(owner)
     lengths = [_length(batch) for batch in batches]
     if not all(lengths):
         return [1 / len(batches)] * len(batches)

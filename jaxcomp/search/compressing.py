@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.batches import as_batch
 from jaxcomp.core.paths import Where
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.search.batches import as_batch
 from jaxcomp.search.budgets import Budget, Quality, limits_of
 from jaxcomp.search.building import Builder
 from jaxcomp.search.channels import LEVELS

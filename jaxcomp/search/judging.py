@@ -9,10 +9,11 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxcomp.core.batches import Batch
 from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import is_float_array
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.search.batches import Batch, parts_of
+from jaxcomp.search.batches import parts_of
 from jaxcomp.search.measures import Measure
 
 Fn = Callable[..., PyTree]

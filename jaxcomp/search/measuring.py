@@ -12,20 +12,13 @@ import jax
 import numpy as np
 
 from jaxcomp.artifact.files import write_atomically
-from jaxcomp.core.leaves import is_compressed
-from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import progress
-from jaxcomp.core.types import Leaf, Params
+from jaxcomp.core.slots import replace_slots
+from jaxcomp.core.types import PyTree
 from jaxcomp.search.judging import Judge
 from jaxcomp.search.menus import Choosing
 from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.search.plans import Plan
-
-
-def with_leaves(params: Params, new: Mapping[str, Leaf]) -> Params:
-    """The tree with some leaves replaced, by path."""
-    named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-    return treedef.unflatten([new.get(path, x) for path, x in named])
 
 
 def measured(menus: Choosing, judge: Judge, file: Path | None = None) -> Table:
@@ -46,7 +39,7 @@ def measured(menus: Choosing, judge: Judge, file: Path | None = None) -> Table:
                 rows = {}
                 for label in options:
                     made = menus.made(name, label)
-                    rows[label] = {**menus.costs(made), "loss": judge(with_leaves(menus.params, made))}
+                    rows[label] = {**menus.costs(made), "loss": judge(replace_slots(menus.params, made))}
                     advance(1)
                 done[name] = rows
                 if file is not None:
@@ -65,24 +58,30 @@ def around(menus: Choosing, judge: Judge, plan: Plan) -> Table:
       plan: the others' options.
     """
     chosen = {name: menus.made(name, plan.choice[name]) for name in menus.units}
-    base = with_leaves(menus.params, {path: leaf for made in chosen.values() for path, leaf in made.items()})
+    base = replace_slots(menus.params, {path: leaf for made in chosen.values() for path, leaf in made.items()})
     losses = {}
     with progress("compress: measuring around the plan", sum(len(u.options) for u in plan.table)) as advance:
         for unit in plan.table:
             for option in unit.options:
                 if unit.name in menus.units:
-                    losses[unit.name, option.label] = judge(with_leaves(base, menus.made(unit.name, option.label)))
+                    losses[unit.name, option.label] = judge(replace_slots(base, menus.made(unit.name, option.label)))
                 advance(1)
     return plan.table.with_losses(losses)
 
 
 def fingerprint(menus: Choosing, judge: Judge) -> str:
     """What must be equal for measurements to be taken over: parameters, data, options and the measure."""
+    crc = checksum((menus.params, list(judge.batches)))
+    return f"{crc:08x} {zlib.crc32(repr(menus.options).encode()):08x} {menus.terms!r} {judge.measure.name}"
+
+
+def checksum(tree: PyTree) -> int:
+    """Of all bytes of a tree's arrays."""
     crc = 0
-    for x in jax.tree.leaves((menus.params, list(judge.batches))):
+    for x in jax.tree.leaves(tree):
         array = np.asarray(x)
         crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"", crc)
-    return f"{crc:08x} {zlib.crc32(repr(menus.options).encode()):08x} {menus.terms!r} {judge.measure.name}"
+    return crc
 
 
 def _read(file: Path | None, mark: str) -> dict[str, dict[str, dict[str, float]]]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.batches import as_batch
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import masked
 from jaxcomp.core.paths import Where, key_of_leaf, some_paths
@@ -17,7 +18,7 @@ from jaxcomp.core.slots import Slot, check_finite, slots
 from jaxcomp.core.specs import check_key, check_positive, is_number
 from jaxcomp.core.types import Key, Params, PyTree
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.search.batches import as_batch, parts_of
+from jaxcomp.search.batches import parts_of
 from jaxcomp.search.products import Curved, Opened, Weights, curved
 
 Units = Mapping[str, Sequence[str]]

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 
 from jaxcomp.artifact.files import load, load_metadata, save
+from jaxcomp.core.batches import Batch, as_batch
 from jaxcomp.core.leaves import materialize
 from jaxcomp.core.paths import is_float_array, leaves_with_paths
 from jaxcomp.core.progress import progress
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Params, PyTree, State
-from jaxcomp.search.batches import Batch, as_batch
 from jaxcomp.search.measures import Measure
 
 Fn = Callable[..., PyTree]
@@ -75,7 +76,7 @@ class Trainer:
       transform, state: of the parameters, in every step.
       batches: each begins with ``arguments`` arguments of ``fn``.
       file: where it goes on after a kill; None keeps nothing.
-      choice: of the plan: a file that was written under another one is not gone on with.
+      mark: what must be equal for a file to be gone on with: the plan, the network, the data.
       seconds: the least time between two files.
     """
 
@@ -88,7 +89,7 @@ class Trainer:
     batches: Sequence[Batch]
     arguments: int
     file: Path | None = None
-    choice: dict[str, str] = field(default_factory=dict)
+    mark: str = ""
     seconds: float = 30.0
     losses: list[float] = field(default_factory=list)
 
@@ -117,7 +118,7 @@ class Trainer:
 
         @jax.jit
         def update(trained: dict[str, jax.Array], opt_state: PyTree, batch: Batch) -> tuple[PyTree, PyTree, jax.Array]:
-            value, grads = jax.value_and_grad(lambda t: self.loss(_with(params, t), batch))(trained)
+            value, grads = jax.value_and_grad(lambda t: self.loss(replace_slots(params, t), batch))(trained)
             with jax.numpy_dtype_promotion("standard"):  # optimizers raise floats to integer counts
                 changes, opt_state = tx.update(grads, opt_state, trained)
             return optax.apply_updates(trained, changes), opt_state, value
@@ -136,13 +137,12 @@ class Trainer:
                     saved = time.monotonic()
         if self.file is not None:
             self._save(step, trained, opt_state)
-        return _with(params, trained)
+        return replace_slots(params, trained)
 
     def _save(self, step: int, trained: PyTree, opt_state: PyTree) -> None:
         assert self.file is not None
         state = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(opt_state))}
-        about = {"choice": dict(self.choice), "steps": self.recovery.steps}
-        save(self.file, {"step": step, "trained": trained, "opt": state}, metadata=about)
+        save(self.file, {"step": step, "trained": trained, "opt": state}, metadata={"of": self.mark})
 
     def _check(self, step: int, value: jax.Array) -> None:
         if step % 20 and step < self.recovery.steps:
@@ -156,7 +156,7 @@ class Trainer:
 
     def _same(self) -> bool:
         assert self.file is not None
-        return load_metadata(self.file) == {"choice": dict(self.choice), "steps": self.recovery.steps}
+        return load_metadata(self.file) == {"of": self.mark}
 
     def _read(self, trained: PyTree, opt_state: PyTree) -> tuple[int, PyTree, PyTree]:
         assert self.file is not None
@@ -174,8 +174,3 @@ def _trained(params: Params) -> dict[str, jax.Array]:
     """The floating leaves by path, without a batch norm's statistics."""
     named = leaves_with_paths(params)[0]
     return {path: jnp.asarray(x) for path, x in named if is_float_array(x) and not _FIXED.fullmatch(path)}
-
-
-def _with(params: Params, new: dict[str, jax.Array]) -> Params:
-    named, treedef = leaves_with_paths(params)
-    return treedef.unflatten([new.get(path, x) for path, x in named])

@@ -14,16 +14,16 @@ from pathlib import Path
 import jax
 
 from jaxcomp.artifact.files import save
+from jaxcomp.core.batches import Batch, as_batch
 from jaxcomp.core.leaves import materialize, pack
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.report.frontier import Point
 from jaxcomp.search.allocation import Infeasible, allocate, frontier
-from jaxcomp.search.batches import as_batch
 from jaxcomp.search.budgets import Quality
 from jaxcomp.search.building import Builder, Built
 from jaxcomp.search.channels import undominated
 from jaxcomp.search.judging import Judge
-from jaxcomp.search.measuring import around, measured
+from jaxcomp.search.measuring import around, checksum, fingerprint, measured
 from jaxcomp.search.options import Table
 from jaxcomp.search.plans import Plan
 from jaxcomp.search.recovery import Recovery, Trainer
@@ -85,6 +85,7 @@ class Run:
             return None
         held = Plan.load(file)
         if held.budgets != self.limits or [u.name for u in held.table] != [u.name for u in table]:
+            self.notes.append(f"The plan that was in {file} is of other budgets or units, and is written anew.")
             return None
         self.notes.append(f"The plan is that of {file}.")
         return held
@@ -240,9 +241,16 @@ class Run:
             batches=batches,
             arguments=len(judge.batches[0]),
             file=self._file("recovery.safetensors"),
-            choice=dict(built.plan.choice),
+            mark=self._mark(built, recover, batches),
         )
         return pack(transform.apply(trainer.state, trainer.run(built.params)))
+
+    def _mark(self, built: Built, recover: Recovery, batches: Sequence[Batch]) -> str:
+        """Of what a training is that may be gone on with; functions of the user's own have no mark."""
+        if self.folder is None:
+            return ""
+        how = (recover.steps, recover.distill, recover.learning_rate, len(batches), checksum(batches[0]))
+        return f"{fingerprint(self.builder.menus, self.builder.judge)} {sorted(built.plan.choice.items())} {how}"
 
     def _write(self, done: Compressed) -> None:
         if self.folder is None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.batches import Batch, as_batch
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, some_paths
 from jaxcomp.core.placement import on_any_mesh
@@ -18,7 +19,7 @@ from jaxcomp.core.progress import progress
 from jaxcomp.core.specs import check_positive
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.search.batches import Batch, as_batch, parts_of
+from jaxcomp.search.batches import parts_of
 from jaxcomp.search.measures import Measure, kl
 from jaxcomp.search.options import Table
 from jaxcomp.search.products import Opened

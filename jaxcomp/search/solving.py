@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.batches import Batch
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.packed import unpacked
 from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.ptq.second_order import gptq
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.scales import MSE
-from jaxcomp.search.batches import Batch
 from jaxcomp.trace.rows import Moments, row_moments_over
 
 
@@ -31,14 +32,14 @@ def solved(fn: Callable[..., PyTree], params: Params, made: Params, batches: Seq
       batches: what the moments of the inputs are taken over.
     """
     dense = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
-    named, treedef = leaves_with_paths(made, is_leaf=is_compressed)
+    named, _ = leaves_with_paths(made, is_leaf=is_compressed)
     wanted = {path: leaf for path, leaf in named if isinstance(_inner(leaf), Quantized) and path in dense}
     if not wanted:
         return made
     rule = "|".join(map(re.escape, wanted))
     moments = row_moments_over(fn, rule)(params, batches)
     new = {path: _one(dense[path], leaf, moments[path], path) for path, leaf in wanted.items() if path in moments}
-    return treedef.unflatten([new.get(path, leaf) for path, leaf in named])
+    return replace_slots(made, new)
 
 
 def _one(w: jax.Array, leaf: Leaf, moments: Moments, path: str) -> Leaf:

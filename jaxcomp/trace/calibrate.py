@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcomp.core.batches import as_batch, no_batch
 from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.reductions import nan_in
@@ -218,12 +219,12 @@ def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[P
         total = len(batches) if isinstance(batches, Sized) else None
         with progress("calibrate: batches", total) as advance:
             for batch in batches:
-                one = observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
+                one = observed(params, *as_batch(batch))
                 # Waiting keeps no more than one batch on the device, and the bar honest.
                 found = jax.block_until_ready(one if found is None else merge_all(found, one))
                 advance(1)
         if found is None:
-            raise ValueError("calibrate_over: there is no batch; give an iterable of batches that was not used up.")
+            raise no_batch("calibrate_over")
         return found
 
     return over

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomp.core.batches import as_batch, no_batch
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where, matches
@@ -185,7 +186,7 @@ def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable
 
             def each() -> Iterator[dict[str, Moments]]:
                 for batch in batches:
-                    yield observed(params, *(batch if isinstance(batch, tuple) else (batch,)))
+                    yield observed(params, *as_batch(batch))
                     advance(1)
 
             return total(each(), "row_moments_over")
@@ -209,7 +210,7 @@ def total(seen: Iterable[dict[str, Moments]], owner: str) -> dict[str, Moments]:
         # Waiting keeps no more than one batch on the device, and a bar honest.
         found = jax.block_until_ready(new if found is None else _added(found, new))
     if found is None:
-        raise ValueError(f"{owner}: there is no batch; give an iterable of batches that was not used up.")
+        raise no_batch(owner)
     return jax.tree.map(lambda both: both.rounded(), found, is_leaf=_is_sum)
 
 

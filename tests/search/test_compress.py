@@ -93,6 +93,8 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         again = compress(fn, PARAMS, DATA, **asked)
     assert again.params["mid"].grid == jc.Int(8)
     assert any("The plan is that of" in note for note in again.notes)
+    larger = compress(fn, PARAMS, DATA, **(asked | {"budget": 3}))
+    assert any("is of other budgets or units, and is written anew" in note for note in larger.notes)
 
 
 @pytest.mark.slow
@@ -144,6 +146,18 @@ def test_fine_tuning_brings_it_nearer():
     assert done.met
     with pytest.raises(ValueError, match=r"loss of recovery is (nan|inf) by step \d+; lower"):
         compress(fn, PARAMS, DATA, recover=Recovery(steps=60, loss=lambda out, x: out.sum() * np.nan), **asked)
+
+
+@pytest.mark.slow
+def test_fine_tuning_of_another_network_is_not_gone_on_with(tmp_path):
+    asked = {"budget": 6, "options": OPTIONS, "rounds": 0, "recover": Recovery(steps=3)}
+    first = compress(fn, PARAMS, DATA, folder=tmp_path, **asked)
+    again = compress(fn, PARAMS, DATA, folder=tmp_path, **asked)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, first.params, again.params))
+    turned = {name: -leaf for name, leaf in PARAMS.items()}
+    other = compress(fn, turned, DATA, folder=tmp_path, **asked)
+    wanted = compress(fn, turned, DATA, plan=other.plan, options=OPTIONS, recover=Recovery(steps=3))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, other.params, wanted.params))
 
 
 def test_what_is_wrong_is_said():

@@ -6,21 +6,20 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxcomp.core.batches import Batch, all_batches
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.ptq.reconstruction.cuts import arrays_in
 
 
-def read(batches: Iterable[PyTree], owner: str) -> list[tuple[PyTree, ...]]:
+def read(batches: Iterable[PyTree], owner: str) -> list[Batch]:
     """The batches as tuples of arguments, all of the first one's shapes.
 
     Raises:
       ValueError: there is none, or one has other shapes.
     """
-    cases = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not cases:
-        raise ValueError(f"{owner}: there is no batch; give an iterable of batches that was not used up.")
+    cases = all_batches(owner, batches)
     shapes = [[tuple(x.shape) for x in arrays_in(case)] for case in cases]
     for i, found in enumerate(shapes):
         if found != shapes[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -15,6 +16,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.leaves import is_compressed, materialize
 from jaxcomp.core.paths import Where, leaves_with_paths, matches
 from jaxcomp.core.roles import OUTPUT
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.ptq.rewrites.results import Left
 from jaxcomp.trace.evaluator import evaluate
@@ -92,9 +94,8 @@ def correct_bias(fn: Fn, *, where: Where = r".*") -> Callable[..., Corrected]:
 
         shifts = run(params, compressed, (args, kwargs)) if biased else {}
         new = {path: _added(named[path], shift) for path, shift in shifts.items()}
-        leaves, tree = leaves_with_paths(compressed, is_leaf=is_compressed)
-        out = jax.tree.unflatten(tree, [new.get(path, leaf) for path, leaf in leaves])
-        return Corrected(out, {path: float(jnp.abs(shift).max()) for path, shift in shifts.items()}, left)
+        moved = {path: float(jnp.abs(shift).max()) for path, shift in shifts.items()}
+        return Corrected(replace_slots(compressed, new), moved, left)
 
     return corrected
 
@@ -158,7 +159,7 @@ def _biased(program: Program, leaves: Mapping[str, object], where: Where) -> tup
         channels = _channels(site, op)
         sizes = (*site.layer_steps, *(site.out_shape[i] for i in channels))
         own = bias is not None and not is_compressed(leaves[bias]) and bias not in [b.bias for b in found]
-        if bias is None or not own or _count(leaves[bias]) != _count_of(sizes) or not BARRED.isdisjoint(site.inside):
+        if bias is None or not own or _count(leaves[bias]) != math.prod(sizes) or not BARRED.isdisjoint(site.inside):
             left.append(Left(site.path, "no bias of its own is added to what it gives"))
         else:
             found.append(_Biased(site, op, bias, channels))
@@ -167,13 +168,6 @@ def _biased(program: Program, leaves: Mapping[str, object], where: Where) -> tup
 
 def _count(leaf: object) -> int:
     return int(getattr(leaf, "size", 0))
-
-
-def _count_of(sizes: Sequence[int]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n
 
 
 def _bias_after(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> str | None:

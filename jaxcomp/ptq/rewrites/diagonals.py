@@ -128,11 +128,5 @@ def arrays_of(params: Params, owner: str) -> dict[str, jax.Array]:
     return {path: leaf for path, leaf in named if hasattr(leaf, "shape")}
 
 
-def replaced(params: Params, new: Mapping[str, jax.Array]) -> Params:
-    """The tree with other arrays at some paths."""
-    named, tree = leaves_with_paths(params)
-    return jax.tree.unflatten(tree, [new.get(path, leaf) for path, leaf in named])
-
-
 Choice = Callable[[Diagonal, Mapping[str, jax.Array]], Vector | None]
 """The factors of a diagonal, given the leaves as they are; None leaves it."""

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.types import Key, Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Diagonal, Vector, arrays_of, diagonals_of, replaced
+from jaxcomp.ptq.rewrites.diagonals import Diagonal, Vector, arrays_of, diagonals_of
 from jaxcomp.ptq.rewrites.results import Left, Rewritten, checked, difference
 from jaxcomp.ptq.rewrites.smoothing import Arrays
 from jaxcomp.ptq.rewrites.turning import Axis, turned, turns_of
@@ -62,7 +63,7 @@ def rotate(fn: Fn, *, least: int = 8) -> Callable[..., Rewritten]:
             for axis in axes:
                 after[axis.path] = turned(jnp.asarray(after[axis.path]), axis.axis, q)
                 moved[axis.path] = None
-        new = replaced(params, {path: after[path] for path in moved})
+        new = replace_slots(params, {path: after[path] for path in moved})
         weights = dict.fromkeys(site.leaf for site in sites_of(program) if site.leaf)
         left = tuple(Left(path, _WHY) for path in weights if path not in moved)
         worst = difference((fn, params), (fn, new), (args, kwargs))

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.core.roles import BATCH, CONTRACTED
+from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, Vector, arrays_of, diagonals_of, replaced
+from jaxcomp.ptq.rewrites.diagonals import Choice, Diagonal, Side, Vector, arrays_of, diagonals_of
 from jaxcomp.ptq.rewrites.inputs import entry_of, name_of, with_factors
 from jaxcomp.ptq.rewrites.results import Left, Rewritten, checked, difference
 from jaxcomp.trace.program import Program, trace
@@ -137,7 +138,7 @@ def rewritten(
             after |= diagonal.applied(after, s)
             moved |= dict.fromkeys(side.path for side in diagonal.sides)
             inputs |= {name_of(side.path): jnp.asarray((1 / s)[side.channel]) for side in diagonal.sides}
-    new, new_fn = replaced(params, {path: after[path] for path in moved}), fn
+    new, new_fn = replace_slots(params, {path: after[path] for path in moved}), fn
     if insert:
         new, new_fn = {"params": new, "inputs": inputs}, with_factors(fn)
         left = tuple(x for x in left if name_of(x.path) not in inputs)
