@@ -1,10 +1,10 @@
 """Post-training compression: parameters to parameters, given what enters the layers, without labels."""
 
+from jaxcomp.ptq.notices import FewRows
 from jaxcomp.ptq.reconstruction import (
     Block,
     BlockError,
     Blocks,
-    FewRows,
     Layers,
     Reconstructed,
     Refitted,

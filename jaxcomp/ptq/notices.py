@@ -11,6 +11,10 @@ import numpy as np
 from jaxcomp.trace.rows import Moments
 
 
+class FewRows(UserWarning):
+    """Fewer rows were seen than a leaf has inputs, or none; the message says how many were needed."""
+
+
 def of_rows(owner: str, moments: Mapping[str, Moments]) -> None:
     """Warns of leaves that fewer rows reached than they have inputs, and of layers or experts that none reached.
 
@@ -35,6 +39,7 @@ def of_rows(owner: str, moments: Mapping[str, Moments]) -> None:
             f"{owner}: {path!r} has {wanted} inputs and was calibrated on {rows} rows, which leave {wanted - rows}"
             f" directions or more to the damping{also}; calibrate on {wanted} rows at least, better on ten times as"
             " many.",
+            FewRows,
             stacklevel=2,
         )
     for path, places in none.items():
@@ -43,5 +48,6 @@ def of_rows(owner: str, moments: Mapping[str, Moments]) -> None:
         warnings.warn(
             f"{owner}: no row reached {which} {path!r}: rounded to nearest, or pruned by magnitude, there; calibrate on"
             " more rows, or leave it out by a rule.".replace("  ", " "),
+            FewRows,
             stacklevel=2,
         )

@@ -4,7 +4,7 @@ from jaxcomp.ptq.reconstruction.blockwise import BlockError
 from jaxcomp.ptq.reconstruction.cuts import Block, Blocks, cut
 from jaxcomp.ptq.reconstruction.learning import Training
 from jaxcomp.ptq.reconstruction.reconstruct import Reconstructed, reconstruct, sampled_loss
-from jaxcomp.ptq.reconstruction.refit import FewRows, Refitted, SiteError, refit
+from jaxcomp.ptq.reconstruction.refit import Refitted, SiteError, refit
 from jaxcomp.ptq.reconstruction.selection import lasso, removal_error
 from jaxcomp.ptq.reconstruction.specs import Layers, Scopes, Single
 
@@ -12,7 +12,6 @@ __all__ = [
     "Block",
     "BlockError",
     "Blocks",
-    "FewRows",
     "Layers",
     "Reconstructed",
     "Refitted",

@@ -20,6 +20,7 @@ from jaxcomp.core.progress import progress
 from jaxcomp.core.specs import is_number
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.core.wrappers import Masked
+from jaxcomp.ptq.notices import FewRows
 from jaxcomp.ptq.reconstruction.batches import check_trees, read
 from jaxcomp.ptq.reconstruction.cuts import Block, Values, arrays_in, cut
 from jaxcomp.ptq.reconstruction.products import Case, Functions, Statistics
@@ -28,10 +29,6 @@ from jaxcomp.trace.walk import Fn
 
 OWNER = "refit"
 Matrix = NDArray[np.float64]
-
-
-class FewRows(UserWarning):
-    """Fewer rows were seen than a kernel has inputs; the message says how many were needed."""
 
 
 class SiteError(NamedTuple):
@@ -177,8 +174,8 @@ class _Walk:
         needed = int(support.sum(-2).max())
         if found.count < needed:
             warnings.warn(
-                f"{OWNER}: {path!r} has {needed} inputs left and saw {found.count:.0f} rows; give {needed} or more. "
-                "What they do not determine stays as it was.",
+                f"{OWNER}: {path!r} has {needed} inputs left and saw {found.count:.0f} rows; calibrate on {needed} rows"
+                " at least. What they do not determine stays as it was.",
                 FewRows,
                 stacklevel=5,
             )

@@ -9,7 +9,8 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.ptq.reconstruction import FewRows, refit
+from jaxcomp.ptq import FewRows
+from jaxcomp.ptq.reconstruction import refit
 from jaxcomp.structure import channel_groups, mask, plan, shrink
 
 rng = np.random.default_rng(0)
@@ -105,7 +106,7 @@ def test_stacked_layers_are_fitted_each_to_its_own() -> None:
 def test_masks_stay_and_few_rows_are_told() -> None:
     keep = jnp.asarray([True, False, True, True, True, True, True, True])[:, None]
     pruned = {**PARAMS, "down": Masked(PARAMS["down"], keep)}
-    with pytest.warns(FewRows, match=r"'down' has 7 inputs left and saw 3 rows; give 7 or more"):
+    with pytest.warns(FewRows, match=r"'down' has 7 inputs left and saw 3 rows; calibrate on 7 rows at least"):
         found = refit(mlp, PARAMS, pruned, batches=[BATCHES[0][:3]])
     assert isinstance(found.params["down"], Masked)
     assert not found.params["down"].materialize()[1].any()
