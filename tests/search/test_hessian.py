@@ -51,7 +51,7 @@ def blocks(fn, params, batches):
     at = unravel(jnp.arange(flat.size).astype(flat.dtype))
     where = {path: np.asarray(at[path[0]]["kernel"], int).ravel() for path in KERNELS}
     whole = [np.concatenate([np.asarray(leaf) for leaf in leaves]) for leaves in zip(*batches, strict=True)]
-    matrix = np.asarray(jax.hessian(lambda v: fn(unravel(v), *whole))(flat))
+    matrix = np.asarray(jax.jit(jax.hessian(lambda v: fn(unravel(v), *whole)))(flat))
     return lambda *paths: matrix[np.ix_(*[np.concatenate([where[p] for p in paths])] * 2)]
 
 

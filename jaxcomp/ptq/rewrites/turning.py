@@ -123,7 +123,7 @@ _Rule = Callable[[Factors, core.JaxprEqn, list[Turn]], list[Turn] | None]
 
 def _same(factors: Factors, eqn: core.JaxprEqn, ins: list[Turn]) -> list[Turn] | None:
     floats = all(jnp.issubdtype(aval_of(v).dtype, jnp.inexact) for v in eqn.outvars)
-    return ins if floats and not any(name < 0 for x in ins for name in x.by) else (ins if floats else None)
+    return ins if floats else None
 
 
 def _wide(x: Turn, shape: tuple[int, ...]) -> Turn:
