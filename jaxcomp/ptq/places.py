@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.errors import count_known, naming
@@ -20,6 +19,7 @@ from jaxcomp.ptq.columns import Rule
 from jaxcomp.quantization.blocks import Cut
 from jaxcomp.quantization.grids import Grid
 from jaxcomp.quantization.scales import Fixed, ScaleRule
+from jaxcomp.trace.matrices import Matrices, matrices_of
 from jaxcomp.trace.rows import Moments
 
 Keep = NM | float
@@ -43,14 +43,12 @@ class Place(NamedTuple):
     """How a leaf's rows lie in it: static.
 
     Fields:
-      apart, summed, kept: its axes; the order in which a solver wants them.
+      axes: the order in which a solver wants them.
       blocks: of its scales along each axis.
       group: rows of one scale that is found when they are reached; 0 for scales that are found before.
     """
 
-    apart: tuple[int, ...]
-    summed: tuple[int, ...]
-    kept: tuple[int, ...]
+    axes: Matrices
     blocks: Shape
     group: int
 
@@ -69,18 +67,6 @@ class Place(NamedTuple):
             damping=float(how.damping),
         )
 
-    def rows(self, x: jax.Array) -> jax.Array:
-        """An array of the leaf's rank as ``(apart, rows, columns)``."""
-        moved = jnp.transpose(x, (*self.apart, *self.summed, *self.kept))
-        sizes = [math.prod(x.shape[i] for i in axes) for axes in (self.apart, self.summed, self.kept)]
-        return moved.reshape(sizes)
-
-    def back(self, x: jax.Array, shape: Shape) -> jax.Array:
-        """The inverse, to this shape."""
-        order = (*self.apart, *self.summed, *self.kept)
-        moved = x.reshape([shape[i] for i in order])
-        return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
-
 
 def place_of(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
     """Where the rows of a leaf are.
@@ -93,7 +79,6 @@ def place_of(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
         seen = moments.get(slot.leaf_path) if slot.path == slot.leaf_path else None
         if seen is None:
             raise ValueError(f"has no moments, which are of {some_paths(moments)}; gather them, or narrow where")
-        kept = tuple(i for i in range(len(shape)) if i not in (*seen.apart, *seen.summed))
         fits = max((*seen.apart, *seen.summed), default=-1) < len(shape)
         sizes = [tuple(shape[i] for i in seen.apart), math.prod(shape[i] for i in seen.summed)] if fits else []
         if [seen.second.shape[:-2], seen.second.shape[-1]] != sizes:
@@ -106,7 +91,7 @@ def place_of(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
         if row:
             raise ValueError("would be cut in buckets across its rows; take Channels(), Groups(size) or Tensor()")
         _check_neighbours(how.keep, seen, shape)
-        return Place(seen.apart, seen.summed, kept, blocks, _group(how, seen, shape, blocks))
+        return Place(matrices_of(seen, len(shape)), blocks, _group(how, seen, shape, blocks))
 
 
 def _group(how: How, seen: Moments, shape: Shape, blocks: Shape) -> int:

@@ -158,16 +158,16 @@ def _solved(
     x = Cut("", "", wide, mask, place.blocks)
     scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(x, ends, rule)
     own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
-    rows: Rows = jax.tree.map(place.rows, Rows(wide, own[0], own[1], mask))
+    rows: Rows = jax.tree.map(place.axes.of, Rows(wide, own[0], own[1], mask))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
     done, _ = jax.vmap(partial(columns.solve, rule=rule))(rows, h) if len(h) > 1 else _alone(rows, h, rule)
-    kept = None if done.mask is None else place.back(done.mask, w.shape)
+    kept = None if done.mask is None else place.axes.back(done.mask, w.shape)
     if rule.grid is None or done.codes is None:
-        values = place.back(done.values, w.shape).astype(w.dtype)
+        values = place.axes.back(done.values, w.shape).astype(w.dtype)
         return values if kept is None else Masked(values, kept)
     if rule.group:
-        scale, zero = (None if x is None else place.back(x, place.blocks) for x in (done.scale, done.zero))
-    codes = place.back(done.codes, w.shape)
+        scale, zero = (None if x is None else place.axes.back(x, place.blocks) for x in (done.scale, done.zero))
+    codes = place.axes.back(done.codes, w.shape)
     if not rule.grid.has_zero:
         codes = jnp.where(spread(no_weights(wide, place.blocks), w.shape), jnp.zeros_like(codes), codes)
     leaf = Quantized(codes, scale, zero, rule.grid.elements, jnp.dtype(w.dtype))

@@ -32,9 +32,8 @@ def fn(p: Any, x: jax.Array) -> jax.Array:
 def moved(params: Any) -> Any:
     """Adapters that learned something."""
     trained, frozen = partition(params)
-    return combine(
-        jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained), frozen
-    )
+    more = lambda x: np.float32(0.1) * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)  # noqa: E731
+    return combine(jax.tree.map(lambda x: jnp.asarray(x + more(x)), trained), frozen)
 
 
 BASES: dict[str, Any] = {

@@ -90,7 +90,7 @@ def test_captured_values_have_gradients() -> None:
             x = block(jax.tree.map(lambda w: w[i], p["stack"]), x)  # noqa: B023
         return jnp.sum(x**2)
 
-    pairs = zip(*(jax.tree.leaves(jax.grad(f)(PARAMS)) for f in (by_capture, by_hand)), strict=True)
+    pairs = zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(PARAMS)) for f in (by_capture, by_hand)), strict=True)
     for got, want in pairs:
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
 

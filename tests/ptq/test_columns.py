@@ -51,6 +51,7 @@ def test_scales_of_groups_are_found_when_they_are_reached():
     agree(done.codes, codes, 0.01)
 
 
+@pytest.mark.slow
 def test_groups_stay_together_where_large_inputs_go_first():
     rule = Rule(Int(4), 16, None, None, by_activation=True, damping=0.01)
     of_groups = np.argsort(-np.diag(H144).reshape(-1, 16).mean(1), kind="stable")

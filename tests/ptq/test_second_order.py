@@ -110,6 +110,7 @@ def test_pruning_and_rounding_at_once_beat_one_after_the_other():
     np.testing.assert_array_equal(materialize(again)["kernel"][~np.asarray(pruned["kernel"].mask)], 0)
 
 
+@pytest.mark.slow
 def test_windows_of_a_convolution():
     def conv(p, x):
         return lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

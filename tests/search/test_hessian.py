@@ -118,6 +118,7 @@ def test_a_leaf_that_is_done_takes_no_part() -> None:
     np.testing.assert_array_equal(counts, [2, 4])
 
 
+@pytest.mark.slow
 def test_quadratic_of_a_diagonal_is_exact_at_once() -> None:
     """Signs square to 1: of a diagonal Hessian each sample is the trace, whatever the vector."""
     c = np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3)

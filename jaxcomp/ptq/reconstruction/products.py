@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from jaxcomp.ptq.reconstruction.cuts import Block, Values
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, zeros
+from jaxcomp.trace.matrices import matrices_of
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.rows import Moments, row_moments
 from jaxcomp.trace.sites import Site
@@ -45,22 +45,19 @@ class Statistics:
     """
 
     def __init__(self, moments: Moments, cross: jax.Array, square: jax.Array) -> None:
-        shape = tuple(cross.shape)
-        outputs = tuple(i for i in range(len(shape)) if i not in (*moments.apart, *moments.summed))
-        self.order = (*moments.apart, *moments.summed, *outputs)
-        self.sizes = tuple(shape[i] for i in self.order)
-        self.parts = math.prod(shape[i] for i in moments.apart), math.prod(shape[i] for i in moments.summed)
-        self.second = np.asarray(moments.second, np.float64).reshape(self.parts[0], self.parts[1], self.parts[1])
+        self.axes, self.shape = matrices_of(moments, cross.ndim), tuple(cross.shape)
         self.cross = self.matrices(np.asarray(cross, np.float64))
+        n = self.cross.shape[1]
+        self.second = np.asarray(moments.second, np.float64).reshape(-1, n, n)
         self.square, self.count = float(square), float(jnp.min(moments.count))
 
     def matrices(self, leaf: Matrix) -> Matrix:
         """An array of the leaf's shape as (k, n, m)."""
-        return leaf.transpose(self.order).reshape(*self.parts, -1)
+        return self.axes.of(leaf)
 
     def leaf(self, matrices: Matrix) -> Matrix:
         """The inverse of :meth:`matrices`."""
-        return matrices.reshape(self.sizes).transpose(np.argsort(self.order))
+        return self.axes.back(matrices, self.shape)
 
 
 class Functions:

@@ -13,6 +13,7 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params
 from jaxcomp.structure.groups import Group, Groups
 from jaxcomp.structure.scores import UnitScore, UnitScores, l2
+from jaxcomp.trace.matrices import matrices_of
 from jaxcomp.trace.rows import Moments
 
 Matrix = NDArray[np.float64]
@@ -200,15 +201,13 @@ def _consumers(group: Group, layer: int, leaves: Mapping[str, Leaf], moments: Ma
         if known is None or s.axis not in known.summed:
             continue
         w = np.asarray(leaves[s.path], np.float64)
-        outputs = [i for i in range(w.ndim) if i not in (*known.apart, *known.summed)]
         sizes = [w.shape[i] for i in known.summed]
         at = known.summed.index(s.axis)
         spread = np.asarray(s.unit_of).reshape([-1 if i == at else 1 for i in range(len(sizes))])
         unit_of = np.broadcast_to(spread, sizes).ravel()
         n = len(unit_of)
-        kernels = w.transpose((*known.apart, *known.summed, *outputs))
-        kernels = kernels.reshape(*(w.shape[i] for i in known.apart), n, -1)
         second = np.asarray(known.second, np.float64)
+        kernels = matrices_of(known, w.ndim).of(w).reshape(*second.shape[:-1], -1)
         if group.layers:
             kernels, second = kernels[layer], second[layer]
         rest = zip(kernels.reshape(-1, *kernels.shape[-2:]), second.reshape(-1, n, n), strict=True)
