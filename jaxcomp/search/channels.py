@@ -68,7 +68,8 @@ def with_channels(
     """The table with a unit for each group of channels, tied to the units whose leaves it touches.
 
     What a group loses at a level is measured with its other units masked. What leaves then cost is taken as the product
-    of what stays of each axis, and what they lose by rounding as if all of them stayed.
+    of what stays of each axis, of tied ones in the mean over their parameters, and what they lose by rounding as if all
+    of them stayed.
     """
     whole = {path: math.prod(shape) for path, shape in widths.groups.shapes.items()}
     parts: list[dict[str, Mapping[str, float]]] = []
@@ -88,14 +89,17 @@ def with_channels(
 
 
 def _tied(unit: Unit, widths: Widths, parts: Sequence[Mapping[str, Mapping[str, float]]]) -> Unit:
-    """The unit with its options at all levels of the groups that touch its first leaf."""
+    """The unit with its options at all levels of the groups that touch one of its leaves."""
     if not unit.leaves:
         return unit
     touching = [g for g, group in enumerate(widths.groups) if set(unit.leaves) & set(group.paths)]
+    sizes = {path: math.prod(widths.groups.shapes[path]) for path in unit.leaves}
     options = []
     for option in unit.options:
         for labels in itertools.product(*(widths.levels[g] for g in touching)):
-            part = math.prod(parts[g][label][unit.leaves[0]] for g, label in zip(touching, labels, strict=True))
+            here = [parts[g][label] for g, label in zip(touching, labels, strict=True)]
+            part = math.fsum(n * math.prod(stays.get(path, 1.0) for stays in here) for path, n in sizes.items())
+            part /= sum(sizes.values()) or 1
             costs = {name: cost * part for name, cost in option.costs.items()}
             ties = {unit_name(g): label for g, label in zip(touching, labels, strict=True)}
             name = option.label + "".join(f" | {label}" for label in labels)

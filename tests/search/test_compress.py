@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.search import Infeasible, Plan, Quality, Recovery, Smaller, Terms, compress, menu
+from jaxcomp.search import Infeasible, Option, Plan, Quality, Recovery, Smaller, Table, Terms, Unit, compress, menu
+from jaxcomp.search.channels import Widths, with_channels
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 PARAMS = {
@@ -135,6 +136,18 @@ def test_channels_go_under_a_budget_of_work():
     masked = fn(jc.structure.mask(done.kept)(PARAMS), DATA[0])
     assert masked.shape == done.fn(done.params, DATA[0]).shape
     assert [f"{count / 256:g}" for count in done.kept.counts] == [done.plan.choice[f"channels {g}"] for g in (0, 1)]
+
+
+def test_tied_leaves_take_what_stays_of_each():
+    groups = jc.structure.channel_groups(fn)(PARAMS, DATA[0])
+    widths = Widths.of(groups, PARAMS, levels=(1.0, 0.5))
+    both = Unit("both", ("up", "mid"), (Option("as it is", costs={"bytes": 1.0}, loss=0.0),))
+    made = with_channels(Table((both,)), widths, PARAMS, judge=lambda _: 0.0, done=lambda _: None)
+    found = {o.label.split(" | ", 1)[1]: o.costs["bytes"] for o in made["both"].options}
+    up, mid = PARAMS["up"].size, PARAMS["mid"].size
+    less = (up + mid / 2) / (up + mid)
+    wanted = {"1 | 1": 1, "1 | 0.5": less, "0.5 | 1": 0.5, "0.5 | 0.5": less / 2}
+    assert found == pytest.approx(wanted)
 
 
 @pytest.mark.slow
