@@ -119,6 +119,8 @@ class Functions:
             moments = row_moments(self.run, rf"{n}")(now, case.values, case.rest)
         except ValueError as e:
             raise NoRows from e
+        if str(n) not in moments:  # multiplied in more ways than one
+            raise NoRows
         return moments[str(n)], cross, square
 
     def results(self, n: int, weights: Arrays, given: tuple[Values, Values]) -> dict[str, jax.Array]:

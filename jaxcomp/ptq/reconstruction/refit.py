@@ -46,13 +46,22 @@ class SiteError(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Refitted:
-    """What :func:`refit` gives: the tree, and the errors of each leaf that was fitted, in the program's order."""
+    """What :func:`refit` gives.
+
+    Attributes:
+      params: the tree.
+      sites: the errors of each leaf that was fitted, in the program's order.
+      left: leaves that were to be fitted and stay as they were, as their rows are not read: in a loop that is not over
+        layers, in a branch, or multiplied in more ways than one.
+    """
 
     params: Params
     sites: tuple[SiteError, ...]
+    left: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return "\n".join(f"{s.before:.3e} -> {s.after:.3e}  {s.path!r}" for s in self.sites)
+        errors = [f"{s.before:.3e} -> {s.after:.3e}  {s.path!r}" for s in self.sites]
+        return "\n".join(errors + [f"left as it was: {path!r}, whose rows are not read" for path in self.left])
 
 
 def refit(
@@ -192,7 +201,7 @@ class _Walk:
             rule = "no leaf lost rows or is masked" if self.where is None else f"{describe(self.where)} matches none"
             also = f"; {some_paths(self.left)} have no rows that are read" if self.left else ""
             raise ValueError(f"{OWNER}: there is nothing to fit: {rule}{also}; name leaves by where=.")
-        return Refitted(self.treedef.unflatten(self.leaves.values()), tuple(self.fitted))
+        return Refitted(self.treedef.unflatten(self.leaves.values()), tuple(self.fitted), tuple(self.left))
 
 
 def _support(w: Matrix, mask: Matrix | None) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.ptq import FewRows
+from jaxcomp.ptq import FewRows, Scopes
 from jaxcomp.ptq.reconstruction import refit
 from jaxcomp.structure import channel_groups, mask, plan, shrink
 
@@ -124,6 +124,20 @@ def test_a_mask_of_elements_is_fitted_column_by_column() -> None:
         wanted = np.linalg.lstsq(h[:, rows], target[:, j], rcond=None)[0]
         np.testing.assert_allclose(found.params["down"].values[rows, j], wanted, rtol=1e-3, atol=1e-3)
         assert not np.asarray(found.params["down"].values)[~rows, j].any()
+
+
+def test_leaves_whose_rows_are_not_read_are_told() -> None:
+    def both_ways(p, x):
+        return x @ p["tied"] @ p["tied"].T @ p["last"]
+
+    params, x = {"tied": normal(4, 4), "last": normal(4, 2)}, normal(16, 4)
+    pruned = {"tied": params["tied"].at[:, 0].set(0), "last": params["last"]}
+    found = refit(both_ways, params, pruned, batches=[x], where="tied|last", cuts=Scopes(""))
+    assert (found.left, [site.path for site in found.sites]) == (("tied",), ["last"])
+    np.testing.assert_array_equal(found.params["tied"], pruned["tied"])
+    assert "left as it was: 'tied'" in repr(found)
+    with pytest.raises(ValueError, match="'tied' have no rows that are read"):
+        refit(both_ways, params, pruned, batches=[x], where="tied", cuts=Scopes(""))
 
 
 def test_what_is_refused() -> None:
