@@ -18,11 +18,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *PAGES]
-BLOCKS = {
-    f"{path.stem}-{number}": code
-    for path in DOCUMENTS
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S), 1)
-}
+
+
+def blocks(path: Path) -> dict[str, list[str]]:
+    """The code of a page by block, behind what it goes on from: without an ``import`` it takes the names before it."""
+    found: dict[str, list[str]] = {}
+    run: list[str] = []
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S), 1):
+        run = [code] if re.search(r"^import ", code, flags=re.M) else [*run, code]
+        found[f"{path.stem}-{number}"] = run
+    return found
+
+
+BLOCKS = {name: codes for path in DOCUMENTS for name, codes in blocks(path).items()}
 QUICK = ("README-1", "recipes-2", "first-steps-2", "pruning-1", "pruning-2", "pruning-4", "quantization-2")
 
 
@@ -46,8 +54,10 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("block", quick(BLOCKS, *QUICK))
 def test_code_of_documents_runs(block, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    names = {"__name__": "document"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(BLOCKS[block], f"block {block}", "exec"), {"__name__": "document"})
+        for code in BLOCKS[block]:  # this file's annotations are strings, a reader's are not: nothing is inherited
+            exec(compile(code, f"block {block}", "exec", dont_inherit=True), names)
 
 
 def test_readme_is_a_front_door() -> None:

@@ -50,6 +50,7 @@ def allocate(
       Infeasible: no choice meets the budgets; the nearest one is named, and is the error's ``nearest``.
       ValueError: a budget that is not positive or of an unknown cost; an option whose loss was not measured.
 
+    >>> from jaxcomp.search import Option, Table, Unit
     >>> def options(**losses):
     ...     return tuple(Option(f"int{b}", costs={"bytes": float(b)}, loss=losses[f"b{b}"]) for b in (2, 4, 8))
     >>> a, b = Unit("a", ("a",), options(b2=9, b4=1, b8=0)), Unit("b", ("b",), options(b2=0.5, b4=0.1, b8=0))
@@ -84,6 +85,7 @@ def frontier(table: Table, cost: str, *, points: int = 12, budgets: Mapping[str,
       Infeasible: the other budgets cannot be met.
       ValueError: what :func:`allocate` raises, or fewer than two points.
 
+    >>> from jaxcomp.search import Option, Table, Unit
     >>> small, large = (Option(f"int{b}", costs={"bytes": float(b)}, loss=1 / b) for b in (4, 8))
     >>> [p.costs["bytes"] for p in frontier(Table((Unit("a", ("a",), (small, large)),)), "bytes")]
     [4.0, 8.0]
