@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from jaxcomp.core.types import PyTree
 
@@ -21,13 +21,40 @@ def as_batch(batch: PyTree) -> Batch:
     return batch if type(batch) is tuple else (batch,)
 
 
+def checked_batches(owner: str, batches: Iterable[PyTree]) -> Iterable[PyTree]:
+    """The batches; one array, or a mapping, is none: its rows or keys would be taken for them.
+
+    Raises:
+      TypeError: it is one of these, or cannot be gone through at all.
+
+    >>> import jax.numpy as jnp
+    >>> checked_batches("calibrate_over", jnp.ones((128, 8)))
+    Traceback (most recent call last):
+    ...
+    TypeError: calibrate_over: wants batches, got one array of shape (128, 8), whose rows would each be a batch; \
+write [x] if it is one batch, list(x) if its first axis counts batches.
+    """
+    if hasattr(batches, "shape"):
+        raise TypeError(
+            f"{owner}: wants batches, got one array of shape {tuple(batches.shape)}, whose rows would each be a batch;"
+            " write [x] if it is one batch, list(x) if its first axis counts batches."
+        )
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{owner}: wants batches, got {type(batches).__name__}; write [batch] if it is one batch, and a tuple for"
+            " several arguments, as in [(x, mask)]."
+        )
+    return batches
+
+
 def all_batches(owner: str, batches: Iterable[PyTree]) -> list[Batch]:
     """The batches, kept, for they are visited many times.
 
     Raises:
+      TypeError: what :func:`checked_batches` raises.
       ValueError: there is none.
     """
-    found = list(map(as_batch, batches))
+    found = list(map(as_batch, checked_batches(owner, batches)))
     if not found:
         raise no_batch(owner)
     return found

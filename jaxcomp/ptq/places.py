@@ -86,12 +86,15 @@ def place_of(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
                 f"has shape {shape}, and its moments, of shape {seen.second.shape}, are of another; gather them again"
             )
         _check_numbers(seen)
-        roles = Roles({slot.leaf_path: seen.roles(len(shape))})
-        blocks, row = slot.blocks(how.per, roles, how.owner)
-        if row:
-            raise ValueError("would be cut in buckets across its rows; take Channels(), Groups(size) or Tensor()")
         _check_neighbours(how.keep, seen, shape)
-        return Place(matrices_of(seen, len(shape)), blocks, _group(how, seen, shape, blocks))
+    roles = Roles({slot.leaf_path: seen.roles(len(shape))})
+    blocks, row = slot.blocks(how.per, roles, how.owner)
+    if row:
+        raise ValueError(
+            f"{how.owner}: {slot.path!r} would be cut in buckets across its rows; take Channels(), Groups(size) or"
+            " Tensor()."
+        )
+    return Place(matrices_of(seen, len(shape)), blocks, _group(how, seen, shape, blocks))
 
 
 def _group(how: How, seen: Moments, shape: Shape, blocks: Shape) -> int:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Channels, Layout, checked_layout
-from jaxcomp.core.leaves import dense
-from jaxcomp.core.paths import Where
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.paths import Where, leaves_with_paths, some_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import each
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
@@ -62,8 +62,9 @@ def gptq(
 
     Raises:
       TypeError: a grid, a layout or a rule that is not one, moments of another kind.
-      ValueError: what :func:`~jaxcomp.core.slots.slots` raises, a leaf without moments or with those of another shape,
-        moments that are not finite, groups that do not divide the axis, a damping below 0. The message names the path.
+      ValueError: what :func:`~jaxcomp.core.slots.slots` raises, no leaf with moments, one without or with
+        those of another shape, moments that are not finite, groups that do not divide the axis, a damping below 0. The
+        message names the path.
 
     >>> from jaxcomp.trace import row_moments
     >>> from jaxcomp import materialize, quantize
@@ -129,7 +130,7 @@ def sparsegpt(
 def solve(params: Params, moments: Mapping[str, Moments], how: How, where: Where | None) -> Params:
     """The parameters with what :class:`How` makes of the selected leaves."""
     _check(how, moments)
-    found = slots(params, _known(moments) if where is None else where, how.owner)
+    found = slots(params, _known(how.owner, params, moments) if where is None else where, how.owner)
     check_finite(found, how.owner)
     places = {path: place_of(slot, moments, how) for path, slot in found.items()}
     notices.of_rows(how.owner, {path: moments[slot.leaf_path] for path, slot in found.items()})
@@ -193,7 +194,14 @@ def _inside(leaf: Leaf) -> Leaf:
     return leaf.values if isinstance(leaf, Masked) else leaf
 
 
-def _known(moments: Mapping[str, Moments]) -> Where:
+def _known(owner: str, params: Params, moments: Mapping[str, Moments]) -> Where:
+    paths = [path for path, _ in leaves_with_paths(params, is_leaf=is_compressed)[0]]
+    if not set(paths) & set(moments):
+        raise ValueError(
+            f"{owner}: no leaf has moments: they are of {some_paths(moments) or 'nothing'}, and the paths are"
+            f" {some_paths(paths)}; gather them with these parameters by jaxcomp.trace.row_moments(fn)(params, *args)."
+        )
+
     def has_moments(path: str, leaf: Leaf) -> bool:
         return path in moments
 

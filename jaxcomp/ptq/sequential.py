@@ -52,6 +52,7 @@ def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Para
       where: which leaves, by path or as a predicate of ``(path, site)``.
 
     Raises:
+      TypeError: ``method`` is no function, or the batches are one array.
       ValueError: ``where`` matches no site, there is no batch, or what ``method`` raises.
 
     >>> from jaxcomp import Int
@@ -66,6 +67,11 @@ def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Para
     Source: Frantar et al. 2022, arXiv:2210.17323, section 4, which goes block by block and takes a block's inputs from
     the compressed blocks before it; here each leaf's own are.
     """
+    if not callable(method):
+        raise TypeError(
+            f"sequentially: method makes new leaves of leaves and their moments, got {method!r}; write"
+            " lambda leaves, moments: gptq(leaves, moments, grid)."
+        )
     gather = chosen_moments(fn, where)
     observed = jax.jit(gather)
 

@@ -106,7 +106,10 @@ def _check(table: Table, budgets: Mapping[str, float], minimize: str) -> None:
     known = {*table.costs, LOSS}
     for name in (*budgets, minimize):
         if name not in known:
-            raise ValueError(f"allocate: no unit has a cost {name!r}; the table has {some_paths(sorted(known))}.")
+            raise ValueError(
+                f"allocate: no unit has a cost {name!r}; the table has {some_paths(sorted(known))}. Give its options"
+                " costs, as jaxcomp.search.choosing(fn, params, *args).priced(table) does."
+            )
     for name, limit in budgets.items():
         if not (limit > 0 and math.isfinite(limit)):
             raise ValueError(f"allocate: the budget of {name} must be a positive finite number, got {limit!r}.")

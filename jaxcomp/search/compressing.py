@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.batches import as_batch
+from jaxcomp.core.batches import as_batch, checked_batches
 from jaxcomp.core.paths import Where
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.search.budgets import Budget, Quality, limits_of
@@ -75,6 +75,7 @@ def compress(
         taken, so long as the budget is the same), the network and a report.
 
     Raises:
+      TypeError: a function, data or a quality that is none.
       Infeasible: no plan meets the budget; the nearest one is named.
       ValueError: neither budget nor quality; fewer than two batches; outputs or losses that are not finite; what is
         wrong with a rule, an option or a plan.
@@ -89,8 +90,9 @@ def compress(
     """
     if budget is None and quality is None and plan is None:
         raise ValueError("compress: give a budget, such as budget=8 for a file 8 times smaller, or a quality to keep.")
+    _check(fn, quality)
     params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, params)
-    batches = [as_batch(batch) for batch in data]
+    batches = [as_batch(batch) for batch in checked_batches("compress", data)]
     if len(batches) < 2:
         raise ValueError(f"compress: wants two batches or more, the last of them to judge by, got {len(batches)}.")
     held = max(1, len(batches) // 4)
@@ -105,9 +107,21 @@ def compress(
     return run.finish(run.decided(narrows, plan))
 
 
+def _check(fn: object, quality: object) -> None:
+    """Raises TypeError where a function or a quality is none."""
+    if quality is not None and not isinstance(quality, Quality):
+        raise TypeError(f"compress: quality= wants Quality(measure, drop=0.01) around a score, got {quality!r}.")
+    if not callable(fn):
+        raise TypeError(
+            f"compress: wants fn(params, *args) first, got {type(fn).__name__}; write compress(fn, params, data)."
+        )
+
+
 def _folder(folder: str | Path | None) -> Path | None:
     if folder is None:
         return None
     path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"compress: folder={str(path)!r} is a file; name a folder, which is made if there is none.")
     path.mkdir(parents=True, exist_ok=True)
     return path

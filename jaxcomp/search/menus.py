@@ -30,7 +30,7 @@ from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.scales import MSE
 from jaxcomp.quantization.transform import quantize
-from jaxcomp.search.options import Option, Unit
+from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.trace.cost import Device, SiteCost, site_cost
 from jaxcomp.trace.roles import roles
 from jaxcomp.trace.sites import Site, sites
@@ -143,6 +143,30 @@ class Choosing:
                 if self.terms.device is not None:
                     found["seconds"] += one.seconds(self.terms.device)
         return found
+
+    def priced(self, table: Table) -> Table:
+        """A table with what each option takes, and with the unit of everything else, for budgets of the whole.
+
+        Args:
+          table: of leaves of these parameters, as from :func:`~jaxcomp.search.units.units_of`, losses measured or not.
+
+        Raises:
+          ValueError: a unit has a leaf that the parameters do not have.
+        """
+        leaves = dict(leaves_with_paths(self.params, is_leaf=is_compressed)[0])
+        missing = [path for unit in table for path in unit.leaves if path not in leaves]
+        if missing:
+            raise ValueError(
+                f"priced: the parameters have no {some_paths(missing)}, they have {some_paths(leaves)}; make the table"
+                " of these parameters, as by units_of(params, options)."
+            )
+
+        def costing(unit: Unit, option: Option) -> Option:
+            own = {path: leaves[path] for path in unit.leaves}
+            return replace(option, costs=self.costs(option.make.apply(option.make.init(own), own)))
+
+        own = replace(self, units={unit.name: unit.leaves for unit in table})
+        return Table((*table.map_options(costing), own.rest()), table.what)
 
     def rest(self) -> Unit:
         """All that nothing is decided on."""

@@ -151,6 +151,8 @@ class Plan:
         """
         try:
             return Plan.from_plain(json.loads(Path(path).read_text()))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{os.fspath(path)} is no JSON: {e}; mend it, or delete it to decide anew.") from e
         except ValueError as e:
             raise ValueError(f"{os.fspath(path)}: {e}") from e
 

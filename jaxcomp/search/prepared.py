@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.batches import as_batch
+from jaxcomp.core.batches import as_batch, checked_batches
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import masked
 from jaxcomp.core.paths import Where, key_of_leaf, some_paths
@@ -144,7 +144,7 @@ def prepared(
     """
     found = slots(params, where, owner)
     check_finite(found, owner)
-    kept = [as_batch(batch) for batch in batches]
+    kept = [as_batch(batch) for batch in checked_batches(owner, batches)]
     return Prepared(owner, curved(loss), Opened(params), found, kept, parts_of(owner, kept))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.batches import Batch, as_batch
+from jaxcomp.core.batches import Batch, as_batch, checked_batches
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import is_float_array, leaves_with_paths, some_paths
 from jaxcomp.core.placement import on_any_mesh
@@ -141,7 +141,7 @@ def sensitivity(
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{owner}: measures= wants one or more, each of its own name, got {names}.")
     leaves = leaves_of(owner, params, table)
-    kept = [as_batch(batch) for batch in batches]
+    kept = [as_batch(batch) for batch in checked_batches(owner, batches)]
     parts = parts_of(owner, kept)
     program = _Program(fn, Opened(params), table, tuple(measures))
     found: dict[str, dict[tuple[str, str], float]] = {name: {} for name in names}

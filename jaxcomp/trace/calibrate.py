@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomp.core.batches import as_batch, no_batch
+from jaxcomp.core.batches import as_batch, checked_batches, no_batch
 from jaxcomp.core.paths import Where, matches, some_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.reductions import nan_in
@@ -216,6 +216,7 @@ def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[P
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Stats]:
         found: dict[str, Stats] | None = None
+        batches = checked_batches("calibrate_over", batches)
         total = len(batches) if isinstance(batches, Sized) else None
         with progress("calibrate: batches", total) as advance:
             for batch in batches:

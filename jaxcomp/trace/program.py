@@ -89,8 +89,8 @@ def trace(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
     param_paths = tuple(path for path, leaf in named if is_array_like(leaf))
     if not param_paths:
         raise TypeError(
-            f"trace: the first argument of {getattr(fn, '__name__', fn)!r} must be the parameter tree, got "
-            f"{type(params).__name__} without an array in it; wrap the function so that the parameters come first."
+            f"trace: the first argument of {getattr(fn, '__name__', type(fn).__name__)!r} must be the parameter tree,"
+            f" got {type(params).__name__} without an array in it; wrap the function so that the parameters come first."
         )
     leaves, in_tree = jax.tree.flatten((params, args, kwargs))
     is_array = tuple(map(is_array_like, leaves))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.core.batches import as_batch, no_batch
+from jaxcomp.core.batches import as_batch, checked_batches, no_batch
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where, matches
@@ -181,6 +181,7 @@ def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable
     observed = jax.jit(row_moments(fn, where))
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Moments]:
+        batches = checked_batches("row_moments_over", batches)
         size = len(batches) if isinstance(batches, Sized) else None
         with progress("row_moments: batches", size) as advance:
 

@@ -183,7 +183,7 @@ SPOILED = {"kernel": jax.tree.map(lambda x: x * jnp.nan, MOMENTS["kernel"])}
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: gptq(PARAMS, {}, Int(4)), "gptq: rule has_moments matches nothing; the paths are 'bias', 'kernel'"),
+        (lambda: gptq(PARAMS, {}, Int(4)), "gptq: no leaf has moments: they are of nothing, and the paths are"),
         (lambda: gptq(PARAMS, MOMENTS, Int(4), where="bias"), "gptq: 'bias' has no moments, which are of 'kernel'"),
         (lambda: gptq(PARAMS, SPOILED), "gptq: 'kernel' has moments with 4096 values that are not finite, of 4096"),
         (lambda: gptq({"kernel": normal(8, 4)}, MOMENTS), "gptq: 'kernel' has shape (8, 4), and its moments, of shape"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxcomp as jc
 from jaxcomp.ptq import sequentially
-from jaxcomp.trace import row_moments
+from jaxcomp.trace import row_moments, row_moments_over
 
 RNG = np.random.default_rng(2)
 
@@ -67,4 +68,10 @@ def test_a_leaf_that_is_not_chosen_stays_and_no_batch_is_said():
     assert not made["out"].any()
     with pytest.raises(ValueError, match="sequentially: there is no batch"):
         sequentially(net, lambda leaves, moments: leaves)(PARAMS, iter(()))
+    with pytest.raises(TypeError, match=r"got quantize\(Int\(4\)\); write lambda leaves, moments: gptq"):
+        sequentially(net, jc.quantize(jc.Int(4)))
+    with pytest.raises(TypeError, match=r"wants batches, got one array of shape .*; write \[x\] if it is one batch"):
+        sequentially(net, lambda leaves, moments: leaves)(PARAMS, BATCHES[0])
+    with pytest.raises(TypeError, match=r"row_moments_over: wants batches, got dict; write \[batch\]"):
+        row_moments_over(net)(PARAMS, {"x": BATCHES[0]})
     assert set(row_moments(net)(PARAMS, BATCHES[0])) == {"in", "layers/key", "layers/query", "layers/up", "out"}

@@ -161,6 +161,9 @@ def test_a_plan_is_applied_changed_and_read_again(tmp_path):
     edited = Plan.load(tmp_path / "plan.json")
     assert edited.choice["aXb/kernel"] == "as it is"
     assert edited.broken == ("35 bytes of 12",)
+    (tmp_path / "plan.json").write_text('{"version": 1,')
+    with pytest.raises(ValueError, match=r"plan.json is no JSON: .*; mend it, or delete it to decide anew"):
+        Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text('{"version": 1, "choice": {"a": 1}}')
     with pytest.raises(ValueError, match=r"plan.json: this is no plan of jaxcomp.search: KeyError"):
         Plan.load(tmp_path / "plan.json")

@@ -176,6 +176,14 @@ def test_fine_tuning_of_another_network_is_not_gone_on_with(tmp_path):
 def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match="give a budget, such as budget=8"):
         compress(fn, PARAMS, DATA)
+    with pytest.raises(TypeError, match=r"compress: wants batches, got one array of shape \(128, 16\)"):
+        compress(fn, PARAMS, DATA[0], budget=4)
+    with pytest.raises(TypeError, match=r"quality= wants Quality\(measure, drop=0.01\) around a score"):
+        compress(fn, PARAMS, DATA, quality=lambda run: 1.0)
+    with pytest.raises(TypeError, match=r"wants fn\(params, \*args\) first, got dict"):
+        compress(PARAMS, fn, DATA, budget=4)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        compress(fn, PARAMS, DATA, budget=4, options=OPTIONS, folder=__file__)
     with pytest.raises(ValueError, match="wants two batches or more, the last of them to judge by, got 1"):
         compress(fn, PARAMS, DATA[:1], budget=4)
     with pytest.raises(ValueError, match="rule 'hidden' matches no floating array that a product multiplies"):

@@ -8,7 +8,8 @@ import pytest
 from scipy.special import log_softmax
 
 import jaxcomp as jc
-from jaxcomp.search import Curvature, Estimate, Option, Table, Unit, sensitivity, units_of
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.search import Curvature, Estimate, Option, Table, Unit, choosing, sensitivity, units_of
 from jaxcomp.search.measures import change_of, decibels, kl, noise
 from jaxcomp.search.omega import omega
 
@@ -179,6 +180,21 @@ def test_an_option_must_keep_the_shape(case) -> None:
     half = jc.core.stateless(lambda p: jax.tree.map(lambda w: w.astype(jnp.float16), p))
     with pytest.raises(ValueError, match="option 'half' makes 5x6 float16 of 'a/kernel', which is 5x6 float32"):
         sensitivity(fn, params, units_of(params, {"half": half}), batches)
+
+
+def test_priced_options_are_what_is_allocated(case) -> None:
+    params, batches = case
+    terms = choosing(fn, params, *batches[0])
+    table = terms.priced(units_of(params, OPTIONS))
+    assert [unit.name for unit in table][-1] == "everything else"
+    for unit in list(table)[:-1]:
+        for option in unit.options:
+            own = {path: leaf for path, leaf in leaves_with_paths(params)[0] if path in unit.leaves}
+            assert option.costs == terms.costs(option.make.apply(option.make.init(own), own))
+    with pytest.raises(ValueError, match="priced: the parameters have no 'b', they have 'a'; make the table of these"):
+        choosing(lambda p, x: x @ p["a"], {"a": np.ones((2, 2))}, np.ones((1, 2))).priced(
+            units_of({"b": np.ones((2, 2))}, OPTIONS, where="b")
+        )
 
 
 def test_tables_need_options_and_leaves(case) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params
 from jaxcomp.structure.groups import Group, Groups
 from jaxcomp.structure.scores import UnitScore, UnitScores, l2
@@ -178,6 +178,11 @@ def _of_consumers(score: Callable[[list[Consumer], int], Matrix], moments: Mappi
 
     def scores(groups: Groups, params: Params) -> UnitScores:
         leaves = dict(leaves_with_paths(params)[0])
+        if not leaves.keys() & moments.keys():
+            raise ValueError(
+                f"score: the moments are of {some_paths(moments) or 'nothing'}, and the parameters are"
+                f" {some_paths(leaves)}; gather them with these parameters by jaxcomp.trace.row_moments(fn)."
+            )
         fallback: UnitScores | None = None
         found = []
         for i, group in enumerate(groups):

@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import Where, leaves_with_paths, matches
-from jaxcomp.core.transform import Transform
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.ptq.rewrites.diagonals import Diagonal, Side, Vector
 from jaxcomp.ptq.rewrites.results import Rewritten
 from jaxcomp.ptq.rewrites.smoothing import Arrays, given, rewritten
+from jaxcomp.trace.rows import Moments
 from jaxcomp.trace.walk import Fn
 
 OWNER = "awq"
@@ -46,6 +47,9 @@ def awq(
       A function of ``(params, moments, *args)`` giving :class:`Rewritten`; ``moments`` is what
       :func:`~jaxcomp.trace.rows.row_moments` or :func:`~jaxcomp.trace.moments.input_moments` saw.
 
+    Raises:
+      TypeError: ``quantizer`` is no transform.
+
     Raises (the function returned):
       TypeError: a leaf is compressed already.
       ValueError: ``moments`` have no entry for a selected weight, or one that is not finite.
@@ -63,12 +67,15 @@ def awq(
     exact in place of measured on a few rows.
     """
 
+    checked_transform(OWNER, quantizer)
+
     @wraps(fn)
     def scaled(params: Params, moments: Arrays, *args: PyTree, **kwargs: PyTree) -> Rewritten:
         shapes = jax.eval_shape(lambda p: quantizer.apply(quantizer.init(p), p), params)
         touched = {path for path, leaf in leaves_with_paths(shapes, is_leaf=is_compressed)[0] if is_compressed(leaf)}
 
-        second = {path: getattr(m, "second", m) for path, m in moments.items()}
+        named = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
+        second = {path: _of_channels(moments[path], named[path]) for path in moments.keys() & named.keys()}
         search = _Search(quantizer, second, steps, params)
 
         def choice(diagonal: Diagonal, leaves: Arrays) -> Vector | None:
@@ -78,6 +85,17 @@ def awq(
         return rewritten(OWNER, fn, choice, (params, args, kwargs), where=where, insert=insert)
 
     return scaled
+
+
+def _of_channels(moments: Moments | jax.Array, leaf: jax.Array) -> jax.Array:
+    """Second moments of the channels; those of a window's taps are averaged, for a channel has one factor at all."""
+    if not isinstance(moments, Moments):
+        return moments
+    taps = math.prod(leaf.shape[i] for i in moments.window)
+    *front, rows, _ = moments.second.shape
+    if rows % taps:
+        return moments.second
+    return jnp.einsum("...tctd->...cd", moments.second.reshape(*front, taps, rows // taps, taps, rows // taps)) / taps
 
 
 def _alone(params: Params, path: str, leaf: jax.Array) -> Params:

@@ -47,7 +47,16 @@ class Side:
         return full.reshape([shape.get(i, 1) for i in range(rank)])
 
     def gathered(self, values: jax.Array | Vector, size: int) -> Vector:
-        """The largest of ``values``, which lie over the side's axes, of each channel; 0 where there is none."""
+        """The largest of ``values``, which lie over the side's axes, of each channel; 0 where there is none.
+
+        Raises:
+          ValueError: they are of another size.
+        """
+        if values.size != self.channel.size:
+            raise ValueError(
+                f"{self.path!r} has {self.channel.size} channels along its axes {self.axes}, and what is known of them"
+                f" has shape {tuple(values.shape)}; gather it with these parameters and this function."
+            )
         found = np.zeros(size + 1, np.float32)
         np.maximum.at(found, self.channel.reshape(-1), np.asarray(values, np.float32).reshape(-1))
         return found[:size]

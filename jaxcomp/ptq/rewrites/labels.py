@@ -14,9 +14,9 @@ Ids = NDArray[np.int64]
 """Names of positive factors: ``k`` is factor k, ``-k`` its inverse, 0 is one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
-    """A factor for each index of some dimensions of an array.
+    """A factor for each index of some dimensions of an array. Each block is equal to itself alone.
 
     Invariant: ``ids`` has an axis for each scan around, of the scan's length or 1, and then one for each of ``dims``.
     """

@@ -40,6 +40,11 @@ class Rewritten(NamedTuple):
     left: tuple[Left, ...]
     difference: float
 
+    def __repr__(self) -> str:
+        lost = "".join(f"\nleft {path!r}: {why}" for path, why in self.left)
+        moved = some_paths(self.moved) or "nothing"
+        return f"<Rewritten: moved {moved}; the results differ by {self.difference:.1e}>{lost}"
+
 
 class NotKept(UserWarning):
     """A rewrite that keeps the function changed its results by more than rounding does."""

@@ -85,6 +85,7 @@ def given(owner: str, known: Arrays, path: str) -> jax.Array:
     """What is known of the channels that a leaf sums over.
 
     Raises:
+      TypeError: what is no array.
       ValueError: nothing, or what is not finite.
     """
     if path not in known:
@@ -93,6 +94,11 @@ def given(owner: str, known: Arrays, path: str) -> jax.Array:
             "this function, by input_peaks or input_moments, with the same where=."
         )
     values = known[path]
+    if not hasattr(values, "shape"):
+        raise TypeError(
+            f"{owner}: the statistics of {path!r} are {type(values).__name__}, wanted an array; make them by"
+            " input_peaks(fn)(params, *args)."
+        )
     if not np.isfinite(np.asarray(values)).all():
         raise ValueError(f"{owner}: the statistics of {path!r} are not finite; look for the batch that made them so.")
     return values

@@ -162,6 +162,8 @@ def test_what_is_refused() -> None:
     soft = adaround(PARAMS, jc.Int(3), scale=AbsMax())
     with pytest.raises(ValueError, match="there is nothing to learn"):
         reconstruct(net, PARAMS, PARAMS, batches=BATCHES)
+    with pytest.raises(TypeError, match="reconstruct: wants batches, got one array"):
+        reconstruct(net, PARAMS, soft, batches=BATCHES[0])
     with pytest.raises(ValueError, match="there is no batch"):
         reconstruct(net, PARAMS, soft, batches=[])
     with pytest.raises(ValueError, match="batch 1 has shapes"):

@@ -14,7 +14,7 @@ from jaxcomp.core.leaves import materialize
 from jaxcomp.ptq import awq, correct_bias, equalize, input_peaks, rotate, smooth
 from jaxcomp.ptq.rewrites.diagonals import diagonals_of
 from jaxcomp.ptq.rewrites.labels import Factors
-from jaxcomp.trace import input_moments, trace
+from jaxcomp.trace import input_moments, row_moments, trace
 from tests.trace.models import CASES
 
 
@@ -148,6 +148,37 @@ def test_smooth_is_the_papers_and_helps() -> None:
     assert not done.left
     whole = smooth(mlp, where="up|down")(params, peaks, x)
     assert [(left.path, "insert=True" in left.why) for left in whole.left] == [("up", True)]
+
+
+def test_windows_of_several_widths() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"a": (3, 3, 2, 4), "b": (3, 3, 4, 6), "c": (6, 3)}
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    x = jax.random.normal(keys[3], (4, 5, 5, 2))
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        for name in ("a", "b"):
+            dims = ("NHWC", "HWIO", "NHWC")
+            x = jax.nn.relu(jax.lax.conv_general_dilated(x, p[name], (1, 1), "SAME", dimension_numbers=dims))
+        return x.mean((1, 2)) @ p["c"]
+
+    quantizer = jc.quantize(jc.Int(3), roles=jc.roles(fn)(params, x))
+    done = [awq(fn, quantizer, steps=4)(params, seen(fn)(params, x), x) for seen in (row_moments, input_moments)]
+    done += [smooth(fn)(params, input_peaks(fn)(params, x), x), equalize(fn)(params, x)]
+    for one in done:
+        assert one.moved == ("a", "b", "c")
+        assert one.difference < 1e-5
+    assert "moved 'a', 'b', 'c'" in repr(done[0])
+
+
+def test_statistics_of_another_kind_are_refused() -> None:
+    params, x = mlp_params()
+    with pytest.raises(TypeError, match="'down' are Moments, wanted an array; make them by input_peaks"):
+        smooth(mlp)(params, row_moments(mlp)(params, x), x)
+    with pytest.raises(ValueError, match=r"'down' has \d+ channels along its axes \(0,\).*gather it"):
+        smooth(mlp)(params, input_moments(mlp)(params, x), x)
+    with pytest.raises(TypeError, match=r"awq: Int\(4\) is no transform but goes into one; write quantize"):
+        awq(mlp, jc.Int(4))
 
 
 def test_equalized_ranges_are_equal() -> None:
