@@ -178,9 +178,9 @@ def _of_consumers(score: Callable[[list[Consumer], int], Matrix], moments: Mappi
 
     def scores(groups: Groups, params: Params) -> UnitScores:
         leaves = dict(leaves_with_paths(params)[0])
-        if not leaves.keys() & moments.keys():
+        if moments and not leaves.keys() & moments.keys():
             raise ValueError(
-                f"score: the moments are of {some_paths(moments) or 'nothing'}, and the parameters are"
+                f"score: the moments are of {some_paths(moments)}, and the parameters are"
                 f" {some_paths(leaves)}; gather them with these parameters by jaxcomp.trace.row_moments(fn)."
             )
         fallback: UnitScores | None = None
