@@ -29,6 +29,7 @@ NAMES = (
     "column_solver",
     "analysis",
     "hessian",
+    "allocation",
     "save_load",
     "coding",
     "decode",

@@ -1,7 +1,6 @@
 """Allocation is optimal, and says what cannot be had."""
 
 import math
-import time
 
 import jax.numpy as jnp
 import pytest
@@ -17,9 +16,7 @@ from tests.search.knapsacks import HAWQ_COSTS, halfway, hawq, least_by_states, l
 def test_the_published_problem_of_hawq_v3_is_solved_to_optimality(network, cost):
     table = hawq(network)
     budget = halfway(table, cost)
-    start = time.perf_counter()
     plan = allocate(table, {cost: budget})
-    assert time.perf_counter() - start < 10  # the figure is in the benchmark: other work runs beside tests
     assert plan.gap == 0
     assert not plan.broken
     assert math.isclose(plan.loss, least_by_states(table, cost, budget), rel_tol=1e-9)
