@@ -48,8 +48,8 @@ def eigenvalues(
       ValueError: what :func:`~jaxcomp.search.hessian.traces` raises, a leaf of two units, or one that ``where`` does
         not select.
 
-    >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
-    >>> found = eigenvalues(lambda p, x: jnp.mean((x @ p["w"]) ** 2), {"w": jnp.ones((2, 1))}, x, key=jax.random.key(0))
+    >>> loss, batches = lambda p, x: jnp.mean((x @ p["w"]) ** 2), [jnp.array([[1.0, 2.0], [3.0, 0.0]])]
+    >>> found = eigenvalues(loss, {"w": jnp.ones((2, 1))}, batches, key=jax.random.key(0))
     >>> round(found["w"].value, 3)
     10.606
 

@@ -265,7 +265,7 @@ def test_the_recipe_of_dorefa_is_its_equation_9() -> None:
     from tests.test_documents import BLOCKS
 
     names: dict[str, Any] = {}
-    exec(next(b for b in BLOCKS.values() if "def dorefa" in b), names)
+    exec(next(code for codes in BLOCKS.values() for code in codes if "def dorefa" in code), names)
     for bits in (1, 2, 4):
         t, n = names["dorefa"](bits), 2**bits - 1
         squashed = np.tanh(W) / (2 * np.abs(np.tanh(W)).max()) + 0.5
