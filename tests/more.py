@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LIST = Path(__file__).with_name("more.txt")
-SECONDS, LONGEST = 1.0, 5.0
+SECONDS, LONGEST = 1.0, 4.0
 LONG_FIXTURES = frozenset({"finished"})
 """What takes long to set up; whatever stands on it is left out too."""
 EVERY = "not slow and not gpu and not notebooks"
