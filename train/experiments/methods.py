@@ -181,17 +181,22 @@ def _deep_compression(sparsity: float) -> Callable[[Start], Recipe]:
         half = max(1, start.steps // 2)
         masks = jc.gate(jc.prune(jc.cubic(sparsity, end=half), scope=jc.Global()), _in_the_first_half(start.steps))
         values = jc.gate(jc.share(16), jc.every(_hundredth(start.steps), start=half))
-        return Recipe(
-            jc.chain(masks, values),
-            start.model,
-            start.variables,
-            opened=lambda _: Widened(start.model),
-            rewound=True,
-            shipped=narrow_norms,
-            coding="ans",
-        )
+        return _coded(start, jc.chain(masks, values))
 
     return make
+
+
+def _coded(start: Start, transform: jc.Transform) -> Recipe:
+    """Trained as the baseline was, its norms shipped as two vectors of float16, and the file coded to its entropy."""
+    return Recipe(
+        transform,
+        start.model,
+        start.variables,
+        opened=lambda _: Widened(start.model),
+        rewound=True,
+        shipped=narrow_norms,
+        coding="ans",
+    )
 
 
 def _in_the_first_half(steps: int) -> jc.core.Due:
@@ -239,16 +244,7 @@ def _smaller(ratio: int) -> Callable[[Start], Recipe]:
             rounds=0,
             folder=start.folder,
         )
-        half = _in_the_first_half(start.steps)
-        return Recipe(
-            jc.gate(done.plan.transform, half),
-            start.model,
-            start.variables,
-            opened=lambda _: Widened(start.model),
-            rewound=True,
-            shipped=narrow_norms,
-            coding="ans",
-        )
+        return _coded(start, jc.gate(done.plan.transform, _in_the_first_half(start.steps)))
 
     return make
 
