@@ -28,7 +28,7 @@ from jaxcomp.factorization.leaves import FactorLeaf
 from jaxcomp.pruning.transform import prune
 from jaxcomp.quantization.grids import Int
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.quantization.scales import MSE
+from jaxcomp.quantization.scales import MSE, ScaleRule
 from jaxcomp.quantization.transform import quantize
 from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.trace.cost import Device, SiteCost, site_cost
@@ -76,10 +76,14 @@ def menu(
     return found
 
 
+def rule_of(bits: int) -> ScaleRule | None:
+    """How a menu finds the scales of integers: by least squares where they are few, else as ``quantize`` does."""
+    return MSE() if 2 <= bits <= 4 else None
+
+
 def _sparse_integers(bits: int, sparsity: float, per: Layout) -> Made:
     def made(roles: Roles) -> Transform:
-        scale, grid = MSE() if 2 <= bits <= 4 else None, Int(bits, narrow=bits == 2)
-        rounded = quantize(grid, roles=roles, scale=scale, per=per)
+        rounded = quantize(Int(bits, narrow=bits == 2), roles=roles, scale=rule_of(bits), per=per)
         return chain(prune(sparsity, roles=roles), rounded) if sparsity else rounded
 
     return made

@@ -17,7 +17,7 @@ from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.ptq.second_order import gptq
 from jaxcomp.quantization.leaves import Quantized
-from jaxcomp.quantization.scales import MSE
+from jaxcomp.search.menus import rule_of
 from jaxcomp.trace.rows import Moments, row_moments_over
 
 
@@ -48,9 +48,8 @@ def _one(w: jax.Array, leaf: Leaf, moments: Moments, path: str) -> Leaf:
         given: Leaf = Masked(jnp.where(unpacked(leaf.mask), w, jnp.zeros((), w.dtype)), leaf.mask)
     else:
         given = w
-    grid = inner.grid
-    scale = MSE() if 2 <= grid.bits <= 4 else None  # as menus have it
-    found = gptq({path: given}, {path: moments}, grid, scale=scale, where=path)[path]
+    scale = rule_of(inner.grid.bits)
+    found = gptq({path: given}, {path: moments}, inner.grid, scale=scale, where=path)[path]
     one, other = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (found, leaf))
     return found if one == other else leaf
 
