@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import TypeVar
 
-from jaxcomp.core.types import PyTree
+from jaxcomp.core.progress import progress
+from jaxcomp.core.types import Params, PyTree
+
+T = TypeVar("T")
 
 Batch = tuple[PyTree, ...]
 """The arguments behind the parameters."""
@@ -58,6 +62,29 @@ def all_batches(owner: str, batches: Iterable[PyTree]) -> list[Batch]:
     if not found:
         raise no_batch(owner)
     return found
+
+
+def results_of(
+    fn: Callable[..., T], params: Params, batches: Iterable[PyTree], *, owner: str, words: str
+) -> Iterator[T]:
+    """``fn(params, *batch)`` of each batch, one at a time; it shows how far it is, a batch when the next is asked for.
+
+    Args:
+      fn: of the parameters and a batch's arguments.
+      params, batches: what it is given.
+      owner, words: whose call it is, for errors, and what is said beside the bar.
+
+    Raises:
+      TypeError: what :func:`checked_batches` raises.
+
+    >>> list(results_of(lambda p, x: p + x, 1, [2, 3], owner="f", words="f: batches"))
+    [3, 4]
+    """
+    batches = checked_batches(owner, batches)
+    with progress(words, len(batches) if isinstance(batches, Sized) else None) as advance:
+        for batch in batches:
+            yield fn(params, *as_batch(batch))
+            advance(1)
 
 
 def no_batch(owner: str) -> ValueError:

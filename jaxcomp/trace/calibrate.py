@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce, wraps
 
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomp.core.batches import as_batch, checked_batches, no_batch
+from jaxcomp.core.batches import no_batch, results_of
 from jaxcomp.core.paths import Where, matches, some_paths
-from jaxcomp.core.progress import progress
 from jaxcomp.core.reductions import nan_in
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.core.words import on_hand, shape_words
@@ -216,14 +215,9 @@ def calibrate_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable[P
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Stats]:
         found: dict[str, Stats] | None = None
-        batches = checked_batches("calibrate_over", batches)
-        total = len(batches) if isinstance(batches, Sized) else None
-        with progress("calibrate: batches", total) as advance:
-            for batch in batches:
-                one = observed(params, *as_batch(batch))
-                # Waiting keeps no more than one batch on the device, and the bar honest.
-                found = jax.block_until_ready(one if found is None else merge_all(found, one))
-                advance(1)
+        for one in results_of(observed, params, batches, owner="calibrate_over", words="calibrate: batches"):
+            # Waiting keeps no more than one batch on the device, and the bar honest.
+            found = jax.block_until_ready(one if found is None else merge_all(found, one))
         if found is None:
             raise no_batch("calibrate_over")
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import NamedTuple
 
@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.core.batches import as_batch, checked_batches, no_batch
+from jaxcomp.core.batches import no_batch, results_of
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where, matches
-from jaxcomp.core.progress import progress
 from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
@@ -181,16 +180,8 @@ def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable
     observed = jax.jit(row_moments(fn, where))
 
     def over(params: Params, batches: Iterable[PyTree]) -> dict[str, Moments]:
-        batches = checked_batches("row_moments_over", batches)
-        size = len(batches) if isinstance(batches, Sized) else None
-        with progress("row_moments: batches", size) as advance:
-
-            def each() -> Iterator[dict[str, Moments]]:
-                for batch in batches:
-                    yield observed(params, *as_batch(batch))
-                    advance(1)
-
-            return total(each(), "row_moments_over")
+        owner = "row_moments_over"
+        return total(results_of(observed, params, batches, owner=owner, words="row_moments: batches"), owner)
 
     return over
 
