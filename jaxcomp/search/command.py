@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 
-from jaxcomp.core.types import Params
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.words import shape_words
 from jaxcomp.export.command import function_of
 from jaxcomp.export.errors import ExportError
 from jaxcomp.search.budgets import Smaller
@@ -54,17 +56,32 @@ def compress_file(
         function = function_of(fn)
     except ExportError as e:
         raise ValueError(str(e).replace("export:", "compress:", 1)) from e
+    batches = batches_of(samples)
+    _check_call(function, fn, tree, batches[0])
     budget = {"bytes": Smaller(ratio)} | ({} if macs is None else {"macs": Smaller(macs)})
     return compress(
         function,
         tree,
-        batches_of(samples),
+        batches,
         budget=budget,
         measure=MEASURES[measure],
         terms=Terms(coding=None if coding == "none" else coding),
         keep=keep or None,
         folder=out,
     )
+
+
+def _check_call(function: Callable[..., PyTree], name: str, tree: Params, batch: Sequence[np.ndarray]) -> None:
+    """Raises ValueError, in one line, where a function does not take a tree and a batch."""
+    try:
+        jax.eval_shape(function, tree, *batch)
+    except Exception as e:  # whatever the user's function raises
+        words = ", ".join(shape_words(x.shape) + f" of {x.dtype}" for x in batch)
+        said = " ".join(str(e).split())
+        raise ValueError(
+            f"compress: --fn {name} does not take the file's parameters and --samples, a batch of {words}:"
+            f" {type(e).__name__}: {said:.300}"
+        ) from e
 
 
 def batches_of(samples: Sequence[Path]) -> list[tuple[np.ndarray, ...]]:

@@ -75,6 +75,11 @@ def fingerprint(menus: Choosing, judge: Judge) -> str:
     return f"{crc:08x} {zlib.crc32(repr(menus.options).encode()):08x} {menus.terms!r} {judge.measure.name}"
 
 
+def same_as_before(file: Path | None, menus: Choosing, judge: Judge) -> bool:
+    """Whether what lies in a folder was measured of this network on these data, or nothing was."""
+    return file is None or not file.exists() or bool(_read(file, fingerprint(menus, judge)))
+
+
 def checksum(tree: PyTree) -> int:
     """Of all bytes of a tree's arrays."""
     crc = 0

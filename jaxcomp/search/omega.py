@@ -28,6 +28,7 @@ def omega(params: Params, table: Table, curvature: Curvature) -> Table:
         value is taken and not its part of a parameter, as the first HAWQ orders layers.
 
     Raises:
+      TypeError: a table or a curvature that is none.
       ValueError: a unit's leaf that the parameters do not have, or that is changed and has no estimate.
 
     >>> import jaxcomp as jc
@@ -40,6 +41,12 @@ def omega(params: Params, table: Table, curvature: Curvature) -> Table:
 
     Source: Dong et al. 2019, arXiv:1911.03852 (HAWQ-V2), equation 7.
     """
+    if not isinstance(table, Table) or not isinstance(curvature, Curvature):
+        raise TypeError(
+            f"omega: wants parameters, a table of options and a curvature in this order, got {type(params).__name__},"
+            f" {type(table).__name__} and {type(curvature).__name__}; write omega(params, units_of(params, options),"
+            " traces(loss, params, batches, key=key))."
+        )
     leaves = leaves_of("omega", params, table)
     known = {e.name: e.mean if curvature.what == "trace" else e.value for e in curvature}
     losses = {}

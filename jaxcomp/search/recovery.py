@@ -17,7 +17,7 @@ import optax
 from jaxcomp.artifact.files import load, load_metadata, save
 from jaxcomp.core.batches import Batch, as_batch
 from jaxcomp.core.leaves import materialize
-from jaxcomp.core.paths import is_float_array, leaves_with_paths
+from jaxcomp.core.paths import Where, describe, is_float_array, leaves_with_paths, matches, some_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.slots import replace_slots
 from jaxcomp.core.transform import Transform
@@ -40,9 +40,11 @@ class Recovery:
       distill: the weight of the measure's distance from the original's outputs, beside a loss.
       learning_rate: of Adam, at first; it falls to 0 as a cosine.
       optimizer: another one.
+      where: which floating leaves are trained; by default all but a batch norm's statistics, which are those called
+        ``mean`` and ``var``.
 
     Raises:
-      ValueError: no step, or nothing to train towards.
+      ValueError: no step, nothing to train towards, or, when it runs, a rule that no leaf matches.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class Recovery:
     distill: float = 1.0
     learning_rate: float = 1e-3
     optimizer: optax.GradientTransformation | None = None
+    where: Where | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -111,7 +114,7 @@ class Trainer:
           ValueError: a loss that is not finite.
         """
         tx, step = self.recovery.chain, 0
-        trained = _trained(params)
+        trained = _trained(params, self.recovery.where)
         opt_state = tx.init(trained)
         if self.file is not None and self.file.exists() and self._same():
             step, trained, opt_state = self._read(trained, opt_state)
@@ -170,7 +173,13 @@ class Trainer:
         )
 
 
-def _trained(params: Params) -> dict[str, jax.Array]:
-    """The floating leaves by path, without a batch norm's statistics."""
-    named = leaves_with_paths(params)[0]
-    return {path: jnp.asarray(x) for path, x in named if is_float_array(x) and not _FIXED.fullmatch(path)}
+def _trained(params: Params, where: Where | None) -> dict[str, jax.Array]:
+    """The floating leaves that are trained, by path."""
+    named = [(path, x) for path, x in leaves_with_paths(params)[0] if is_float_array(x)]
+    chosen = [(p, x) for p, x in named if (not _FIXED.fullmatch(p) if where is None else matches(where, p, x))]
+    if not chosen:
+        rule = "its default" if where is None else f"rule {describe(where)}"
+        raise ValueError(
+            f"Recovery: {rule} selects no floating leaf to train; there are {some_paths(p for p, _ in named)}."
+        )
+    return {path: jnp.asarray(x) for path, x in chosen}

@@ -23,7 +23,7 @@ from jaxcomp.search.budgets import Quality
 from jaxcomp.search.building import Builder, Built
 from jaxcomp.search.channels import undominated
 from jaxcomp.search.judging import Judge
-from jaxcomp.search.measuring import around, checksum, fingerprint, measured
+from jaxcomp.search.measuring import around, checksum, fingerprint, measured, same_as_before
 from jaxcomp.search.options import Table
 from jaxcomp.search.plans import Plan
 from jaxcomp.search.recovery import Recovery, Trainer
@@ -67,25 +67,27 @@ class Run:
         if plan is not None:
             return self.builder.built(plan)
         with timed(self.seconds, "measuring"):
+            same = same_as_before(self._file("measured.json"), self.builder.menus, self.builder.judge)
             table = measured(self.builder.menus, self.builder.judge, self._file("measured.json"))
             if channels is not None:
                 table = self.builder.with_channels(undominated(table), channels)
         with timed(self.seconds, "deciding"):
-            if (found := self._read_plan(table)) is not None:
+            if (found := self._read_plan(table, same=same)) is not None:
                 return self.builder.built(found)
             best = self._fitted(table) if self.limits else self._walked(table)
         if self.folder is not None:
             best.plan.save(self.folder / "plan.json")
         return best
 
-    def _read_plan(self, table: Table) -> Plan | None:
-        """The one in the folder, perhaps edited, if it was made for these budgets."""
+    def _read_plan(self, table: Table, *, same: bool) -> Plan | None:
+        """The one in the folder, perhaps edited, if it was made of this network, its data, and for these budgets."""
         file = self._file("plan.json")
         if file is None or not file.exists():
             return None
         held = Plan.load(file)
-        if held.budgets != self.limits or [u.name for u in held.table] != [u.name for u in table]:
-            self.notes.append(f"The plan that was in {file} is of other budgets or units, and is written anew.")
+        if not same or held.budgets != self.limits or [u.name for u in held.table] != [u.name for u in table]:
+            what = "budgets or units" if same else "parameters, data, options or terms"
+            self.notes.append(f"The plan that was in {file} is of other {what}, and is written anew.")
             return None
         self.notes.append(f"The plan is that of {file}.")
         return held

@@ -31,6 +31,10 @@ class Nothing(NamedTuple):
     wanted: str
 
 
+class NoSite(ValueError):
+    """Every site was left out."""
+
+
 class Collected(NamedTuple):
     """The sites that were observed, and what was seen, by name."""
 
@@ -53,7 +57,7 @@ def collect(
       nothing: the message where every site is left out.
 
     Raises:
-      ValueError: every site is left out.
+      NoSite: every site is left out.
     """
 
     @wraps(fn)
@@ -64,7 +68,7 @@ def collect(
         found = [(site, observer(site, ops[site.location])) for site in every]
         claims = {site.location: _claim(ops[site.location], look) for site, look in found if look is not None}
         if not claims:
-            raise ValueError(
+            raise NoSite(
                 f"{nothing.owner}: {describe(nothing.where)} matches no {nothing.wanted}; there are "
                 f"{some_paths(s.path for s in every) or 'none'}."
             )

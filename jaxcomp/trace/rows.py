@@ -17,6 +17,7 @@ from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.paths import Where, matches
 from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT, SPATIAL, STACKED, AxisRoles
 from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.words import shape_words
 from jaxcomp.trace.collect import ADDED, Nothing, Observer, collect
 from jaxcomp.trace.exact import Sum, summed
 from jaxcomp.trace.flow import Op
@@ -52,6 +53,10 @@ class Moments:
     apart: tuple[int, ...]
     summed: tuple[int, ...]
     window: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = f" in {shape_words(self.count.shape)} parts" if self.count.shape else ""
+        return f"Moments(rows of {self.first.shape[-1]}{parts}, axes {self.summed} of the leaf)"
 
     def roles(self, rank: int) -> AxisRoles:
         """What the program does with each axis of the leaf.

@@ -26,6 +26,7 @@ def run(tmp_path, monkeypatch, capsys):
     jc.save(tmp_path / "net.safetensors", {"up": np.float32(up), "down": np.float32(down) / 16})
     np.save(tmp_path / "x.npy", np.float32(rng.standard_normal((400, 32))))
     np.save(tmp_path / "few.npy", np.zeros((3, 32), np.float32))
+    np.save(tmp_path / "wide.npy", np.zeros((8, 7), np.float32))
     (tmp_path / "small_network.py").write_text(NETWORK)
     return runner(tmp_path, monkeypatch, capsys)
 
@@ -55,6 +56,9 @@ def test_what_is_wrong_is_one_line(run):
         "compress: --fn small_network:nothing"
         in run("compress net.safetensors --fn small_network:nothing --samples x.npy")[2]
     )
+    _, _, err = run(f"{said} wide.npy")
+    assert "--fn small_network:network does not take the file's parameters and --samples, a batch of 2x7 of" in err
+    assert err.count("\n") == 1
 
 
 def test_the_main_job_takes_a_ratio():

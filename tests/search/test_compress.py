@@ -96,6 +96,8 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert any("The plan is that of" in note for note in again.notes)
     larger = compress(fn, PARAMS, DATA, **(asked | {"budget": 3}))
     assert any("is of other budgets or units, and is written anew" in note for note in larger.notes)
+    other = compress(fn, {name: -leaf for name, leaf in PARAMS.items()}, DATA, **(asked | {"budget": 3}))
+    assert any("is of other parameters, data, options or terms, and is written anew" in n for n in other.notes)
 
 
 @pytest.mark.slow
@@ -157,6 +159,12 @@ def test_fine_tuning_brings_it_nearer():
     (note,) = [note for note in done.notes if note.startswith("Before recovery: ")]
     assert done.score < 0.8 * float(note.removeprefix("Before recovery: ").removesuffix("."))
     assert done.met
+    with pytest.raises(ValueError, match=r"Recovery: rule 'none' selects no floating leaf to train; there are "):
+        compress(fn, PARAMS, DATA, recover=Recovery(steps=1, where="none"), **asked)
+    held = compress(fn, PARAMS, DATA, recover=Recovery(steps=2, where="up"), plan=done.plan, **asked)
+    made = done.plan.transform.apply(done.plan.transform.init(PARAMS), PARAMS)
+    assert jnp.array_equal(jc.materialize(held.params["mid"]), jc.materialize(made["mid"]))
+    assert not jnp.array_equal(jc.materialize(held.params["up"]), jc.materialize(made["up"]))
     with pytest.raises(ValueError, match=r"loss of recovery is (nan|inf) by step \d+; lower"):
         compress(fn, PARAMS, DATA, recover=Recovery(steps=60, loss=lambda out, x: out.sum() * np.nan), **asked)
 

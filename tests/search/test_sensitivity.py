@@ -134,6 +134,8 @@ def test_omega_is_trace_times_distance(case) -> None:
     assert largest["both"].options[0].loss == pytest.approx(60.0 * moved[0] + 9.0 * moved[1], rel=1e-5)
     with pytest.raises(ValueError, match="omega: of 'b/kernel' no trace is known, only of 'a/kernel'"):
         omega(params, table, Curvature("trace", rows[:1], 0.0))
+    with pytest.raises(TypeError, match="omega: wants parameters, a table of options and a curvature in this order"):
+        omega(params, Curvature("trace", rows, 0.0), table)
 
 
 def test_decibels() -> None:

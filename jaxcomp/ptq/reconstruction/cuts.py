@@ -52,8 +52,8 @@ class Block:
 
     @cached_property
     def shape(self) -> str:
-        """The text of its program: blocks that have the same one compute the same function of their inputs."""
-        return str(self.program.jaxpr.jaxpr)
+        """The text of its program, and how its inputs lie: blocks of the same one compute the same function of them."""
+        return f"{self.program.in_tree} {self.program.jaxpr.jaxpr}"
 
     @cached_property
     def own_sites(self) -> tuple[Site, ...]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from jaxcomp.core.roles import CONTRACTED, SPATIAL
 from jaxcomp.ptq.reconstruction.cuts import Block, Values
+from jaxcomp.trace.collect import NoSite
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, zeros
@@ -117,7 +118,7 @@ class Functions:
         square = sum((jnp.sum(jnp.square(y)) for y in target.values()), jnp.float32(0))
         try:
             moments = row_moments(self.run, rf"{n}")(now, case.values, case.rest)
-        except ValueError as e:
+        except NoSite as e:
             raise NoRows from e
         if str(n) not in moments:  # multiplied in more ways than one
             raise NoRows

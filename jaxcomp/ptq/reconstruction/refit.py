@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Refitted:
       params: the tree.
       sites: the errors of each leaf that was fitted, in the program's order.
       left: leaves that were to be fitted and stay as they were, as their rows are not read: in a loop that is not over
-        layers, in a branch, or multiplied in more ways than one.
+        layers, in a branch, multiplied in more ways than one, or in several blocks.
     """
 
     params: Params
@@ -117,11 +117,12 @@ def refit(
         raise ValueError(f"{OWNER}: damping must be a positive number, got {damping!r}.")
     cases = read(batches, OWNER)
     check_trees(params, pruned, OWNER, "pruned")
-    walk = _Walk(materialize(params), pruned, where, damping)
     exact: list[Values] = [()] * len(cases)
     values = exact
     arrays = [arrays_in(case) for case in cases]
     blocks = cut(fn, cuts)(params, *cases[0])
+    walk = _Walk(materialize(params), pruned, where, damping)
+    walk.several = _of_several(blocks)
     with progress("refit: blocks", len(blocks)) as advance:
         for block in blocks:
             rests = [block.rest(x) for x in arrays]
@@ -139,6 +140,7 @@ class _Walk:
         self.leaves = dict(named)
         self.fitted: list[SiteError] = []
         self.left: list[str] = []
+        self.several: frozenset[str] = frozenset()
         self.compiled: dict[str, Functions] = {}
 
     def block(self, block: Block, cases: list[Case]) -> tuple[list[Values], list[Values]]:
@@ -149,6 +151,9 @@ class _Walk:
         for n, summed in functions.leaves.items():
             path = block.paths[n]
             if path not in done and self.chosen(path, exact[n], summed):
+                if path in self.several:  # fitted to one block it would be wrong in the others
+                    self.left += [path] if path not in self.left else []
+                    continue
                 now = self.now(block)
                 self.fit(path, functions.over(n, [(exact, now, case) for case in cases]))
         now, give = self.now(block), functions.give
@@ -202,6 +207,13 @@ class _Walk:
             also = f"; {some_paths(self.left)} have no rows that are read" if self.left else ""
             raise ValueError(f"{OWNER}: there is nothing to fit: {rule}{also}; name leaves by where=.")
         return Refitted(self.treedef.unflatten(self.leaves.values()), tuple(self.fitted), tuple(self.left))
+
+
+def _of_several(blocks: Sequence[Block]) -> frozenset[str]:
+    """The leaves that products of more than one block multiply."""
+    own = [{block.paths[int(site.leaf)] for site in block.own_sites if site.leaf is not None} for block in blocks]
+    every = [path for paths in own for path in paths]
+    return frozenset(path for path in every if every.count(path) > 1)
 
 
 def _support(w: Matrix, mask: Matrix | None) -> NDArray[np.bool_]:

@@ -70,6 +70,9 @@ def correct_bias(fn: Fn, *, where: Where = r".*") -> Callable[..., Corrected]:
       A function of ``(params, compressed, *args)``: the parameters before, the same tree with compressed leaves, and
       calibration data. It gives :class:`Corrected`.
 
+    Raises:
+      ValueError: no leaf of the second tree is compressed.
+
     >>> import jaxcomp as jc
     >>> fn = lambda p, x: x @ p["w"] + p["b"][None]
     >>> params, x = {"w": jnp.array([[0.4], [1.0]]), "b": jnp.zeros(1)}, jnp.ones((3, 2))
@@ -85,6 +88,11 @@ def correct_bias(fn: Fn, *, where: Where = r".*") -> Callable[..., Corrected]:
     def corrected(params: Params, compressed: Params, *args: PyTree, **kwargs: PyTree) -> Corrected:
         program = trace(fn, shapes_of(compressed), *args, **kwargs)
         named = dict(leaves_with_paths(compressed, is_leaf=is_compressed)[0])
+        if not any(map(is_compressed, named.values())):
+            raise ValueError(
+                "correct_bias: no leaf of the second tree is compressed; give the parameters before and the compressed"
+                " ones in this order: correct_bias(fn)(params, compressed, *args)."
+            )
         biased, left = _biased(program, named, where)
 
         def run(one: Params, other: Params, data: _Data) -> dict[str, jax.Array]:

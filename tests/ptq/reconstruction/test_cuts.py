@@ -116,17 +116,18 @@ def test_a_linen_module_under_jit() -> None:
 
 
 def test_constants_are_read_by_blocks_that_are_alike() -> None:
-    scales = [np.float32([[1, 2, 3, 4]]), normal(1, 4)]
+    scales = [np.float32([[1, 2, 3, 4]]), normal(1, 4), normal(1, 4)]
 
     def net(p, x):
         for w, scale in zip(p, scales, strict=True):
             x = jnp.tanh(x @ w) * scale
         return x
 
-    p, x = [normal(4, 4), normal(4, 4)], normal(5, 4)
+    p, x = [normal(4, 4) for _ in scales], normal(5, 4)
     blocks = cut(net)(p, x)
-    assert blocks[0].shape == blocks[1].shape
-    assert [bool((block.constants[0] == s).all()) for block, s in zip(blocks, scales, strict=True)] == [True, True]
+    assert blocks[1].shape == blocks[2].shape
+    assert blocks[0].shape != blocks[1].shape, "the first reads the function's argument, the others what was given"
+    assert all((block.constants[0] == s).all() for block, s in zip(blocks, scales, strict=True))
     np.testing.assert_allclose(through(blocks, p, x), net(p, x), rtol=1e-6, atol=1e-6)
 
 

@@ -140,6 +140,17 @@ def test_leaves_whose_rows_are_not_read_are_told() -> None:
         refit(both_ways, params, pruned, batches=[x], where="tied", cuts=Scopes(""))
 
 
+def test_a_leaf_of_several_blocks_is_fitted_to_none_of_them() -> None:
+    def twice(p, x):
+        return jax.nn.relu(jax.nn.relu(x @ p["tied"]) @ p["tied"]) @ p["last"]
+
+    params, x = {"tied": normal(4, 4), "last": normal(4, 2)}, normal(16, 4)
+    pruned = {"tied": params["tied"].at[0].set(0), "last": params["last"].at[0].set(0)}
+    found = refit(twice, params, pruned, batches=[x])
+    assert (found.left, [site.path for site in found.sites]) == (("tied",), ["last"])
+    np.testing.assert_array_equal(found.params["tied"], pruned["tied"])
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="there is nothing to fit: no leaf lost rows or is masked"):
         refit(mlp, PARAMS, PARAMS, batches=BATCHES[:1])

@@ -240,3 +240,5 @@ def test_what_is_wrong_is_said() -> None:
     rounded = jc.quantize(jc.Int(8), where="up").apply((), params)
     with pytest.raises(TypeError, match="equalize: 'up' is a Quantized, whose values can no longer be scaled"):
         equalize(mlp)(rounded, x)
+    with pytest.raises(ValueError, match="no leaf of the second tree is compressed; give the parameters before and"):
+        correct_bias(mlp)(rounded, params, x)
