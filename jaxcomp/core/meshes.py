@@ -26,6 +26,15 @@ def is_explicit(x: object) -> bool:
     return isinstance(x, jax.Array) and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
+def spread(values: Iterable[object]) -> bool:
+    """Whether an array may be split over several devices: it is of a mesh that has them, or one is in use.
+
+    Where an Auto axis splits an array its type does not say; that there is a mesh, it does.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in values if isinstance(x, jax.Array)]
+    return any(mesh.size > 1 for mesh in (*meshes, jax.sharding.get_abstract_mesh()) if not mesh.empty)
+
+
 def with_auto_axes(mesh: AbstractMesh) -> AbstractMesh:
     """The mesh with its Explicit axes Auto."""
     explicit = (name for name, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)

@@ -8,14 +8,17 @@ gives its results an explicit layout again. Without Explicit axes it calls the f
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 
 from jaxcomp.core.meshes import Axes, axes_of, concrete_mesh, explicit_mesh, here, is_explicit, lay, with_auto_axes
+from jaxcomp.core.packed import Packed
 from jaxcomp.core.paths import path_str
 from jaxcomp.core.types import Shape
 
@@ -57,11 +60,15 @@ def on_any_mesh(fn: Callable[P, R]) -> Callable[P, R]:
         on = concrete_mesh(x for _, x in named) or mesh
 
         def placed(path: jax.tree_util.KeyPath, x: object) -> object:
+            if isinstance(x, Packed):
+                own = cast(jax.Array, originals.get(id(x.data), x.data))
+                axes = _in_a_row(x, layout(_steps(path), x.shape, given), on.shape)
+                return replace(x, data=lay(own, on, axes) if own is x.data else own)
             if id(x) in originals or not isinstance(x, jax.Array):
                 return originals.get(id(x), x)
             return lay(x, on, layout(_steps(path), x.shape, given))
 
-        return cast(R, jax.tree_util.tree_map_with_path(placed, out))
+        return cast(R, jax.tree_util.tree_map_with_path(placed, out, is_leaf=lambda x: isinstance(x, Packed)))
 
     return run
 
@@ -82,6 +89,17 @@ def layout(path: tuple[str, ...], shape: Shape, given: Sequence[Laid]) -> Axes:
         return own
     near = sorted((g for g in given if _holds(path, g.path) or _holds(g.path, path)), key=lambda g: -len(g.path))
     return tuple(_merged(shape, near))
+
+
+def _in_a_row(packed: Packed, axes: Axes, sizes: Mapping[str, int]) -> Axes:
+    """The mesh axes of a byte stream: all those of its array, where they divide it, so that no device holds the whole.
+
+    Of an array split along its first axis alone each device then packs what it has.
+    """
+    names = [name for one in axes if one is not None for name in (one if isinstance(one, tuple) else (one,))]
+    while names and packed.data.size % math.prod(sizes[name] for name in names):
+        names.pop()
+    return (tuple(names) or None,)
 
 
 def _merged(shape: Shape, near: Sequence[Laid]) -> list[Any]:

@@ -1,8 +1,9 @@
 """Exactly the k smallest of one or several arrays, without a sort.
 
 A float32's bits, read as an unsigned integer, order like the number. The k-th smallest is selected on those bits by
-counting: by two 16-bit histograms where scatters are cheap (CPU), else by bisection over the 32 bits, which needs
-only sums and so works on sharded arrays without gathering them.
+counting: by two 16-bit histograms where scatters are cheap (one CPU), else by bisection over the 32 bits, which needs
+only sums. So do ties on several devices: which of them are marked is a selection too, by their indices. No sharded
+array is gathered.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
+from jaxcomp.core.meshes import spread
 from jaxcomp.core.specs import share_of, written
 
 _BLOCK = 1024
@@ -46,7 +48,7 @@ def smallest(
     [[False, True, True]]
     """
     of = (list(keys), list(eligible), count)
-    if sum(k.size for k in keys) < _SMALL:
+    if spread(keys) or sum(k.size for k in keys) < _SMALL:
         kth, wanted = _kth_by_bisection(*of)
     else:
         kth, wanted = jax.lax.platform_dependent(*of, cpu=_kth_by_radix, default=_kth_by_bisection)
@@ -190,13 +192,15 @@ def _kth_by_bisection(keys: list[jax.Array], eligible: list[jax.Array | None], c
 def _last_tie(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
     """How many keys equal to the kth are marked, all or those wanted, and the C-order index after the last of them."""
     of = (keys, eligible, kth, wanted)
+    if spread([keys]):
+        return _last_tie_by_index(*of)
     if keys.size < _SMALL:
         return _last_tie_by_scan(*of)
     return jax.lax.platform_dependent(*of, cpu=_last_tie_by_chunk, default=_last_tie_by_scan)
 
 
 def _last_tie_by_scan(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
-    """Where not all ties are marked, and only there, they are laid in a row, which gathers those of sharded arrays."""
+    """Where not all ties are marked, and only there, they are laid in a row."""
     ties = _among(keys == kth, eligible)
     here = _sum(ties)
     take = jnp.minimum(here, wanted)
@@ -206,6 +210,19 @@ def _last_tie_by_scan(keys: jax.Array, eligible: jax.Array | None, kth: jax.Arra
         return _end_of(partial(jax.lax.dynamic_slice_in_dim, flat), _block_sums(flat), keys.size, take)
 
     return take, jax.lax.cond(take == here, lambda: jnp.uint32(keys.size), scan)
+
+
+def _last_tie_by_index(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
+    """Where not all ties are marked, and only there, the last of them is the ``take``-th smallest of their indices."""
+    ties = _among(keys == kth, eligible)
+    here = _sum(ties)
+    take = jnp.minimum(here, wanted)
+
+    def select() -> jax.Array:
+        last, _ = _kth_by_bisection([_index(keys.shape)], [ties], take)
+        return jnp.where(take > 0, last + 1, jnp.zeros_like(last))
+
+    return take, jax.lax.cond(take == here, lambda: jnp.uint32(keys.size), select)
 
 
 def _last_tie_by_chunk(keys: jax.Array, eligible: jax.Array | None, kth: jax.Array, wanted: jax.Array) -> Pair:
@@ -250,5 +267,11 @@ def _end_of(marks: Callable[..., jax.Array], sums: jax.Array, size: int, take: j
 
 def _up_to(end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Marks the entries whose C-order index is below ``end``."""
-    size = int(np.prod(shape, dtype=np.int64))
-    return (jnp.arange(size, dtype=jnp.uint32) < end).reshape(shape)
+    return _index(shape) < end
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """The C-order index of each entry, axis by axis, so that each device makes its own."""
+    strides = [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
+    parts = (jax.lax.broadcasted_iota(jnp.uint32, shape, i) * jnp.uint32(n) for i, n in enumerate(strides))
+    return sum(parts, jnp.zeros(shape, jnp.uint32))
