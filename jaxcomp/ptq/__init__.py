@@ -33,12 +33,14 @@ from jaxcomp.ptq.rewrites import (
 )
 from jaxcomp.ptq.second_order import gptq, sparsegpt
 from jaxcomp.ptq.sequential import sequentially
+from jaxcomp.ptq.targets import Exact
 
 __all__ = [
     "Block",
     "BlockError",
     "Blocks",
     "Corrected",
+    "Exact",
     "FewRows",
     "Layers",
     "NotKept",

@@ -7,15 +7,16 @@ from itertools import groupby
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.batches import all_batches
-from jaxcomp.core.leaves import dense, is_compressed
-from jaxcomp.core.paths import Where, leaves_with_paths
+from jaxcomp.core.leaves import dense
+from jaxcomp.core.paths import Where
 from jaxcomp.core.progress import progress
 from jaxcomp.core.roles import STACKED
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape
+from jaxcomp.ptq.growing import Growing, Toward
+from jaxcomp.ptq.targets import Exact
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.rows import Moments, chosen_moments, total
 from jaxcomp.trace.sites import sites_of
@@ -37,7 +38,9 @@ class Stage(NamedTuple):
     layer: tuple[int, ...] = ()
 
 
-def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Params, Iterable[PyTree]], Params]:
+def sequentially(
+    fn: Fn, method: Method, where: Where = r".*", *, targets: Exact | None = None
+) -> Callable[[Params, Iterable[PyTree]], Params]:
     """Compresses leaf after leaf of ``fn(params, *args)``, each by the rows that the leaves before it now give it.
 
     So what earlier leaves have got wrong is in the statistics of the later ones. The result takes
@@ -46,13 +49,22 @@ def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Para
     layers one layer goes after the other. The program is compiled once for each shape of a batch, and run once for each
     leaf and layer. It shows how far it is.
 
+    With ``targets`` the float network runs beside: before ``method`` gets a leaf ``W``, it is fitted to
+
+        ``W + (Σ x' x'ᵀ + λI)⁻¹ Σ x' (y - y')ᵀ``
+
+    where ``x'`` are its rows now, ``y'`` what the network with ``W`` gives and ``y`` what the float network gave; so a
+    leaf makes up for what reaches it wrong, and its bias for what the mean is off by. What has been compressed before
+    goes to ``method`` as it is. It costs three runs of a leaf and layer, and a batch's results of all products in both.
+
     Args:
       fn: a pure function whose first argument is the parameter tree.
       method: makes of leaves and their moments, both by path, what takes the leaves' place.
       where: which leaves, by path or as a predicate of ``(path, site)``.
+      targets: what leaves should give; None is what they give with the rows that reach them now.
 
     Raises:
-      TypeError: ``method`` is no function, or the batches are one array.
+      TypeError: ``method`` is no function, ``targets`` of another kind, or the batches are one array.
       ValueError: ``where`` matches no site, there is no batch, or what ``method`` raises.
 
     >>> from jaxcomp import Int
@@ -60,38 +72,47 @@ def sequentially(fn: Fn, method: Method, where: Where = r".*") -> Callable[[Para
     >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
     >>> w = lambda key, *shape: jax.random.normal(jax.random.key(key), shape)
     >>> params, batches = {"up": w(0, 4, 8), "down": w(1, 8, 2)}, [w(2, 32, 4), w(3, 32, 4)]
-    >>> compress = sequentially(fn, lambda leaves, moments: gptq(leaves, moments, Int(4)))
+    >>> compress = sequentially(fn, lambda leaves, moments: gptq(leaves, moments, Int(4)), targets=Exact())
     >>> [type(leaf).__name__ for leaf in compress(params, batches).values()]
     ['Quantized', 'Quantized']
 
     Source: Frantar et al. 2022, arXiv:2210.17323, section 4, which goes block by block and takes a block's inputs from
-    the compressed blocks before it; here each leaf's own are.
+    the compressed blocks before it; here each leaf's own are. Targets: GPTAQ, Li et al. 2025, arXiv:2504.02692, which
+    asks for ``min |x W - x' W'|²``. Deviations: the whole correction is made before the solver, where GPTAQ spreads it
+    over the columns; what a residual stream carries on counts; about the means where there is a bias.
     """
     if not callable(method):
         raise TypeError(
             f"sequentially: method makes new leaves of leaves and their moments, got {method!r}; write"
             " lambda leaves, moments: gptq(leaves, moments, grid)."
         )
+    if targets is not None and not isinstance(targets, Exact):
+        raise TypeError(f"sequentially: targets must be Exact() or None, got {targets!r}.")
     gather = chosen_moments(fn, where)
     observed = jax.jit(gather)
 
     def compressed(params: Params, batches: Iterable[PyTree]) -> Params:
         many = all_batches("sequentially", batches)
-        named, treedef = leaves_with_paths(params, is_leaf=is_compressed)
-        leaves, now = dict(named), {path: dense(leaf) for path, leaf in named}
-        known = jax.eval_shape(gather, None, treedef.unflatten(list(now.values())), *many[0])
-        stages = _stages(trace(fn, treedef.unflatten(list(now.values())), *many[0]), set(known))
-        made: dict[str, dict[tuple[int, ...], Leaf]] = {}
+        tree = Growing(params)
+        known = jax.eval_shape(gather, None, tree.dense(), *many[0])
+        program = trace(fn, tree.dense(), *many[0])
+        stages = _stages(program, set(known))
+        toward = None if targets is None else Toward(targets, program, tree, set(known))
         with progress("sequentially: leaves", len(stages)) as advance:
             for paths, layer in stages:
-                tree, flags = treedef.unflatten(list(now.values())), {path: path in paths for path in known}
-                seen = total((_only(paths, observed(flags, tree, *batch)) for batch in many), "sequentially")
-                new = method({p: _layer_of(leaves[p], layer) for p in paths}, {p: _at(seen[p], layer) for p in paths})
+                flags, now = {path: path in paths for path in known}, tree.dense()
+                seen = total((_only(paths, observed(flags, now, *batch)) for batch in many), "sequentially")
+                moments = {p: _at(seen[p], layer) for p in paths}
+                corrections = {} if toward is None else toward.corrections(paths, layer, moments, many)
+                leaves = {p: tree.given(p, layer) for p in paths}
+                new = method(leaves | {p: c.leaf for p, c in corrections.items()}, moments)
                 for path in paths:
-                    now[path] = now[path].at[layer].set(dense(new[path])) if layer else dense(new[path])
-                    made.setdefault(path, {})[layer] = new[path]
+                    shift = corrections[path].shift(dense(new[path])) if path in corrections else None
+                    tree.take(path, layer, new[path])
+                    if shift is not None:
+                        tree.move(*shift, layer)
                 advance(1)
-        return treedef.unflatten([_whole(made[path]) if path in made else leaf for path, leaf in named])
+        return tree.whole()
 
     return compressed
 
@@ -122,21 +143,8 @@ def _stages(program: Program, known: set[str]) -> list[Stage]:
     return stages
 
 
-def _layer_of(leaf: Leaf, layer: tuple[int, ...]) -> Leaf:
-    """One layer of a leaf; what its layers share stays."""
-    return jax.tree.map(lambda x: x[tuple(min(i, n - 1) for i, n in zip(layer, x.shape, strict=False))], leaf)
-
-
 def _at(seen: Moments, layer: tuple[int, ...]) -> Moments:
     """The moments of one layer, whose axes are those that are left."""
     less = len(layer)
     axes = (tuple(a - less for a in axes) for axes in (seen.apart[less:], seen.summed, seen.window))
     return Moments(seen.second[layer], seen.first[layer], seen.count[layer], *axes) if less else seen
-
-
-def _whole(made: Mapping[tuple[int, ...], Leaf]) -> Leaf:
-    """The layers of a leaf as one."""
-    if () in made:
-        return made[()]
-    sizes = tuple(max(i) + 1 for i in zip(*made, strict=True))
-    return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*sizes, *xs[0].shape), *made.values())

@@ -191,8 +191,8 @@ def row_moments_over(fn: Fn, where: Where = r".*") -> Callable[[Params, Iterable
     return over
 
 
-def total(seen: Iterable[dict[str, Moments]], owner: str) -> dict[str, Moments]:
-    """The moments of several batches together, added up as they come without rounding errors that grow.
+def total(seen: Iterable[PyTree], owner: str) -> PyTree:
+    """The moments, or other sums, of several batches together, added up as they come without rounding errors that grow.
 
     Args:
       seen: of each batch.
@@ -201,7 +201,7 @@ def total(seen: Iterable[dict[str, Moments]], owner: str) -> dict[str, Moments]:
     Raises:
       ValueError: there is none.
     """
-    found: dict[str, Moments] | None = None
+    found: PyTree = None
     for one in seen:
         new = jax.tree.map(summed, one)
         # Waiting keeps no more than one batch on the device, and a bar honest.

@@ -163,8 +163,8 @@ def _biased(program: Program, leaves: Mapping[str, object], where: Where) -> tup
         if site.leaf is None or not is_compressed(leaves[site.leaf]) or not matches(where, site.path, site):
             continue
         op = ops[site.location]
-        bias = None if site.kind not in ("dot", "conv") else _bias_after(op, users)
-        channels = _channels(site, op)
+        bias = None if site.kind not in ("dot", "conv") else bias_after(op, users)
+        channels = result_channels(site, op)
         sizes = (*site.layer_steps, *(site.out_shape[i] for i in channels))
         own = bias is not None and not is_compressed(leaves[bias]) and bias not in [b.bias for b in found]
         if bias is None or not own or _count(leaves[bias]) != math.prod(sizes) or not BARRED.isdisjoint(site.inside):
@@ -178,7 +178,7 @@ def _count(leaf: object) -> int:
     return int(getattr(leaf, "size", 0))
 
 
-def _bias_after(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> str | None:
+def bias_after(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> str | None:
     """The leaf that is added to a product's result, once it was laid out or cast at most."""
     v = op.eqn.outvars[0]
     while len(after := users.get(v, ())) == 1:
@@ -194,7 +194,7 @@ def _bias_after(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> str | None:
     return None
 
 
-def _channels(site: Site, op: Op) -> tuple[int, ...]:
+def result_channels(site: Site, op: Op) -> tuple[int, ...]:
     """The axes of a product's result that are its weight's own."""
     if site.kind != "dot":
         return (op.eqn.params["dimension_numbers"].out_spec[1],) if site.kind == "conv" else ()

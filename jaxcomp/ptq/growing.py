@@ -1,0 +1,127 @@
+"""A tree whose leaves are compressed one after the other, and what is made up for as each is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxcomp.core.leaves import dense, is_compressed
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.ptq.targets import Exact, Gap, fitted, gaps, shifted, targets_of
+from jaxcomp.trace.program import Program
+from jaxcomp.trace.rows import Moments, total
+
+Layer = tuple[int, ...]
+
+
+class Growing:
+    """A parameter tree of which more and more is compressed: leaves as they were given, and what they are now.
+
+    Args:
+      params: arrays and compressed leaves.
+    """
+
+    def __init__(self, params: Params) -> None:
+        named, self._treedef = leaves_with_paths(params, is_leaf=is_compressed)
+        self._given = dict(named)
+        self._now = {path: dense(leaf) for path, leaf in named}
+        self._made: dict[str, dict[Layer, Leaf]] = {}
+
+    def dense(self) -> Params:
+        """The tree of arrays, as it is now."""
+        return self._treedef.unflatten(list(self._now.values()))
+
+    def given(self, path: str, layer: Layer) -> Leaf:
+        """One layer of a leaf as it was given; what its layers share stays."""
+        return jax.tree.map(
+            lambda x: x[tuple(min(i, n - 1) for i, n in zip(layer, x.shape, strict=False))], self._given[path]
+        )
+
+    def now(self, path: str, layer: Layer) -> jax.Array:
+        """One layer of a leaf as it is now, dense."""
+        return self._now[path][layer]
+
+    def is_array(self, path: str) -> bool:
+        """Whether a leaf was given as an array."""
+        return not is_compressed(self._given[path])
+
+    def take(self, path: str, layer: Layer, new: Leaf) -> None:
+        """Puts a leaf, or one layer of it, in the place of the one there."""
+        self._now[path] = self._now[path].at[layer].set(dense(new)) if layer else dense(new)
+        self._made.setdefault(path, {})[layer] = new
+
+    def move(self, path: str, by: NDArray[np.float64], layer: Layer) -> None:
+        """Adds to an array, or to one layer of it."""
+        now = self._now[path]
+        part = now[layer]
+        new = (part + jnp.asarray(by.reshape(part.shape), part.dtype)).astype(now.dtype)
+        self._now[path] = self._given[path] = now.at[layer].set(new) if layer else new
+
+    def whole(self) -> Params:
+        """The tree, its new leaves in their places."""
+        made = {path: _whole(layers) for path, layers in self._made.items()}
+        return self._treedef.unflatten([made.get(path, leaf) for path, leaf in self._given.items()])
+
+
+def _whole(made: Mapping[Layer, Leaf]) -> Leaf:
+    """The layers of a leaf as one."""
+    if () in made:
+        return made[()]
+    sizes = tuple(max(i) + 1 for i in zip(*made, strict=True))
+    return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*sizes, *xs[0].shape), *made.values())
+
+
+class Correction(NamedTuple):
+    """A leaf that gives its targets, and what its bias takes once it is compressed.
+
+    Fields:
+      leaf: fitted, dense.
+      shift: from the compressed leaf, dense, to the bias's path and what is added to it; None where there is none.
+    """
+
+    leaf: jax.Array
+    shift: Callable[[jax.Array], tuple[str, NDArray[np.float64]] | None]
+
+
+class Toward:
+    """What leaves gave in the float network, as their targets.
+
+    Args:
+      how: what is made up for.
+      program: of the function.
+      tree: of the parameters; what it is now is the float network.
+      known: paths of the leaves that have moments.
+    """
+
+    def __init__(self, how: Exact, program: Program, tree: Growing, known: set[str]) -> None:
+        self._how, self._tree, self._exact = how, tree, tree.dense()
+        self._targets = targets_of(program, self._exact, [p for p in sorted(known) if tree.is_array(p)], how)
+        self._observed = jax.jit(gaps(program, self._targets))
+
+    def corrections(
+        self, paths: Sequence[str], layer: Layer, moments: Mapping[str, Moments], batches: Sequence[tuple[PyTree, ...]]
+    ) -> dict[str, Correction]:
+        """Of those leaves that can be corrected, by path."""
+        mine = [path for path in paths if path in self._targets]
+        if not mine:
+            return {}
+        flags, now = {path: path in mine for path in self._targets}, self._tree.dense()
+        seen = total(
+            ({p: found[p] for p in mine} for b in batches if (found := self._observed(flags, self._exact, now, *b))),
+            "sequentially",
+        )
+        return {p: self._correction(p, layer, moments[p], jax.tree.map(lambda x: x[layer], seen[p])) for p in mine}
+
+    def _correction(self, path: str, layer: Layer, moments: Moments, gap: Gap) -> Correction:
+        before, bias = self._tree.now(path, layer), self._targets[path][0].bias
+
+        def shift(after: jax.Array) -> tuple[str, NDArray[np.float64]] | None:
+            return None if bias is None or gap.first is None else (bias, shifted(moments, gap, before, after))
+
+        return Correction(fitted(before, moments, gap, self._how), shift)
