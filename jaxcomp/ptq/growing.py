@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.ptq.targets import Exact, Gap, fitted, gaps, shifted, targets_of
 from jaxcomp.trace.program import Program
-from jaxcomp.trace.rows import Moments, total
+from jaxcomp.trace.rows import Moments
 
 Layer = tuple[int, ...]
+GAP = "gap of "
+"""In front of a path: the leaf's :class:`~jaxcomp.ptq.targets.Gap` beside its moments."""
 
 
 class Growing:
@@ -99,24 +101,37 @@ class Toward:
       known: paths of the leaves that have moments.
     """
 
-    def __init__(self, how: Exact, program: Program, tree: Growing, known: set[str]) -> None:
+    def __init__(self, how: Exact, program: Program, tree: Growing, known: Iterable[str]) -> None:
         self._how, self._tree, self._exact = how, tree, tree.dense()
         self._targets = targets_of(program, self._exact, [p for p in sorted(known) if tree.is_array(p)], how)
-        self._observed = jax.jit(gaps(program, self._targets))
+        self._gaps = gaps(program, self._targets)
+
+    def beside(self, gather: Callable[..., dict[str, Moments]]) -> Callable[..., dict[str, PyTree]]:
+        """What gives moments, and gaps beside them under names of their own: one run of the network serves both.
+
+        Args:
+          gather: ``gather(chosen, params, *args)``.
+        """
+
+        def both(exact: Params, chosen: Mapping[str, jax.Array], now: Params, *args: PyTree) -> dict[str, PyTree]:
+            found = self._gaps({path: chosen[path] for path in self._targets}, exact, now, *args)
+            return {**gather(chosen, now, *args), **{GAP + path: gap for path, gap in found.items()}}
+
+        compiled = jax.jit(both)
+        return lambda chosen, now, *args: compiled(self._exact, chosen, now, *args)
 
     def corrections(
-        self, paths: Sequence[str], layer: Layer, moments: Mapping[str, Moments], batches: Sequence[tuple[PyTree, ...]]
+        self, seen: Mapping[str, PyTree], layer: Layer, moments: Mapping[str, Moments]
     ) -> dict[str, Correction]:
-        """Of those leaves that can be corrected, by path."""
-        mine = [path for path in paths if path in self._targets]
-        if not mine:
-            return {}
-        flags, now = {path: path in mine for path in self._targets}, self._tree.dense()
-        seen = total(
-            ({p: found[p] for p in mine} for b in batches if (found := self._observed(flags, self._exact, now, *b))),
-            "sequentially",
-        )
-        return {p: self._correction(p, layer, moments[p], jax.tree.map(lambda x: x[layer], seen[p])) for p in mine}
+        """Of those leaves that can be corrected, by path.
+
+        Args:
+          seen: sums of what :meth:`beside` gives.
+          layer: of a scan.
+          moments: of that layer, by path.
+        """
+        gap = {p: jax.tree.map(lambda x: x[layer], seen[GAP + p]) for p in moments if p in self._targets}
+        return {path: self._correction(path, layer, moments[path], gap[path]) for path in gap}
 
     def _correction(self, path: str, layer: Layer, moments: Moments, gap: Gap) -> Correction:
         before, bias = self._tree.now(path, layer), self._targets[path][0].bias

@@ -15,7 +15,7 @@ from jaxcomp.core.paths import Where
 from jaxcomp.core.progress import progress
 from jaxcomp.core.roles import STACKED
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape
-from jaxcomp.ptq.growing import Growing, Toward
+from jaxcomp.ptq.growing import GAP, Growing, Toward
 from jaxcomp.ptq.targets import Exact
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.rows import Moments, chosen_moments, total
@@ -55,7 +55,7 @@ def sequentially(
 
     where ``x'`` are its rows now, ``y'`` what the network with ``W`` gives and ``y`` what the float network gave; so a
     leaf makes up for what reaches it wrong, and its bias for what the mean is off by. What has been compressed before
-    goes to ``method`` as it is. It costs three runs of a leaf and layer, and a batch's results of all products in both.
+    goes to ``method`` as it is. It costs two runs of a leaf and layer, and a batch's results of all products in both.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -97,13 +97,14 @@ def sequentially(
         known = jax.eval_shape(gather, None, tree.dense(), *many[0])
         program = trace(fn, tree.dense(), *many[0])
         stages = _stages(program, set(known))
-        toward = None if targets is None else Toward(targets, program, tree, set(known))
+        toward = None if targets is None else Toward(targets, program, tree, known)
+        look = observed if toward is None else toward.beside(gather)
         with progress("sequentially: leaves", len(stages)) as advance:
             for paths, layer in stages:
                 flags, now = {path: path in paths for path in known}, tree.dense()
-                seen = total((_only(paths, observed(flags, now, *batch)) for batch in many), "sequentially")
+                seen = total((_only(paths, look(flags, now, *batch)) for batch in many), "sequentially")
                 moments = {p: _at(seen[p], layer) for p in paths}
-                corrections = {} if toward is None else toward.corrections(paths, layer, moments, many)
+                corrections = {} if toward is None else toward.corrections(seen, layer, moments)
                 leaves = {p: tree.given(p, layer) for p in paths}
                 new = method(leaves | {p: c.leaf for p, c in corrections.items()}, moments)
                 for path in paths:
@@ -117,8 +118,8 @@ def sequentially(
     return compressed
 
 
-def _only(paths: Sequence[str], seen: Mapping[str, Moments]) -> dict[str, Moments]:
-    return {path: seen[path] for path in paths}
+def _only(paths: Sequence[str], seen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    return {name: found for name, found in seen.items() if name.removeprefix(GAP) in paths}
 
 
 def _stages(program: Program, known: set[str]) -> list[Stage]:

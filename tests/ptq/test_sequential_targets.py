@@ -20,8 +20,8 @@ def normal(*shape):
 
 
 def block(x, p):
-    inner = jnp.tanh(x @ p["up"] + p["b_up"])
-    return jnp.tanh(x + (inner @ p["down"] + p["b_down"])), None
+    inner = jnp.tanh(x @ p["up"] + p["b_up"][None, None])
+    return jnp.tanh(x + (inner @ p["down"] + p["b_down"][None, None])), None
 
 
 PARAMS = {
