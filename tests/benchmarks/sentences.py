@@ -41,8 +41,8 @@ TOKENS = 1024
 class Setting(NamedTuple):
     """How many batches the solvers see, and how many steps of distillation follow."""
 
-    solved: int = 16
-    steps: int = 130
+    solved: int = 32
+    steps: int = 200
 
 
 # ---- text
@@ -175,7 +175,7 @@ def _fewer(part: float, rate: float, how: Setting) -> dict[str, Score]:
     fewer = plan(groups, net.params, sparsity=part, score=removal, round_to=_summed_over)
     pruned = mask(fewer)(net.params)
     scores = {"removed": score(net.states, pruned)}
-    fit = refit(net.states, net.params, pruned, batches=data).params
+    fit = refit(net.states, net.params, pruned, batches=data, damping=1e-2).params
     scores["refitted"] = score(net.states, fit)
     small = _distilled(fewer.take(fit), rate, how, shrink(net.states, fewer))
     return scores | {f"refitted, {how.steps} steps": score(shrink(net.states, fewer), small)}
