@@ -16,6 +16,7 @@ from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.ptq.targets import Exact, Gap, fitted, gaps, shifted, targets_of
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.rows import Moments
+from jaxcomp.trace.walk import Fn
 
 Layer = tuple[int, ...]
 GAP = "gap of "
@@ -96,15 +97,16 @@ class Toward:
 
     Args:
       how: what is made up for.
-      program: of the function.
+      fn: a pure function whose first argument is the parameter tree.
+      program: of it.
       tree: of the parameters; what it is now is the float network.
       known: paths of the leaves that have moments.
     """
 
-    def __init__(self, how: Exact, program: Program, tree: Growing, known: Iterable[str]) -> None:
+    def __init__(self, how: Exact, fn: Fn, program: Program, *, tree: Growing, known: Iterable[str]) -> None:
         self._how, self._tree, self._exact = how, tree, tree.dense()
         self._targets = targets_of(program, self._exact, [p for p in sorted(known) if tree.is_array(p)], how)
-        self._gaps = gaps(program, self._targets)
+        self._gaps = gaps(fn, list(self._targets), how)
 
     def beside(self, gather: Callable[..., dict[str, Moments]]) -> Callable[..., dict[str, PyTree]]:
         """What gives moments, and gaps beside them under names of their own: one run of the network serves both.

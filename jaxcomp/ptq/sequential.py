@@ -97,7 +97,7 @@ def sequentially(
         known = jax.eval_shape(gather, None, tree.dense(), *many[0])
         program = trace(fn, tree.dense(), *many[0])
         stages = _stages(program, set(known))
-        toward = None if targets is None else Toward(targets, program, tree, known)
+        toward = None if targets is None else Toward(targets, fn, program, tree=tree, known=known)
         look = observed if toward is None else toward.beside(gather)
         with progress("sequentially: leaves", len(stages)) as advance:
             for paths, layer in stages:

@@ -26,10 +26,10 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, Watch, zeros
 from jaxcomp.trace.matrices import matrices_of
 from jaxcomp.trace.primitives import BARRED
-from jaxcomp.trace.program import Program
+from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.rows import Moments
 from jaxcomp.trace.sites import Site, sites_of
-from jaxcomp.trace.walk import Location, aval_of
+from jaxcomp.trace.walk import Fn, Location, aval_of
 
 Matrix = NDArray[np.float64]
 _ADDED = Monoid(zeros, lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -152,25 +152,24 @@ def _stream(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> Location | None:
     return None
 
 
-def gaps(program: Program, targets: Mapping[str, Sequence[Target]]) -> Callable[..., dict[str, Gap]]:
+def gaps(fn: Fn, wanted: Sequence[str], how: Exact) -> Callable[..., dict[str, Gap]]:
     """``gaps(chosen, exact, now, *args)``: the :class:`Gap` of each leaf that is chosen, zeros for the others.
 
-    ``exact`` and ``now`` are the flat leaves' trees of the float and of the compressed network, dense. The results of
-    all products are held for one batch, in both networks.
+    ``exact`` and ``now`` are the trees of the float and of the compressed network, dense. The results of all products
+    are held for one batch, in both networks.
 
     Args:
-      program: of the function.
-      targets: of :func:`targets_of`.
+      fn: a pure function whose first argument is the parameter tree.
+      wanted: paths of leaves, which :func:`targets_of` finds.
+      how: what is to be made up for.
     """
-    every = [t for each in targets.values() for t in each]
-    watch = _watches(every)
-
-    def given(tree: Params, args: tuple[PyTree, ...]) -> dict[str, jax.Array]:
-        found: dict[str, jax.Array] = evaluate(program, {}, program.flatten(tree, *args), watch=watch).aux
-        return found
 
     def run(chosen: Mapping[str, jax.Array], exact: Params, now: Params, *args: PyTree) -> dict[str, Gap]:
-        want, have = given(exact, args), given(now, args)
+        program = trace(fn, now, *args)
+        targets = targets_of(program, now, wanted, how)
+        every = [t for each in targets.values() for t in each]
+        watch = _watches(every)
+        want, have = (evaluate(program, {}, program.flatten(p, *args), watch=watch).aux for p in (exact, now))
         gap = {path: want[path].astype(jnp.float32) - have[path].astype(jnp.float32) for path in want}
         claims = {t.op.location: Claim(_agreeing(t, chosen), gap[t.site.path]) for t in every}
 
