@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.experiments.main_job import Row
+from train.experiments.records import Row
 from train.seeds import main
 
 ACCURACIES = {"baseline": (0.9, 0.91, 0.92), "float": (0.93, 0.92, 0.925), "w4a4": (0.925, 0.93, 0.91)}
