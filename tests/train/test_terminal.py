@@ -129,6 +129,8 @@ MAIN = {
     "--baseline.epochs 0": "epochs must be at least 1, got 0",
     "--finetune.learning-rate 0": "learning_rate must be above 0, got 0.0",
     "--baseline.warmup 2": "warmup must be a fraction in 0..1, got 2.0",
+    "--accumulate 0": "accumulate must be at least 1, got 0",
+    "--accumulate 3": "it must be a multiple of the 1 devices times 3 parts",
     "--nope 1": "Unrecognized options: --nope",
 }
 OTHERS = {

@@ -1,0 +1,80 @@
+"""Signals: at once where there is nothing to save, at the next step where there is, twice from the keyboard at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from train.errors import Stopped
+from train.loop.stopping import Stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_outside_of_steps_a_signal_ends_the_command(number) -> None:
+    with Stop().signals() as stop, pytest.raises(Stopped, match=f"stopped by {number.name}") as e, stop.at_steps():
+        signal.raise_signal(number)  # the first step is not done: it may be a minute of compiling
+    assert e.value.signal == number
+
+
+def test_within_steps_it_waits_for_the_next() -> None:
+    done = []
+    with Stop().signals() as stop, pytest.raises(Stopped, match=r"SIGTERM after step 2, which is saved\."):
+        with stop.at_steps():
+            for step in range(9):
+                done.append(step)
+                if stop.now():
+                    raise stop.stopped(f" after step {step}, which is saved")
+                if step == 1:
+                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)  # to the group, and to the process
+    assert done == [0, 1, 2]
+
+
+def test_after_the_last_step_it_is_raised_at_the_end() -> None:
+    saved = False
+    with Stop().signals() as stop, pytest.raises(Stopped):
+        with stop.at_steps():
+            assert not stop.now()
+            signal.raise_signal(signal.SIGINT)
+            saved = True
+    assert saved
+
+
+def test_the_keyboard_twice_does_not_wait() -> None:
+    with Stop().signals() as stop, pytest.raises(Stopped, match="SIGINT"), stop.at_steps():
+        stop.now()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+
+def test_what_listened_before_does_so_afterwards_and_what_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        keyboard = signal.getsignal(signal.SIGINT)
+        with Stop().signals() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked is None
+            assert signal.getsignal(signal.SIGINT) != keyboard
+        assert signal.getsignal(signal.SIGINT) == keyboard
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_in_another_thread_there_are_no_signals() -> None:
+    raised = []
+
+    def use() -> None:
+        try:
+            with Stop().signals() as stop, stop.at_steps():
+                assert not stop.now()
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert not raised
