@@ -18,36 +18,40 @@ def test_outside_of_steps_a_signal_ends_the_command(number) -> None:
     assert e.value.signal == number
 
 
-def test_within_steps_it_waits_for_the_next() -> None:
-    done = []
+def steps(stop: Stop, count: int, *, at: int, signals: tuple[int, ...], done: list[int]) -> None:
+    """A training of so many steps, whose signals come during one of them."""
+    with stop.at_steps():
+        for step in range(count):
+            if step == at:
+                for number in signals:
+                    signal.raise_signal(number)
+            done.append(step)
+            if stop.now():
+                raise stop.stopped(f" after step {step}, which is saved")
+        signal.raise_signal(signal.SIGINT)
+        done.append(count)  # the last checkpoint
+
+
+def test_within_steps_it_waits_for_the_end_of_the_step() -> None:
+    done: list[int] = []
+    twice = signal.SIGTERM, signal.SIGTERM  # to the group, and to the process
     with Stop().signals() as stop, pytest.raises(Stopped, match=r"SIGTERM after step 2, which is saved\."):
-        with stop.at_steps():
-            for step in range(9):
-                done.append(step)
-                if stop.now():
-                    raise stop.stopped(f" after step {step}, which is saved")
-                if step == 1:
-                    signal.raise_signal(signal.SIGTERM)
-                    signal.raise_signal(signal.SIGTERM)  # to the group, and to the process
+        steps(stop, 9, at=2, signals=twice, done=done)
     assert done == [0, 1, 2]
 
 
 def test_after_the_last_step_it_is_raised_at_the_end() -> None:
-    saved = False
-    with Stop().signals() as stop, pytest.raises(Stopped):
-        with stop.at_steps():
-            assert not stop.now()
-            signal.raise_signal(signal.SIGINT)
-            saved = True
-    assert saved
+    done: list[int] = []
+    with Stop().signals() as stop, pytest.raises(Stopped, match=r"stopped by SIGINT\."):
+        steps(stop, 2, at=9, signals=(), done=done)
+    assert done == [0, 1, 2]
 
 
 def test_the_keyboard_twice_does_not_wait() -> None:
-    with Stop().signals() as stop, pytest.raises(Stopped, match="SIGINT"), stop.at_steps():
-        stop.now()
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("went on")
+    done: list[int] = []
+    with Stop().signals() as stop, pytest.raises(Stopped, match=r"stopped by SIGINT\."):
+        steps(stop, 9, at=1, signals=(signal.SIGINT, signal.SIGINT), done=done)
+    assert done == [0]
 
 
 def test_what_listened_before_does_so_afterwards_and_what_is_ignored_stays_so() -> None:
