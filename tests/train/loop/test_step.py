@@ -66,7 +66,7 @@ def test_parts_of_a_batch_are_the_batch(parts) -> None:
 
 @pytest.mark.slow
 def test_parts_of_a_batch_under_batch_norm() -> None:
-    """Each part is normalized by its own statistics; the running means are those of the whole batch."""
+    """Each part is normalized by its own statistics; where none came before, their means are the batch's."""
     data, model = load("digits"), build("convnet", num_classes=10)
     whole, _ = steps_of(model, data, parts=1, steps=1)
     state, metrics = steps_of(model, data, parts=2, steps=1)
