@@ -31,8 +31,8 @@ from train.experiments.folder import LOCK
 OPTIONS = [
     "digits",
     *("--model.name", "mlp", "--batch", "64", "--checkpoint-seconds", "0.05"),
-    *("--baseline.epochs", "4", "--baseline.learning-rate", "3e-3"),
-    *("--finetune.epochs", "3", "--finetune.learning-rate", "1e-3"),
+    *("--baseline.epochs", "16", "--baseline.learning-rate", "3e-3"),
+    *("--finetune.epochs", "8", "--finetune.learning-rate", "1e-3"),
     *("--methods", "l1", "joint"),
 ]
 FAULTS = ("kill",) * 11 + ("term",) * 9 + ("full",) * 4 + ("damage",) * 6
@@ -141,12 +141,15 @@ def kill(harness: Harness) -> str | None:
 
 
 def term(harness: Harness) -> str | None:
-    """SIGTERM at any time of the run."""
-    after = harness.draw.uniform(0, harness.seconds * 0.7)
+    """SIGTERM at any time of the run or, since a small job mostly compiles, when it has just saved a step."""
+    after, training = harness.draw.uniform(0, harness.seconds * 0.6), harness.draw.random() < 0.5
 
     def fault(process: subprocess.Popen[str]) -> None:
         harness.claimed(process)
-        _wait(process, after)
+        _wait(process, after / 3 if training else after)
+        newest = _target(harness.folder, "checkpoint")
+        while training and process.poll() is None and _target(harness.folder, "checkpoint") in (None, newest):
+            time.sleep(0.002)
         process.terminate()
 
     ended = harness.run(fault)
@@ -218,13 +221,18 @@ def damage(harness: Harness) -> str | None:
 
 
 def _target(folder: Path, what: str) -> Path | None:
-    """The newest file of a kind."""
+    """The newest file of a kind; while it is looked for, others may go."""
     if what == "checkpoint":
-        found = sorted(folder.glob("*/checkpoints/*.safetensors"), key=lambda p: p.stat().st_mtime)
+        found = [
+            (int(p.stem), p)
+            for p in folder.glob("*/checkpoints/*.safetensors")
+            if not (p.parent.parent / "row.json").exists()
+        ]
     else:
-        rows = sorted(folder.glob("*/row.json"), key=lambda p: p.stat().st_mtime)
-        found = [folder / f"{p.parent.name}.safetensors" if what == "file" else p.with_name(what) for p in rows]
-    return found[-1] if found else None
+        rows = list(folder.glob("*/row.json"))
+        made = [folder / f"{p.parent.name}.safetensors" if what == "file" else p.with_name(what) for p in rows]
+        found = [(number, p) for number, p in enumerate(made)]
+    return max(found)[1] if found else None
 
 
 def _wait(process: subprocess.Popen[str], seconds: float) -> None:

@@ -26,6 +26,13 @@ def write(folder: Path, seed: int, names: tuple[str, ...] = tuple(ACCURACIES), w
     return folder
 
 
+def said(folder: Path, report: str) -> Path:
+    """A run whose report is of another version, or cut."""
+    folder.mkdir()
+    (folder / "report.json").write_text(report)
+    return folder
+
+
 def test_the_table_is_the_mean_over_seeds_and_pairs_them(tmp_path, capsys) -> None:
     folders = tuple(write(tmp_path / str(seed), seed) for seed in (2, 0, 1))
     assert main(folders) == 0
@@ -51,6 +58,9 @@ def test_it_compares_with_the_row_that_is_named(tmp_path, capsys) -> None:
     ("others", "message"),
     [
         (lambda p: (p / "nothing",), "holds no finished run"),
+        (lambda p: (said(p / "b", "{}"),), "holds no finished run"),
+        (lambda p: (said(p / "b", '{"settings": {"seed": 1}, "rows": [{"name": "l1"}]}'),), "holds no finished run"),
+        (lambda p: (said(p / "b", "[" * 9),), "holds no finished run"),
         (lambda p: (write(p / "b", 0),), "both have seed 0"),
         (lambda p: (write(p / "b", 1, width=16),), "has model.width = 16"),
         (lambda p: (write(p / "b", 1, names=("baseline",)),), "has other rows than"),

@@ -244,7 +244,7 @@ def _in_parts(
     added = jax.jit(
         add, donate_argnums=1, in_shardings=(everywhere, everywhere, split, everywhere), out_shardings=everywhere
     )
-    updated = jax.jit(update, donate_argnums=(0, 1), out_shardings=(everywhere, everywhere))
+    updated = jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[TrainState, Metrics]:
         total, batches = began(state, images, labels, indices)
