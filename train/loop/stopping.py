@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from train.errors import Stopped
@@ -42,14 +44,17 @@ class Stop:
     @contextmanager
     def signals(self) -> Iterator[Stop]:
         """Listens, in the main thread, to the signals that are not ignored; what listened before does so afterwards."""
-        before = {}
+        before, hook = {}, sys.unraisablehook
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
                     before[number] = signal.signal(number, self._received)
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
+            sys.unraisablehook = partial(self._lost, hook)
         try:
             yield self
         finally:
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -78,3 +83,14 @@ class Stop:
         self.asked = number if self.asked is None else self.asked
         if not self._waits or again:
             raise self.stopped()
+
+    def _again(self, *_: object) -> None:
+        if not self._waits:
+            raise self.stopped()
+
+    def _lost(self, hook: Callable[[sys.UnraisableHookArgs], object], lost: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in a callback of its garbage collection, JAX's say: it is raised again later."""
+        if isinstance(lost.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(lost)

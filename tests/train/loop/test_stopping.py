@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -52,6 +55,30 @@ def test_the_keyboard_twice_does_not_wait() -> None:
     with Stop().signals() as stop, pytest.raises(Stopped, match=r"stopped by SIGINT\."):
         steps(stop, 9, at=1, signals=(signal.SIGINT, signal.SIGINT), done=done)
     assert done == [0]
+
+
+def collect_and_wait(callback) -> None:
+    """A signal within a callback of the garbage collection, and a second in which it may be raised after all."""
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+        time.sleep(1)
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def test_what_is_raised_where_python_drops_it_is_raised_again(capsys) -> None:
+    left = [signal.SIGTERM]
+
+    def callback(*_: object) -> None:
+        while left:
+            signal.raise_signal(left.pop())
+
+    hook = sys.unraisablehook
+    with Stop().signals(), pytest.raises(Stopped, match=r"stopped by SIGTERM\."):
+        collect_and_wait(callback)
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
 
 
 def test_what_listened_before_does_so_afterwards_and_what_is_ignored_stays_so() -> None:
