@@ -61,7 +61,7 @@ def run(config: Config, console: Console, stop: Stop | None = None) -> list[Row]
             raise RunError(f"--export {e}") from e
     check_folder(config)
     data = load(config.dataset, data_dir=config.data_dir)
-    job = Job.of(config, make_model(config.model, data), data, stop)
+    job = Job.of(config, make_model(config.model, data), data, stop=stop)
     # Now that there is a run: one that cannot start claims nothing.
     with claimed(config, {BASELINE, *methods}, console):
         progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
@@ -130,7 +130,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         seconds=round(reached.seconds, 1),
         note=_note(job, recipe, shipped),
     )
-    write_row(folder, row, file, reached.history)
+    write_row(folder, row, file=file, history=reached.history)
     return row
 
 

@@ -44,7 +44,7 @@ class _Record(NamedTuple):
     history: list[Epoch] | None
 
 
-def write_row(folder: Path, row: Row, file: Path, history: Sequence[Epoch]) -> None:
+def write_row(folder: Path, row: Row, *, file: Path, history: Sequence[Epoch]) -> None:
     """Makes a row finished: its record is written, and its checkpoints go.
 
     Raises:

@@ -50,7 +50,7 @@ class Job:
     teacher: Teacher | None = None
 
     @staticmethod
-    def of(config: Config, model: Network, data: Dataset, stop: Stop | None = None) -> Job:
+    def of(config: Config, model: Network, data: Dataset, *, stop: Stop | None = None) -> Job:
         """A job on all local devices, which ends when ``stop`` says so.
 
         Raises:

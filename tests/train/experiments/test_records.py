@@ -24,7 +24,7 @@ def run(tmp_path) -> tuple[Path, Path, Row]:
     jc.save(file, {"w": np.arange(100.0)})
     row = Row("l1", "pruning", 0.5, 0.9, 10, 0.2, 32, file.stat().st_size, 1.5)
     write_history(folder, [LINE, LINE])
-    write_row(folder, row, file, [LINE, LINE])
+    write_row(folder, row, file=file, history=[LINE, LINE])
     return folder, file, row
 
 
