@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from signal import SIGTERM
 
 import tyro
 
 from jaxcomp.artifact.disk import FileError
 from train.configs import PRESETS, Config
-from train.errors import DataError, ProgressError, RunError, TrainingError
+from train.errors import DataError, ProgressError, RunError, Stopped, TrainingError
 from train.experiments.main_job import export_all, run
 from train.experiments.methods import RATIOS
+from train.loop.compilation import kept
+from train.loop.stopping import Stop
 from train.reports.exports import write_exports
 from train.reports.main_job import write_report
 from train.reports.terminal import make_console, print_error, print_stopped
@@ -55,21 +58,37 @@ def _without_compress(arguments: list[str]) -> list[str]:
     return [*left, "--methods", f"compress{ratio}"]
 
 
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command, started again, goes on."""
+FROM_KEYBOARD = 130
+
+
 def main(arguments: list[str]) -> int:
-    """Runs the main job; 0 when the table is printed, 2 when an error was, 130 when stopped from the keyboard."""
+    """Runs the main job.
+
+    0 when the table is printed, 2 when an error was, 75 when SIGTERM and 130 when the keyboard stopped it.
+    """
     try:
         config = parse(arguments)
-        console = make_console()
-        write_report(run(config, console), config, console)
-        if config.export:
-            write_exports(export_all(config, console), config, console)
+        with Stop().signals() as stop, kept(config.compilation_cache):
+            _run(config, stop)
     except (RunError, DataError, TrainingError, FileError, ProgressError, OSError) as e:
         print_error(e)
         return 2
+    except Stopped as e:
+        print_stopped("goes on", str(e))
+        return PREEMPTED if e.signal == SIGTERM else FROM_KEYBOARD
     except KeyboardInterrupt:
         print_stopped("goes on from the last checkpoint")
-        return 130
+        return FROM_KEYBOARD
     return 0
+
+
+def _run(config: Config, stop: Stop) -> None:
+    console = make_console()
+    write_report(run(config, console, stop), config, console)
+    if config.export:
+        write_exports(export_all(config, console), config, console)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class Config:
     """How rows are taught whose names end in `+distill`, as in `--methods w2a2 w2a2+distill`."""
     batch: int = 128
     """Examples a step, over all devices."""
+    accumulate: int = 1
+    """Parts that each batch is seen in, one after the other, where it is too large for the devices' memory at once."""
     label_smoothing: float = 0.0
     """Of the training loss."""
     augment: bool = True
@@ -96,10 +98,16 @@ class Config:
     """Folder of prepared data sets; $JAXCOMP_DATA or ~/.cache/jaxcomp/data by default."""
     checkpoint_seconds: float = 30.0
     """The least time between two checkpoints."""
+    compilation_cache: Path | None = None
+    """Folder where compiled programs are kept, for later runs of the same shapes; by default they are not."""
     tensorboard: bool = False
     """Also write TensorBoard events (wants the extra `tensorboard`)."""
     export: tuple[Target, ...] = ()
     """Runtimes that each row is also written for, and judged in (want the extras `export` and `litert`)."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}.")
 
     @property
     def folder(self) -> Path:
@@ -113,7 +121,7 @@ Identity = Mapping[str, object]
 
 def identity_of(config: Config) -> dict[str, object]:
     """What must be equal for a run to be resumed: all fields that change its numbers."""
-    free = {"out", "data_dir", "checkpoint_seconds", "tensorboard", "methods", "export"}
+    free = {"out", "data_dir", "checkpoint_seconds", "compilation_cache", "tensorboard", "methods", "export"}
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if is_dataclass(value):
@@ -122,7 +130,8 @@ def identity_of(config: Config) -> dict[str, object]:
         return {prefix.rstrip("."): value}
 
     found = flat("", config)
-    usual = {f"distill.{f.name}": f.default for f in fields(DistillConfig)}  # as in runs that know no teacher
+    # Not said where they are the usual ones, as in runs that knew no teacher and no parts.
+    usual = {"accumulate": 1, **{f"distill.{f.name}": f.default for f in fields(DistillConfig)}}
     return {k: v for k, v in found.items() if k not in usual or usual[k] != v}
 
 

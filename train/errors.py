@@ -1,4 +1,4 @@
-"""What can go wrong in a command, each with a message that says why and what to do; a command prints it and ends."""
+"""What can end a command, each with a message that says why and what to do; a command prints it and ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class TrainingError(RuntimeError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot start; the message says why and what to do."""
+    """A run that cannot start, or be written; the message says why and what to do."""
 
 
 class FederationError(RuntimeError):
@@ -21,3 +21,11 @@ class FederationError(RuntimeError):
 
 class ProgressError(RuntimeError):
     """Progress cannot be shown as wanted."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command; the message says what is saved. Like a key, it is no error that code may catch."""
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.experiments.main_job import Row
+from train.experiments.records import Row
 from train.seeds import main
 
 ACCURACIES = {"baseline": (0.9, 0.91, 0.92), "float": (0.93, 0.92, 0.925), "w4a4": (0.925, 0.93, 0.91)}
@@ -23,6 +23,13 @@ def write(folder: Path, seed: int, names: tuple[str, ...] = tuple(ACCURACIES), w
     folder.mkdir()
     settings = {"dataset": "digits", "model.width": width, "seed": seed}
     (folder / "report.json").write_text(json.dumps({"settings": settings, "rows": [asdict(r) for r in rows]}))
+    return folder
+
+
+def said(folder: Path, report: str) -> Path:
+    """A run whose report is of another version, or cut."""
+    folder.mkdir()
+    (folder / "report.json").write_text(report)
     return folder
 
 
@@ -51,6 +58,9 @@ def test_it_compares_with_the_row_that_is_named(tmp_path, capsys) -> None:
     ("others", "message"),
     [
         (lambda p: (p / "nothing",), "holds no finished run"),
+        (lambda p: (said(p / "b", "{}"),), "holds no finished run"),
+        (lambda p: (said(p / "b", '{"settings": {"seed": 1}, "rows": [{"name": "l1"}]}'),), "holds no finished run"),
+        (lambda p: (said(p / "b", "[" * 9),), "holds no finished run"),
         (lambda p: (write(p / "b", 0),), "both have seed 0"),
         (lambda p: (write(p / "b", 1, width=16),), "has model.width = 16"),
         (lambda p: (write(p / "b", 1, names=("baseline",)),), "has other rows than"),

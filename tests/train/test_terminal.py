@@ -20,8 +20,9 @@ from train.errors import DataError, RunError
 from train.experiments import main_job
 from train.experiments.federated_configs import Config as Federation
 from train.experiments.federated_configs import Row as Sent
-from train.experiments.main_job import Row, check_folder, claim_folder
+from train.experiments.folder import check_folder, claimed
 from train.experiments.methods import METHODS
+from train.experiments.records import Row
 from train.experiments.sparse import Result, Sparse
 from train.reports import federated as federated_report
 from train.reports import main_job as main_report
@@ -128,6 +129,8 @@ MAIN = {
     "--baseline.epochs 0": "epochs must be at least 1, got 0",
     "--finetune.learning-rate 0": "learning_rate must be above 0, got 0.0",
     "--baseline.warmup 2": "warmup must be a fraction in 0..1, got 2.0",
+    "--accumulate 0": "accumulate must be at least 1, got 0",
+    "--accumulate 3": "it must be a multiple of the 1 devices times 3 parts",
     "--nope 1": "Unrecognized options: --nope",
 }
 OTHERS = {
@@ -193,16 +196,18 @@ def test_fault_11_a_failed_download_blocks_nothing(tmp_path, monkeypatch) -> Non
 
 def test_fault_11_a_folder_of_a_run_that_made_nothing_is_taken(tmp_path) -> None:
     out = tmp_path / "run"
-    claim_folder(dataclasses.replace(CIFAR10, out=out), Console(quiet=True))  # as older versions left it
+    with claimed(dataclasses.replace(CIFAR10, out=out), (), Console(quiet=True)):
+        pass  # as older versions left it
     console = Console(file=io.StringIO(), record=True, width=60)
     config = dataclasses.replace(CIFAR10, out=out, seed=3)
-    claim_folder(config, console)
-    assert "held a run with seed = 0, this one has 3; that one had made nothing" in console.export_text()
-    (out / "baseline.safetensors").write_bytes(b"work")
-    claim_folder(config, console)
-    assert "holds a run with these settings" in console.export_text()
-    with pytest.raises(RunError, match="holds a run with seed = 3, this one has 0"):
-        claim_folder(dataclasses.replace(CIFAR10, out=out), console)
+    with claimed(config, (), console):
+        assert "held a run with seed = 0, this one has 3; that one had made nothing" in console.export_text()
+        (out / "baseline.safetensors").write_bytes(b"work")
+    with claimed(config, (), console):
+        assert "holds a run with these settings" in console.export_text()
+    refused = claimed(dataclasses.replace(CIFAR10, out=out), (), Console(quiet=True))
+    with pytest.raises(RunError, match="holds a run with seed = 3, this one has 0"), refused:
+        pass
 
 
 SMALL = dataclasses.replace(
@@ -237,9 +242,9 @@ def test_fault_11_resuming_says_what_is_found(tmp_path, monkeypatch) -> None:
         main_job.run(config, console)
         text = console.export_text()
         assert "holds a run with these settings: this one goes on with it." in text
-        assert "baseline: goes on from the checkpoint after epoch 2 of 3, step 4." in text
+        assert "baseline: goes on from the checkpoint of step 6 of 6." in text
         main_job.run(dataclasses.replace(config, methods=("l1",)), console)
         assert "l1: finished earlier, " in console.export_text()
         (tmp_path / "run" / "l1" / "row.json").write_text("{}")
-        with pytest.raises(RunError, match=r"row.json' cannot be read .*remove it"):
-            main_job.run(config, console)
+        main_job.run(config, console)
+        assert "row.json' is damaged or of another version" in console.export_text()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,20 +12,22 @@ from rich.console import Console
 
 import jaxcomp as jc
 from jaxcomp.artifact.coding import check
-from jaxcomp.artifact.files import write_atomically
 from jaxcomp.core.leaves import zeros_counted
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.export import ExportError
 from jaxcomp.export.running import ready
-from train.configs import Config, ModelConfig, OptimConfig, difference, identity_of
+from train.configs import Config, ModelConfig, OptimConfig
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
 from train.experiments.exports import Export, export, program_of
+from train.experiments.folder import check_folder, claimed
 from train.experiments.methods import MAIN_JOB, TAUGHT, Recipe, Start, method_named
+from train.experiments.records import Row, finished, write_row
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
 from train.loop.progress import Progress, say
 from train.loop.step import Teacher, init_variables
+from train.loop.stopping import Stop
 from train.networks.compressed import macs_of
 from train.networks.linen import build
 
@@ -35,35 +35,21 @@ BASELINE = "baseline"
 """The name of the first row."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. Accuracies, on the test split, and zeros are fractions.
-
-    ``untuned_accuracy`` is that before the first step of fine-tuning, ``test_accuracy`` that of the loaded file.
-    ``macs`` are the multiply-adds of one image. ``note`` says what the figures do not.
-    """
-
-    name: str
-    method: str
-    untuned_accuracy: float | None
-    test_accuracy: float
-    macs: int
-    zeros: float
-    bits: int
-    file_bytes: int
-    seconds: float
-    note: str = ""
-
-
-def run(config: Config, console: Console) -> list[Row]:
+def run(config: Config, console: Console, stop: Stop | None = None) -> list[Row]:
     """Makes, or goes on making, every row of the table.
 
     Whatever stops it, the same command goes on from the last checkpoint and ends with the same numbers.
 
+    Args:
+      config: the settings.
+      console: where to show what is done.
+      stop: what a signal tells that the run is to end; none, and it ends at its end.
+
     Raises:
-      RunError: an unknown method, a runtime that is not installed, a folder that holds a run with other settings or
-        that cannot be written.
+      RunError: an unknown method, a runtime that is not installed, a folder that holds a run with other settings, that
+        another run is working in, or that cannot be written.
       DataError, TrainingError: what their names say.
+      Stopped: a signal came.
     """
     methods = config.methods or MAIN_JOB
     for name in methods:  # before hours of training
@@ -75,15 +61,14 @@ def run(config: Config, console: Console) -> list[Row]:
             raise RunError(f"--export {e}") from e
     check_folder(config)
     data = load(config.dataset, data_dir=config.data_dir)
-    job = Job.of(config, make_model(config.model, data), data)
-    claim_folder(config, console)  # now that there is a run: one that cannot start claims nothing
-    progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
-    try:
-        rows = [_row(job, BASELINE, progress)]
-        rows += [_row(job, name, progress) for name in methods]
-    finally:
-        progress.close()
-    return rows
+    job = Job.of(config, make_model(config.model, data), data, stop=stop)
+    # Now that there is a run: one that cannot start claims nothing.
+    with claimed(config, {BASELINE, *methods}, console):
+        progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
+        try:
+            return [_row(job, name, progress) for name in (BASELINE, *methods)]
+        finally:
+            progress.close()
 
 
 def export_all(config: Config, console: Console) -> list[Export]:
@@ -107,80 +92,11 @@ def make_model(config: ModelConfig, data: Dataset) -> nn.Module:
     return build(config.name, num_classes=data.num_classes, dtype=config.dtype, **sizes)
 
 
-def check_folder(config: Config) -> str | None:
-    """In what the run that the folder holds differs, where that one made nothing yet; else None.
-
-    Raises:
-      RunError: the folder holds work of a run with other settings, or cannot be read.
-    """
-    folder, note = config.folder, config.folder / "settings.json"
-    try:
-        found = json.loads(note.read_text()) if note.exists() else None
-    except (OSError, ValueError) as e:
-        raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
-    k = None if found is None else difference(found, _settings(config))
-    if found is None or k is None:
-        return None
-    said = f"a run with {k} = {found.get(k)}, this one has {_settings(config).get(k)}"
-    if _holds_work(folder):
-        raise RunError(f"{str(folder)!r} holds {said}; choose another folder with --out, or remove that one.")
-    return said
-
-
-def claim_folder(config: Config, console: Console) -> None:
-    """Makes the run's folder, and says what of an earlier run it goes on with.
-
-    Raises:
-      RunError: what :func:`check_folder` raises, or it cannot be written.
-    """
-    folder, other = config.folder, check_folder(config)
-    try:
-        if other is not None:
-            say(console, f"{folder} held {other}; that one had made nothing, and this one takes its place.")
-            for left in folder.glob("*/metrics.jsonl"):  # of epochs that no checkpoint holds
-                left.unlink()
-        elif _holds_work(folder):
-            say(console, f"{folder} holds a run with these settings: this one goes on with it.")
-            beside = {p.stem for p in folder.glob("*.safetensors")} - {BASELINE, *(config.methods or MAIN_JOB)}
-            if beside:
-                say(console, f"Also there, and not in this table: {', '.join(sorted(beside))}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "settings.json", json.dumps(_settings(config), indent=1).encode())
-    except OSError as e:
-        raise RunError(f"the folder {str(folder)!r} cannot be used: {e}; choose another with --out.") from e
-
-
-def _settings(config: Config) -> dict[str, object]:
-    """As JSON gives them back."""
-    return dict(json.loads(json.dumps(identity_of(config), default=str)))
-
-
-def _holds_work(folder: Path) -> bool:
-    """Whether there is a finished file or a whole checkpoint."""
-    return any(folder.glob("*.safetensors")) or any(p.name.isdigit() for p in folder.glob("*/checkpoints/*"))
-
-
-def _finished(done: Path, file: Path) -> Row | None:
-    """The row that an earlier run finished, or None.
-
-    Raises:
-      RunError: its record cannot be read.
-    """
-    if not (done.exists() and file.exists()):
-        return None
-    try:
-        return Row(**json.loads(done.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise RunError(
-            f"{str(done)!r} cannot be read ({e}); remove it, and the same command makes the row anew."
-        ) from e
-
-
 def _row(job: Job, name: str, progress: Progress) -> Row:
     """The finished row, or the one that is made now."""
     folder = job.config.folder / name
-    done, file = folder / "row.json", folder.parent / f"{name}.safetensors"
-    if found := _finished(done, file):
+    file = folder.parent / f"{name}.safetensors"
+    if found := finished(folder, file, progress.say):
         progress.say(f"{name}: finished earlier, {found.test_accuracy:.2%} on the test split; reused.")
         return found
     _make_folder(folder)
@@ -189,7 +105,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     variables = recipe.variables["params"], recipe.variables["batch_stats"]
     first = first_compression(job, recipe.transform, variables)
     untuned = None if name == BASELINE else _accuracy(job, recipe.transform.apply(first, variables[0]), variables[1])
-    state, seconds = fit(
+    state, reached = fit(
         job,
         name,
         recipe.transform,
@@ -211,11 +127,10 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         zeros=_fraction_of_zeros(shipped["params"]),
         bits=32 if name == BASELINE else method_named(name).bits,
         file_bytes=os.path.getsize(file),
-        seconds=round(seconds, 1),
+        seconds=round(reached.seconds, 1),
         note=_note(job, recipe, shipped),
     )
-    write_atomically(done, json.dumps(asdict(row)).encode())
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    write_row(folder, row, file=file, history=reached.history)
     return row
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from train.configs import Config, OptimConfig
 from train.data.order import epoch_batches
 from train.data.sets import Dataset
 from train.errors import TrainingError
-from train.loop.checkpoints import Checkpoints
+from train.loop.checkpoints import Checkpoints, Reached
 from train.loop.evaluate import accuracy, mean_abs_gradient
-from train.loop.history import Epoch, read_history, write_history
+from train.loop.history import Epoch, write_history
 from train.loop.progress import Progress
+from train.loop.saves import Saves
 from train.loop.step import (
     Mesh,
     Metrics,
@@ -32,6 +33,7 @@ from train.loop.step import (
     make_predict,
     make_train_step,
 )
+from train.loop.stopping import Stop
 from train.networks.compressed import Network
 
 
@@ -44,22 +46,24 @@ class Job:
     data: Dataset
     mesh: Mesh
     predict: Predict
+    stop: Stop
     teacher: Teacher | None = None
 
     @staticmethod
-    def of(config: Config, model: Network, data: Dataset) -> Job:
-        """A job on all local devices.
+    def of(config: Config, model: Network, data: Dataset, *, stop: Stop | None = None) -> Job:
+        """A job on all local devices, which ends when ``stop`` says so.
 
         Raises:
-          TrainingError: the batch does not divide over the devices, or is larger than the training split.
+          TrainingError: the batch does not divide over the devices and parts, or is larger than the training split.
         """
-        mesh = data_mesh()
-        if config.batch % mesh.devices or not 0 < config.batch <= len(data.train):
+        mesh, n = data_mesh(), len(data.train)
+        if config.batch % (mesh.devices * config.accumulate) or not 0 < config.batch <= n:
+            parts = f" times {config.accumulate} parts" if config.accumulate > 1 else ""
             raise TrainingError(
-                f"batch is {config.batch}; it must be a multiple of the {mesh.devices} devices and at most"
-                f" {len(data.train)}, the training split."
+                f"batch is {config.batch}; it must be a multiple of the {mesh.devices} devices{parts} and at most {n},"
+                " the training split."
             )
-        return Job(config, model, data, mesh, make_predict(model, data))
+        return Job(config, model, data, mesh, make_predict(model, data), stop or Stop())
 
     def on(self, network: Network) -> Job:
         """The job with another network."""
@@ -76,46 +80,47 @@ def fit(
     folder: Path,
     progress: Progress,
     compression: State,
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, Reached]:
     """Trains from ``variables`` (parameters, batch statistics) under ``transform``; resumes what is in ``folder``.
 
     ``compression`` is the transform's state before the first step, as :func:`first_compression` gives it.
 
     Returns:
-      The state after the last epoch, and the seconds spent, over all resumptions.
+      The state after the last epoch, and what was reached: the epochs, and the seconds over all resumptions.
 
     Raises:
       TrainingError: a loss or gradient is not finite; the metric and the step are named.
+      RunError: a checkpoint cannot be written.
+      Stopped: a signal came; the step that was under way is done and saved.
     """
     config, data = job.config, job.data
     per_epoch = len(data.train) // config.batch
     step, state = _start(job, transform, optim, variables=variables, compression=compression)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, first, seconds = checkpoints.restore(state)
-        history = read_history(folder / "metrics.jsonl", first)
-        progress.resumed(name, epoch=first, of=optim.epochs, step=first * per_epoch)
-        images, labels = jax.device_put((data.train.images, data.train.labels), job.mesh.copied)
-        saved = time.monotonic()
-        with progress.training(name, total=optim.epochs * per_epoch, done=first * per_epoch) as bar:
-            for epoch in range(first, optim.epochs):
-                began = time.monotonic()
-                metrics = []
-                for indices in epoch_batches(config.seed, epoch, len(data.train), config.batch):
-                    state, m = step(state, images, labels, jax.device_put(indices, job.mesh.split))
-                    metrics.append(m)
-                    bar.step(examples=config.batch)
-                line = _epoch_line(
-                    job, name, transform, epoch=epoch, state=state, metrics=jax.device_get(metrics), began=began
-                )
-                seconds += time.monotonic() - began
-                history.append(line)
-                write_history(folder / "metrics.jsonl", history)
-                bar.epoch(line)
-                last = epoch + 1 == optim.epochs
-                if last or time.monotonic() - saved >= config.checkpoint_seconds:
-                    checkpoints.save(state, epoch=epoch + 1, seconds=seconds)
-                    saved = time.monotonic()
-    return state, seconds
+    checkpoints = Checkpoints(folder / "checkpoints", progress.say)
+    state, reached = checkpoints.restore(state)
+    done, total = int(state.step), optim.epochs * per_epoch
+    saves = Saves(checkpoints, reached, name, every=config.checkpoint_seconds, step=done)
+    progress.resumed(name, step=done, of=total)
+    images, labels = jax.device_put((data.train.images, data.train.labels), job.mesh.copied)
+    with progress.training(name, total=total, done=done) as bar, job.stop.at_steps():
+        for epoch in range((done - len(reached.steps)) // per_epoch, optim.epochs):
+            began, batches = time.monotonic(), epoch_batches(config.seed, epoch, len(data.train), config.batch)
+            batches = batches[len(reached.steps) :]
+            for indices in batches:
+                state, metrics = step(state, images, labels, job.mesh.place(indices))
+                saves.count(metrics)
+                bar.step(examples=config.batch)
+                if job.stop.now():
+                    saves.save(state)
+                    raise job.stop.stopped(f" after step {int(state.step)} of {name}, which is saved")
+                saves.save_if_due(state)
+            rate = len(batches) * config.batch / (time.monotonic() - began)
+            line = _epoch_line(job, name, transform, epoch=epoch, state=state, steps=saves.steps(), rate=rate)
+            saves.end_epoch(line)
+            write_history(folder, reached.history)
+            bar.epoch(line)
+        saves.save(state)
+    return state, reached
 
 
 def _start(
@@ -139,6 +144,7 @@ def _start(
         seed=config.seed,
         mesh=job.mesh,
         teacher=job.teacher,
+        accumulate=config.accumulate,
     )
     state = TrainState(jax.numpy.int32(0), *variables, optimizer.init(variables[0]), compression)
     # Copies: the step donates its state, and the caller keeps the variables.
@@ -164,20 +170,11 @@ def _epoch_line(
     *,
     epoch: int,
     state: TrainState,
-    metrics: list[Metrics],
-    began: float,
+    steps: Sequence[tuple[float, ...]],
+    rate: float,
 ) -> Epoch:
-    """The epoch's means and its accuracy on the validation split, if every step was finite."""
-    for i, m in enumerate(metrics):
-        for metric, value in m._asdict().items():
-            if not np.isfinite(value):
-                step = int(state.step) - len(metrics) + i
-                raise TrainingError(
-                    f"{name}: {metric} is {value} at step {step} (epoch {epoch}); lower the learning rate. The last"
-                    " checkpoint is from before it."
-                )
-    loss, train_accuracy, grad_norm = (float(np.mean([m[k] for m in metrics])) for k in range(3))
-    rate = len(metrics) * job.config.batch / (time.monotonic() - began)
+    """The epoch's means and its accuracy on the validation split."""
+    loss, train_accuracy, grad_norm = np.mean(np.asarray(steps, np.float64), 0).tolist()
     params = jc.materialize(transform.apply(state.compression, state.params))
     validation = accuracy(job.predict, params, state.batch_stats, job.data.validation)
     return Epoch(name, epoch, int(state.step), loss, train_accuracy, validation, grad_norm, round(rate, 1))

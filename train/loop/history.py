@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxcomp.artifact.files import write_atomically
-from train.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,27 @@ class Epoch:
     examples_per_second: float
 
 
-def read_history(path: Path, epochs: int) -> list[Epoch]:
-    """The lines of the epochs that the checkpoint holds; later ones will be made again.
+FILE = "metrics.jsonl"
+"""Its name in the folder of a row. Checkpoints and finished rows hold its lines: it is written, and read by others."""
+
+
+def lines_of(history: Sequence[Epoch]) -> str:
+    """The text of the file."""
+    return "".join(json.dumps(asdict(line)) + "\n" for line in history)
+
+
+def parsed(text: str) -> list[Epoch]:
+    """The epochs of the file's text.
 
     Raises:
-      RunError: the file cannot be read as such lines.
+      ValueError: it is cut, edited or of another version.
     """
-    if not epochs or not path.exists():
-        return []
     try:
-        lines = [Epoch(**json.loads(line)) for line in path.read_text().splitlines()]
+        return [Epoch(**json.loads(line)) for line in text.splitlines()]
     except (ValueError, TypeError) as e:
-        raise RunError(f"{str(path)!r} cannot be read ({e}); remove it, and the same command goes on without.") from e
-    return [line for line in lines if line.epoch < epochs]
+        raise ValueError(f"is damaged or of another version ({e})") from e
 
 
-def write_history(path: Path, history: list[Epoch]) -> None:
+def write_history(folder: Path, history: Sequence[Epoch]) -> None:
     """All lines anew, so that the file is whole whenever the run is stopped."""
-    write_atomically(path, "".join(json.dumps(asdict(line)) + "\n" for line in history).encode())
+    write_atomically(folder / FILE, lines_of(history).encode())

@@ -105,10 +105,10 @@ class Progress:
         """A line above the bars."""
         say(self._console, text)
 
-    def resumed(self, name: str, *, epoch: int, of: int, step: int) -> None:
+    def resumed(self, name: str, *, step: int, of: int) -> None:
         """Says where a training goes on, if it does not begin."""
-        if epoch:
-            self.say(f"{name}: goes on from the checkpoint after epoch {epoch} of {of}, step {step}.")
+        if step:
+            self.say(f"{name}: goes on from the checkpoint of step {step} of {of}.")
 
     def close(self) -> None:
         """Flushes what is written to TensorBoard."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -58,6 +60,10 @@ class Mesh(NamedTuple):
     split: NamedSharding
     copied: NamedSharding
     devices: int
+
+    def place(self, indices: np.ndarray) -> jax.Array:
+        """The indices of a batch, split: each process puts those of its devices there, of what is the same in all."""
+        return jax.make_array_from_callback(indices.shape, self.split, lambda own: indices[own])
 
 
 def data_mesh() -> Mesh:
@@ -115,6 +121,22 @@ def _make_loss(
     return loss_fn
 
 
+class Batch(NamedTuple):
+    """What one step sees: augmented images, uint8, and their labels."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Part(NamedTuple):
+    """What a batch, or a part of one, gives: means over its examples."""
+
+    grads: Params
+    batch_stats: PyTree
+    loss: jax.Array
+    accuracy: jax.Array
+
+
 def make_train_step(
     model: Network,
     optimizer: optax.GradientTransformation,
@@ -126,32 +148,62 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     teacher: Teacher | None = None,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """``step(state, images, labels, indices) -> (state, metrics)``; the state's buffers are donated.
 
     Images and labels are the whole training split on the device, uint8; ``indices`` picks the batch. The augmentation's
     key is made of the seed and the step, so a resumed run draws what it would have drawn. A teacher sees the same
     images.
-    """
 
+    With ``accumulate`` the batch is seen in so many parts, one after the other, and the step is made of the mean of
+    their gradients: the memory for activations is that of a part. Examples, augmentation and learning rate are those of
+    the whole batch; batch norm normalizes by the statistics of a part, and keeps the mean of theirs.
+    """
     loss_fn = _make_loss(model, transform, data=data, label_smoothing=label_smoothing, teacher=teacher)
+
+    def draw(step: jax.Array, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
+        batch = images[indices]
+        if augmented:
+            batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch, data.augmentation)
+        return Batch(batch, labels[indices])
+
+    def part(state: TrainState, batch: Batch, known: PyTree) -> Part:
+        images = normalize(batch.images, data.mean, data.std)
+        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state, images, batch.labels, known
+        )
+        return Part(grads, batch_stats, loss, (logits.argmax(-1) == batch.labels).mean())
+
+    def update(state: TrainState, seen: Part) -> tuple[TrainState, Metrics]:
+        updates, opt_state = optimizer.update(seen.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        compression = transform.update(state.compression, params, step=state.step + 1, grads=seen.grads)
+        metrics = Metrics(seen.loss, seen.accuracy, optax.global_norm(seen.grads))
+        return TrainState(state.step + 1, params, seen.batch_stats, opt_state, compression), metrics
+
+    known = jax.device_put({} if teacher is None else dict(teacher.variables), mesh.copied)
+    make = _in_one_program if accumulate == 1 else partial(_in_parts, count=accumulate)
+    return make(draw, part, update, mesh=mesh, known=known)
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+
+def _in_one_program(
+    draw: Callable[..., Batch],
+    part: Callable[..., Part],
+    update: Callable[..., tuple[TrainState, Metrics]],
+    *,
+    mesh: Mesh,
+    known: PyTree,
+) -> Step:
+    """The step of the whole batch."""
 
     def step(
         state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, known: PyTree
     ) -> tuple[TrainState, Metrics]:
-        batch, targets = images[indices], labels[indices]
-        if augmented:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
-            batch = augment(key, batch, data.augmentation)
-        batch = normalize(batch, data.mean, data.std)
-        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state, batch, targets, known
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        compression = transform.update(state.compression, params, step=state.step + 1, grads=grads)
-        metrics = Metrics(loss, (logits.argmax(-1) == targets).mean(), optax.global_norm(grads))
-        return TrainState(state.step + 1, params, batch_stats, opt_state, compression), metrics
+        return update(state, part(state, draw(state.step, images, labels, indices), known))
 
     jitted = jax.jit(
         step,
@@ -159,8 +211,48 @@ def make_train_step(
         in_shardings=(mesh.copied, mesh.copied, mesh.copied, mesh.split, mesh.copied),
         out_shardings=(mesh.copied, mesh.copied),
     )
-    known = jax.device_put({} if teacher is None else dict(teacher.variables), mesh.copied)
     return lambda state, images, labels, indices: jitted(state, images, labels, indices, known)
+
+
+def _in_parts(
+    draw: Callable[..., Batch],
+    part: Callable[..., Part],
+    update: Callable[..., tuple[TrainState, Metrics]],
+    *,
+    mesh: Mesh,
+    known: PyTree,
+    count: int,
+) -> Step:
+    """The step of ``count`` parts.
+
+    They are calls of one program: in a loop within one, XLA's convolutions are 10 to 13 times slower on CPUs (jax
+    0.12), and unrolled they are compiled ``count`` times.
+    """
+
+    def begin(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[Part, list[Batch]]:
+        batch = draw(state.step, images, labels, indices)
+        grads, batch_stats = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
+        none = Part(grads, batch_stats, jnp.zeros(()), jnp.zeros(()))
+        # Every count-th example: what is on a device stays there.
+        return none, [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in range(count)]
+
+    def add(state: TrainState, total: Part, batch: Batch, known: PyTree) -> Part:
+        return jax.tree.map(lambda t, x: t + x / count, total, part(state, batch, known))
+
+    everywhere, split = mesh.copied, mesh.split
+    began = jax.jit(begin, in_shardings=(everywhere, everywhere, everywhere, split), out_shardings=(everywhere, split))
+    added = jax.jit(
+        add, donate_argnums=1, in_shardings=(everywhere, everywhere, split, everywhere), out_shardings=everywhere
+    )
+    updated = jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
+
+    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[TrainState, Metrics]:
+        total, batches = began(state, images, labels, indices)
+        for batch in batches:
+            total = added(state, total, batch, known)
+        return updated(state, total)
+
+    return step
 
 
 def taught_loss(teacher: Teacher, known: PyTree, images: jax.Array, *, logits: jax.Array, loss: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jaxcomp.artifact.files import write_atomically
 from train.configs import Config, identity_of
-from train.experiments.main_job import Row
+from train.experiments.records import Row
 from train.reports.figures import accuracy_axes, png_of
 from train.reports.terminal import devices_line, print_table
 

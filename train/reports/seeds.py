@@ -11,7 +11,7 @@ from rich.table import Table
 
 from train.configs import difference
 from train.errors import RunError
-from train.experiments.main_job import Row
+from train.experiments.records import Row
 
 Runs = dict[int, tuple[Row, ...]]
 """The rows of finished runs of one job by seed, ascending; the same methods in each."""
@@ -29,10 +29,10 @@ def read(folders: tuple[Path, ...]) -> Runs:
     for folder in folders:
         try:
             report = json.loads((folder / "report.json").read_text())
-        except (OSError, ValueError) as e:
+            settings, rows = dict(report["settings"]), tuple(Row(**row) for row in report["rows"])
+            seed = settings.pop("seed")
+        except (OSError, ValueError, TypeError, KeyError) as e:
             raise RunError(f"{str(folder)!r} holds no finished run ({e}); run `python -m train` to its end.") from e
-        settings, rows = dict(report["settings"]), tuple(Row(**row) for row in report["rows"])
-        seed = settings.pop("seed")
         if seed in found:
             raise RunError(f"{str(folder)!r} and {str(found[seed][0])!r} both have seed {seed}; name one of them.")
         found[seed] = folder, settings, rows

@@ -66,9 +66,10 @@ def print_error(error: Exception | str) -> None:
     console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def print_stopped(what: str) -> None:
-    """That the keyboard stopped the command, and what the same command does next."""
-    Console(stderr=True).print(f"stopped; the same command {what}.", highlight=False, markup=False)
+def print_stopped(what: str, why: str = "stopped.") -> None:
+    """Why the command stopped, the keyboard say, and what the same command does next."""
+    text = f"{why.rstrip('.')}; the same command {what}."
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def devices_line() -> str:

@@ -40,7 +40,7 @@ SMALL = dataclasses.replace(
     baseline=OptimConfig(epochs=4, learning_rate=3e-3),
     finetune=OptimConfig(epochs=3, learning_rate=1e-3),
     methods=("sensitivity", "joint", "structured", "w8a8"),
-    checkpoint_seconds=0.0,
+    checkpoint_seconds=0.1,
 )
 OPTIONS = [
     "digits",
@@ -60,7 +60,7 @@ OPTIONS = [
     "structured",
     "w8a8",
     "--checkpoint-seconds",
-    "0",
+    "0.1",
 ]
 
 
