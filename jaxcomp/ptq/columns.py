@@ -20,6 +20,7 @@ from jaxcomp.core.bits import order_keys
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.thresholds import fraction_of, smallest
 from jaxcomp.pruning.specs import NM
+from jaxcomp.ptq.factor import Factor, factor
 from jaxcomp.quantization.blocks import Cut, range_of
 from jaxcomp.quantization.grids import Grid
 from jaxcomp.quantization.scales import ScaleRule
@@ -28,8 +29,6 @@ BLOCK = 128
 """Rows of a block: SparseGPT's, over which a fraction is met."""
 _CHUNK = 8
 _TILE = 256
-_MORE = 10.0
-_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -86,56 +85,10 @@ class Done(NamedTuple):
     mask: jax.Array | None
 
 
-class Factor(NamedTuple):
-    """What a solver knows of the inputs.
-
-    Fields:
-      u: upper, ``(n, n)``: ``uᵀ u`` are the damped moments of the inputs from the last to be settled to the first.
-      order: in which the inputs are settled, or None for their own.
-      damping: that was taken, as a fraction of the mean diagonal.
-    """
-
-    u: jax.Array
-    order: jax.Array | None
-    damping: jax.Array
-
-
 @partial(jax.jit, static_argnames="rule")
-def factor(h: Float[Array, "n n"], rule: Rule) -> Factor:
-    """The factor of the second moments ``h``, in the order in which rows are settled.
-
-    Where rounding errors leave no factor, the damping is ten times as large, and so on. An input that was always zero
-    is taken as one of mean size that goes with no other.
-
-    >>> rule = Rule(None, 0, None, None, by_activation=False, damping=0.0)
-    >>> u = factor(jnp.array([[2.0, 1.0], [1.0, 1.0]]), rule).u
-    >>> (u.T @ u)[::-1, ::-1]
-    Array([[2., 1.],
-           [1., 1.]], dtype=float32)
-    """
-    order = _order(jnp.diagonal(h), rule) if rule.by_activation else None
-    turned = h[::-1, ::-1] if order is None else h[order[::-1]][:, order[::-1]]
-    diagonal = jnp.diagonal(turned)
-    active = diagonal > 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(active), 1).astype(h.dtype)
-    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
-    i = jnp.arange(len(h))
-
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[2] == 0) | ~jnp.isfinite(state[1][0, 0]) & (state[2] < _TRIES)
-
-    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        share, _, tries = state
-        more = jnp.maximum(share * _MORE, jnp.full_like(share, float(jnp.finfo(h.dtype).eps)))
-        share = jnp.where(tries == 0, share, more)
-        added = share * mean + jnp.where(active, jnp.zeros_like(mean), mean)
-        # LAPACK wants columns whole: of a symmetric matrix the transpose is free, and a copy of it is not.
-        damped = turned.at[i, i].add(added).T
-        return share, jnp.linalg.cholesky(damped, upper=True, symmetrize_input=False), tries + 1
-
-    start = (jnp.asarray(rule.damping, h.dtype), jnp.zeros_like(h), jnp.int32(0))
-    share, u, _ = lax.while_loop(failed, attempt, start)
-    return Factor(u, order, share)
+def factored(h: Float[Array, "n n"], rule: Rule) -> Factor:
+    """What :func:`solve` wants of the inputs: the factor of their second moments ``h``, in its order of the rows."""
+    return factor(h, _order(jnp.diagonal(h), rule) if rule.by_activation else None, damping=rule.damping)
 
 
 @partial(jax.jit, static_argnames="rule")
@@ -155,7 +108,7 @@ def solve(rows: Rows, inputs: Factor, rule: Rule) -> Done:
     order = inputs.order
     if order is not None:
         rows = jax.tree.map(lambda x: x[order], rows)
-    values, codes, scale, zero, mask = _all_blocks(rows, inputs.u, rule)
+    values, codes, scale, zero, mask = _all_blocks(rows, inputs.root, rule)
     if order is not None:
         back = jnp.argsort(order)
         values, codes, mask = jax.tree.map(lambda x: x[back], (values, codes, mask))
@@ -174,32 +127,32 @@ def _order(diagonal: jax.Array, rule: Rule) -> jax.Array:
     return jnp.lexsort(keys)
 
 
-def _all_blocks(rows: Rows, u: jax.Array, rule: Rule) -> Done:
+def _all_blocks(rows: Rows, root: jax.Array, rule: Rule) -> Done:
     """Block after block; the rows of the last one are filled up with zeros whose inputs go with no others.
 
     The factor and the errors lie from the last row to the first, so that no part of the factor is ever turned.
     """
-    n, block = len(u), _block_of(rule)
+    n, block = len(root), _block_of(rule)
     tile = block * max(1, min(_TILE // block, -(-n // block)))
     full = _filled(rows, n, -(-n // block) * block, of_some=isinstance(rule.keep, float))
-    u = _grown(u, -(-n // tile) * tile)
+    root = _grown(root, -(-n // tile) * tile)
 
     def one(errors: jax.Array, b: jax.Array) -> tuple[jax.Array, Done]:
-        start, here = b * block, len(u) - (b + 1) * block
+        start, here = b * block, len(root) - (b + 1) * block
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), full)
-        inverse = _inverse(lax.dynamic_slice(u, (here, here), (block, block)))[::-1, ::-1]
+        inverse = _inverse(lax.dynamic_slice(root, (here, here), (block, block))).T[::-1, ::-1]
 
         def add(t: jax.Array, total: jax.Array) -> jax.Array:
             """What the errors of one tile of earlier rows ask of these; rows to come have none yet."""
-            at = len(u) - (t + 1) * tile
-            coupling = lax.dynamic_slice(u, (here, at), (block, tile))
-            return total + _dot(coupling, lax.dynamic_slice_in_dim(errors, at, tile))
+            at = len(root) - (t + 1) * tile
+            coupling = lax.dynamic_slice(root, (at, here), (tile, block))
+            return total + _dot(coupling.T, lax.dynamic_slice_in_dim(errors, at, tile))
 
         asked = lax.fori_loop(0, (start + tile - 1) // tile, add, jnp.zeros_like(part.w))
         done = _one_block(part, part.w + _dot(inverse, asked[::-1]), inverse, rule=rule)
         return lax.dynamic_update_slice_in_dim(errors, (part.w - done.values)[::-1], here, 0), done
 
-    nothing = jnp.zeros((len(u), rows.w.shape[1]), rows.w.dtype)
+    nothing = jnp.zeros((len(root), rows.w.shape[1]), rows.w.dtype)
     _, done = lax.scan(one, nothing, jnp.arange(-(-n // block)))
     values, codes, scale, zero, mask = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tuple(done))
     values, codes, mask = jax.tree.map(lambda x: x[:n], (values, codes, mask))
@@ -225,15 +178,15 @@ def _pad(x: jax.Array, more: int, value: int) -> jax.Array:
     return jnp.pad(x, ((0, more), (0, 0)), constant_values=value)
 
 
-def _grown(u: jax.Array, size: int) -> jax.Array:
+def _grown(root: jax.Array, size: int) -> jax.Array:
     """A factor of so many rows, those that are more in front and of the identity."""
-    more = size - len(u)
-    ones = jnp.diag((jnp.arange(size) < more).astype(u.dtype))
-    return u if not more else jnp.pad(u, ((more, 0), (more, 0))) + ones
+    more = size - len(root)
+    ones = jnp.diag((jnp.arange(size) < more).astype(root.dtype))
+    return root if not more else jnp.pad(root, ((more, 0), (more, 0))) + ones
 
 
-def _inverse(r: jax.Array) -> jax.Array:
-    return lax.linalg.triangular_solve(r, jnp.eye(len(r), dtype=r.dtype), left_side=True)
+def _inverse(root: jax.Array) -> jax.Array:
+    return lax.linalg.triangular_solve(root, jnp.eye(len(root), dtype=root.dtype), left_side=True, lower=True)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -162,7 +162,7 @@ def _solved(
     wide = w.astype(compute_dtype(w.dtype))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
     rows: Rows = jax.tree.map(place.axes.of, Rows(wide, alive=mask))
-    inputs = _each(partial(columns.factor, rule=rule), h)
+    inputs = _each(partial(columns.factored, rule=rule), h)
     if rule.grid is None or rule.group:
         scale, zero = None, None
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxcomp import NM, Int
-from jaxcomp.ptq.columns import Rows, Rule, factor, solve
+from jaxcomp.ptq.columns import Rows, Rule, factored, solve
 from tests.ptq import published
 
 RNG = np.random.default_rng(0)
@@ -29,7 +29,7 @@ RULE = Rule(Int(4), 0, None, None, by_activation=False, damping=0.01)
 
 
 def solved(rows, h, rule):
-    return solve(rows, factor(jnp.array(h), rule), rule)
+    return solve(rows, factored(jnp.array(h), rule), rule)
 
 
 def agree(ours, theirs, most=0.002):
@@ -83,12 +83,12 @@ def test_what_is_left_is_that_of_the_published_pruning(keep):
 def test_the_damping_grows_until_there_is_a_factor():
     x = np.float32(RNG.normal(size=(3, 40)))
     h = jnp.array(x.T @ x) - 1e-3 * jnp.eye(40)  # no rounding error is that large: no moments are
-    found = factor(h, replace(RULE, damping=0.0))
+    found = factored(h, replace(RULE, damping=0.0))
     assert 0 < float(found.damping) < 0.1
-    assert float(factor(jnp.array(H), RULE).damping) == np.float32(0.01)
-    assert np.isfinite(found.u).all()
+    assert float(factored(jnp.array(H), RULE).damping) == np.float32(0.01)
+    assert np.isfinite(found.root).all()
     damped = np.asarray(h) + float(found.damping) * np.mean(np.diag(h)) * np.eye(40)
-    np.testing.assert_allclose((found.u.T @ found.u)[::-1, ::-1], damped, atol=1e-4)
+    np.testing.assert_allclose((found.root @ found.root.T)[::-1, ::-1], damped, atol=1e-4)
 
 
 def test_inputs_that_were_always_zero_leave_their_rows_as_they_are_rounded():
