@@ -7,7 +7,7 @@ left there is taken up by row i before it is rounded. That is GPTQ's recursion w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from jaxcomp.core.bits import order_keys
 from jaxcomp.pruning.masks.nm import n_m_mask
 from jaxcomp.pruning.masks.thresholds import fraction_of, smallest
 from jaxcomp.pruning.specs import NM
+from jaxcomp.ptq.factor import Factor, factor
 from jaxcomp.quantization.blocks import Cut, range_of
 from jaxcomp.quantization.grids import Grid
 from jaxcomp.quantization.scales import ScaleRule
@@ -28,8 +29,6 @@ BLOCK = 128
 """Rows of a block: SparseGPT's, over which a fraction is met."""
 _CHUNK = 8
 _TILE = 256
-_MORE = 10.0
-_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -87,61 +86,35 @@ class Done(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="rule")
-def solve(rows: Rows, h: Float[Array, "n n"], rule: Rule) -> tuple[Done, Float[Array, ""]]:
-    """The rows rounded, pruned, or both, so that ``tr((w - values)ᵀ h (w - values))`` is small; and the damping taken.
+def factored(h: Float[Array, "n n"], rule: Rule) -> Factor:
+    """What :func:`solve` wants of the inputs: the factor of their second moments ``h``, in its order of the rows."""
+    return factor(h, _order(jnp.diagonal(h), rule) if rule.by_activation else None, damping=rule.damping)
+
+
+@partial(jax.jit, static_argnames="rule")
+def solve(rows: Rows, inputs: Factor, rule: Rule) -> Done:
+    """The rows rounded, pruned, or both, so that ``tr((w - values)ᵀ h (w - values))`` is small.
 
     Args:
       rows: the weight.
-      h: second moments of its inputs.
+      inputs: of its second moments, by this rule or one that differs in the grid alone.
       rule: what is done.
 
     Source: Frantar et al. 2022, arXiv:2210.17323 (rounding), 2023, arXiv:2301.00774 (pruning, and both); that the
-    factor of ``h`` gives the recursion too: Chee et al. 2023, arXiv:2307.13304, theorem 6. Deviation: inputs that were
-    always zero leave their weights as they are rounded, where the published code sets them to 0.
+    factor of ``h`` gives the recursion too: Chee et al. 2023, arXiv:2307.13304, theorem 6. Deviations: inputs that were
+    always zero leave their weights as they are rounded, where the published code sets them to 0; where neighbours share
+    a scale and some are pruned, the scale is that of those that stay, as they are when the others are gone.
     """
-    order = _order(jnp.diagonal(h), rule) if rule.by_activation else None
+    order = inputs.order
     if order is not None:
-        rows, h = jax.tree.map(lambda x: x[order], rows), h[order][:, order]
-    factor, damping = upper_factor(h, rule.damping)
-    values, codes, scale, zero, mask = _all_blocks(rows, factor, rule)
+        rows = jax.tree.map(lambda x: x[order], rows)
+    values, codes, scale, zero, mask = _all_blocks(rows, inputs.root, rule)
     if order is not None:
         back = jnp.argsort(order)
         values, codes, mask = jax.tree.map(lambda x: x[back], (values, codes, mask))
         groups = jnp.argsort(order[:: max(rule.group, 1)])
         scale, zero = jax.tree.map(lambda x: x[groups], (scale, zero))
-    return Done(values, codes, scale, zero, mask), damping
-
-
-def upper_factor(h: Float[Array, "n n"], damping: float) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The upper ``r`` with ``h + damping mean(diag h) = r rᵀ``, and the damping that it took.
-
-    Where rounding errors leave no factor, the damping is ten times as large, and so on. An input that was always zero
-    is taken as one of mean size that goes with no other.
-
-    >>> upper_factor(jnp.array([[2.0, 1.0], [1.0, 1.0]]), 0.0)[0]
-    Array([[1., 1.],
-           [0., 1.]], dtype=float32)
-    """
-    diagonal = jnp.diagonal(h)
-    active = diagonal > 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(active), 1).astype(h.dtype)
-    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
-    least = h + jnp.diag(jnp.where(active, jnp.zeros_like(diagonal), mean))
-
-    def factor(share: jax.Array) -> jax.Array:
-        damped = least + jnp.diag(jnp.full_like(diagonal, share * mean))
-        return jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
-
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return ~jnp.isfinite(state[1][0, 0]) & (state[2] < _TRIES)
-
-    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        share = jnp.maximum(state[0] * _MORE, jnp.full_like(state[0], float(jnp.finfo(h.dtype).eps)))
-        return share, factor(share), state[2] + 1
-
-    first = jnp.asarray(damping, h.dtype)
-    share, found, _ = lax.while_loop(failed, again, (first, factor(first), jnp.int32(0)))
-    return found, share
+    return Done(values, codes, scale, zero, mask)
 
 
 def _order(diagonal: jax.Array, rule: Rule) -> jax.Array:
@@ -154,30 +127,32 @@ def _order(diagonal: jax.Array, rule: Rule) -> jax.Array:
     return jnp.lexsort(keys)
 
 
-def _all_blocks(rows: Rows, factor: jax.Array, rule: Rule) -> Done:
-    """Block after block; the rows of the last one are filled up with zeros whose inputs go with no others."""
-    n, block = len(factor), _block_of(rule)
+def _all_blocks(rows: Rows, root: jax.Array, rule: Rule) -> Done:
+    """Block after block; the rows of the last one are filled up with zeros whose inputs go with no others.
+
+    The factor and the errors lie from the last row to the first, so that no part of the factor is ever turned.
+    """
+    n, block = len(root), _block_of(rule)
     tile = block * max(1, min(_TILE // block, -(-n // block)))
-    full, r = (
-        _filled(rows, n, -(-n // block) * block, of_some=isinstance(rule.keep, float)),
-        _grown(factor, -(-n // tile) * tile),
-    )
+    full = _filled(rows, n, -(-n // block) * block, of_some=isinstance(rule.keep, float))
+    root = _grown(root, -(-n // tile) * tile)
 
     def one(errors: jax.Array, b: jax.Array) -> tuple[jax.Array, Done]:
-        start = b * block
+        start, here = b * block, len(root) - (b + 1) * block
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), full)
-        inverse = _inverse(lax.dynamic_slice(r, (start, start), (block, block)))
+        inverse = _inverse(lax.dynamic_slice(root, (here, here), (block, block))).T[::-1, ::-1]
 
         def add(t: jax.Array, total: jax.Array) -> jax.Array:
             """What the errors of one tile of earlier rows ask of these; rows to come have none yet."""
-            coupling = lax.dynamic_slice(r, (t * tile, start), (tile, block))
-            return total + _dot(coupling.T, lax.dynamic_slice_in_dim(errors, t * tile, tile))
+            at = len(root) - (t + 1) * tile
+            coupling = lax.dynamic_slice(root, (at, here), (tile, block))
+            return total + _dot(coupling.T, lax.dynamic_slice_in_dim(errors, at, tile))
 
         asked = lax.fori_loop(0, (start + tile - 1) // tile, add, jnp.zeros_like(part.w))
-        done = _one_block(part, part.w + _dot(inverse.T, asked), inverse, rule=rule)
-        return lax.dynamic_update_slice_in_dim(errors, part.w - done.values, start, 0), done
+        done = _one_block(part, part.w + _dot(inverse, asked[::-1]), inverse, rule=rule)
+        return lax.dynamic_update_slice_in_dim(errors, (part.w - done.values)[::-1], here, 0), done
 
-    nothing = jnp.zeros((len(r), rows.w.shape[1]), rows.w.dtype)
+    nothing = jnp.zeros((len(root), rows.w.shape[1]), rows.w.dtype)
     _, done = lax.scan(one, nothing, jnp.arange(-(-n // block)))
     values, codes, scale, zero, mask = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tuple(done))
     values, codes, mask = jax.tree.map(lambda x: x[:n], (values, codes, mask))
@@ -203,56 +178,61 @@ def _pad(x: jax.Array, more: int, value: int) -> jax.Array:
     return jnp.pad(x, ((0, more), (0, 0)), constant_values=value)
 
 
-def _grown(factor: jax.Array, size: int) -> jax.Array:
-    """A factor of so many rows, those that are more of the identity."""
-    more = size - len(factor)
-    ones = jnp.diag((jnp.arange(size) >= len(factor)).astype(factor.dtype))
-    return factor if not more else jnp.pad(factor, ((0, more), (0, more))) + ones
+def _grown(root: jax.Array, size: int) -> jax.Array:
+    """A factor of so many rows, those that are more in front and of the identity."""
+    more = size - len(root)
+    ones = jnp.diag((jnp.arange(size) < more).astype(root.dtype))
+    return root if not more else jnp.pad(root, ((more, 0), (more, 0))) + ones
 
 
-def _inverse(r: jax.Array) -> jax.Array:
-    return lax.linalg.triangular_solve(r, jnp.eye(len(r), dtype=r.dtype), left_side=True)
+def _inverse(root: jax.Array) -> jax.Array:
+    return lax.linalg.triangular_solve(root, jnp.eye(len(root), dtype=root.dtype), left_side=True, lower=True)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision="highest")
 
 
-def _one_block(part: Rows, w: jax.Array, u: jax.Array, *, rule: Rule) -> Done:
+def _one_block(part: Rows, w: jax.Array, inverse: jax.Array, *, rule: Rule) -> Done:
     """One block, of which no row is settled yet.
 
     Args:
       part: its rows as they were.
       w: what they are best, given the rows before.
-      u: the inverse of its part of the factor.
+      inverse: of its part of the factor, lower: how its rows' errors go on.
       rule: what is done.
     """
-    pivots = jnp.diagonal(u)[:, None]
-    mask = _kept(w, pivots, part.alive, rule=rule)
-    found = _found_scale(w, mask, rule) if rule.group else (None, None)
-    scale, zero = found if rule.group else (part.scale, part.zero)
+    scale, zero = part.scale, part.zero
+    if rule.group:
+        scale, zero = _found_scale(w, part.alive, inverse, rule=rule)
     scales, zeros = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
+    values, codes, _, _, mask = _all_rows(Rows(w, scales, zeros, part.alive), inverse, rule)
+    return Done(values, codes, *((scale, zero) if rule.group else (None, None)), mask)
+
+
+def _all_rows(block: Rows, inverse: jax.Array, rule: Rule) -> Done:
+    """The rows of a block, a few at a time: the errors of those before are made good at once."""
+    w, chooses = block.w, isinstance(rule.keep, NM)
     size = rule.keep.m if isinstance(rule.keep, NM) else max(k for k in range(1, _CHUNK + 1) if not len(w) % k)
-    chosen = part.alive if isinstance(rule.keep, NM) else mask
-    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), Rows(w, scales, zeros, chosen))
+    mask = block.alive if chooses else _kept(w, inverse, block.alive, rule=rule)
+    of_rows = jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), block._replace(alive=mask))
 
     def chunk(errors: jax.Array, given: tuple[jax.Array, Rows]) -> tuple[jax.Array, Done]:
         at, (now, scale, zero, mask) = given
-        columns = lax.dynamic_slice_in_dim(u, at, size, 1)
-        now = now - _dot(columns.T, errors)
-        here = lax.dynamic_slice_in_dim(columns, at, size)
-        if isinstance(rule.keep, NM):
-            mask = _kept(now, jnp.diagonal(here)[:, None], mask, rule=rule)
+        couplings = lax.dynamic_slice_in_dim(inverse, at, size)
+        now = now - _dot(couplings, errors)
+        here = lax.dynamic_slice_in_dim(couplings, at, size, 1)
+        if chooses:
+            mask = _kept(now, here, mask, rule=rule)
         new, done = _rows_of(now, Rows(now, scale, zero, mask), here, grid=rule.grid)
         return lax.dynamic_update_slice_in_dim(errors, new, at, 0), done
 
-    at = jnp.arange(0, len(w), size)
-    _, done = lax.scan(chunk, jnp.zeros_like(w), (at, of_rows))
+    _, done = lax.scan(chunk, jnp.zeros_like(w), (jnp.arange(0, len(w), size), of_rows))
     values, codes, mask = jax.tree.map(lambda x: x.reshape(w.shape), (done.values, done.codes, done.mask))
-    return Done(values, codes, found[0], found[1], mask)
+    return Done(values, codes, None, None, mask)
 
 
-def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, *, grid: Grid | None) -> tuple[jax.Array, Done]:
+def _rows_of(now: jax.Array, rows: Rows, inverse: jax.Array, *, grid: Grid | None) -> tuple[jax.Array, Done]:
     """A few rows one after the other: their errors over the pivots, and what became of them."""
 
     def row(now: jax.Array, given: tuple[jax.Array, jax.Array, Rows]) -> tuple[jax.Array, tuple[jax.Array, Done]]:
@@ -262,7 +242,7 @@ def _rows_of(now: jax.Array, rows: Rows, u: jax.Array, *, grid: Grid | None) -> 
         error = (w - value) / coupling[i]
         return now - coupling[:, None] * error[None], (error, Done(value, code, None, None, here.alive))
 
-    _, (errors, done) = lax.scan(row, now, (jnp.arange(len(now)), u, rows))
+    _, (errors, done) = lax.scan(row, now, (jnp.arange(len(now)), inverse.T, rows))
     return errors, done
 
 
@@ -277,11 +257,11 @@ def _settled(w: jax.Array, here: Rows, grid: Grid | None) -> tuple[jax.Array, ja
     return values if here.alive is None else jnp.where(here.alive, values, jnp.zeros_like(values)), codes[0]
 
 
-def _kept(w: jax.Array, pivots: jax.Array, alive: jax.Array | None, *, rule: Rule) -> jax.Array | None:
-    """Which rows of a block stay, by what it costs to prune each alone."""
+def _kept(w: jax.Array, inverse: jax.Array, alive: jax.Array | None, *, rule: Rule) -> jax.Array | None:
+    """Which rows stay, by what it costs to prune each alone."""
     if rule.keep is None:
         return alive
-    scores = jnp.square(w / pivots)
+    scores = jnp.square(w / jnp.diagonal(inverse)[:, None])
     if isinstance(rule.keep, NM):
         return n_m_mask(scores, NM(rule.keep.n, rule.keep.m, 0), alive)
     count = scores.size if alive is None else jnp.sum(alive, dtype=jnp.uint32)
@@ -289,7 +269,12 @@ def _kept(w: jax.Array, pivots: jax.Array, alive: jax.Array | None, *, rule: Rul
     return ~gone if alive is None else alive & ~gone
 
 
-def _found_scale(w: jax.Array, mask: jax.Array | None, rule: Rule) -> tuple[jax.Array, jax.Array | None]:
+def _found_scale(
+    w: jax.Array, alive: jax.Array | None, inverse: jax.Array, *, rule: Rule
+) -> tuple[jax.Array, jax.Array | None]:
+    """The scale of a block in its rows as they are, or as they are where those that go are gone."""
     assert rule.grid is not None
-    kept = w if mask is None else jnp.where(mask, w, jnp.zeros_like(w))
-    return rule.grid.scale_of(*range_of(Cut("", "", kept, mask, (1, w.shape[1])), rule.grid, rule.scale))
+    if rule.keep is not None:
+        w, _, _, _, alive = _all_rows(Rows(w, alive=alive), inverse, replace(rule, grid=None))
+    kept = w if alive is None else jnp.where(alive, w, jnp.zeros_like(w))
+    return rule.grid.scale_of(*range_of(Cut("", "", kept, alive, (1, w.shape[1])), rule.grid, rule.scale))

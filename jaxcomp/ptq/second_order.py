@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import each
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots
 from jaxcomp.core.specs import checked_fraction, is_number
-from jaxcomp.core.types import Leaf, Params
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.pruning.specs import NM
 from jaxcomp.ptq import columns, notices
-from jaxcomp.ptq.columns import Done, Rows, Rule
+from jaxcomp.ptq.columns import Rows, Rule
 from jaxcomp.ptq.places import How, Keep, Place, place_of
 from jaxcomp.quantization.blocks import Cut, range_of
 from jaxcomp.quantization.grids import Grid, Int
@@ -29,6 +31,8 @@ from jaxcomp.quantization.leaves import Quantized, scales_and_zero
 from jaxcomp.quantization.numerics.affine import no_weights, spread
 from jaxcomp.quantization.scales import Fixed, ScaleRule, checked_rule
 from jaxcomp.trace.rows import Moments
+
+T = TypeVar("T")
 
 
 @on_any_mesh
@@ -156,12 +160,20 @@ def _solved(
 ) -> Leaf:
     """One leaf: a program a shape."""
     wide = w.astype(compute_dtype(w.dtype))
-    x = Cut("", "", wide, mask, place.blocks)
-    scale, zero = (None, None) if rule.grid is None or rule.group else _given_scale(x, ends, rule)
-    own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
-    rows: Rows = jax.tree.map(place.axes.of, Rows(wide, own[0], own[1], mask))
     h = seen.second.reshape(-1, *seen.second.shape[-2:]).astype(wide.dtype)
-    done, _ = jax.vmap(partial(columns.solve, rule=rule))(rows, h) if len(h) > 1 else _alone(rows, h, rule)
+    rows: Rows = jax.tree.map(place.axes.of, Rows(wide, alive=mask))
+    inputs = _each(partial(columns.factored, rule=rule), h)
+    if rule.grid is None or rule.group:
+        scale, zero = None, None
+    else:
+        x = Cut("", "", wide, mask, place.blocks)
+        if rule.keep is not None and ends is None:
+            left = _each(partial(columns.solve, rule=replace(rule, grid=None)), rows, inputs)
+            x = x._replace(values=place.axes.back(left.values, w.shape), mask=place.axes.back(left.mask, w.shape))
+        scale, zero = _given_scale(x, ends, rule)
+        own = [None if x is None else jnp.broadcast_to(spread(dense(x), w.shape), w.shape) for x in (scale, zero)]
+        rows = rows._replace(**dict(zip(("scale", "zero"), jax.tree.map(place.axes.of, own), strict=True)))
+    done = _each(partial(columns.solve, rule=rule), rows, inputs)
     kept = None if done.mask is None else place.axes.back(done.mask, w.shape)
     if rule.grid is None or done.codes is None:
         values = place.axes.back(done.values, w.shape).astype(w.dtype)
@@ -175,10 +187,11 @@ def _solved(
     return leaf if kept is None else Masked(leaf, kept)
 
 
-def _alone(rows: Rows, h: jax.Array, rule: Rule) -> tuple[Done, jax.Array]:
-    """Without a batch axis, which costs some programs a slower Cholesky."""
-    done = columns.solve(*jax.tree.map(lambda x: x[0], (rows, h)), rule=rule)
-    return jax.tree.map(lambda x: x[None], done)
+def _each(fn: Callable[..., T], *args: PyTree) -> T:
+    """Of each matrix; of one alone without a batch axis, which costs some programs a slower Cholesky."""
+    if len(jax.tree.leaves(args)[0]) > 1:
+        return jax.vmap(fn)(*args)
+    return jax.tree.map(lambda x: x[None], fn(*jax.tree.map(lambda x: x[0], args)))
 
 
 def _given_scale(x: Cut, ends: Ends | None, rule: Rule) -> tuple[Leaf, jax.Array | None]:

@@ -1,23 +1,28 @@
-"""The column solver over its own linear algebra, and what it takes to compile, at 4096 inputs and 1024 columns.
+"""The column solver over its own linear algebra, what it takes to compile, and published codes on the same problem.
 
-Command: ``python -m tests.benchmarks column_solver``; ``--toy`` shows that it runs.
+Command: ``JAXCOMP_IST=<folder> python -m tests.benchmarks column_solver``, at 4096 inputs and 1024 columns; the folder
+is that of :mod:`tests.benchmarks.solver_peers`, and without it there is no row for it. ``--toy`` shows that it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcomp import NM, Int
-from jaxcomp.ptq.columns import BLOCK, Rows, Rule, solve
+from jaxcomp.ptq.columns import BLOCK, Done, Rows, Rule, factored, solve
+from tests.benchmarks.solver_peers import peers
 from tests.benchmarks.timing import Report, Row, measure
 
 INPUTS, COLUMNS = 4096, 1024
 AIM, COMPILE = 1.3, 2.0
+PER_COLUMN = Rule(Int(4), 0, None, None, True, 0.01)
 
 
 def _algebra(h: jax.Array, w: jax.Array) -> jax.Array:
@@ -29,33 +34,71 @@ def _algebra(h: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
+@partial(jax.jit, static_argnames="rule")
+def _solved(rows: Rows, h: jax.Array, rule: Rule) -> Done:
+    return solve(rows, factored(h, rule), rule)
+
+
 def run(*, toy: bool = False) -> Iterator[Report]:
-    """The report."""
+    """Both reports."""
     inputs, columns = (512, 128) if toy else (INPUTS, COLUMNS)
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (inputs + inputs // 2, inputs))
-    h, w = x.T @ x, jax.random.normal(keys[1], (inputs, columns))
+    w = jax.random.normal(keys[1], (inputs, columns))
     scale = jnp.broadcast_to(jnp.max(jnp.abs(w), axis=0) / 7.5, w.shape)
+    yield _speeds(Rows(w, scale), x.T @ x, rounds=2 if toy else 5)
+    decay = jnp.exp(-jnp.arange(inputs) / (inputs / 5))[:, None]
+    x = x @ (jax.random.normal(keys[2], (inputs, inputs)) * decay)
+    yield _peers(Rows(w, scale), x.T @ x, rounds=5, toy=toy)
+
+
+def _speeds(rows: Rows, h: jax.Array, *, rounds: int) -> Report:
+    """Each mode over the linear algebra of one."""
+    bare = rows._replace(scale=None)
     rules = {
-        "int4 a column": (Rule(Int(4), 0, None, None, True, 0.01), Rows(w, scale)),
-        "int4, groups of 128": (Rule(Int(4), 128, None, None, True, 0.01), Rows(w)),
-        "2:4": (Rule(None, 0, None, NM(2, 4), True, 0.01), Rows(w)),
-        "50%": (Rule(None, 0, None, 0.5, True, 0.01), Rows(w)),
-        "2:4 and int4": (Rule(Int(4), 0, None, NM(2, 4), True, 0.01), Rows(w, scale)),
+        "int4 a column": (PER_COLUMN, rows),
+        "int4, groups of 128": (Rule(Int(4), 128, None, None, True, 0.01), bare),
+        "2:4": (Rule(None, 0, None, NM(2, 4), True, 0.01), bare),
+        "50%": (Rule(None, 0, None, 0.5, True, 0.01), bare),
+        "2:4 and int4, scales given": (Rule(Int(4), 0, None, NM(2, 4), True, 0.01), rows),
     }
     algebra, took, cases = jax.jit(_algebra), {}, {}
-    cases["linear algebra"] = lambda: algebra(h, w)
-    cases["control"] = lambda: algebra(h, w)
-    for name, (rule, rows) in rules.items():
+    cases["linear algebra"] = lambda: algebra(h, rows.w)
+    cases["control"] = lambda: algebra(h, rows.w)
+    for name, (rule, given) in rules.items():
         start = perf_counter()
-        compiled = solve.lower(rows, h, rule).compile()
+        compiled = _solved.lower(given, h, rule).compile()
         took[name] = perf_counter() - start
-        cases[name] = lambda compiled=compiled, rows=rows: compiled(rows, h)
-    times = measure(cases, rounds=2 if toy else 5)
+        cases[name] = lambda compiled=compiled, given=given: compiled(given, h)
+    times = measure(cases, rounds=rounds)
     lines: list[Row] = [times.row("control", "linear algebra")]
     for name in rules:
         note = f"{times.median(name):.2f} s, compiled in {took[name]:.1f} s (aim {COMPILE:g})"
         target = f"<= {AIM}" if name == "int4 a column" else ""
         lines.append(times.row(name, "linear algebra", detail=note, target=target))
-    title = f"column solver, {inputs} inputs, {columns} columns"
-    yield Report(title, f"Cholesky and block products ({times.median('linear algebra'):.2f} s)", lines, times.notes())
+    title = f"column solver, {len(h)} inputs, {rows.w.shape[1]} columns"
+    return Report(title, f"Cholesky and block products ({times.median('linear algebra'):.2f} s)", lines, times.notes())
+
+
+def _peers(rows: Rows, h: jax.Array, *, rounds: int, toy: bool) -> Report:
+    """int4 a column beside published codes; what each loses on the moments."""
+    w = np.asarray(rows.w)
+    found, missing = peers(w, np.asarray(h), eager=not toy)
+    ours = np.asarray(_solved(rows, h, PER_COLUMN).values)
+    times = measure({"ours": lambda: _solved(rows, h, PER_COLUMN), **found}, rounds=rounds)
+    nearest = np.asarray(Int(4).decode(Int(4).encode(rows.w, rows.scale, None), rows.scale, None))
+    least = _loss(w - nearest, h)
+    lines: list[Row] = []
+    for name, solved in found.items():
+        values = solved()
+        note = f"{times.median(name):.2f} s; loses {_loss(w - values, h) / least:.4f} of what rounding to nearest does"
+        same = np.mean(np.isclose(values, ours, rtol=1e-4))
+        lines.append(times.row(name, "ours", detail=f"{note}; {same:.2%} of the weights are ours"))
+    title = f"published GPTQ beside ours, {len(h)} correlated inputs, {w.shape[1]} columns, int4"
+    own = f"ours ({times.median('ours'):.2f} s; loses {_loss(w - ours, h) / least:.4f})"
+    return Report(title, own, lines, [*times.notes(), *missing])
+
+
+def _loss(error: np.ndarray, h: jax.Array) -> float:
+    moments = np.asarray(h, np.float64)
+    return float(np.sum(error * (moments @ error)))
