@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -85,7 +86,8 @@ def narrow(
       known: scores by counts, of a search that was cut off say; they are not judged again, and new ones are added.
 
     Raises:
-      ValueError: a budget that the narrowest exceeds, or of what nobody counts; nothing to decide; no finite score.
+      ValueError: a budget that the narrowest exceeds, or of what nobody counts; nothing to decide; no finite score
+        of the uniform widths.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxcomp.search import slimmable
@@ -125,9 +127,7 @@ def narrow(
         if allocated is not None:
             starts["allocated"] = within.repaired(allocated)
         _searched(method, rows, within, starts, score, key=key, generations=generations, done=done)
-    fitting = {c: x for c, x in judged.items() if within.meets(c) and x == x}
-    if not fitting:
-        raise ValueError("narrow: judge gave no score that is a number for any widths within the budgets.")
+    fitting = {c: x for c, x in judged.items() if within.meets(c) and math.isfinite(x)}
     best = max(fitting, key=lambda c: fitting[c])
     return Narrowed(net.plan(best), best, fitting[best], within.costs(best), starts, judged)
 
@@ -137,11 +137,14 @@ def _losses(
 ) -> list[dict[int, float]]:
     """What each count of each group loses, the others as in ``base``."""
     level = score(base)
+    if not math.isfinite(level):
+        raise ValueError(f"narrow: judge gave the uniform widths {base} {level!r}; it must give a finite number.")
     found = []
     for g, row in enumerate(rows):
         losses: dict[int, float] = {}
         for n in row:
-            losses[n] = level - score((*base[:g], n, *base[g + 1 :]))
+            loss = level - score((*base[:g], n, *base[g + 1 :]))
+            losses[n] = loss if math.isfinite(loss) else math.inf
             done(1)
         found.append(losses)
     return found
