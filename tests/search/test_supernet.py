@@ -150,10 +150,10 @@ def test_statistics_are_made_anew_alike_in_the_masked_and_in_the_small_network()
     )
     for a, b in zip(jax.tree.leaves(plan.take(masked)), jax.tree.leaves(small), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    kernel = variables["params"]["conv_0"]["kernel"].astype(np.float64)
+    kernel = np.asarray(variables["params"]["conv_0"]["kernel"], np.float64)
     padded = np.pad(np.asarray(x, np.float64), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
     windows = np.lib.stride_tricks.sliding_window_view(padded[..., 0], (3, 3), axis=(2, 3))
-    out = np.einsum("bnhwij,ijc->bnhwc", windows, np.asarray(kernel)[:, :, 0])
+    out = np.einsum("bnhwij,ijc->bnhwc", windows, kernel[:, :, 0])
     whole = recalibrated(update, variables, list(x))["batch_stats"]["norm_0"]
     np.testing.assert_allclose(whole["mean"], out.mean((0, 1, 2, 3)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(whole["var"], out.var((1, 2, 3)).mean(0), rtol=1e-3)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
+import jax
+import numpy as np
+
 from jaxcomp.core.progress import progress
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.tables import columns
@@ -42,14 +45,13 @@ class Narrowed:
     tried: Mapping[Counts, float]
 
     def __repr__(self) -> str:
-        began = {name: counts for name, counts in self.starts.items() if counts in self.tried}
-        cells = [("group", "of", *began, "found", "touches")]
+        cells = [("group", "of", *self.starts, "found", "touches")]
         for g, (group, n) in enumerate(zip(self.plan.groups, self.counts, strict=True)):
             paths = ", ".join(group.paths[:2]) + ", …" * (len(group.paths) > 2)
-            cells.append((str(g), str(group.units), *(str(c[g]) for c in began.values()), str(n), paths))
-        cells.append(("score", "", *(f"{self.tried[c]:.4g}" for c in began.values()), f"{self.score:.4g}", ""))
+            cells.append((str(g), str(group.units), *(str(c[g]) for c in self.starts.values()), str(n), paths))
+        cells.append(("score", "", *(f"{self.tried[c]:.4g}" for c in self.starts.values()), f"{self.score:.4g}", ""))
         costs = ", ".join(f"{x:,g} {name}" for name, x in self.costs.items())
-        table = columns(cells, "rr" + "r" * len(began) + "rl")
+        table = columns(cells, "rr" + "r" * len(self.starts) + "rl")
         return f"{table}\n{costs}; the best of {len(self.tried)} that were judged"
 
 
@@ -113,10 +115,11 @@ def narrow(
     within = Budgets(net, budgets, costs or {})
     tried = {} if known is None else known
     judged: dict[Counts, float] = {}
+    masked = jax.jit(net.masked)
 
     def score(counts: Counts) -> float:
         if counts not in tried:
-            tried[counts] = float(judge(net.masked(params, counts)))
+            tried[counts] = float(judge(masked(params, np.array(counts))))
         return judged.setdefault(counts, tried[counts])
 
     starts = {"uniform": within.uniform()}
@@ -126,6 +129,7 @@ def narrow(
         allocated = within.allocated(losses)
         if allocated is not None:
             starts["allocated"] = within.repaired(allocated)
+            score(starts["allocated"])
         _searched(method, rows, within, starts, score, key=key, generations=generations, done=done)
     fitting = {c: x for c, x in judged.items() if within.meets(c) and math.isfinite(x)}
     best = max(fitting, key=lambda c: fitting[c])

@@ -17,7 +17,7 @@ def recalibrated(update: Callable[..., PyTree], params: Params, batches: Iterabl
     """The parameters with batch norms' statistics as the mean over batches, of this network and no other.
 
     What ``update`` gives are running averages, ``m old + (1 - m) batch``; ``m`` is found by trying, so that the mean is
-    that of the batches alone, each as heavy as any other.
+    that of the batches alone, each as heavy as any other. Not for use in ``jit``: it looks at values.
 
     Args:
       update: ``update(params, *batch)``: new values of some of the parameters, at their paths, as a network in training
