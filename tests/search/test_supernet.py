@@ -69,7 +69,7 @@ def test_counts_are_rounded_up_to_multiples():
 
 
 def test_drawn_counts_are_of_the_table_and_reach_both_ends():
-    drawn = np.asarray(jax.vmap(NET.drawn)(jax.random.split(jax.random.key(0), 300)))
+    drawn = np.asarray(jax.jit(jax.vmap(NET.drawn))(jax.random.split(jax.random.key(0), 300)))
     assert all(set(column) == set(row) for column, row in zip(drawn.T.tolist(), NET.table.tolist(), strict=True))
     for end in (NET.narrowest, NET.widest):
         assert (drawn == end).all(1).mean() > 1 / 9  # both ends alike: a ninth, and those that come so
@@ -107,7 +107,7 @@ def test_the_step_is_the_sum_of_gradients_written_out():
         told = [soft_targets(mlp(NET.masked(p, c), X), wide) for c in counts]
         return sum(told, cross(wide, X, labels)), told
 
-    (total, told), wanted = jax.value_and_grad(written, has_aux=True)(PARAMS)
+    (total, told), wanted = jax.jit(jax.value_and_grad(written, has_aux=True))(PARAMS)
     np.testing.assert_allclose(losses.sum(), total, rtol=1e-5)
     np.testing.assert_allclose(losses[1:], jnp.stack(told), rtol=1e-5, atol=1e-7)
     for name in PARAMS:
@@ -117,7 +117,7 @@ def test_the_step_is_the_sum_of_gradients_written_out():
 @pytest.mark.slow
 def test_the_step_runs_in_jit_and_beside_integers():
     def fn(p, x):
-        return mlp(p, x) * (p["times"] > 0)
+        return mlp(p, x) * p["times"].astype(x.dtype)
 
     params = {**PARAMS, "times": jnp.array(1)}
     net = slimmable(jc.channel_groups(fn)(params, X), params)
@@ -138,6 +138,7 @@ def small_convnet():
     return model, x, variables, net, update
 
 
+@pytest.mark.slow
 def test_statistics_are_made_anew_alike_in_the_masked_and_in_the_small_network():
     model, x, variables, net, update = small_convnet()
     plan = net.plan(net.narrowest)

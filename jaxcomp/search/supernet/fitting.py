@@ -18,7 +18,10 @@ Counts = tuple[int, ...]
 """How many units of each group stay."""
 CostOf = Callable[[Plan], float]
 """What a plan costs; less, the fewer units stay."""
-_TERMS = {"macs": lambda net: net.groups.mac_terms, "parameters": lambda net: net.groups.parameter_terms}
+_TERMS: Mapping[str, Callable[[Supernet], Sequence[Term]]] = {
+    "macs": lambda net: net.groups.mac_terms,
+    "parameters": lambda net: net.groups.parameter_terms,
+}
 
 
 class Budgets:

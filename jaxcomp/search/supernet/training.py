@@ -55,7 +55,7 @@ def sandwich(
     >>> net = slimmable(channel_groups(mlp)(params, x), params)
     >>> def loss(logits, x, labels):
     ...     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    >>> step, tx = sandwich(net, mlp, loss), optax.adam(1e-2)
+    >>> step, tx = sandwich(net, mlp, loss), optax.sgd(1e-2)
     >>> losses, gradients = step(params, jax.random.key(0), x, labels)
     >>> updates, state = tx.update(gradients, tx.init(params))
     >>> losses.shape, optax.apply_updates(params, updates)["up"].shape
