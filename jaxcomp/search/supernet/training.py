@@ -69,20 +69,7 @@ def sandwich(
             f"sandwich: random must be an integer, 0 or more, and inputs 1 or more, got {random!r}, {inputs!r}."
         )
 
-    @jax.jit
-    def widest(params: Params, batch: tuple[PyTree, ...]) -> tuple[tuple[jax.Array, PyTree], Params]:
-        def told(params: Params) -> tuple[jax.Array, PyTree]:
-            outputs = fn(params, *batch[:inputs])
-            return loss(outputs, *batch), outputs
-
-        return jax.value_and_grad(told, has_aux=True, allow_int=True)(params)
-
-    @jax.jit
-    def narrower(params: Params, counts: jax.Array, wanted: PyTree, given: PyTree) -> tuple[jax.Array, Params]:
-        def taught(params: Params) -> jax.Array:
-            return distill(fn(net.masked(params, counts), *given), jax.lax.stop_gradient(wanted))
-
-        return jax.value_and_grad(taught, allow_int=True)(params)
+    widest, narrower = _by_the_loss(fn, loss, inputs), _by_the_widest(net, fn, distill)
 
     @jax.jit
     def widths(key: Key) -> list[jax.Array]:
@@ -101,6 +88,33 @@ def sandwich(
         return jnp.stack(losses), gradients
 
     return step
+
+
+def _by_the_loss(fn: Fn, loss: Callable[..., jax.Array], inputs: int) -> Callable[..., PyTree]:
+    """The loss and the outputs at full width, and the gradients."""
+
+    @jax.jit
+    def widest(params: Params, batch: tuple[PyTree, ...]) -> PyTree:
+        def told(params: Params) -> tuple[jax.Array, PyTree]:
+            outputs = fn(params, *batch[:inputs])
+            return loss(outputs, *batch), outputs
+
+        return jax.value_and_grad(told, has_aux=True, allow_int=True)(params)
+
+    return widest
+
+
+def _by_the_widest(net: Supernet, fn: Fn, distill: Callable[[PyTree, PyTree], jax.Array]) -> Callable[..., PyTree]:
+    """The distance from given outputs at any widths, and the gradients."""
+
+    @jax.jit
+    def narrower(params: Params, counts: jax.Array, wanted: PyTree, given: tuple[PyTree, ...]) -> PyTree:
+        def taught(params: Params) -> jax.Array:
+            return distill(fn(net.masked(params, counts), *given), jax.lax.stop_gradient(wanted))
+
+        return jax.value_and_grad(taught, allow_int=True)(params)
+
+    return narrower
 
 
 def _sum(a: Leaf, b: Leaf) -> Leaf:
