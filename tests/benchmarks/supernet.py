@@ -183,7 +183,7 @@ def run() -> Iterator[Report]:
                 rows.setdefault((level, name), []).append(accuracy)
                 uniform = rows[level, "supernet, uniform"][-1]
                 detail = f"{accuracy:.2%}, {accuracy - uniform:+.2%}, {about.plan.macs:,} MACs"
-                found.append(Row(f"{level:g} of the width, {name}", accuracy, detail=detail))
+                found.append(Row(f"{level:g} of the width, {name}", accuracy, accuracy, accuracy, detail=detail))
                 print(found[-1], flush=True)
         notes.append(f"{time.perf_counter() - start:.0f} s")
         yield Report(f"Widths of a supernet, seed {seed}", "accuracy", found, notes)
@@ -192,4 +192,4 @@ def run() -> Iterator[Report]:
 
 def _mean(at: tuple[float, str], found: list[float]) -> Row:
     low, high = min(found), max(found)
-    return Row(f"{at[0]:g} of the width, {at[1]}", float(np.mean(found)), detail=f"{low:.2%} to {high:.2%}")
+    return Row(f"{at[0]:g} of the width, {at[1]}", float(np.mean(found)), low, high, detail=f"{low:.2%} to {high:.2%}")
