@@ -110,7 +110,7 @@ class Supernet:
                 found.setdefault(s.path, []).append((g, s.axis, s.unit_of))
         return found
 
-    def plan(self, counts: ArrayLike) -> Plan:
+    def plan(self, counts: ArrayLike | Sequence[int]) -> Plan:
         """The plan of structure: ``plan.take(params)`` are the smaller parameters, ``shrink(fn, plan)`` runs them.
 
         Args:
