@@ -6,6 +6,7 @@ from jaxcomp.search.budgets import Quality, Smaller
 from jaxcomp.search.compressing import compress
 from jaxcomp.search.eigenvalues import eigenvalues
 from jaxcomp.search.estimates import Curvature, Estimate
+from jaxcomp.search.evolution import evolution
 from jaxcomp.search.hessian import traces
 from jaxcomp.search.measures import Measure, change_of, decibels, kl, noise
 from jaxcomp.search.menus import Terms, choosing, menu
@@ -17,6 +18,7 @@ from jaxcomp.search.products import GaussNewton
 from jaxcomp.search.recovery import Recovery
 from jaxcomp.search.results import Compressed
 from jaxcomp.search.sensitivity import Sensitivity, sensitivity
+from jaxcomp.search.supernet import Narrowed, Supernet, narrow, recalibrated, sandwich, slimmable
 from jaxcomp.search.units import units_of
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Infeasible",
     "Interval",
     "Measure",
+    "Narrowed",
     "Option",
     "Plan",
     "Quality",
@@ -36,6 +39,7 @@ __all__ = [
     "Sensitivity",
     "Smaller",
     "State",
+    "Supernet",
     "Table",
     "Terms",
     "Unit",
@@ -46,13 +50,18 @@ __all__ = [
     "cross_entropy",
     "decibels",
     "eigenvalues",
+    "evolution",
     "frontier",
     "kl",
     "menu",
+    "narrow",
     "noise",
     "omega",
     "policy_gradient",
+    "recalibrated",
+    "sandwich",
     "sensitivity",
+    "slimmable",
     "traces",
     "units_of",
 ]

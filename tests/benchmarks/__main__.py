@@ -36,7 +36,7 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction", "sentences")
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction", "sentences", "supernet")
 """Those that want an accelerator, packages that cannot be declared, or trained networks: where they are named only."""
 TOY = ("gpu", "decode", "coding", "column_solver", "sentences")
 """Those that also run at toy size, which shows that they run and no more."""
