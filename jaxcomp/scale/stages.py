@@ -17,7 +17,7 @@ from jaxcomp.core.records import made_of, text_of
 from jaxcomp.core.roles import selecting
 from jaxcomp.core.slots import Slot, check_finite, slots
 from jaxcomp.core.specs import Global, Local, share_of
-from jaxcomp.core.transform import Transform, checked_transform
+from jaxcomp.core.transform import Transform, by_path, chain, checked_transform
 from jaxcomp.core.types import Leaf, Shape
 from jaxcomp.factorization.specs import Budget
 from jaxcomp.pruning import notices
@@ -184,6 +184,28 @@ def stages_of(transform: Transform, shapes: Seen) -> Stages:
     return Stages(tuple(stages), tuple(groups), seen)
 
 
+def stand_in(t: Transform) -> Transform:
+    """A transform whose states and leaves have the same shapes, and which counts no more units than a leaf has.
+
+    Inside jit a threshold is of 2^31 - 1 units at most, which shapes alone have no need to meet.
+
+    >>> from jaxcomp import prune
+    >>> stand_in(prune(0.5, scope=Global()))
+    prune(0.0, scope=Local())
+    """
+    arguments = _arguments(t)
+    match _name(t):
+        case "chain":
+            return chain(*map(stand_in, arguments["transforms"]))  # type: ignore[call-overload]
+        case "by_path":
+            return by_path({rule: stand_in(x) for rule, x in arguments["table"].items()})  # type: ignore[attr-defined]
+        case "prune" if not isinstance(arguments.get("scope"), Given) and not isinstance(
+            arguments.get("structure"), NM
+        ):
+            return prune(**{**arguments, "sparsity": 0.0, "scope": Local()})  # type: ignore[arg-type]
+    return t
+
+
 def _atoms(t: Transform, seen: Seen, leaves: tuple[str, ...]) -> Iterator[tuple[Transform, tuple[str, ...]]]:
     """Transforms that are no table and no chain, in order, with the leaves that each is given."""
     name, arguments = _name(t), _arguments(t)
@@ -221,8 +243,6 @@ def _pruning(t: Transform, part: Seen, first: int) -> tuple[Stage, list, dict[st
         what = f"score {criterion.score.name!r} needs statistics" if criterion.score.needs else "Tied joins leaves"
         raise ValueError(f"compress_file: {text_of(t)}: its {what}, which no leaf has by itself; prune in memory.")
     said = isinstance(criterion.structure, NM) or isinstance(criterion.scope, Given | Local)
-    # the shapes are those of any scope, and a shared threshold of so many units as there may be is not counted in jit
-    stand_in = t if said else prune(**{**arguments, "sparsity": 0.0, "scope": Local()})  # type: ignore[arg-type]
     selected = _selected(t)
     units: dict[str, jax.ShapeDtypeStruct] = {}
 
@@ -230,7 +250,7 @@ def _pruning(t: Transform, part: Seen, first: int) -> tuple[Stage, list, dict[st
         scores, _ = criterion.scored(found, jnp.int32(0), {})
         units.update({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in scores.items()})
 
-    made, found = _on_shapes(stand_in, part, selected, noted)
+    made, found = _on_shapes(t if said else stand_in(t), part, selected, noted)
     leaves = frozenset(path for path, _ in found.values())
     if isinstance(criterion.structure, NM):
         return Pruning(t, leaves, criterion, selected, {}, {}), [], made
