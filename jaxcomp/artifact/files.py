@@ -117,13 +117,16 @@ def stored_bytes(leaf: Leaf) -> int:
     """The bytes that a file holds for one leaf, the header apart; what several leaves share counts for each.
 
     Args:
-      leaf: an array or a compressed leaf.
+      leaf: an array or a compressed leaf, or one of ``jax.ShapeDtypeStruct``.
 
-    >>> import numpy as np
-    >>> stored_bytes(np.ones((4, 4), np.float32))
-    64
+    Raises:
+      TypeError, ValueError: as :func:`file_size`.
+
+    >>> import jax, numpy as np
+    >>> stored_bytes(np.ones((4, 4), np.float32)), stored_bytes(jax.ShapeDtypeStruct((4, 4), np.float32))
+    (64, 64)
     """
-    return sum(t.nbytes for t in encode_tree(leaf)[1])
+    return sum(t.nbytes for t in (encode_shapes(leaf) if of_shapes(leaf) else encode_tree(leaf))[1])
 
 
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
