@@ -97,13 +97,13 @@ def device_memory(
     >>> lay = {".*kernel": PartitionSpec("fsdp", None)}
     >>> int4 = jc.quantize(jc.Int(4), per=jc.Groups(128))
     >>> device_memory(params, mesh=mesh, lay=lay, compress=int4, optimizer=optax.adam(1e-3))
-    what                         bytes    a device  GiB a device
-    weights                134,217,728  16,777,216        0.0156
-    gradients              134,217,728  16,777,216        0.0156
-    optimizer state        268,435,460  33,554,436        0.0312
-    transform state                  0           0             0
-    compressed, training   138,412,032  17,301,504        0.0161
-    compressed, packed      37,748,736   4,718,592       0.00439
+    what                        bytes    a device  GiB a device
+    weights               134,217,728  16,777,216        0.0156
+    gradients             134,217,728  16,777,216        0.0156
+    optimizer state       268,435,460  33,554,436        0.0313
+    transform state                 0           0             0
+    compressed, training  270,532,608  35,651,584        0.0332
+    compressed, packed     35,651,584   6,291,456       0.00586
     """
     sizes = {} if mesh is None else {str(name): int(n) for name, n in mesh.shape.items()}
     if lay and mesh is None:

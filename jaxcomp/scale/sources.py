@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.tree_util import SequenceKey
+from jax.tree_util import DictKey, SequenceKey
 
 from jaxcomp.artifact.disk import reading_file
 from jaxcomp.artifact.limits import MAX_HEADER
 from jaxcomp.artifact.tensors import DTYPES
-from jaxcomp.core.paths import path_str
+from jaxcomp.core.paths import path_keys, path_str
 from jaxcomp.core.types import Json, Leaf, PyTree
 
 Keys = tuple[str | int, ...]
@@ -80,8 +79,9 @@ class TreeLeaves(Leaves):
             if path in self._leaves:
                 raise ValueError(f"compress_file: two leaves are at {path!r}; give each a path of its own.")
             self._leaves[path] = leaf
-            self._keys[path] = tuple(getattr(k, "key", name) for k, name in zip(keys, _names(keys), strict=False))
-        self._shapes = {p: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for p, x in self._leaves.items()}
+            named = zip(keys, path_keys(keys), strict=False)  # of an nnx.State's keys the last is in no path
+            self._keys[path] = tuple(key.key if isinstance(key, DictKey) else name for key, name in named)
+        self._shapes = {p: jax.ShapeDtypeStruct(np.shape(x), _type_of(x)) for p, x in self._leaves.items()}
 
     @property
     def shapes(self) -> Shapes:
@@ -267,8 +267,8 @@ def open_orbax(folder: str | os.PathLike[str]) -> Orbax:
     return Orbax(where)
 
 
-def _names(keys: tuple[object, ...]) -> list[str]:
-    return [path_str((key,)) for key in keys[: -1 if re.search(r"\.value$", str(keys[-1])) and keys[1:] else None]]
+def _type_of(x: Leaf) -> np.dtype:
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
 
 
 def _check_keys(keys: tuple[object, ...], path: str) -> None:

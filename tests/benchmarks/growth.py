@@ -35,15 +35,12 @@ FLAT = "<= 1.3"
 
 
 def tree_of(weights: int, seed: int = 0) -> dict[str, Any]:
-    """Kernels of at most 16.8M weights, together so many, in float32."""
+    """Square kernels of 2^24 weights, and of 2^20 for the rest of a multiple of that, in float32."""
     rng = np.random.default_rng(seed)
-    leaves, left = {}, weights
-    while left > 0:
-        side = 4096 if left >= LEAF else 1024
-        rows = min(side, max(1, left // side))
-        leaves[f"layer_{len(leaves):03d}"] = {"kernel": jax.device_put(rng.standard_normal((rows, side), np.float32))}
-        left -= rows * side
-    return leaves
+    large, left = divmod(weights, LEAF)
+    sides = [4096] * large + [1024] * (left >> 20)
+    draw = lambda side: jnp.array(rng.standard_normal((side, side), np.float32))  # noqa: E731
+    return {f"layer_{i:03d}": {"kernel": jax.block_until_ready(draw(side))} for i, side in enumerate(sides)}
 
 
 def now(what: str) -> int:
@@ -114,8 +111,8 @@ def streamed(weights: int) -> dict[str, Any]:
 
 
 def sizes() -> list[int]:
-    """1M, 10M, ... up to the largest."""
-    return [10**n for n in range(6, 12) if 10**n <= LARGEST]
+    """1M, 10M, ... up to the largest, a million being 2^20."""
+    return [10**n << 20 for n in range(6) if 10**n * 1e6 <= LARGEST]
 
 
 def apart(work: str, *args: object) -> Any:
@@ -130,15 +127,15 @@ def apart(work: str, *args: object) -> Any:
 def weights() -> Iterator[Report]:
     """The growth over weights."""
     found = {n: apart("one_size", n) for n in sizes()}
-    base = min(n for n in found if n >= 10**7 or n == max(found))
+    base = min(n for n in found if n >= 10 << 20 or n == max(found))
     rows = []
     for name in found[base]:
         each = {n: f[name]["seconds"] / n for n, f in found.items()}
         for n, f in found.items():
             ratio = each[n] / each[base]
             detail = f"{each[n] * 1e9:.2f} ns a weight, peak {f[name]['peak']:.2f} of the weights"
-            rows.append(Row(f"{name}, {n / 1e6:g}M", ratio, ratio, ratio, detail, FLAT if n >= base else ""))
-    yield Report("Time a weight", f"{base / 1e6:g}M weights", rows, notes())
+            rows.append(Row(f"{name}, {n >> 20}M", ratio, ratio, ratio, detail, FLAT if n >= base else ""))
+    yield Report("Time a weight", f"{base >> 20}M weights", rows, notes())
 
 
 def streaming() -> Iterator[Report]:
@@ -149,7 +146,7 @@ def streaming() -> Iterator[Report]:
         ratio = f["peak"] / f["size"]
         speed = f["size"] / f["seconds"] / 1e9
         detail = f"{speed:.3f} GB/s of weights, {f['seconds']:.0f} s, file {f['written'] / 1e6:.0f} MB"
-        rows.append(Row(f"peak memory, {n / 1e6:g}M weights", ratio, ratio, ratio, detail, FLAT))
+        rows.append(Row(f"peak memory, {n >> 20}M weights", ratio, ratio, ratio, detail, FLAT))
     yield Report("Pruned globally, int4, saved leaf by leaf", "the weights' bytes", rows, notes())
 
 
