@@ -19,7 +19,7 @@ from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Params, PyTree, Shape
 from jaxcomp.core.words import bytes_of
-from jaxcomp.scale.stages import stand_in
+from jaxcomp.scale.parts import stand_in
 
 _HEAD = ("what", "bytes", "a device", "GiB a device")
 

@@ -12,12 +12,12 @@ import numpy as np
 from jaxcomp.core.bits import order_keys
 from jaxcomp.core.errors import naming
 from jaxcomp.core.leaves import is_compressed
-from jaxcomp.core.paths import first_matches, leaves_with_paths
-from jaxcomp.core.records import made_of, text_of
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.records import text_of
 from jaxcomp.core.roles import selecting
 from jaxcomp.core.slots import Slot, check_finite, slots
 from jaxcomp.core.specs import Global, Local, share_of
-from jaxcomp.core.transform import Transform, by_path, chain, checked_transform
+from jaxcomp.core.transform import Transform, checked_transform
 from jaxcomp.core.types import Leaf, Shape
 from jaxcomp.factorization.specs import Budget
 from jaxcomp.pruning import notices
@@ -25,14 +25,13 @@ from jaxcomp.pruning.criterion import Criterion
 from jaxcomp.pruning.masks.select import Resolved, amounts_of, select
 from jaxcomp.pruning.masks.thresholds import MAX_COUNT, fraction_of
 from jaxcomp.pruning.specs import NM, Given, Tied
-from jaxcomp.pruning.transform import criterion_of, prune
+from jaxcomp.pruning.transform import criterion_of
+from jaxcomp.scale.parts import Seen, arguments_of, atoms, name_of, stand_in
 from jaxcomp.scale.thresholds import Keys, Threshold, below, threshold
 
 LEAFWISE = ("quantize", "share", "low_rank", "identity", "recipes.mx", "recipes.nvfp4", "recipes.nf4")
 """The transforms that do with a leaf the same whatever others there are; what they draw is by path."""
 
-Seen = Mapping[str, Leaf]
-"""Leaves by path, of shapes."""
 Read = Callable[[str], Leaf]
 Ties = dict[int, int]
 """How many keys equal to each threshold are still to be pruned, in the order of the leaves."""
@@ -175,55 +174,17 @@ def stages_of(transform: Transform, shapes: Seen) -> Stages:
     seen = dict(shapes)
     stages: list[Stage] = []
     groups: list[tuple[Pruning, tuple[str, ...], Resolved]] = []
-    for one, leaves in _atoms(checked_transform("compress_file", transform), seen, tuple(seen)):
+    for one, leaves in atoms(checked_transform("compress_file", transform), seen, tuple(seen)):
         part = {path: seen[path] for path in leaves}
-        stage, sharing, made = _pruning(one, part, len(groups)) if _name(one) == "prune" else _plain(one, part)
+        stage, sharing, made = _pruning(one, part, len(groups)) if name_of(one) == "prune" else _plain(one, part)
         seen.update(made)
         stages.append(stage)
         groups += sharing
     return Stages(tuple(stages), tuple(groups), seen)
 
 
-def stand_in(t: Transform) -> Transform:
-    """A transform whose states and leaves have the same shapes, and which counts no more units than a leaf has.
-
-    Inside jit a threshold is of 2^31 - 1 units at most, which shapes alone have no need to meet.
-
-    >>> from jaxcomp import prune
-    >>> stand_in(prune(0.5, scope=Global()))
-    prune(0.0, scope=Local())
-    """
-    arguments = _arguments(t)
-    match _name(t):
-        case "chain":
-            return chain(*map(stand_in, arguments["transforms"]))  # type: ignore[call-overload]
-        case "by_path":
-            return by_path({rule: stand_in(x) for rule, x in arguments["table"].items()})  # type: ignore[attr-defined]
-        case "prune" if not isinstance(arguments.get("scope"), Given) and not isinstance(
-            arguments.get("structure"), NM
-        ):
-            return prune(**{**arguments, "sparsity": 0.0, "scope": Local()})  # type: ignore[arg-type]
-    return t
-
-
-def _atoms(t: Transform, seen: Seen, leaves: tuple[str, ...]) -> Iterator[tuple[Transform, tuple[str, ...]]]:
-    """Transforms that are no table and no chain, in order, with the leaves that each is given."""
-    name, arguments = _name(t), _arguments(t)
-    if name == "chain":
-        for inner in arguments["transforms"]:  # type: ignore[attr-defined]
-            yield from _atoms(inner, seen, leaves)
-    elif name == "by_path":
-        table: Mapping[str, Transform] = arguments["table"]  # type: ignore[assignment]
-        named = [(path, seen[path]) for path in leaves]
-        first = list(first_matches(list(table), named, owner="by_path"))
-        for i, inner in enumerate(table.values()):
-            yield from _atoms(inner, seen, tuple(p for (p, _), n in zip(named, first, strict=True) if n == i))
-    else:
-        yield t, leaves
-
-
 def _plain(t: Transform, part: Seen) -> tuple[Stage, list, dict[str, Leaf]]:
-    name, arguments = _name(t), _arguments(t)
+    name, arguments = name_of(t), arguments_of(t)
     whole = isinstance(arguments.get("per"), Global) or any(isinstance(x, Budget) for x in arguments.values())
     if name not in LEAFWISE or whole:
         raise ValueError(
@@ -237,7 +198,7 @@ def _plain(t: Transform, part: Seen) -> tuple[Stage, list, dict[str, Leaf]]:
 
 
 def _pruning(t: Transform, part: Seen, first: int) -> tuple[Stage, list, dict[str, Leaf]]:
-    arguments = _arguments(t)
+    arguments = arguments_of(t)
     criterion = criterion_of(**{k: v for k, v in arguments.items() if k != "where"})  # type: ignore[arg-type]
     if criterion.score.needs or isinstance(criterion.structure, Tied):
         what = f"score {criterion.score.name!r} needs statistics" if criterion.score.needs else "Tied joins leaves"
@@ -284,9 +245,9 @@ def _on_shapes(
 
 
 def _selected(t: Transform) -> Callable[[Seen], dict[str, Slot]]:
-    arguments = _arguments(t)
+    arguments = arguments_of(t)
     rule = selecting(arguments.get("where"), arguments.get("roles"))  # type: ignore[arg-type]
-    return lambda leaves: slots(leaves, rule, _name(t))
+    return lambda leaves: slots(leaves, rule, name_of(t))
 
 
 def _paths(names: list[str], found: Mapping[str, tuple[str, Shape]]) -> tuple[str, ...]:
@@ -309,13 +270,3 @@ def _keys(units: jax.Array) -> Keys:
 
 def _host(alive: jax.Array | None) -> np.ndarray | None:
     return None if alive is None else np.asarray(alive)
-
-
-def _name(t: Transform) -> str:
-    made = made_of(t)
-    return made.name if made is not None else ""
-
-
-def _arguments(t: Transform) -> Mapping[str, object]:
-    made = made_of(t)
-    return {} if made is None or made.arguments is None else made.arguments
