@@ -108,7 +108,7 @@ def test_the_size_of_a_file_from_shapes_is_that_of_the_file(name, tmp_path) -> N
 
 
 def test_what_is_in_values_is_not_sized_from_shapes() -> None:
-    params = {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+    params = {"kernel": jax.ShapeDtypeStruct((128, 8), jnp.float32)}
     masked = jax.eval_shape(lambda p: SPARSE.apply(SPARSE.init(p), p), params)
     with pytest.raises(ValueError, match="'kernel' is masked, and its shape does not say how much its mask keeps"):
         file_size(masked)
