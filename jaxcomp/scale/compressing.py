@@ -65,7 +65,7 @@ def compress_file(
     >>> with tempfile.TemporaryDirectory() as d:
     ...     size = compress_file(f"{d}/small", params, t)
     ...     same = jc.save(f"{d}/same", t.apply(t.init(params), params))
-    ...     open(f"{d}/small", "rb").read() == open(f"{d}/same", "rb").read()
+    ...     Path(f"{d}/small").read_bytes() == Path(f"{d}/same").read_bytes()
     True
     """
     leaves = source if isinstance(source, Leaves) else TreeLeaves(source)
