@@ -106,6 +106,7 @@ _LATER = (
     "ptq",
     "recipes",
     "report",
+    "scale",
     "search",
 )  # rooms that nothing here stands on: imported when they are first named
 

@@ -32,7 +32,7 @@ LEVELS = [
     METHODS,
     {"kernels"},
     {"activations", "adapters", "artifact", "distill", "ptq", "recipes", "structure"},
-    {"cli", "export", "report", "search"},
+    {"cli", "export", "report", "scale", "search"},
 ]
 """The rooms and loose files of jaxcomp, lowest first."""
 APART = [{"core"}, METHODS]

@@ -20,6 +20,7 @@ from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.pieces import checked
 from jaxcomp.artifact.placing import Placed
 from jaxcomp.artifact.selecting import Only, chosen, leaves_of
+from jaxcomp.artifact.shapes import encode_shapes, of_shapes
 from jaxcomp.artifact.statics import known_at
 from jaxcomp.artifact.streaming import encode_stream
 from jaxcomp.artifact.writing import Layout, by_alignment, compact_layout, plain_header, write_plain
@@ -90,17 +91,22 @@ def file_size(tree: PyTree, *, metadata: Mapping[str, Json] | None = None, codin
     """The bytes of the file that :func:`save` would write; nothing is written.
 
     Args:
-      tree, metadata, coding: as :func:`save` has them.
+      tree, metadata, coding: as :func:`save` has them; or leaves are ``jax.ShapeDtypeStruct``, of arrays that are taken
+        to differ from each other and to have few zeros.
 
     Raises:
-      TypeError, ValueError: as :func:`save`.
+      TypeError, ValueError: as :func:`save`; of shapes also a masked leaf or a coding, whose sizes are in the values.
 
     >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as d:
     ...     save(f"{d}/w.safetensors", {"w": np.ones(9)}) == file_size({"w": np.ones(9)})
     True
     """
-    node, tensors = encode_tree(tree)
+    if coding is not None and of_shapes(tree):
+        raise ValueError(
+            "file_size: what a code takes is in the values, not in their shapes; give arrays, or coding=None."
+        )
+    node, tensors = encode_shapes(tree) if of_shapes(tree) else encode_tree(tree)
     said = {"tree": node, "metadata": _checked_metadata(metadata)}
     if coding is not None:
         return _layout(coding)(Counted(), tensors, said, lambda written: None)
@@ -111,13 +117,16 @@ def stored_bytes(leaf: Leaf) -> int:
     """The bytes that a file holds for one leaf, the header apart; what several leaves share counts for each.
 
     Args:
-      leaf: an array or a compressed leaf.
+      leaf: an array or a compressed leaf, or one of ``jax.ShapeDtypeStruct``.
 
-    >>> import numpy as np
-    >>> stored_bytes(np.ones((4, 4), np.float32))
-    64
+    Raises:
+      TypeError, ValueError: as :func:`file_size`.
+
+    >>> import jax, numpy as np
+    >>> stored_bytes(np.ones((4, 4), np.float32)), stored_bytes(jax.ShapeDtypeStruct((4, 4), np.float32))
+    (64, 64)
     """
-    return sum(t.nbytes for t in encode_tree(leaf)[1])
+    return sum(t.nbytes for t in (encode_shapes(leaf) if of_shapes(leaf) else encode_tree(leaf))[1])
 
 
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:

@@ -213,10 +213,12 @@ def _small(leaf: CompressedLeaf) -> Leaf:
 def nbytes(tree: PyTree) -> int:
     """Bytes of the arrays of a tree, compressed leaves as they are stored now (see :func:`pack`).
 
-    >>> nbytes({"w": jnp.zeros((3, 4))})
-    48
+    Of tracers and ``jax.ShapeDtypeStruct`` it is what the arrays would take that they stand for.
+
+    >>> nbytes({"w": jnp.zeros((3, 4))}), nbytes({"w": jax.ShapeDtypeStruct((3, 4), "float32")})
+    (48, 48)
     """
-    return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
+    return bytes_of(tree)
 
 
 def zeros_counted(tree: PyTree) -> tuple[int, int]:

@@ -60,8 +60,7 @@ class Criterion:
             number of units. The message names the path.
         """
         inside = {p: settled(self.structure, slot, self.roles) for p, slot in selected.items()}
-        units = {p: self._scores(inside[p], slot, step, stats) for p, slot in selected.items()}
-        alive = {p: _alive(inside[p], slot) for p, slot in selected.items()}
+        units, alive = self.scored(selected, step, stats)
         dead = {p: None if self.regrow or old is None else ~old[p] for p in selected}
         patterns = {p: s for p, s in inside.items() if isinstance(s, NM)}
         shapes = {p: slot.array.shape for p, slot in selected.items()}
@@ -76,6 +75,15 @@ class Criterion:
             kept = self._select(scores, left, gone, shapes=of, step=step, first=old is None)
             return {p: kept[g].reshape(units[p].shape) for g, members in groups.items() for p in members}
         return self._select(units, alive, dead, shapes=shapes, step=step, first=old is None)
+
+    def scored(self, selected: Slots, step: Step, stats: ByName) -> tuple[Masks, Maybe]:
+        """The scores of units by slot path, not yet normalized, and which units an earlier mask left, or None.
+
+        Arguments and errors are those of :meth:`masks`.
+        """
+        inside = {p: settled(self.structure, slot, self.roles) for p, slot in selected.items()}
+        units = {p: self._scores(inside[p], slot, step, stats) for p, slot in selected.items()}
+        return units, {p: _alive(inside[p], slot) for p, slot in selected.items()}
 
     def _select(
         self, units: Masks, alive: Maybe, dead: Maybe, *, shapes: Mapping[str, Shape], step: Step, first: bool

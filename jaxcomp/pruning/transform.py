@@ -97,10 +97,10 @@ def prune(
     Source: Han et al. 2015, arXiv:1506.02626; Zhu and Gupta 2017, arXiv:1710.01878 (gradual); filters after Li et al.
     2016, arXiv:1608.08710; the sources of scores, structures and scopes are with them.
     """
-    score = as_score(score)
-    amount = _checked(sparsity, score, structure, scope, gradient)
-    rule = selecting(where, checked_roles("prune", roles))
-    criterion = Criterion(score, structure, scope, amount, regrow, roles)
+    criterion = criterion_of(
+        sparsity, score=score, structure=structure, scope=scope, gradient=gradient, regrow=regrow, roles=roles
+    )
+    score, rule = criterion.score, selecting(where, roles)
 
     def found(params: Params) -> dict[str, Slot]:
         return slots(params, rule, "prune")
@@ -126,6 +126,26 @@ def prune(
         return replace_slots(params, new)
 
     return Transform(init, update, apply)
+
+
+def criterion_of(
+    sparsity: Amount | None = None,
+    *,
+    score: Score | Callable[[jax.Array], jax.Array] = magnitude,
+    structure: Structure = Element(),  # noqa: B008 - frozen
+    scope: Scope = Local(),  # noqa: B008 - frozen
+    gradient: Gradient = Cut(),  # noqa: B008 - frozen
+    regrow: bool = True,
+    roles: Roles | None = None,
+) -> Criterion:
+    """By what :func:`prune` of these arguments finds its masks; its errors.
+
+    >>> criterion_of(0.5, scope=Global()).scope
+    Global()
+    """
+    score = as_score(score)
+    amount = _checked(sparsity, score, structure, scope, gradient)
+    return Criterion(score, structure, scope, amount, regrow, checked_roles("prune", roles))
 
 
 @recorded

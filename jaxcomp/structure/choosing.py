@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,7 +38,8 @@ def plan(
 
     Args:
       groups: from ``channel_groups``.
-      params: the tree of arrays to score.
+      params: the tree of arrays to score. Of ``jax.ShapeDtypeStruct`` the first units stay: widths, parameters and
+        macs are the same whichever go.
       sparsity: the fraction of units to remove, of each group (uniform) or of all (global), in [0, 1).
       parameters: at most so many parameters, as ``0.5 * groups.parameters()``.
       macs: at most so many multiply-adds of the traced call, as ``0.25 * groups.macs()``.
@@ -53,8 +55,9 @@ def plan(
       exclude: groups that touch a parameter selected by this rule stay whole.
 
     Raises:
-      ValueError: not exactly one target; a target out of range; no groups; ``exclude`` matches nothing; the smallest
-        network that the other arguments allow is still over the budget (the message says what it needs).
+      ValueError: shapes where values matter, for a score or "global"; not exactly one target; a target out of range;
+        no groups; ``exclude`` matches nothing; the smallest network that the other arguments allow is still over the
+        budget (the message says what it needs).
 
     >>> import numpy as np
     >>> from jaxcomp.structure import channel_groups
@@ -77,7 +80,7 @@ def plan(
     if not len(groups):
         stays = "\n  ".join(map(repr, groups.frozen))
         raise ValueError(f"plan: no channel can be removed: channel_groups froze every dimension:\n  {stays}")
-    scores = (score or l2())(groups, params)
+    scores = _scored(groups, params, score, scope)
     _check_scores(groups, scores)
     ladder = _Ladder(groups, scores, scope, round_to, min_channels, _excluded(groups, params, exclude))
     if sparsity is not None:
@@ -88,6 +91,18 @@ def plan(
         return _search(ladder, lambda p: p.parameters, parameters, "parameters")
     assert macs is not None
     return _search(ladder, lambda p: p.macs, macs, "macs")
+
+
+def _scored(groups: Groups, params: Params, score: UnitScore | None, scope: str) -> UnitScores:
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        return (score or l2())(groups, params)
+    if score is not None or scope == "global":
+        raise ValueError(
+            "plan: these parameters are shapes, and which units matter is in their values; give arrays, or take"
+            " scope='uniform' without a score, for widths alone."
+        )
+    falling = (-np.arange(group.units, dtype=np.float64) for group in groups)
+    return tuple(np.tile(x, (g.layers, 1)) if g.layers else x for x, g in zip(falling, groups, strict=True))
 
 
 def _search(ladder: _Ladder, cost: Callable[[Plan], float], limit: float, name: str) -> Plan:

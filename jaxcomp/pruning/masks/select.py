@@ -43,9 +43,10 @@ def select(units: Arrays, alive: Maybe, dead: Maybe, amounts: list[tuple[list[st
     for names, amount in amounts:
         size = sum(units[name].size for name in names)
         if size > MAX_COUNT:
-            raise ValueError(
-                f"prune: one threshold over {size} units; at most {MAX_COUNT} are counted, split them by rules."
-            )
+            mend = "split them by rules, or compress leaf by leaf: jaxcomp.scale.compress_file"
+            if len(names) == 1:
+                mend = f"keep {names[0]!r} as several leaves, or take units of several weights or patterns"
+            raise ValueError(f"prune: one threshold over {size} units; at most {MAX_COUNT} are counted, {mend}.")
         if isinstance(amount, int) and amount > size:
             raise ValueError(
                 f"prune: {some_paths(names)}: {size} units, fewer than the {amount} to prune; take a smaller count, or"
