@@ -19,6 +19,7 @@ from jaxcomp.core.specs import check_key, check_positive, is_number
 from jaxcomp.core.types import Key, Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.search.batches import parts_of
+from jaxcomp.search.linear import Linear
 from jaxcomp.search.products import Curved, Opened, Weights, curved
 
 Units = Mapping[str, Sequence[str]]
@@ -88,23 +89,22 @@ class Prepared:
 
         return run
 
-    def block_product(self, units: Units) -> Callable[..., tuple[jax.Array, Weights]]:
-        """A program: what a batch adds to the product of one unit's block with the unit's own vector.
+    def block_products(self, units: Units) -> Callable[..., tuple[jax.Array, Weights]]:
+        """A program: what a batch adds to the products of some units' blocks, each with the unit's own vector.
 
-        Which unit that is, is an argument, so that one program serves them all.
+        They share one gradient that is linearized, and each goes through the part of it that its unit reaches.
         """
-        unit_of = {path: i for i, leaves in enumerate(units.values()) for path in leaves}
 
         def run(
-            arrays: list[jax.Array], q: Weights, unit: jax.Array, total: Weights, counted: tuple[jax.Array, PyTree]
+            arrays: list[jax.Array], q: Weights, total: Weights, counted: tuple[jax.Array, PyTree]
         ) -> tuple[jax.Array, Weights]:
             part, batch = counted
             value, product = self.at(arrays, batch)
-            mine = {path: unit == i for path, i in unit_of.items()}
             zeros = {path: jnp.zeros(s.array.shape, s.array.dtype) for path, s in self.slots.items()}
-            y = product(zeros | {p: jnp.where(mine[p], x.astype(zeros[p].dtype), zeros[p]) for p, x in q.items()})
-            added = {p: y[p].astype(x.dtype) * part.astype(x.dtype) for p, x in total.items()}
-            return value, {p: x + jnp.where(mine[p], added[p], jnp.zeros_like(x)) for p, x in total.items()}
+            linear, found = Linear(product, zeros), dict[str, jax.Array]()
+            for leaves in units.values():
+                found |= linear.at({p: q[p].astype(zeros[p].dtype) for p in leaves}, leaves)
+            return value, {p: x + found[p].astype(x.dtype) * part.astype(x.dtype) for p, x in total.items()}
 
         return run
 

@@ -36,11 +36,11 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction", "sentences")
+ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "mixed_precision", "reconstruction", "sentences")
 """Those that want an accelerator, packages that cannot be declared, or trained networks: where they are named only."""
 TOY = ("gpu", "decode", "coding", "column_solver", "sentences")
 """Those that also run at toy size, which shows that they run and no more."""
-SECTIONED = ("gpu", "sentences")
+SECTIONED = ("gpu", "mixed_precision", "sentences")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 
