@@ -80,7 +80,9 @@ def eigenvalues(
             betas = np.array([row.beta for row in rows.values()])
             q, last, coefficients = step(q, last, total, betas)
             ready.check_curvature(np.asarray(coefficients, float).sum(1), named)
-            for row, on, (alpha, beta) in zip(rows.values(), active.values(), np.asarray(coefficients, float), strict=True):
+            for row, on, (alpha, beta) in zip(
+                rows.values(), active.values(), np.asarray(coefficients, float), strict=True
+            ):
                 row.add(float(alpha), float(beta), on=bool(on))
     sizes, n = ready.sizes(), len(ready.batches)
     estimates = (
