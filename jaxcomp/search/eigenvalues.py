@@ -77,8 +77,7 @@ def eigenvalues(
                 break
             value, total = _product(ready, [p for p in programs if any(map(active.get, p.units))], q, zeros)
             advance(len(ready.batches))
-            betas = np.array([row.beta for row in rows.values()])
-            q, last, coefficients = step(q, last, total, betas)
+            q, last, coefficients = step(q, last, total, np.array([row.beta for row in rows.values()]))
             ready.check_curvature(np.asarray(coefficients, float).sum(1), named)
             for row, on, (alpha, beta) in zip(
                 rows.values(), active.values(), np.asarray(coefficients, float), strict=True
