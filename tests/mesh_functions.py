@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
-from jaxcomp import adapters, distill, federated, recipes, structure, trace
+from jaxcomp import adapters, distill, federated, recipes, search, structure, trace
 from jaxcomp.activations import Backward, Dynamic, Static, factored
 from jaxcomp.core.meshes import axes_of, is_explicit
 
@@ -237,6 +237,18 @@ def captured(p: Any, x: jax.Array) -> Any:
     return jc.materialize(_leaves(t, p))
 
 
+def curved(estimate: Callable[..., search.Curvature], **how: Any) -> Case:
+    """The curvature of the model's loss, estimated with the same effort whatever comes out."""
+
+    def run(p: Any, x: jax.Array) -> Any:
+        found = estimate(
+            lambda p, x: jnp.mean(model(p, x) ** 2), p, [x, -2 * x], key=jax.random.key(0), rtol=0.0, **how
+        )
+        return {one.name: jnp.asarray([one.value, one.error], jnp.float32) for one in found}
+
+    return run
+
+
 FUNCTIONS: dict[str, Case] = {
     "sites, roles, cost": read,
     "calibrate": lambda p, x: jc.calibrate(model)(p, x),
@@ -265,6 +277,8 @@ FUNCTIONS: dict[str, Case] = {
     "deep_compression": lambda p, x: jc.materialize(
         _leaves(jc.by_path({"(up|mid|down)/kernel": recipes.deep_compression(0.5, 4)}), p)
     ),
+    "traces": curved(search.traces, most=16),
+    "eigenvalues": curved(search.eigenvalues, most=4),
     "federated.dense": sent(federated.dense()),
     "federated.topk, error_feedback": sent(federated.error_feedback(federated.topk(0.25))),
     "federated.randomk": sent(federated.randomk(0.25)),
@@ -272,5 +286,5 @@ FUNCTIONS: dict[str, Case] = {
     "federated.rotate, uniform": sent(federated.rotate(federated.uniform(4))),
     "federated.powersgd": sent(federated.powersgd(2, key=jax.random.key(1))),
 }
-OUTSIDE_JIT = {"save, load", "channel_groups, plan, shrink", "sites, roles, cost", "coverage"}
+OUTSIDE_JIT = {"save, load", "channel_groups, plan, shrink", "sites, roles, cost", "coverage", "traces", "eigenvalues"}
 """What reads values, or gives none that jit could give back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.paths import Where, key_of_leaf, matrices, some_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.progress import progress
+from jaxcomp.core.specs import check_positive
 from jaxcomp.core.types import Key, Params, PyTree
 from jaxcomp.search.estimates import Curvature, Estimate
 from jaxcomp.search.prepared import Prepared, Units, check_asked, dot, prepared
@@ -30,12 +32,13 @@ def eigenvalues(
     units: Units | None = None,
     rtol: float = 0.01,
     most: int = 64,
+    at_once: int = 4,
 ) -> Curvature:
     """The eigenvalue of largest size of each leaf's block of the Hessian of the batches' mean loss, by Lanczos.
 
-    Each leaf's vector goes through the gradient alone, by one program for all leaves. The error is Lanczos's own bound:
-    an eigenvalue lies within it. That it is the largest one is as sure as that a random vector is not orthogonal to
-    its eigenvector.
+    Each leaf's vector goes through the gradient alone, and only through the layers that its leaf reaches. The error is
+    Lanczos's own bound: an eigenvalue lies within it. That it is the largest one is as sure as that a random vector is
+    not orthogonal to its eigenvector.
 
     Args:
       loss, params, batches, key, where: as of :func:`~jaxcomp.search.hessian.traces`.
@@ -43,6 +46,8 @@ def eigenvalues(
         has its own.
       rtol: a unit is done where its error is at most ``rtol * |eigenvalue|``.
       most: products with the whole Hessian for a unit, after which it is done anyway; ``met`` says so.
+      at_once: units of one program, whose products share a gradient. More take less time a product, longer to compile,
+        and memory for a vector's way through the network each, if the compiler lets them run side by side.
 
     Raises:
       ValueError: what :func:`~jaxcomp.search.hessian.traces` raises, a leaf of two units, or one that ``where`` does
@@ -58,23 +63,25 @@ def eigenvalues(
     the largest is right all the same.
     """
     check_asked(OWNER, key, rtol=rtol, most=most)
+    check_positive(OWNER, at_once, "at_once")
     ready = prepared(OWNER, loss, params, batches, where=where)
     named = _checked_units(units, ready)
-    run, step = on_any_mesh(jax.jit(ready.block_product(named))), on_any_mesh(jax.jit(_lanczos(named)))
+    programs, step = programs_of(ready, named, at_once), on_any_mesh(jax.jit(_lanczos(named)))
     rows, value = {name: Tridiagonal() for name in named}, 0.0
     q = on_any_mesh(jax.jit(_starts(named, ready)))(key)
     last = zeros = jax.tree.map(jnp.zeros_like, q)
     with progress(OWNER, most * len(ready.batches)) as advance:
         for _ in range(most):
-            active = np.array([not row.done(rtol) for row in rows.values()])
-            if not active.any():
+            active = {name: not row.done(rtol) for name, row in rows.items()}
+            if not any(active.values()):
                 break
-            value, total = _product(ready, run, q, zeros, np.flatnonzero(active))
+            value, total = _product(ready, [p for p in programs if any(map(active.get, p.units))], q, zeros)
             advance(len(ready.batches))
-            betas = np.array([row.beta for row in rows.values()])
-            q, last, coefficients = step(q, last, total, betas)
+            q, last, coefficients = step(q, last, total, np.array([row.beta for row in rows.values()]))
             ready.check_curvature(np.asarray(coefficients, float).sum(1), named)
-            for row, on, (alpha, beta) in zip(rows.values(), active, np.asarray(coefficients, float), strict=True):
+            for row, on, (alpha, beta) in zip(
+                rows.values(), active.values(), np.asarray(coefficients, float), strict=True
+            ):
                 row.add(float(alpha), float(beta), on=bool(on))
     sizes, n = ready.sizes(), len(ready.batches)
     estimates = (
@@ -85,14 +92,29 @@ def eigenvalues(
     return Curvature("eigenvalue", tuple(estimates), value)
 
 
-def _product(
-    ready: Prepared, run: Callable[..., tuple[jax.Array, Weights]], q: Weights, total: Weights, active: np.ndarray
-) -> tuple[float, Weights]:
-    """The mean loss, and the product of each active unit's block with its vector."""
-    losses = []
+class Program(NamedTuple):
+    """A program of some units' products."""
+
+    units: Units
+    run: Callable[..., tuple[jax.Array, Weights]]
+
+
+def programs_of(ready: Prepared, units: Units, at_once: int) -> list[Program]:
+    """Programs of so many units each, the last perhaps of fewer."""
+    names = list(units)
+    parts = [{n: units[n] for n in names[i : i + at_once]} for i in range(0, len(names), at_once)]
+    return [Program(part, on_any_mesh(jax.jit(ready.block_products(part)))) for part in parts]
+
+
+def _product(ready: Prepared, programs: Sequence[Program], q: Weights, zeros: Weights) -> tuple[float, Weights]:
+    """The mean loss, and the products of the programs' blocks with their vectors; zeros for the others."""
+    total, losses = dict(zeros), []
     for i, batch in enumerate(ready.batches):
-        for unit in active:
-            value, total = run(ready.opened.arrays, q, unit, total, (np.float64(ready.parts[i]), batch))
+        for program in programs:
+            own = [path for leaves in program.units.values() for path in leaves]
+            now = {p: q[p] for p in own}, {p: total[p] for p in own}
+            value, added = program.run(ready.opened.arrays, *now, (np.float64(ready.parts[i]), batch))
+            total |= added
         losses.append(ready.checked(value, i))
     return float(np.dot(losses, ready.parts)), total
 

@@ -36,11 +36,20 @@ NAMES = (
     "decode_lm",
     "export_onnx",
 )
-ON_A_DEVICE = ("gpu", "tune_kernels", "export_litert", "reconstruction", "sentences", "supernet", "growth")
+ON_A_DEVICE = (
+    "gpu",
+    "tune_kernels",
+    "export_litert",
+    "reconstruction",
+    "mixed_precision",
+    "sentences",
+    "supernet",
+    "growth",
+)
 """Those that want an accelerator, packages that cannot be declared, trained networks, or much memory: by name only."""
 TOY = ("gpu", "decode", "coding", "column_solver", "sentences", "growth")
 """Those that also run at toy size, which shows that they run and no more."""
-SECTIONED = ("gpu", "sentences", "growth")
+SECTIONED = ("gpu", "mixed_precision", "sentences", "growth")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 

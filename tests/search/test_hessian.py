@@ -12,6 +12,7 @@ import jaxcomp as jc
 from jaxcomp.search import Curvature, GaussNewton, eigenvalues, traces
 from jaxcomp.search.estimates import Estimate
 from jaxcomp.search.hessian import statistics
+from jaxcomp.search.linear import Linear
 from jaxcomp.search.prepared import prepared
 
 KEY = jax.random.key(3)
@@ -161,7 +162,53 @@ def test_a_product_costs_less_than_two_and_a_half_gradients() -> None:
 
     ready = prepared("t", fn, params, [x], where=".*")
     args = (ready.opened.arrays, KEY, np.ones(3, bool), np.int32(0), (x,))
-    assert flops(ready.samples(2), *args) <= 2 * 2.5 * flops(jax.grad(fn), params, x)
+    gradient = flops(jax.grad(fn), params, x)
+    assert flops(ready.samples(2), *args) <= 2 * 2.5 * gradient
+    blocks = ready.block_products({p: (p,) for p in params})  # only what each leaf reaches, and one gradient for all
+    assert flops(blocks, ready.opened.arrays, params, params, (np.float32(1), (x,))) <= 3 * 0.8 * gradient
+
+
+@pytest.mark.parametrize("units", [{p: (p,) for p in KERNELS}, {"both": KERNELS}], ids=["apart", "together"])
+def test_products_of_blocks_are_the_exact_blocks(units) -> None:
+    """Of a loss inside jit, so that zeros are followed into it."""
+    with jax.enable_x64():
+        params, (batch,) = case((8,))
+        exact = blocks(loss, params, [batch])
+        ready = prepared("t", jax.jit(loss), params, [batch], where=".*kernel")
+        v = {p: jnp.asarray(np.random.default_rng(5).normal(size=s.array.shape)) for p, s in ready.slots.items()}
+        program = jax.jit(ready.block_products(units))
+        found = program(ready.opened.arrays, v, jax.tree.map(jnp.zeros_like, v), (np.float64(0.5), batch))[1]
+        for paths in units.values():
+            flat = [np.concatenate([np.asarray(x[p]).ravel() for p in paths]) for x in (v, found)]
+            np.testing.assert_allclose(flat[1], 0.5 * exact(*paths) @ flat[0], rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_computed_of_zeros() -> None:
+    """What the inputs that are given do not reach is zero, at sums they pass alone, and constants stay."""
+    fixed = jnp.arange(3.0)
+
+    def product(v):
+        a, b = jnp.sin(fixed) * v["a"], 2 * v["b"]
+        return {"a": a, "b": a + b, "c": jax.jit(lambda x, y: x - y)(b, v["a"])}
+
+    like = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    linear, v = Linear(product, like), np.array([1.0, 2.0, 4.0], np.float32)
+    found = linear.at({"b": v}, ["a", "b", "c"])
+    for path, wanted in (("a", 0 * v), ("b", 2 * v), ("c", 2 * v)):
+        np.testing.assert_array_equal(found[path], wanted)
+    jaxpr = jax.make_jaxpr(lambda b: linear.at({"b": b}, ["b"]))(v)
+    assert [e.primitive.name for e in jaxpr.eqns if e.invars and jaxpr.jaxpr.invars[0] in e.invars] == ["mul"]
+    assert sum(e.primitive.name == "mul" for e in jaxpr.eqns) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_how_many_share_a_program_changes_no_eigenvalue(at_once) -> None:
+    with jax.enable_x64():
+        params, batches = case()
+        curved = GaussNewton(logits, outer)
+        found, other = (eigenvalues(curved, params, batches, key=KEY, at_once=n) for n in (at_once, 4))
+        assert [e.value for e in found] == pytest.approx([e.value for e in other], rel=1e-9)
 
 
 @pytest.mark.slow
@@ -250,8 +297,23 @@ W = {"w": jnp.ones((2, 2))}
             lambda: eigenvalues(lambda p: jnp.sum(p["w"]), W, [()], key=KEY, units={"a": ["z"]}),
             "units= names 'z'; the selected leaves are 'w'",
         ),
+        (
+            lambda: eigenvalues(lambda p: jnp.sum(p["w"]), W, [()], key=KEY, at_once=0),
+            "eigenvalues: at_once must be a positive",
+        ),
     ],
-    ids=["no scalar", "no number", "no batch", "one probe", "rtol", "no key", "no curvature", "twice", "unknown"],
+    ids=[
+        "no scalar",
+        "no number",
+        "no batch",
+        "one probe",
+        "rtol",
+        "no key",
+        "no curvature",
+        "twice",
+        "unknown",
+        "none at once",
+    ],
 )
 def test_what_has_no_answer_is_said(call, message) -> None:
     with pytest.raises(ValueError, match=message):
