@@ -7,7 +7,7 @@ left there is taken up by row i before it is rounded. That is GPTQ's recursion w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -37,8 +37,8 @@ class Rule:
 
     Attributes:
       grid: what they are rounded to, or None.
-      group: how many neighbouring rows share a scale that is found when the first of them is reached; 0 where all
-        scales are given.
+      group: how many neighbouring rows share a scale that is found when the first of them is reached, where none is
+        pruned; 0 where all scales are given.
       scale: how such a scale is found.
       keep: which of them stay: n of m neighbours, all but a fraction of each block, or, None, what the mask says.
       by_activation: whether rows of large inputs go first; neighbours that share a choice stay together.
@@ -102,8 +102,7 @@ def solve(rows: Rows, inputs: Factor, rule: Rule) -> Done:
 
     Source: Frantar et al. 2022, arXiv:2210.17323 (rounding), 2023, arXiv:2301.00774 (pruning, and both); that the
     factor of ``h`` gives the recursion too: Chee et al. 2023, arXiv:2307.13304, theorem 6. Deviations: inputs that were
-    always zero leave their weights as they are rounded, where the published code sets them to 0; where neighbours share
-    a scale and some are pruned, the scale is that of those that stay, as they are when the others are gone.
+    always zero leave their weights as they are rounded, where the published code sets them to 0.
     """
     order = inputs.order
     if order is not None:
@@ -204,7 +203,7 @@ def _one_block(part: Rows, w: jax.Array, inverse: jax.Array, *, rule: Rule) -> D
     """
     scale, zero = part.scale, part.zero
     if rule.group:
-        scale, zero = _found_scale(w, part.alive, inverse, rule=rule)
+        scale, zero = _found_scale(w, part.alive, rule)
     scales, zeros = jax.tree.map(lambda x: jnp.broadcast_to(x, w.shape), (scale, zero))
     values, codes, _, _, mask = _all_rows(Rows(w, scales, zeros, part.alive), inverse, rule)
     return Done(values, codes, *((scale, zero) if rule.group else (None, None)), mask)
@@ -269,12 +268,7 @@ def _kept(w: jax.Array, inverse: jax.Array, alive: jax.Array | None, *, rule: Ru
     return ~gone if alive is None else alive & ~gone
 
 
-def _found_scale(
-    w: jax.Array, alive: jax.Array | None, inverse: jax.Array, *, rule: Rule
-) -> tuple[jax.Array, jax.Array | None]:
-    """The scale of a block in its rows as they are, or as they are where those that go are gone."""
+def _found_scale(w: jax.Array, alive: jax.Array | None, rule: Rule) -> tuple[jax.Array, jax.Array | None]:
     assert rule.grid is not None
-    if rule.keep is not None:
-        w, _, _, _, alive = _all_rows(Rows(w, alive=alive), inverse, replace(rule, grid=None))
     kept = w if alive is None else jnp.where(alive, w, jnp.zeros_like(w))
     return rule.grid.scale_of(*range_of(Cut("", "", kept, alive, (1, w.shape[1])), rule.grid, rule.scale))

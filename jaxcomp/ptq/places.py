@@ -98,8 +98,13 @@ def place_of(slot: Slot, moments: Mapping[str, Moments], how: How) -> Place:
 
 
 def _group(how: How, seen: Moments, shape: Shape, blocks: Shape) -> int:
-    """How many neighbouring rows share a scale that is found when they are reached; 0 where scales are found before."""
-    if how.grid is None or how.grid.scale_grid is not None or not how.reached or isinstance(how.scale, Fixed):
+    """How many neighbouring rows share a scale that is found when they are reached; 0 where scales are found before.
+
+    Where rows are pruned too, they are found before: whole groups would go one after the other, and which weights stay
+    is settled better where each row goes by its own activation.
+    """
+    known = how.keep is not None or not how.reached or isinstance(how.scale, Fixed)
+    if how.grid is None or how.grid.scale_grid is not None or known:
         return 0
     *before, last = seen.summed
     apart = all(blocks[i] == n for i, n in enumerate(shape) if i not in seen.summed)

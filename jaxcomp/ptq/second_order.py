@@ -99,7 +99,6 @@ def sparsegpt(
     per: Layout = Channels(),  # noqa: B008 - frozen
     scale: ScaleRule | None = None,
     by_activation: bool = True,
-    reached: bool = True,
     damping: float = 0.01,
     where: Where | None = None,
 ) -> Params:
@@ -112,8 +111,9 @@ def sparsegpt(
       params: arrays, in any containers.
       moments: of what the leaves multiply, by path: :func:`~jaxcomp.trace.rows.row_moments`.
       keep: ``NM(n, m)`` along the last axis that a product sums over, or the fraction of weights that go, in [0, 1),
-        met in each block of rows: 128 of them, or those of a group that shares a scale.
-      grid, per, scale, by_activation, reached, damping, where: as of :func:`gptq`.
+        met in each block of 128 rows.
+      grid, per, scale, by_activation, damping, where: as of :func:`gptq`; scales are of the weights that stay, as they
+        are when the others are gone.
 
     Raises:
       TypeError, ValueError: as of :func:`gptq`; a fraction outside [0, 1), neighbours that do not divide the axis.
@@ -127,7 +127,7 @@ def sparsegpt(
 
     Source: Frantar and Alistarh 2023, arXiv:2301.00774.
     """
-    how = How("sparsegpt", grid, per, scale, _checked_keep(keep), by_activation, reached, damping)
+    how = How("sparsegpt", grid, per, scale, _checked_keep(keep), by_activation, reached=False, damping=damping)
     return solve(params, moments, how, where)
 
 

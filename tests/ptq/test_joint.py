@@ -1,4 +1,8 @@
-"""Pruning and rounding at once lose no more than one after the other: on correlated inputs, and in a real network."""
+"""Pruning and rounding at once lose no more than one after the other: on correlated inputs, and in a real network.
+
+With a scale for a group of rows they may lose a little more: whole groups are settled one after the other there, where
+pruning alone goes by each row's own activation.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,13 @@ import pytest
 import jaxcomp as jc
 from jaxcomp import NM, Channels, Groups, Int
 from jaxcomp.ptq import gptq, sparsegpt
-from jaxcomp.trace import row_moments
+from jaxcomp.trace import row_moments_over
 from jaxcomp.trace.rows import Moments
 from tests.marks import quick
 
 KEPT = (0.5, 0.75, 0.9, NM(2, 4))
 LAYOUTS = (Channels(), Groups(64))
+MOST = {LAYOUTS[0]: 1.001, LAYOUTS[1]: 1.04}
 
 
 def loss(tree, w, h):
@@ -45,22 +50,23 @@ def test_on_correlated_inputs(seed, per, keep):
     rng, n = np.random.default_rng(seed), 128
     x = rng.normal(size=(8 * n, n)) @ (rng.normal(size=(n, n)) * np.exp(-np.arange(n) / 24)[:, None])
     w = np.float32(rng.normal(size=(n, 48)))
-    assert over_sequential(w, np.float32(x.T @ x), keep, per) <= 1.0
+    assert over_sequential(w, np.float32(x.T @ x), keep, per) <= MOST[per]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("JAXCOMP_MINILM" not in os.environ, reason="JAXCOMP_MINILM names no folder of MiniLM")
 def test_in_a_sentence_encoder():
-    from tests.benchmarks.sentences import network, text
+    from tests.benchmarks.sentences import batches, network
 
-    net = network()
-    four = r"layers/(0/query|3/query|5/output|3/up)/kernel"
-    moments = jax.jit(row_moments(net.fn, four))(net.params, *text(256).calibration)
+    with jax.numpy_rank_promotion("allow"):
+        net = network()
+        four = r"layers/(0/query|3/query|5/output|3/up)/kernel"
+        moments = row_moments_over(net.states, four)(net.params, batches(8))
     for path, seen in moments.items():
         _, layer, name, _ = path.split("/")
         w, h = net.params["layers"][layer][name]["kernel"], seen.second
         for keep in KEPT:
-            for per, most in zip(LAYOUTS, (1.001, 1.04), strict=True):  # groups are settled in an order of their own
+            for per in LAYOUTS:
                 ratio = over_sequential(w, h, keep, per)
                 print(f"{path} {keep} {per}: {ratio:.4f}")
-                assert ratio <= most, (path, keep, per, ratio)
+                assert ratio <= MOST[per], (path, keep, per, ratio)
