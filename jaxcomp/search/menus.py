@@ -50,7 +50,7 @@ REST = "everything else"
 def menu(
     *,
     bits: Iterable[int] = (8, 6, 4, 3, 2),
-    sparsities: Iterable[float] = (0.0, 0.5, 0.75, 0.9),
+    sparsities: Iterable[float] = (0.0, 0.5, 0.75, 0.9, 0.95),
     per: Layout = Channels(),  # noqa: B008 - frozen
 ) -> dict[str, Made | Transform]:
     """Widths crossed with sparsities, and the leaf as it is.

@@ -3,7 +3,8 @@
 Command: ``python -m tests.benchmarks.budgets RUN [--steps 470] [--ratios 4 8 16 32] [--macs 2 4] [--out FOLDER]``
 
 RUN is the folder of a run such as ``python -m train fashion_mnist --baseline.epochs 2``. All rows are trained again for
-as many steps with the same loss; accuracy is that on the test split, losses are measured on the training split.
+as many steps with the same loss; accuracy is that on the test split, losses are measured on the training split. What
+was stopped goes on with the rows that are not in FOLDER/rows.json.
 """
 
 from __future__ import annotations
@@ -179,14 +180,16 @@ def main() -> None:
     jobs = {name: partial(hand_row, case, name, t, recover) for name, t in by_hand(roles).items()}
     folder = {name: args.out / name.replace(" ", "_") for name in budgets}
     jobs |= {name: partial(row, case, name, b, recover, folder[name]) for name, b in budgets.items()}
-    original = case.accuracy(jax.jit(partial(case.fn, case.params)))
-    rows: list[dict[str, Any]] = [
-        {"name": "original", "bytes": jc.artifact.file_size(case.params), "accuracy": original}
-    ]
-    for job in jobs.values():
-        rows.append(job())
-        print(json.dumps(rows[-1]), flush=True)
-        (args.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    file = args.out / "rows.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    if not rows:
+        original = case.accuracy(jax.jit(partial(case.fn, case.params)))
+        rows.append({"name": "original", "bytes": jc.artifact.file_size(case.params), "accuracy": original})
+    for name, job in jobs.items():
+        if name not in {r["name"] for r in rows}:
+            rows.append(job())
+            print(json.dumps(rows[-1]), flush=True)
+            file.write_text(json.dumps(rows, indent=1))
     draw(rows, {name for name in budgets if "bytes" in name}, args.out / "frontier.png")
 
 

@@ -1,8 +1,4 @@
-"""Pruning and rounding at once lose no more than one after the other: on correlated inputs, and in a real network.
-
-With a scale for a group of rows they may lose a little more: whole groups are settled one after the other there, where
-pruning alone goes by each row's own activation.
-"""
+"""Pruning and rounding at once lose no more than one after the other: on correlated inputs, and in a real network."""
 
 from __future__ import annotations
 
@@ -22,7 +18,8 @@ from tests.marks import quick
 
 KEPT = (0.5, 0.75, 0.9, NM(2, 4))
 LAYOUTS = (Channels(), Groups(64))
-MOST = {LAYOUTS[0]: 1.001, LAYOUTS[1]: 1.04}
+MOST = 1.002
+"""Of 90% as good as nothing is left to be made good for."""
 
 
 def loss(tree, w, h):
@@ -50,7 +47,7 @@ def test_on_correlated_inputs(seed, per, keep):
     rng, n = np.random.default_rng(seed), 128
     x = rng.normal(size=(8 * n, n)) @ (rng.normal(size=(n, n)) * np.exp(-np.arange(n) / 24)[:, None])
     w = np.float32(rng.normal(size=(n, 48)))
-    assert over_sequential(w, np.float32(x.T @ x), keep, per) <= MOST[per]
+    assert over_sequential(w, np.float32(x.T @ x), keep, per) <= MOST
 
 
 @pytest.mark.slow
@@ -69,4 +66,4 @@ def test_in_a_sentence_encoder():
             for per in LAYOUTS:
                 ratio = over_sequential(w, h, keep, per)
                 print(f"{path} {keep} {per}: {ratio:.4f}")
-                assert ratio <= MOST[per], (path, keep, per, ratio)
+                assert ratio <= MOST, (path, keep, per, ratio)
