@@ -46,9 +46,12 @@ def parse(arguments: list[str]) -> Config:
 
 def _without_compress(arguments: list[str]) -> list[str]:
     """``compress --ratio 16`` in the words of the other options: one row, of that name."""
-    if "compress" not in arguments:
+    at = arguments.index("compress") if "compress" in arguments[:2] else -1
+    if at < 0 or (at == 1 and arguments[0].startswith("-")):  # a folder of that name, say
         return arguments
-    left = [word for word in arguments if word != "compress"]
+    left = [part for word in arguments[:at] + arguments[at + 1 :] for part in _parts(word)]
+    if "--methods" in left:
+        raise RunError("compress makes one row; for more write their names alone: --methods compress16 int8.")
     ratio = "8"
     if "--ratio" in left:
         at = left.index("--ratio")
@@ -56,6 +59,11 @@ def _without_compress(arguments: list[str]) -> list[str]:
     if ratio not in map(str, RATIOS):
         raise RunError(f"--ratio must be one of {', '.join(map(str, RATIOS))}, got {ratio!r}.")
     return [*left, "--methods", f"compress{ratio}"]
+
+
+def _parts(word: str) -> list[str]:
+    """``--ratio=16`` is two words."""
+    return word.split("=", 1) if word.startswith(("--ratio=", "--methods=")) else [word]
 
 
 PREEMPTED = 75

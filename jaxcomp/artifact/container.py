@@ -175,6 +175,15 @@ def _decoded(entry: Entry, data: np.ndarray, name: str) -> np.ndarray:
     return found
 
 
+class Header(NamedTuple):
+    """What a file's header says, found sound: its bytes, the metadata, and the tensors in the order of their bytes."""
+
+    size: int
+    header: bytes
+    metadata: Mapping[str, str]
+    entries: Sequence[Entry]
+
+
 def opened(file: FileIO, hashing: ThreadPoolExecutor, limit: int | None = None) -> Reader:
     """Reads a file's header.
 
@@ -182,6 +191,16 @@ def opened(file: FileIO, hashing: ThreadPoolExecutor, limit: int | None = None) 
       file: open, at its beginning.
       hashing: where checksums are made.
       limit: the bytes of memory that what is read may take; None is 1 GiB, or a hundred times the file's size.
+
+    Raises:
+      ValueError: as :func:`header_of`.
+    """
+    found = header_of(file)
+    return Reader(file, *found, hashing, Budget(limit, found.size))
+
+
+def header_of(file: FileIO) -> Header:
+    """The header of a safetensors file, ours or another's, that is open at its beginning.
 
     Raises:
       ValueError: it is no safetensors file, truncated, or its header says what cannot be.
@@ -207,7 +226,7 @@ def opened(file: FileIO, hashing: ThreadPoolExecutor, limit: int | None = None) 
         end = e.stop
     if end != size:
         raise ValueError(f"is truncated or damaged: it has {size} bytes, and its header describes {end}")
-    return Reader(file, size, header, metadata, entries, hashing, Budget(limit, size))
+    return Header(size, header, metadata, entries)
 
 
 def _entry(name: str, said: Json, first: int) -> Entry:

@@ -2,7 +2,8 @@
 
 from jaxcomp.scale.compressing import compress_file
 from jaxcomp.scale.memory import DeviceMemory, device_memory
-from jaxcomp.scale.sources import Leaves, open_orbax, open_safetensors
+from jaxcomp.scale.shards import open_safetensors
+from jaxcomp.scale.sources import Leaves, open_orbax
 
 __all__ = [
     "DeviceMemory",

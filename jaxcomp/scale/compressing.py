@@ -55,7 +55,8 @@ def compress_file(
     Raises:
       FileError: a file cannot be read or written; ``work`` holds another job, or another program's files.
       ValueError: what the transform raises of these leaves; or it needs statistics, or the whole tree at once. Rules
-        and layouts are checked on shapes before anything is read.
+        and layouts are checked on shapes before anything is read. A leaf's path leads to others, too.
+      TypeError: the source is a path that nothing opened.
 
     >>> import tempfile, numpy as np
     >>> import jaxcomp as jc
@@ -68,7 +69,7 @@ def compress_file(
     ...     Path(f"{d}/small").read_bytes() == Path(f"{d}/same").read_bytes()
     True
     """
-    leaves = source if isinstance(source, Leaves) else TreeLeaves(source)
+    leaves = _leaves(source)
     stages = stages_of(transform, leaves.shapes)
     job = None if work is None else _Job.begun(Path(work), _about(leaves, transform))
     found = Found.of(_thresholds(stages, leaves, job))
@@ -77,6 +78,23 @@ def compress_file(
     if job is not None:
         job.removed(len(leaves))
     return size
+
+
+def _leaves(source: Leaves | PyTree) -> Leaves:
+    """The source's leaves, whose keys make nested dicts.
+
+    Raises:
+      TypeError, ValueError: they do not, or it is a path.
+    """
+    if isinstance(source, str | os.PathLike):
+        raise TypeError(f"compress_file: source is a path; give open_safetensors({os.fspath(source)!r}) or open_orbax.")
+    leaves = source if isinstance(source, Leaves) else TreeLeaves(source)
+    ends = {leaves.keys_of(path): path for path in leaves}
+    for keys, path in ends.items():
+        above = [ends[keys[:n]] for n in range(len(keys)) if keys[:n] in ends]
+        if above:
+            raise ValueError(f"compress_file: {above[0]!r} is a leaf, and {path!r} is in it; rename one of them.")
+    return leaves
 
 
 def _thresholds(stages: Stages, leaves: Leaves, job: _Job | None) -> list[Threshold]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxcomp.core.leaves import pack
@@ -88,7 +89,7 @@ def device_memory(
 
     Raises:
       ValueError: a rule that matches nothing, a spec that does not fit a leaf or the mesh, or what ``compress`` raises.
-      TypeError: a layout without a mesh.
+      TypeError: a layout without a mesh, or of what is no ``PartitionSpec``.
 
     >>> import optax
     >>> import jaxcomp as jc
@@ -108,7 +109,7 @@ def device_memory(
     sizes = {} if mesh is None else {str(name): int(n) for name, n in mesh.shape.items()}
     if lay and mesh is None:
         raise TypeError("device_memory: lay= says how arrays lie on a mesh; give mesh=, an AbstractMesh is enough.")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), params)
     given = _laid(shapes, lay or {}, sizes)
     held: dict[str, PyTree] = {"weights": shapes}
     if optimizer is not None:
@@ -134,7 +135,7 @@ def _laid(shapes: Params, lay: Mapping[Where, PartitionSpec], sizes: Mapping[str
     found = first_matches(list(lay), named, owner="device_memory") if lay else [None] * len(named)
     laid = []
     for (path, leaf), first in zip(named, found, strict=True):
-        axes = () if first is None else tuple(specs[first])
+        axes = () if first is None else _axes(specs[first])
         if len(axes) > len(leaf.shape):
             raise ValueError(f"device_memory: {path!r} of shape {leaf.shape} has fewer axes than {specs[first or 0]}.")
         axes += (None,) * (len(leaf.shape) - len(axes))
@@ -150,6 +151,18 @@ def _laid(shapes: Params, lay: Mapping[Where, PartitionSpec], sizes: Mapping[str
     return laid
 
 
+def _axes(spec: PartitionSpec) -> Axes:
+    """Raises:
+    TypeError, ValueError: it is none, or names an axis twice.
+    """
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"device_memory: lay wants a jax.sharding.PartitionSpec for each rule, got {spec!r}.")
+    names = [name for axis in spec for name in _names(axis)]
+    if len(names) > len({*names}):
+        raise ValueError(f"device_memory: {spec} names an axis of the mesh twice; each splits an array once.")
+    return tuple(spec)
+
+
 def _shares(tree: PyTree, given: Sequence[Laid], sizes: Mapping[str, int]) -> dict[str, int]:
     """The bytes of each array on a device, by path."""
     by_step: dict[str, list[Laid]] = {}
@@ -163,7 +176,7 @@ def _share(path: str, x: PyTree, by_step: Mapping[str, list[Laid]], sizes: Mappi
     data = x.data if isinstance(x, Packed) else x
     if not hasattr(data, "shape"):
         return 0
-    steps = tuple(step for step in path.replace(":", "/").split("/") if step)
+    steps = tuple(step for step in path.replace(":", "/").split("/") if step) or ("",)
     near = [laid for step in dict.fromkeys(steps) for laid in by_step.get(step, ())]
     if isinstance(x, Packed):
         own = layout(steps, tuple(x.shape), near)

@@ -1,21 +1,19 @@
-"""Checkpoints whose leaves are read one by one: safetensors in shards, an Orbax checkpoint, a tree in memory."""
+"""Trees whose leaves are read one by one: of an Orbax checkpoint, or in memory."""
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
-from jaxcomp.artifact.disk import reading_file
-from jaxcomp.artifact.limits import MAX_HEADER
-from jaxcomp.artifact.tensors import DTYPES
+from jaxcomp.artifact.disk import FileError, reading_file
 from jaxcomp.core.paths import path_keys, path_str
 from jaxcomp.core.types import Json, Leaf, PyTree
 
@@ -103,111 +101,6 @@ class TreeLeaves(Leaves):
         return self._keys[path]
 
 
-class Safetensors(Leaves):
-    """The tensors of safetensors files; see :func:`open_safetensors`."""
-
-    def __init__(self, files: list[Path], rename: Callable[[str], str]) -> None:
-        found: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
-        for file in files:
-            with reading_file(str(file), owner="open_safetensors"):
-                for name, entry in _entries(file):
-                    path = rename(name)
-                    if path in found:
-                        raise ValueError(f"holds {path!r}, which {found[path][0].name!r} holds, too; rename one")
-                    found[path] = (file, *entry)
-        self._files = files
-        self._found = {path: found[path] for path in sorted(found, key=lambda p: p.split("/"))}
-        self._shapes = {p: jax.ShapeDtypeStruct(s, d) for p, (_, d, s, _) in self._found.items()}
-
-    @property
-    def shapes(self) -> Shapes:
-        """Shapes and types by path, from the headers."""
-        return self._shapes
-
-    @property
-    def about(self) -> Json:
-        """The files' names, sizes and times."""
-        stats = ((f.name, f.stat()) for f in self._files)
-        return [[name, s.st_size, s.st_mtime_ns] for name, s in stats]
-
-    def read(self, path: str) -> Leaf:
-        """One tensor: its bytes, and no others, are read.
-
-        Raises:
-          FileError: they cannot be read, or the file ends before them.
-        """
-        file, dtype, shape, start = self._found[path]
-        with reading_file(str(file), owner="open_safetensors"), file.open("rb") as f:
-            f.seek(start)
-            data = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, np.uint8)
-            if f.readinto(memoryview(data)) != data.nbytes:
-                raise ValueError(f"ends before {path!r} does; get it again")
-        return data.view(dtype).reshape(shape)
-
-
-def open_safetensors(path: str | os.PathLike[str], *, rename: Callable[[str], str] | None = None) -> Safetensors:
-    """Opens a checkpoint in safetensors files without reading its values.
-
-    Args:
-      path: a file; a folder of shards; or their ``model.safetensors.index.json``, of which every file must be there.
-      rename: from a tensor's name to its path, "block/kernel"; None makes "/" of the names' dots, and two tensors of
-        one path are an error.
-
-    Raises:
-      FileError: a file is missing or no safetensors file, or the index names a tensor that its file does not hold.
-
-    >>> import tempfile
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as d:
-    ...     save_file({"up.kernel": np.ones((2, 3), np.float32)}, f"{d}/model.safetensors")
-    ...     leaves = open_safetensors(d)
-    ...     leaves.shapes, float(leaves["up/kernel"].sum())
-    ({'up/kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}, 6.0)
-    """
-    where, named = Path(path), {}
-    name = rename or (lambda name: name.replace(".", "/"))
-    with reading_file(str(where), owner="open_safetensors"):
-        if where.is_dir():
-            indexes = sorted(where.glob("*.safetensors.index.json"))
-            if len(indexes) == 1:
-                where = indexes[0]
-        if where.suffix == ".json":
-            named = json.loads(where.read_text())["weight_map"]
-            files = sorted({where.parent / file for file in named.values()})
-        else:
-            files = sorted(where.glob("*.safetensors")) if where.is_dir() else [where]
-        if not files:
-            raise ValueError("holds no *.safetensors file")
-        found = Safetensors(files, name)
-        missing = [tensor for tensor in named if name(tensor) not in found]
-        if missing:
-            raise ValueError(f"names {missing[0]!r}, which {named[missing[0]]!r} does not hold; get the file again")
-    return found
-
-
-def _entries(file: Path) -> Iterator[tuple[str, tuple[np.dtype, tuple[int, ...], int]]]:
-    """Names, types, shapes and places of a file's tensors.
-
-    Raises:
-      ValueError: it is no safetensors file, is cut, or holds a type that jaxcomp does not know.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError("is no safetensors file, or is cut; get it again")
-        header = json.loads(f.read(length))
-    for name, said in header.items():
-        if name == "__metadata__":
-            continue
-        if said["dtype"] not in DTYPES:
-            raise ValueError(f"holds {name!r} of type {said['dtype']}, which is none of {', '.join(DTYPES)}")
-        dtype, shape, (start, stop) = DTYPES[said["dtype"]], tuple(said["shape"]), said["data_offsets"]
-        if stop - start != int(np.prod(shape, dtype=object)) * dtype.itemsize or 8 + length + stop > size:
-            raise ValueError(f"ends before {name!r} does, or says what cannot be; get it again")
-        yield name, (dtype, shape, 8 + length + start)
-
-
 class Orbax(Leaves):
     """The arrays of an Orbax checkpoint; see :func:`open_orbax`."""
 
@@ -215,7 +108,10 @@ class Orbax(Leaves):
         import orbax.checkpoint as ocp
 
         self._folder, self._ocp = folder, ocp
-        metadata = ocp.StandardCheckpointer().metadata(folder)
+        with _orbax(folder):
+            metadata = ocp.StandardCheckpointer().metadata(folder)
+            if getattr(metadata, "item_metadata", metadata) is None:  # which Orbax says by a warning
+                raise ValueError("Orbax finds no arrays in it")
         tree = getattr(metadata, "item_metadata", metadata)
         self._tree = getattr(tree, "tree", tree)
         self._shapes: dict[str, jax.ShapeDtypeStruct] = {}
@@ -235,15 +131,31 @@ class Orbax(Leaves):
         return [[str(p.relative_to(self._folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
     def read(self, path: str) -> Leaf:
-        """One array, in the host's memory; nothing else is read."""
+        """One array, in the host's memory; nothing else is read.
+
+        Raises:
+          FileError: it cannot be read.
+        """
         ocp = self._ocp
         item = jax.tree_util.tree_map_with_path(
             lambda keys, x: self._shapes[path] if path_str(keys) == path else ocp.PLACEHOLDER, self._tree
         )
         how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _orbax(self._folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.restore(self._folder, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
         return {path_str(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree)}[path]
+
+
+@contextmanager
+def _orbax(folder: Path) -> Iterator[None]:
+    """Raises:
+    FileError: Orbax raises, of which there are many kinds, of many lines.
+    """
+    try:
+        yield
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise FileError(f"open_orbax: {str(folder)!r} is damaged or cannot be read ({reason}); get it again.") from e
 
 
 def open_orbax(folder: str | os.PathLike[str]) -> Orbax:
@@ -261,6 +173,7 @@ def open_orbax(folder: str | os.PathLike[str]) -> Orbax:
     """
     where = Path(folder).resolve()
     with reading_file(str(where), owner="open_orbax"):
+        where.stat()
         if not (where / "_METADATA").is_file():
             inside = sorted(p.parent.name for p in where.glob("*/_METADATA"))
             raise ValueError(f"holds no checkpoint of a tree{f'; {inside[0]!r} in it does' if inside else ''}")

@@ -171,7 +171,7 @@ def stages_of(transform: Transform, shapes: Seen) -> Stages:
     >>> stages_of(quantize(Int(4)), shapes).all[0].leaves
     frozenset({'a/kernel'})
     """
-    seen = dict(shapes)
+    seen = {path: jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype)) for path, s in shapes.items()}
     stages: list[Stage] = []
     groups: list[tuple[Pruning, tuple[str, ...], Resolved]] = []
     for one, leaves in atoms(checked_transform("compress_file", transform), seen, tuple(seen)):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -157,11 +161,121 @@ def test_shards_of_safetensors_are_read_leaf_by_leaf(tmp_path) -> None:
         compress_file(tmp_path / "made", open_safetensors(where), t)
         assert (tmp_path / "made").read_bytes() == wanted
     (tmp_path / "in" / "m-1.safetensors").write_bytes(b"x" * 99)
-    with pytest.raises(FileError, match=r"m-1.safetensors' is no safetensors file, or is cut; get it again"):
+    with pytest.raises(FileError, match=r"m-1.safetensors' is truncated or not a safetensors file"):
         open_safetensors(tmp_path / "in")
     (tmp_path / "in" / "m-1.safetensors").unlink()
     with pytest.raises(FileError, match=r"cannot read .*m-1\.safetensors"):
         open_safetensors(tmp_path / "in")
+
+
+W = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def shard(folder, name, tree) -> None:
+    save_file(tree, folder / f"{name}.safetensors")
+
+
+def index(folder, text) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def header(folder, said) -> None:
+    text = json.dumps(said).encode()
+    (folder / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+MISTAKES = {
+    "empty": (lambda d: None, "holds no \\*.safetensors file"),
+    "part": (lambda d: shard(d, "m-00001-of-00002", {"w": W}), "and no 'm-00002-of-00002.safetensors'; get that file"),
+    "index": (lambda d: index(d, "{"), "has a damaged index, 'model.safetensors.index.json'"),
+    "list": (lambda d: index(d, "[]"), "weight_map does not name a file for each tensor"),
+    "no map": (lambda d: index(d, "{}"), "weight_map does not name a file for each tensor"),
+    "numbers": (lambda d: index(d, '{"weight_map": {"a": 3}}'), "weight_map does not name a file for each tensor"),
+    "gone": (lambda d: index(d, '{"weight_map": {"a": "b.safetensors"}}'), "cannot read .*b.safetensors"),
+    "negative": (
+        lambda d: header(d, {"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}),
+        "the header's entry of 'w' is none",
+    ),
+    "no entry": (lambda d: header(d, {"w": 3}), "the header's entry of 'w' is none"),
+    "no type": (
+        lambda d: header(d, {"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}),
+        "holds 'w' of type F99, which is not known",
+    ),
+    "ours": (
+        lambda d: jc.save(d / "x.safetensors", {"a": W, "b": W}),
+        "is a file of jc.save, which jc.load reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_is_no_checkpoint_is_one_error(name, tmp_path) -> None:
+    make, text = MISTAKES[name]
+    make(tmp_path)
+    with pytest.raises(FileError, match=f"open_safetensors: .*{text}"):
+        open_safetensors(tmp_path)
+
+
+def test_paths_and_sources_that_cannot_be(tmp_path) -> None:
+    shard(tmp_path, "x", {"leaf": W, "other.kernel": W})
+    with pytest.raises(TypeError, match="rename gives None for 'leaf'; give a path"):
+        open_safetensors(tmp_path, rename=lambda name: None)
+    with pytest.raises(FileError, match=r"holds 'other.kernel', whose path 'w' 'leaf' of 'x.safetensors' has, too"):
+        open_safetensors(tmp_path, rename=lambda name: "w")
+    shard(tmp_path, "y", {"leaf.kernel": W})
+    with pytest.raises(ValueError, match="compress_file: 'leaf' is a leaf, and 'leaf/kernel' is in it; rename one"):
+        compress_file(tmp_path / "made", open_safetensors(tmp_path), jc.prune(0.5))
+    with pytest.raises(TypeError, match=r"source is a path; give open_safetensors\('x'\)"):
+        compress_file(tmp_path / "made", "x", jc.prune(0.5))
+    with pytest.raises(FileError, match=r"open_orbax: cannot read .*nowhere"):
+        open_orbax(tmp_path / "nowhere")
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+import jaxcomp as jc
+from jaxcomp.scale import compress_file, open_safetensors
+from jaxcomp.scale.shards import Safetensors
+
+read, left = Safetensors.read, int(sys.argv[2])
+def fails(self, path):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, path)
+Safetensors.read = fails
+t = jc.chain(jc.prune(0.5, scope=jc.Global()), jc.quantize(jc.Int(4)))
+compress_file(sys.argv[1] + "/made", open_safetensors(sys.argv[1] + "/in"), t, work=sys.argv[1] + "/work")
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_leave_nothing_behind(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    sharded(tmp_path / "in", params())
+    for left, code in ((3, -9), (8, -9), (2, -9), (99, 0)):
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(left)]
+        assert subprocess.run(command, timeout=120, check=False).returncode == code
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "made"]
+    assert (tmp_path / "made").read_bytes() == whole(tmp_path / "whole", TRANSFORMS["global"](), params())
+
+
+def test_a_full_disk_is_one_error_and_the_run_goes_on(tmp_path) -> None:
+    t, tree = TRANSFORMS["nothing"](), params()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        with pytest.raises(FileError, match=r"cannot write .*made': File too large"):
+            compress_file(tmp_path / "made", tree, t, work=tmp_path / "work")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+    compress_file(tmp_path / "made", tree, t, work=tmp_path / "work")
+    assert (tmp_path / "made").read_bytes() == whole(tmp_path / "whole", t, tree)
 
 
 @pytest.mark.slow
@@ -178,6 +292,13 @@ def test_an_orbax_checkpoint_is_read_leaf_by_leaf(tmp_path) -> None:
     np.testing.assert_array_equal(leaves["b/kernel"], tree["b"]["kernel"])
     compress_file(tmp_path / "made", leaves, t)
     assert (tmp_path / "made").read_bytes() == whole(tmp_path / "whole", t, tree)
+    for part in (tmp_path / "step" / "default").rglob("*"):
+        if part.is_file() and part.parent.name == "d":
+            part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(FileError, match=r"open_orbax: .*default' is damaged or cannot be read \(.*\); get it again"):
+        leaves["b/kernel"]
+    with pytest.raises(FileError, match="Orbax finds no arrays in it"):
+        open_orbax(tmp_path / "step" / "default")
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,23 @@ def test_scales_and_codes_lie_as_their_weight() -> None:
         ({".*": PartitionSpec("y")}, "the mesh has no axis 'y', only x"),
         ({".*": PartitionSpec("x")}, r"'kernel' of shape \(6, 4\) is not divided by .* on a mesh of \{'x': 4\}"),
         ({".*": PartitionSpec(None, None, "x")}, "has fewer axes"),
+        ({".*": PartitionSpec("x", "x")}, "names an axis of the mesh twice"),
     ],
 )
 def test_a_layout_that_cannot_be_is_an_error(lay, text) -> None:
     params = {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32)}
     with pytest.raises(ValueError, match=text):
         device_memory(params, mesh=AbstractMesh((4,), ("x",)), lay=lay)
+    with pytest.raises(TypeError, match=r"lay wants a jax.sharding.PartitionSpec for each rule, got 'x'"):
+        device_memory(params, mesh=AbstractMesh((4,), ("x",)), lay={".*": "x"})
     with pytest.raises(TypeError, match="give mesh=, an AbstractMesh is enough"):
         device_memory(params, lay=lay)
+
+
+def test_a_number_and_an_array_alone_are_counted() -> None:
+    mesh = AbstractMesh((4,), ("x",))
+    assert device_memory({"a": np.ones((4, 4), np.float32), "n": 3})["weights"].whole == 68
+    assert device_memory(np.ones((4, 4), np.float32), mesh=mesh, lay={".*": PartitionSpec("x")})["weights"].device == 16
 
 
 FILES = {

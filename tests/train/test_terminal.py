@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -132,6 +133,8 @@ MAIN = {
     "--accumulate 0": "accumulate must be at least 1, got 0",
     "--accumulate 3": "it must be a multiple of the 1 devices times 3 parts",
     "--nope 1": "Unrecognized options: --nope",
+    "compress --ratio=5": "--ratio must be one of 2, 4, 8, 16, 32, 64, got '5'",
+    "compress --ratio 16 --methods=int8": "compress makes one row",
 }
 OTHERS = {
     "sparse --methods": "methods is empty; name at least one",
@@ -159,6 +162,21 @@ def test_fault_11_errors_of_the_main_command(arguments, tmp_path, capsys, monkey
     assert code_of(main, [*arguments.split(), *out]) == 2
     assert MAIN[arguments] in said(capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "methods", "out"),
+    [
+        ("compress", ("compress8",), None),
+        ("compress --ratio=16", ("compress16",), None),
+        ("digits compress --ratio 16 --out compress", ("compress16",), Path("compress")),
+        ("--out compress", (), Path("compress")),
+        ("digits --methods=int8", ("int8",), None),
+    ],
+)
+def test_compress_is_a_row_where_it_is_a_command(arguments, methods, out) -> None:
+    config = parse(arguments.split())
+    assert (config.methods, config.out) == (methods, out)
 
 
 @pytest.mark.parametrize("arguments", OTHERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -117,7 +118,7 @@ from train.data.images import Augmentation
 from train.data.order import epoch_batches
 from train.loop.step import Mesh
 address, count, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-jax.distributed.initialize(address, count, own)
+jax.distributed.initialize(address, count, own, initialization_timeout=60)
 mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, PartitionSpec("data"))
 for epoch in range(2):
@@ -137,13 +138,19 @@ def test_two_processes_see_the_batches_of_one(tmp_path) -> None:
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROCESS, address, "2"]
-    processes = [subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    opened = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(i)], **opened) for i in range(2)]
+    ends = time.monotonic() + 120  # of both together; neither waits for the other for longer than a minute
     try:
-        said = [p.communicate(timeout=120)[0].splitlines() for p in processes]
+        said = [p.communicate(timeout=max(ends - time.monotonic(), 1))[0] for p in processes]
     finally:
         for p in processes:
             p.kill()
-    lines = [[int(x) for x in line.split()[1:]] for text in said for line in text if line.startswith("at ")]
+            p.communicate()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(said)
+    lines = [
+        [int(x) for x in line.split()[1:]] for text in said for line in text.splitlines() if line.startswith("at ")
+    ]
     for epoch in range(2):
         wanted = epoch_batches(5, epoch, 40, 8)
         for device in range(4):
