@@ -61,7 +61,8 @@ def compress_file(
     >>> import tempfile, numpy as np
     >>> import jaxcomp as jc
     >>> rng = np.random.default_rng(0)
-    >>> params = {name: {"kernel": rng.normal(size=(64, 32)).astype(np.float32)} for name in ("down", "up")}
+    >>> draw = lambda: jax.device_put(rng.normal(size=(64, 32)).astype(np.float32))
+    >>> params = {name: {"kernel": draw()} for name in ("down", "up")}
     >>> t = jc.chain(jc.prune(0.5, scope=jc.Global()), jc.quantize(jc.Int(4)))
     >>> with tempfile.TemporaryDirectory() as d:
     ...     size = compress_file(f"{d}/small", params, t)

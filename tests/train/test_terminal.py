@@ -132,6 +132,7 @@ MAIN = {
     "--baseline.warmup 2": "warmup must be a fraction in 0..1, got 2.0",
     "--accumulate 0": "accumulate must be at least 1, got 0",
     "--accumulate 3": "it must be a multiple of the 1 devices times 3 parts",
+    "--compilation-cache /dev/null": "the folder '/dev/null' cannot be used: File exists; choose another with",
     "--nope 1": "Unrecognized options: --nope",
     "compress --ratio=5": "--ratio must be one of 2, 4, 8, 16, 32, 64, got '5'",
     "compress --ratio 16 --methods=int8": "compress makes one row",
