@@ -165,8 +165,9 @@ class _Job:
             return job
         try:
             said = json.loads((folder / _JOB).read_text())
-            thresholds = said.pop("thresholds")
-        except (OSError, ValueError, KeyError, AttributeError) as e:
+            found = said.pop("thresholds")
+            job.thresholds = None if found is None else [Threshold(*map(int, t)) for t in found]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise FileError(f"compress_file: {os.fspath(folder / _JOB)!r} is damaged; remove the folder.") from e
         other = [name for name in about if said.get(name) != about[name]]
         if other:
@@ -175,8 +176,6 @@ class _Job:
                 f" {str(said.get(other[0]))[:80]}, these are {str(about[other[0]])[:80]}; remove the folder, or give"
                 " another."
             )
-        if thresholds is not None:
-            job.thresholds = [Threshold(*t) for t in thresholds]
         return job
 
     def keep(self, thresholds: list[Threshold]) -> None:
