@@ -105,8 +105,9 @@ class Toward:
 
     def __init__(self, how: Exact, fn: Fn, program: Program, *, tree: Growing, known: Iterable[str]) -> None:
         self._how, self._tree, self._exact = how, tree, tree.dense()
-        self._targets = targets_of(program, self._exact, [p for p in sorted(known) if tree.is_array(p)], how)
-        self._gaps = gaps(fn, list(self._targets), how)
+        given = tree.whole()
+        self._targets = targets_of(program, given, [p for p in sorted(known) if tree.is_array(p)], how)
+        self._gaps = gaps(fn, given, list(self._targets), how=how)
 
     def beside(self, gather: Callable[..., dict[str, Moments]]) -> Callable[..., dict[str, PyTree]]:
         """What gives moments, and gaps beside them under names of their own: one run of the network serves both.
@@ -131,11 +132,19 @@ class Toward:
           seen: sums of what :meth:`beside` gives.
           layer: of a scan.
           moments: of that layer, by path.
+
+        Raises:
+          ValueError: results that are not finite.
         """
         gap = {p: jax.tree.map(lambda x: x[layer], seen[GAP + p]) for p in moments if p in self._targets}
         return {path: self._correction(path, layer, moments[path], gap[path]) for path in gap}
 
     def _correction(self, path: str, layer: Layer, moments: Moments, gap: Gap) -> Correction:
+        if not np.isfinite(gap.cross).all():
+            raise ValueError(
+                f"sequentially: of some batch {path!r} takes or gives what is not finite, in the float network or in"
+                " the compressed one; mend that batch, or leave the leaf that makes it so out by where=."
+            )
         before, bias = self._tree.now(path, layer), self._targets[path][0].bias
 
         def shift(after: jax.Array) -> tuple[str, NDArray[np.float64]] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcomp.core.batches import all_batches
 from jaxcomp.core.leaves import dense
-from jaxcomp.core.paths import Where
+from jaxcomp.core.paths import Where, some_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.roles import STACKED
 from jaxcomp.core.types import Leaf, Params, PyTree, Shape
@@ -65,7 +65,8 @@ def sequentially(
 
     Raises:
       TypeError: ``method`` is no function, ``targets`` of another kind, or the batches are one array.
-      ValueError: ``where`` matches no site, there is no batch, or what ``method`` raises.
+      ValueError: ``where`` matches no site, there is no batch, what ``method`` raises, or a leaf
+        that it gives nothing for.
 
     >>> from jaxcomp import Int
     >>> from jaxcomp.ptq.second_order import gptq
@@ -107,6 +108,8 @@ def sequentially(
                 corrections = {} if toward is None else toward.corrections(seen, layer, moments)
                 leaves = {p: tree.given(p, layer) for p in paths}
                 new = method(leaves | {p: c.leaf for p, c in corrections.items()}, moments)
+                if lost := [path for path in paths if path not in new]:
+                    raise ValueError(f"sequentially: method gave nothing for {some_paths(lost)}; give a leaf for each.")
                 for path in paths:
                     shift = corrections[path].shift(dense(new[path])) if path in corrections else None
                     tree.take(path, layer, new[path])

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
-from jaxcomp.core.roles import OUTPUT, STACKED
+from jaxcomp.core.roles import BATCH, OUTPUT, STACKED
 from jaxcomp.core.specs import is_number
-from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.ptq.rewrites.biases import bias_after, result_channels
+from jaxcomp.core.types import Params, PyTree
+from jaxcomp.ptq.rewrites.biases import Biases, result_channels
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, Watch, zeros
@@ -32,6 +32,8 @@ from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Location, aval_of
 
 Matrix = NDArray[np.float64]
+_ROUNDED = 1e-6
+"""Of the moments' mean diagonal: what float32 may get wrong."""
 _ADDED = Monoid(zeros, lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
@@ -42,7 +44,7 @@ class Exact:
     Args:
       damping: added to the diagonal of the rows' second moments, as a fraction of its mean: it holds a leaf where the
         rows say little.
-      biases: a bias behind a leaf takes what the mean of the result is off by.
+      biases: a bias behind a leaf, an array that is used nowhere else, takes what the mean of the result is off by.
       stream: where the result is added to a residual stream, the sum is the target: the leaf makes up for what the
         stream carries on.
 
@@ -88,12 +90,12 @@ class Target(NamedTuple):
     channels: tuple[int, ...]
 
 
-def targets_of(program: Program, params: Params, wanted: Sequence[str], how: Exact) -> dict[str, list[Target]]:
+def targets_of(program: Program, given: Params, wanted: Sequence[str], how: Exact) -> dict[str, list[Target]]:
     """The products of each leaf, by path; a leaf that some product hides is left out.
 
     Args:
       program: of the function.
-      params: its parameters.
+      given: its parameters; a bias that is compressed stays as it is.
       wanted: paths of leaves.
       how: what is to be made up for.
     """
@@ -103,9 +105,9 @@ def targets_of(program: Program, params: Params, wanted: Sequence[str], how: Exa
         for v in op.eqn.invars:
             if not isinstance(v, core.Literal):
                 users.setdefault(v, []).append(op)
-    leaves = dict(leaves_with_paths(params, is_leaf=is_compressed)[0])
+    biases = Biases(program, dict(leaves_with_paths(given, is_leaf=is_compressed)[0]))
     found: dict[str, list[Target]] = {path: [] for path in wanted}
-    hidden, taken = set[str](), set[str]()
+    hidden = set[str]()
     for site in sites_of(program):
         if site.leaf not in found or site.weight is None:
             continue
@@ -113,26 +115,20 @@ def targets_of(program: Program, params: Params, wanted: Sequence[str], how: Exa
         if not BARRED.isdisjoint(site.inside) or "cond" in site.inside or not all(loop.layers for loop in op.loops):
             hidden.add(site.leaf)
             continue
-        bias = bias_after(op, users) if how.biases and site.kind in ("dot", "conv") else None
-        channels = result_channels(site, op)
-        if (bias is not None and not _fits(leaves[bias], site, op, channels)) or bias in taken:
-            bias = None
-        taken |= {bias} if bias else set()
+        bias = biases.of(site, op) if how.biases and _in_order(site, op) else None
         at = _stream(op, users) if how.stream else None
-        found[site.leaf].append(Target(site, op, op.location if at is None else at, bias, channels))
+        found[site.leaf].append(Target(site, op, op.location if at is None else at, bias, result_channels(site, op)))
     return {path: each for path, each in found.items() if each and path not in hidden}
 
 
-def _fits(bias: Leaf, site: Site, op: Op, channels: tuple[int, ...]) -> bool:
-    """Whether a bias has an element for each column of the leaf, in the leaf's order."""
+def _in_order(site: Site, op: Op) -> bool:
+    """Whether the columns of the leaf, one matrix a layer, are in the order of the results."""
     weight, origin = site.operands[site.weight or 0], op.tags[site.weight or 0].origin
-    if origin is None or is_compressed(bias):
-        return False
-    if sum(role == STACKED for role in weight.leaf_roles) != len(site.layer_steps):
+    stacked = sum(role == STACKED for role in weight.leaf_roles)
+    if origin is None or BATCH in weight.leaf_roles or stacked != len(site.layer_steps):
         return False
     axes = [a for i, role in enumerate(weight.roles) if role == OUTPUT for a in origin.axes[i]]
-    sizes = (*site.layer_steps, *(site.out_shape[i] for i in channels))
-    return axes == sorted(axes) and math.prod(bias.shape) == math.prod(sizes)
+    return axes == sorted(axes)
 
 
 def _stream(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> Location | None:
@@ -152,7 +148,7 @@ def _stream(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> Location | None:
     return None
 
 
-def gaps(fn: Fn, wanted: Sequence[str], how: Exact) -> Callable[..., dict[str, Gap]]:
+def gaps(fn: Fn, given: Params, wanted: Sequence[str], *, how: Exact) -> Callable[..., dict[str, Gap]]:
     """``gaps(chosen, exact, now, *args)``: the :class:`Gap` of each leaf that is chosen, zeros for the others.
 
     ``exact`` and ``now`` are the trees of the float and of the compressed network, dense. The results of all products
@@ -160,13 +156,14 @@ def gaps(fn: Fn, wanted: Sequence[str], how: Exact) -> Callable[..., dict[str, G
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
+      given: the parameters, compressed leaves as they are.
       wanted: paths of leaves, which :func:`targets_of` finds.
       how: what is to be made up for.
     """
 
     def run(chosen: Mapping[str, jax.Array], exact: Params, now: Params, *args: PyTree) -> dict[str, Gap]:
         program = trace(fn, now, *args)
-        targets = targets_of(program, now, wanted, how)
+        targets = targets_of(program, given, wanted, how)
         every = [t for each in targets.values() for t in each]
         watch = _watches(every)
         want, have = (evaluate(program, {}, program.flatten(p, *args), watch=watch).aux for p in (exact, now))
@@ -235,22 +232,29 @@ def fitted(leaf: jax.Array, moments: Moments, gap: Gap, how: Exact) -> jax.Array
     cross = axes.of(np.asarray(gap.cross, np.float64))
     n = cross.shape[1]
     second = np.asarray(moments.second, np.float64).reshape(-1, n, n)
+    noise = _ROUNDED * np.trace(second, axis1=1, axis2=2) / n
     if gap.first is not None:
         first, count = np.asarray(moments.first, np.float64).reshape(-1, n), np.asarray(moments.count).reshape(-1)
         mean = first / np.maximum(count, 1)[:, None]
         second = second - first[:, :, None] * mean[:, None, :]
         cross = cross - mean[:, :, None] * np.asarray(gap.first, np.float64).reshape(len(cross), 1, -1)
-    moved = [_solved(h, c, how.damping) for h, c in zip(second, cross, strict=True)]
+    moved = [_solved(h, c, how.damping, least) for h, c, least in zip(second, cross, noise, strict=True)]
     new = np.asarray(leaf, np.float64) + axes.back(np.stack(moved), leaf.shape)
     return jnp.asarray(new, leaf.dtype)
 
 
-def _solved(second: Matrix, cross: Matrix, damping: float) -> Matrix:
+def _solved(second: Matrix, cross: Matrix, damping: float, noise: float) -> Matrix:
+    """Ten times the damping, and so on, where rounding errors leave no factor; nothing where all is such errors."""
     mean = float(np.mean(np.diag(second)))
-    if not mean > 0:  # no row reached it
+    if not mean > noise:  # no row reached it, or all about the mean is rounding
         return np.zeros_like(cross)
-    found: Matrix = scipy.linalg.solve(second + damping * mean * np.eye(len(second)), cross, assume_a="pos")
-    return found
+    while True:
+        try:
+            factor = scipy.linalg.cho_factor(second + damping * mean * np.eye(len(second)), lower=True)
+        except np.linalg.LinAlgError:
+            damping *= 10
+        else:
+            return np.asarray(scipy.linalg.cho_solve(factor, cross), np.float64)
 
 
 def shifted(moments: Moments, gap: Gap, before: jax.Array, after: jax.Array) -> Matrix:

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxcomp as jc
+from jaxcomp.core.wrappers import Masked
 from jaxcomp.ptq import Exact, gptq, sequentially
 from tests.marks import quick
 
@@ -100,6 +101,74 @@ def test_held_out_error_is_less_than_without_targets():
 
     ours = sequentially(deep, method, targets=Exact())(DEEP, [SEEN])
     assert error(ours) < 0.8 * error(sequentially(deep, method)(DEEP, [SEEN]))
+
+
+def twice(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"][None]), x * p["b"][None]
+
+
+def by_experts(p, x):
+    return jnp.einsum("ebi,eio->ebo", x.reshape(2, -1, 4), p["w"]) + p["b"][None, None]
+
+
+def layers_behind(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w[0] + w[1][None]), None), x, (p["w"], p["b"].T))[0]
+
+
+def one_layer(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w + p["b"][None]), None), x, p["w"])[0]
+
+
+def plain(p, x):
+    return x @ p["w"] + p["b"][None]
+
+
+NOT_ITS_OWN = {
+    "used twice": (twice, (4, 4), (4,)),
+    "shared by experts": (by_experts, (2, 4, 6), (6,)),
+    "layers on its last axis": (layers_behind, (4, 4, 4), (4, 4)),
+    "shared by layers, of which there is one": (one_layer, (1, 4, 4), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", quick(NOT_ITS_OWN, "layers on its last axis"))
+def test_a_bias_that_is_not_the_leafs_own_stays(name):
+    fn, w, b = NOT_ITS_OWN[name]
+    params = {"w": normal(*w), "b": normal(*b)}
+    made = sequentially(fn, coarse, "w", targets=Exact())(params, [normal(32, 4)])
+    np.testing.assert_array_equal(made["b"], params["b"])
+    assert made["w"].shape == w
+
+
+def test_a_compressed_bias_stays():
+    params = {"w": normal(4, 3), "b": normal(3)}
+    prune = jc.prune(0.34, where="b")
+    params = prune.apply(prune.init(params), params)
+
+    def fn(p, x):
+        return x @ p["w"] + jc.materialize(p["b"])[None]
+
+    made = sequentially(fn, coarse, "w", targets=Exact())(params, [normal(32, 4)])
+    assert isinstance(made["b"], Masked)
+    np.testing.assert_array_equal(jc.materialize(made["b"]), jc.materialize(params["b"]))
+
+
+@pytest.mark.slow
+def test_rows_far_from_zero_leave_a_factor():
+    """About a mean that is 10,000 times as large as they vary, float32's moments are rounding: nothing is fitted."""
+    params = {"w": normal(4, 3), "b": normal(3)}
+    rows = 1e4 + normal(64, 4)
+    made = sequentially(plain, coarse, "w", targets=Exact())(params, [rows])
+    np.testing.assert_array_equal(made["w"], jnp.round(params["w"] * 2) / 2)
+    off = np.asarray(rows, np.float64).mean(0) @ np.asarray(params["w"] - made["w"], np.float64)
+    np.testing.assert_allclose(made["b"], params["b"] + off, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_is_said():
+    params, rows = {"w": normal(4, 3), "b": normal(3)}, normal(8, 4).at[2, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match="of some batch 'w' takes or gives what is not finite"):
+        sequentially(plain, coarse, "w", targets=Exact())(params, [rows])
 
 
 def test_what_is_no_target_is_said():

@@ -226,6 +226,32 @@ def test_known_scores_are_not_judged_again_and_costs_are_ones_own():
     assert "10 units" in shown
 
 
+@pytest.mark.slow
+def test_where_many_groups_meet_nothing_is_allocated():
+    """Eight layers that are all joined to those after them: 4 to the 8th combinations of counts."""
+
+    def joined(p, x):
+        for i in range(8):
+            x = jnp.concatenate([x, jax.nn.relu(x @ p[str(i)])], -1)
+        return x @ p["out"]
+
+    params = arrays(**{str(i): (4 + 4 * i, 4) for i in range(8)}, out=(36, 2))
+    net = slimmable(jc.channel_groups(joined)(params, X), params, levels=(0.25, 0.5, 0.75, 1))
+    half = net.plan(net.uniform(0.5)).macs
+    found = narrow(net, params, lambda masked: 0.0, {"macs": half}, key=jax.random.key(0), generations=1)
+    assert list(found.starts) == ["uniform"]
+    assert found.costs["macs"] <= half
+
+
+@pytest.mark.slow
+def test_statistics_of_few_bits_are_the_batches_mean():
+    x = jnp.asarray(3 + RNG.normal(size=(64, 3)), jnp.bfloat16)
+    update = jax.jit(lambda p, x: {"mean": 0.99 * p["mean"] + (1 - 0.99) * x.mean(0).astype(p["mean"].dtype)})
+    found = recalibrated(update, {"mean": jnp.zeros(3, jnp.bfloat16)}, [x])["mean"]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), x.astype(np.float32).mean(0), rtol=0.01)
+
+
 def test_evolution_goes_on_from_what_was_saved_and_keeps_the_best():
     space = {"a": Choice((1, 2, 3)), "b": Choice(tuple(range(9))), "c": Interval(-1.0, 1.0)}
     search = evolution(space, population=12, parents=4)
@@ -260,7 +286,9 @@ BAD = {
     "exceeds the budgets": lambda: narrow(NET, PARAMS, lambda p: 0.0, {"macs": 3}, key=jax.random.key(0)),
     "nothing counts 'joules'": lambda: narrow(NET, PARAMS, lambda p: 0.0, {"joules": 3}, key=jax.random.key(0)),
     "no budget": lambda: narrow(NET, PARAMS, lambda p: 0.0, {}, key=jax.random.key(0)),
-    "must be positive": lambda: narrow(NET, PARAMS, lambda p: 0.0, {"macs": 0}, key=jax.random.key(0)),
+    "positive and finite, got 0": lambda: narrow(NET, PARAMS, lambda p: 0.0, {"macs": 0}, key=jax.random.key(0)),
+    "positive and finite, got inf": lambda: narrow(NET, PARAMS, len, {"macs": np.inf}, key=jax.random.key(0)),
+    "counts nan j": lambda: narrow(NET, PARAMS, len, {"j": 1}, costs={"j": lambda p: np.nan}, key=jax.random.key(0)),
     "must give a finite number": lambda: narrow(NET, PARAMS, lambda p: np.nan, {"macs": 9999}, key=jax.random.key(0)),
     "parents must be": lambda: evolution({"a": Choice((1, 2))}, parents=1),
     "mutation must be": lambda: evolution({"a": Choice((1, 2))}, mutation=0),

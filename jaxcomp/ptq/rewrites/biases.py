@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -17,7 +18,7 @@ from jaxcomp.core.leaves import is_compressed, materialize
 from jaxcomp.core.paths import Where, leaves_with_paths, matches
 from jaxcomp.core.roles import OUTPUT
 from jaxcomp.core.slots import replace_slots
-from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.ptq.rewrites.results import Left
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
@@ -25,6 +26,7 @@ from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, zeros
 from jaxcomp.trace.primitives import BARRED, RELAID, SAME
 from jaxcomp.trace.program import Program, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
+from jaxcomp.trace.tags import Origin
 from jaxcomp.trace.walk import Fn, Location
 
 _Data = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
@@ -149,49 +151,73 @@ def _shifted(b: _Biased) -> Callable[..., Emitted]:
     return run
 
 
-def _biased(program: Program, leaves: Mapping[str, object], where: Where) -> tuple[list[_Biased], tuple[Left, ...]]:
+def _biased(program: Program, leaves: Mapping[str, Leaf], where: Where) -> tuple[list[_Biased], tuple[Left, ...]]:
     """The products of compressed weights that have a bias of their own; and those that have none."""
-    ops = {op.location: op for op in program.flow.ops}
-    users: dict[core.Var, list[Op]] = {}
-    for op in program.flow.ops:
-        for v in op.eqn.invars:
-            if not isinstance(v, core.Literal):
-                users.setdefault(v, []).append(op)
+    ops, biases = {op.location: op for op in program.flow.ops}, Biases(program, leaves)
     found: list[_Biased] = []
     left = []
     for site in sites_of(program):
         if site.leaf is None or not is_compressed(leaves[site.leaf]) or not matches(where, site.path, site):
             continue
         op = ops[site.location]
-        bias = None if site.kind not in ("dot", "conv") else bias_after(op, users)
-        channels = result_channels(site, op)
-        sizes = (*site.layer_steps, *(site.out_shape[i] for i in channels))
-        own = bias is not None and not is_compressed(leaves[bias]) and bias not in [b.bias for b in found]
-        if bias is None or not own or _count(leaves[bias]) != math.prod(sizes) or not BARRED.isdisjoint(site.inside):
+        bias = biases.of(site, op)
+        if bias is None or not BARRED.isdisjoint(site.inside):
             left.append(Left(site.path, "no bias of its own is added to what it gives"))
         else:
-            found.append(_Biased(site, op, bias, channels))
+            found.append(_Biased(site, op, bias, result_channels(site, op)))
     return found, tuple(left)
 
 
-def _count(leaf: object) -> int:
-    return int(getattr(leaf, "size", 0))
+class Biases:
+    """Which leaves are the biases of products.
 
+    Args:
+      program: of the function.
+      leaves: its parameters by path; those that are compressed are no biases that one may move.
+    """
 
-def bias_after(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> str | None:
-    """The leaf that is added to a product's result, once it was laid out or cast at most."""
-    v = op.eqn.outvars[0]
-    while len(after := users.get(v, ())) == 1:
-        (user,) = after
-        if user.name in RELAID or user.name in SAME:
-            v = user.eqn.outvars[0]
-            continue
-        if user.name != "add":
+    def __init__(self, program: Program, leaves: Mapping[str, Leaf]) -> None:
+        self._leaves = leaves
+        self._users: dict[core.Var, list[Op]] = {}
+        self._uses = Counter[str]()
+        around = {op.location[:i] for op in program.flow.ops for i in range(1, len(op.location))}
+        for op in program.flow.ops:
+            for v in op.eqn.invars:
+                if not isinstance(v, core.Literal):
+                    self._users.setdefault(v, []).append(op)
+            if op.location not in around and op.name not in RELAID | SAME:
+                self._uses.update(path for tag in op.tags for path in tag.params)
+
+    def of(self, site: Site, op: Op) -> str | None:
+        """The array that is added to what a product gives, and used nowhere else: an element a channel, in its order.
+
+        Args:
+          site, op: the product.
+        """
+        origin = self._added_to(op) if site.kind in ("dot", "conv") else None
+        if origin is None or self._uses[origin.path] != 1 or is_compressed(self._leaves[origin.path]):
             return None
-        index = next(i for i, u in enumerate(user.eqn.invars) if u is v)
-        origin = user.tags[1 - index].origin
-        return origin.path if origin is not None and origin.exact and not user.tags[1 - index].args else None
-    return None
+        layers = len(site.layer_steps)
+        sizes = (*site.layer_steps, *(site.out_shape[i] for i in result_channels(site, op)))
+        in_order = [*origin.stacked, *(a for axes in origin.axes for a in axes)]
+        if len(origin.stacked) != layers or in_order != sorted(in_order) or math.prod(origin.shape) != math.prod(sizes):
+            return None
+        return origin.path if origin.shape[:layers] == site.layer_steps else None
+
+    def _added_to(self, op: Op) -> Origin | None:
+        """The leaf that is added to a product's result, once it was laid out or cast at most."""
+        v = op.eqn.outvars[0]
+        while len(after := self._users.get(v, [])) == 1:
+            (user,) = after
+            if user.name in RELAID or user.name in SAME:
+                v = user.eqn.outvars[0]
+                continue
+            if user.name != "add":
+                return None
+            index = next(i for i, u in enumerate(user.eqn.invars) if u is v)
+            tag = user.tags[1 - index]
+            return tag.origin if tag.origin is not None and tag.origin.exact and not tag.args else None
+        return None
 
 
 def result_channels(site: Site, op: Op) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ Counts = tuple[int, ...]
 """How many units of each group stay."""
 CostOf = Callable[[Plan], float]
 """What a plan costs; less, the fewer units stay."""
+_COMBINED = 4096
 _TERMS: Mapping[str, Callable[[Supernet], Sequence[Term]]] = {
     "macs": lambda net: net.groups.mac_terms,
     "parameters": lambda net: net.groups.parameter_terms,
@@ -28,7 +30,8 @@ class Budgets:
     """Which widths are within all budgets.
 
     Raises:
-      ValueError: no budget, one that is not positive or of what nobody counts, or one that the narrowest exceeds.
+      ValueError: no budget, one that is not positive and finite or of what nobody counts, or one that the narrowest
+        exceeds; a cost of that one that is no finite number.
     """
 
     def __init__(self, net: Supernet, limits: Mapping[str, float], costs: Mapping[str, CostOf]) -> None:
@@ -36,13 +39,18 @@ class Budgets:
         for name, limit in limits.items():
             if name not in known:
                 raise ValueError(f"narrow: nothing counts {name!r}; wanted of {some_paths(known)}, or one of costs=.")
-            if not limit > 0:
-                raise ValueError(f"narrow: the budget of {name} must be positive, got {limit!r}.")
+            if not 0 < limit < math.inf:
+                raise ValueError(f"narrow: the budget of {name} must be positive and finite, got {limit!r}.")
         if not limits:
             raise ValueError(f"narrow: no budget; give one of {some_paths(known)}, such as {{'macs': 1e6}}.")
         self.net, self.limits, self.known = net, dict(limits), {name: known[name] for name in limits}
         self.seen: dict[Counts, dict[str, float]] = {}
         least = self.costs(_counts(net.narrowest))
+        if unknown := [name for name, cost in least.items() if not math.isfinite(cost)]:
+            raise ValueError(
+                f"narrow: of the narrowest network costs= counts {least[unknown[0]]!r} {unknown[0]}; it must give a "
+                "finite number."
+            )
         if over := [f"{least[k]:,g} {k} of {limit:,g}" for k, limit in self.limits.items() if least[k] > limit]:
             raise ValueError(
                 f"narrow: the narrowest network exceeds the budgets: {', '.join(over)}; allow more, or make the "
@@ -98,7 +106,8 @@ class Budgets:
         """The exact best if losses of groups added up: by an integer program.
 
         A product's work is that of all groups that meet there, so each set of groups that do is a unit of costs, tied
-        to their decisions. None where a cost is a function of one's own, which is no sum.
+        to their decisions. None where a cost is a function of one's own, which is no sum, or where so many groups meet,
+        as in layers that are all joined to those after them, that their counts have more than 4096 combinations.
 
         Args:
           losses: of each group what each of its counts loses.
@@ -114,6 +123,8 @@ class Budgets:
         for name in self.limits:
             for term in _TERMS[name](self.net):
                 parts.setdefault(_groups(term), {}).setdefault(name, []).append(term)
+        if any(math.prod(len(losses[g]) for g in met) > _COMBINED for met in parts):
+            return None
         units += [self._shared(met, terms, losses) for met, terms in parts.items()]
         try:
             plan = allocate(Table(tuple(units)), self.limits)

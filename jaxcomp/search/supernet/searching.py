@@ -70,8 +70,9 @@ def narrow(
     """Searches a trained supernet for the widths that score best within budgets.
 
     It begins with the widest uniform widths within the budgets. Each group is judged at each of its counts, the others
-    as they are there; where costs are of products, what would be best if the losses added up is solved exactly. Both
-    are told to the search with its first generation, so what is found is never judged worse than uniform widths.
+    as they are there; where costs are of products, and few groups meet in each, what would be best if the losses added
+    up is solved exactly. Both are told to the search with its first generation, so what is found is never judged worse
+    than uniform widths.
 
     Args:
       net: the widths.

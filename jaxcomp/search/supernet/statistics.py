@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.batches import all_batches, as_batch
-from jaxcomp.core.paths import leaves_with_paths, path_str, some_paths
+from jaxcomp.core.bits import compute_dtype
+from jaxcomp.core.paths import is_float_array, leaves_with_paths, path_str, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 
 
@@ -49,7 +50,7 @@ def recalibrated(update: Callable[..., PyTree], params: Params, batches: Iterabl
         )
 
     def told(start: float, batch: PyTree) -> dict[str, np.ndarray]:
-        tree = _with(params, dict.fromkeys(new, start))
+        tree = _with(params, dict.fromkeys(new, start), wide=True)  # few bits would say another m
         return {path: np.asarray(x) for path, x in leaves_with_paths(update(tree, *as_batch(batch)))[0]}
 
     parts = [told(0.0, batch) for batch in found]
@@ -58,9 +59,10 @@ def recalibrated(update: Callable[..., PyTree], params: Params, batches: Iterabl
     return _with(params, means)
 
 
-def _with(params: Params, values: Mapping[str, float | np.ndarray]) -> Params:
+def _with(params: Params, values: Mapping[str, float | np.ndarray], *, wide: bool = False) -> Params:
     def changed(path: str, leaf: Leaf) -> Leaf:
-        return jnp.broadcast_to(jnp.asarray(values[path], leaf.dtype), leaf.shape) if path in values else leaf
+        dtype = compute_dtype(leaf.dtype) if wide and is_float_array(leaf) else leaf.dtype
+        return jnp.broadcast_to(jnp.asarray(values[path], dtype), leaf.shape) if path in values else leaf
 
     return jax.tree_util.tree_map_with_path(lambda path, leaf: changed(path_str(path), leaf), params)
 

@@ -228,6 +228,19 @@ def test_corrected_biases_make_the_means_right() -> None:
     np.testing.assert_allclose(after.mean(0), mlp(params, x).mean(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_bias_that_is_not_the_products_own_stays() -> None:
+    w, b, x = (np.random.default_rng(i).normal(size=(4, 4)).astype(np.float32) for i in range(3))
+    step = lambda h, w: (jnp.tanh(h @ w[0] + w[1][None]), None)  # noqa: E731
+    behind = lambda p, x: jax.lax.scan(step, x, (p["w"], p["b"].T))[0]  # noqa: E731
+    twice = lambda p, x: (x @ p["w"] + p["b"][0][None], x * p["b"][0][None])  # noqa: E731
+    for fn, params in ((behind, {"w": np.stack([w] * 4), "b": b}), (twice, {"w": w, "b": b})):
+        rounded = jc.quantize(jc.Int(3), per=jc.Tensor(), where="w").apply((), params)
+        done = correct_bias(fn)(params, rounded, x)
+        assert [left.path for left in done.left] == ["w"]
+        np.testing.assert_array_equal(done.params["b"], b)
+
+
 def test_what_is_wrong_is_said() -> None:
     params, x = mlp_params()
     with pytest.raises(ValueError, match=r"smooth: alpha must be in 0..1, got 2."):
