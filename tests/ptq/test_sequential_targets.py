@@ -119,6 +119,14 @@ def one_layer(p, x):
     return lax.scan(lambda h, w: (jnp.tanh(h @ w + p["b"][None]), None), x, p["w"])[0]
 
 
+def turned(p, x):
+    return jnp.einsum("bd,dhk->bhk", x, p["w"]).transpose(0, 2, 1) + p["b"][None]
+
+
+def of_rows(p, x):
+    return x @ p["w"] + p["b"][:, None]
+
+
 def plain(p, x):
     return x @ p["w"] + p["b"][None]
 
@@ -127,6 +135,8 @@ NOT_ITS_OWN = {
     "used twice": (twice, (4, 4), (4,)),
     "shared by experts": (by_experts, (2, 4, 6), (6,)),
     "layers on its last axis": (layers_behind, (4, 4, 4), (4, 4)),
+    "of a result that was turned round": (turned, (4, 3, 3), (3, 3)),
+    "of rows, as many as channels": (of_rows, (4, 32), (32,)),
     "shared by layers, of which there is one": (one_layer, (1, 4, 4), (4,)),
 }
 

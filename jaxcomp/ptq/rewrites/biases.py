@@ -25,9 +25,10 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, zeros
 from jaxcomp.trace.primitives import BARRED, RELAID, SAME
 from jaxcomp.trace.program import Program, shapes_of, trace
+from jaxcomp.trace.provenance import MOVES
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.tags import Origin
-from jaxcomp.trace.walk import Fn, Location
+from jaxcomp.trace.walk import Fn, Location, aval_of
 
 _Data = tuple[tuple[PyTree, ...], Mapping[str, PyTree]]
 
@@ -194,29 +195,34 @@ class Biases:
         Args:
           site, op: the product.
         """
-        origin = self._added_to(op) if site.kind in ("dot", "conv") else None
-        if origin is None or self._uses[origin.path] != 1 or is_compressed(self._leaves[origin.path]):
+        added = self._added_to(op) if site.kind in ("dot", "conv") else None
+        if added is None or self._uses[added[0].path] != 1 or is_compressed(self._leaves[added[0].path]):
             return None
-        layers = len(site.layer_steps)
-        sizes = (*site.layer_steps, *(site.out_shape[i] for i in result_channels(site, op)))
-        in_order = [*origin.stacked, *(a for axes in origin.axes for a in axes)]
-        if len(origin.stacked) != layers or in_order != sorted(in_order) or math.prod(origin.shape) != math.prod(sizes):
+        origin, result = added
+        layers, channels = len(site.layer_steps), result_channels(site, op)
+        if origin.shape[:layers] != site.layer_steps or origin.stacked != tuple(range(layers)):
             return None
-        return origin.path if origin.shape[:layers] == site.layer_steps else None
+        met = [there for own, there in zip(origin.axes, result.axes, strict=True) if own]  # where it is not broadcast
+        orders = [[a for axes in each for a in axes] for each in (origin.axes, met)]
+        one_each = math.prod(origin.shape[layers:]) == math.prod(site.out_shape[i] for i in channels)
+        return origin.path if one_each and {*orders[1]} <= {*channels} and orders == [*map(sorted, orders)] else None
 
-    def _added_to(self, op: Op) -> Origin | None:
-        """The leaf that is added to a product's result, once it was laid out or cast at most."""
+    def _added_to(self, op: Op) -> tuple[Origin, Origin] | None:
+        """The leaf added to a product's result, laid out or cast at most, and how the result's axes lie then."""
         v = op.eqn.outvars[0]
-        while len(after := self._users.get(v, [])) == 1:
+        shape = aval_of(v).shape
+        result: Origin | None = Origin("", shape, "", tuple((i,) for i in range(len(shape))))
+        while result is not None and len(after := self._users.get(v, [])) == 1:
             (user,) = after
             if user.name in RELAID or user.name in SAME:
+                result = MOVES[user.name](user.eqn, result) if user.name in RELAID else result
                 v = user.eqn.outvars[0]
                 continue
             if user.name != "add":
                 return None
             index = next(i for i, u in enumerate(user.eqn.invars) if u is v)
             tag = user.tags[1 - index]
-            return tag.origin if tag.origin is not None and tag.origin.exact and not tag.args else None
+            return (tag.origin, result) if tag.origin is not None and tag.origin.exact and not tag.args else None
         return None
 
 
