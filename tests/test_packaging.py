@@ -41,7 +41,8 @@ def time_limits(source: str) -> list[str]:
 
 
 def test_fault_10_no_test_has_a_limit_in_seconds():
-    files = [p for p in TESTS.rglob("*.py") if "benchmarks" not in p.parts]
+    # Benchmarks measure time, and faults come at times that are drawn.
+    files = [p for p in TESTS.rglob("*.py") if "benchmarks" not in p.parts and p != TESTS / "train" / "faults.py"]
     assert len(files) > 50
     assert {p.name: found for p in files if (found := time_limits(p.read_text()))} == {}
 
