@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.train.faults import FAULTS, thirty
+from tests.train.signals import as_in_a_terminal  # noqa: F401 - a fixture
 from train import __main__ as command
 from train.errors import RunError
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.train.signals import as_in_a_terminal  # noqa: F401 - a fixture
 from train.errors import Stopped
 from train.loop.stopping import Stop
 
