@@ -21,15 +21,15 @@ from jaxcomp.search.options import Option, Table, Unit
 from jaxcomp.search.plans import Plan
 
 
-def measured(menus: Choosing, judge: Judge, file: Path | None = None) -> Table:
+def measured(menus: Choosing, judge: Judge, file: Path | None = None, *, mark: str = "") -> Table:
     """What each option of each unit takes, and how far the network is from the original by it alone.
 
     Args:
       menus: units and options.
       judge: of the distance.
       file: where it goes on after a kill; None keeps nothing.
+      mark: the :func:`fingerprint` of what is measured, for the file.
     """
-    mark = fingerprint(menus, judge)
     done = _read(file, mark)
     units = []
     with progress("compress: measuring", sum(map(len, menus.options.values()))) as advance:
@@ -75,9 +75,9 @@ def fingerprint(menus: Choosing, judge: Judge) -> str:
     return f"{crc:08x} {zlib.crc32(repr(menus.options).encode()):08x} {menus.terms!r} {judge.measure.name}"
 
 
-def same_as_before(file: Path | None, menus: Choosing, judge: Judge) -> bool:
+def same_as_before(file: Path | None, mark: str) -> bool:
     """Whether what lies in a folder was measured of this network on these data, or nothing was."""
-    return file is None or not file.exists() or bool(_read(file, fingerprint(menus, judge)))
+    return file is None or not file.exists() or bool(_read(file, mark))
 
 
 def checksum(tree: PyTree) -> int:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -60,6 +60,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what files in the folder are of; nothing is read for it where there is none."""
+        return "" if self.folder is None else fingerprint(self.builder.menus, self.builder.judge)
+
     # Deciding
 
     def decided(self, channels: Sequence[float] | None, plan: Plan | None) -> Built:
@@ -67,8 +72,9 @@ class Run:
         if plan is not None:
             return self.builder.built(plan)
         with timed(self.seconds, "measuring"):
-            same = same_as_before(self._file("measured.json"), self.builder.menus, self.builder.judge)
-            table = measured(self.builder.menus, self.builder.judge, self._file("measured.json"))
+            file = self._file("measured.json")
+            same = same_as_before(file, self.fingerprint)
+            table = measured(self.builder.menus, self.builder.judge, file, mark=self.fingerprint)
             if channels is not None:
                 table = self.builder.with_channels(undominated(table), channels)
         with timed(self.seconds, "deciding"):
@@ -252,7 +258,7 @@ class Run:
         if self.folder is None:
             return ""
         how = (recover.steps, recover.distill, recover.learning_rate, len(batches), checksum(batches[0]))
-        return f"{fingerprint(self.builder.menus, self.builder.judge)} {sorted(built.plan.choice.items())} {how}"
+        return f"{self.fingerprint} {sorted(built.plan.choice.items())} {how}"
 
     def _write(self, done: Compressed) -> None:
         if self.folder is None:
