@@ -60,7 +60,7 @@ class Criterion:
             number of units. The message names the path.
         """
         inside = {p: settled(self.structure, slot, self.roles) for p, slot in selected.items()}
-        units, alive = self.scored(selected, step, stats)
+        units, alive = self._scored(inside, selected, step, stats=stats)
         dead = {p: None if self.regrow or old is None else ~old[p] for p in selected}
         patterns = {p: s for p, s in inside.items() if isinstance(s, NM)}
         shapes = {p: slot.array.shape for p, slot in selected.items()}
@@ -82,6 +82,11 @@ class Criterion:
         Arguments and errors are those of :meth:`masks`.
         """
         inside = {p: settled(self.structure, slot, self.roles) for p, slot in selected.items()}
+        return self._scored(inside, selected, step, stats=stats)
+
+    def _scored(
+        self, inside: Mapping[str, Units | NM], selected: Slots, step: Step, *, stats: ByName
+    ) -> tuple[Masks, Maybe]:
         units = {p: self._scores(inside[p], slot, step, stats) for p, slot in selected.items()}
         return units, {p: _alive(inside[p], slot) for p, slot in selected.items()}
 
