@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import NamedTuple
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxcomp.core.batches import all_batches
 from jaxcomp.core.leaves import dense
 from jaxcomp.core.paths import Where, some_paths
 from jaxcomp.core.progress import progress
-from jaxcomp.core.roles import STACKED
-from jaxcomp.core.types import Leaf, Params, PyTree, Shape
-from jaxcomp.ptq.growing import GAP, Growing, Toward
-from jaxcomp.ptq.targets import Exact
-from jaxcomp.trace.program import Program, trace
+from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.ptq.growing import Growing
+from jaxcomp.ptq.parts import GAP, Asked, Case, Compiled, Part, Stage, begun, passes_of
+from jaxcomp.ptq.reconstruction.specs import Cuts, Single
+from jaxcomp.ptq.targets import Exact, Gap, fitted, shifted
 from jaxcomp.trace.rows import Moments, chosen_moments, total
-from jaxcomp.trace.sites import sites_of
-from jaxcomp.trace.walk import Fn, Location
+from jaxcomp.trace.walk import Fn
 
+OWNER = "sequentially"
 Method = Callable[[dict[str, Leaf], dict[str, Moments]], Mapping[str, Leaf]]
 """From leaves and the moments of what they multiply, both by path, to what takes the leaves' place."""
 
 
-class Stage(NamedTuple):
-    """What is compressed at a time.
-
-    Fields:
-      paths: leaves that multiply the same value.
-      layer: the index of the layer in a scan over stacked ones; () outside.
-    """
-
-    paths: tuple[str, ...]
-    layer: tuple[int, ...] = ()
-
-
 def sequentially(
-    fn: Fn, method: Method, where: Where = r".*", *, targets: Exact | None = None
+    fn: Fn,
+    method: Method,
+    where: Where = r".*",
+    *,
+    targets: Exact | None = None,
+    cuts: Cuts = Single(),  # noqa: B008 - frozen
 ) -> Callable[[Params, Iterable[PyTree]], Params]:
     """Compresses leaf after leaf of ``fn(params, *args)``, each by the rows that the leaves before it now give it.
 
     So what earlier leaves have got wrong is in the statistics of the later ones. The result takes
     ``(params, batches)``; a batch is what ``fn`` takes behind the parameters: a tuple of arguments, or the only one.
     Leaves that multiply the same value (query, key and value of an attention) go together, and in a scan over stacked
-    layers one layer goes after the other. The program is compiled once for each shape of a batch, and run once for each
-    leaf and layer. It shows how far it is.
+    layers one layer goes after the other. It shows how far it is.
+
+    The network is :func:`~jaxcomp.ptq.cut` into blocks, and a block runs once for each of its leaves and layers, on
+    what the block before gave: so the work grows with the depth, not with its square, and what enters a block is kept
+    for all batches. Blocks that are alike are compiled once for each shape of a batch. A scan is in one block, which
+    runs whole for each layer. A leaf that several blocks read, as a tied embedding, goes first, by runs of all.
 
     With ``targets`` the float network runs beside: before ``method`` gets a leaf ``W``, it is fitted to
 
@@ -55,16 +51,17 @@ def sequentially(
 
     where ``x'`` are its rows now, ``y'`` what the network with ``W`` gives and ``y`` what the float network gave; so a
     leaf makes up for what reaches it wrong, and its bias for what the mean is off by. What has been compressed before
-    goes to ``method`` as it is. It costs two runs of a leaf and layer, and a batch's results of all products in both.
+    goes to ``method`` as it is. It costs two runs for each leaf and layer, and the results of all products of a block.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
       method: makes of leaves and their moments, both by path, what takes the leaves' place.
       where: which leaves, by path or as a predicate of ``(path, site)``.
       targets: what leaves should give; None is what they give with the rows that reach them now.
+      cuts: where a block begins.
 
     Raises:
-      TypeError: ``method`` is no function, ``targets`` of another kind, or the batches are one array.
+      TypeError: ``method`` is no function, ``targets`` or ``cuts`` of another kind, or the batches are one array.
       ValueError: ``where`` matches no site, there is no batch, what ``method`` raises, or a leaf
         that it gives nothing for.
 
@@ -84,67 +81,90 @@ def sequentially(
     """
     if not callable(method):
         raise TypeError(
-            f"sequentially: method makes new leaves of leaves and their moments, got {method!r}; write"
+            f"{OWNER}: method makes new leaves of leaves and their moments, got {method!r}; write"
             " lambda leaves, moments: gptq(leaves, moments, grid)."
         )
     if targets is not None and not isinstance(targets, Exact):
-        raise TypeError(f"sequentially: targets must be Exact() or None, got {targets!r}.")
+        raise TypeError(f"{OWNER}: targets must be Exact() or None, got {targets!r}.")
     gather = chosen_moments(fn, where)
-    observed = jax.jit(gather)
 
     def compressed(params: Params, batches: Iterable[PyTree]) -> Params:
-        many = all_batches("sequentially", batches)
+        many = all_batches(OWNER, batches)
         tree = Growing(params)
-        known = jax.eval_shape(gather, None, tree.dense(), *many[0])
-        program = trace(fn, tree.dense(), *many[0])
-        stages = _stages(program, set(known))
-        toward = None if targets is None else Toward(targets, fn, program, tree=tree, known=known)
-        look = observed if toward is None else toward.beside(gather)
-        with progress("sequentially: leaves", len(stages)) as advance:
-            for paths, layer in stages:
-                flags, now = {path: path in paths for path in known}, tree.dense()
-                seen = total((_only(paths, look(flags, now, *batch)) for batch in many), "sequentially")
-                moments = {p: _at(seen[p], layer) for p in paths}
-                corrections = {} if toward is None else toward.corrections(seen, layer, moments)
-                leaves = {p: tree.given(p, layer) for p in paths}
-                new = method(leaves | {p: c.leaf for p, c in corrections.items()}, moments)
-                if lost := [path for path in paths if path not in new]:
-                    raise ValueError(f"sequentially: method gave nothing for {some_paths(lost)}; give a leaf for each.")
-                for path in paths:
-                    shift = corrections[path].shift(dense(new[path])) if path in corrections else None
-                    tree.take(path, layer, new[path])
-                    if shift is not None:
-                        tree.move(*shift, layer)
-                advance(1)
+        asked = Asked(frozenset(jax.eval_shape(gather, None, tree.dense(), *many[0])), tree.compressed)
+        passes = passes_of(fn, tree.dense(), many, asked, cuts)
+        walk = _Walk(tree, method, targets)
+        with progress(f"{OWNER}: leaves", sum(len(part.stages) for parts in passes for part in parts)) as advance:
+            for parts in passes:
+                cases = begun(many, beside=targets is not None)
+                for part in parts:
+                    cases = walk.part(part, cases, advance)
         return tree.whole()
 
     return compressed
 
 
-def _only(paths: Sequence[str], seen: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    return {name: found for name, found in seen.items() if name.removeprefix(GAP) in paths}
+class _Walk:
+    """The tree so far, and what is done to it."""
 
+    def __init__(self, tree: Growing, method: Method, targets: Exact | None) -> None:
+        self.tree, self.method, self.how, self.compiled = tree, method, targets, Compiled(targets)
 
-def _stages(program: Program, known: set[str]) -> list[Stage]:
-    """In the program's order; the layers of a scan one after the other, each with all its leaves."""
-    ops = {op.location: op for op in program.flow.ops}
-    found: dict[tuple[Location, int], list[str]] = {}
-    around: dict[str, tuple[tuple[Location, ...], Shape]] = {}
-    for site in sites_of(program):
-        if site.leaf not in known or site.leaf in around or site.weight is None:
-            continue
-        op, roles = ops[site.location], site.operands[site.weight].leaf_roles
-        stacked = [i for i, role in enumerate(roles) if role == STACKED]
-        sliced = bool(stacked) and stacked == list(range(len(site.layer_steps)))
-        scans = tuple(loop.location for loop in op.loops if loop.layers)
-        around[site.leaf] = (scans, site.layer_steps) if sliced else ((), ())
-        value = op.eqn.invars[site.activations[0]]
-        found.setdefault((site.location[:-1], id(value) if sliced or not scans else id(op)), []).append(site.leaf)
-    stages: list[Stage] = []
-    for (_, steps), together in groupby(found.values(), key=lambda paths: around[paths[0]]):
-        each = [tuple(paths) for paths in together]
-        stages += [Stage(paths, layer) for layer in np.ndindex(steps) for paths in each]
-    return stages
+    def part(self, part: Part, cases: Sequence[Case], advance: Callable[[float], None]) -> list[Case]:
+        """Compresses the leaves of a part; where the batches stand behind it."""
+        exact = self.tree.arrays(part.paths, exact=True)
+        own = [c._replace(rest=b.rest(c.rest)) for b, c in zip(part.blocks, cases, strict=True)]
+        for stage in part.stages:
+            self.stage(part, stage, self.seen(part, stage, exact, own))
+            advance(1)
+        now, behind = self.tree.arrays(part.paths), []
+        for block, case, here in zip(part.blocks, cases, own, strict=True):
+            give = self.compiled.of(part, block).give
+            beside = None if here.exact is None else give(exact, here.exact, here.rest)
+            behind.append(jax.block_until_ready(Case(beside, give(now, here.now, here.rest), case.rest)))
+        return behind
+
+    def seen(self, part: Part, stage: Stage, exact: tuple[jax.Array, ...], cases: Sequence[Case]) -> dict[str, PyTree]:
+        """Moments, and gaps, of the leaves of a stage over all batches."""
+        flags, now = {name: name in stage.names for name in part.known}, self.tree.arrays(part.paths)
+
+        def one(n: int, case: Case) -> dict[str, PyTree]:
+            look = self.compiled.of(part, part.blocks[n]).look
+            beside = None if case.exact is None else (exact, case.exact, case.rest)
+            found = look(flags, beside, (now, case.now, case.rest))
+            return {name: x for name, x in found.items() if name.removeprefix(GAP) in stage.names}
+
+        return dict(total((one(n, case) for n, case in enumerate(cases)), OWNER))
+
+    def stage(self, part: Part, stage: Stage, seen: Mapping[str, PyTree]) -> None:
+        """Puts what the method makes of the leaves of a stage in their places."""
+        layer, paths = stage.layer, {name: part.paths[int(name)] for name in stage.names}
+        moments = {name: _at(seen[name], layer) for name in paths}
+        targets = self.compiled.of(part, part.blocks[0]).targets
+        gaps = {name: jax.tree.map(lambda x: x[layer], seen[GAP + name]) for name in paths if name in targets}
+        leaves = {path: self.tree.given(path, layer) for path in paths.values()}
+        before = {name: self.tree.now(paths[name], layer) for name in gaps}
+        for name, gap in gaps.items():
+            leaves[paths[name]] = self.fitted(paths[name], before[name], moments[name], gap)
+        new = self.method(leaves, {paths[name]: m for name, m in moments.items()})
+        if lost := [path for path in leaves if path not in new]:
+            raise ValueError(f"{OWNER}: method gave nothing for {some_paths(lost)}; give a leaf for each.")
+        for name, path in paths.items():
+            self.tree.take(path, layer, new[path])
+            bias = targets[name][0].bias if name in gaps else None
+            if bias is not None and gaps[name].first is not None:
+                shift: NDArray[np.float64] = shifted(moments[name], gaps[name], before[name], dense(new[path]))
+                self.tree.move(part.paths[int(bias)], shift, layer)
+
+    def fitted(self, path: str, leaf: jax.Array, moments: Moments, gap: Gap) -> jax.Array:
+        """A leaf that gives its targets."""
+        assert self.how is not None
+        if not np.isfinite(gap.cross).all():
+            raise ValueError(
+                f"{OWNER}: of some batch {path!r} takes or gives what is not finite, in the float network or in"
+                " the compressed one; mend that batch, or leave the leaf that makes it so out by where=."
+            )
+        return fitted(leaf, moments, gap, self.how)
 
 
 def _at(seen: Moments, layer: tuple[int, ...]) -> Moments:

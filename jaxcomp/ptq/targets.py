@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +15,10 @@ from jax import lax
 from jax.extend import core
 from numpy.typing import NDArray
 
-from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.roles import BATCH, OUTPUT, STACKED
 from jaxcomp.core.specs import is_number
-from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.types import PyTree
 from jaxcomp.ptq.rewrites.biases import Biases, result_channels
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
@@ -32,6 +31,8 @@ from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Location, aval_of
 
 Matrix = NDArray[np.float64]
+Given = tuple[PyTree, ...]
+"""Parameters and arguments."""
 _ROUNDED = 1e-6
 """Of the moments' mean diagonal: what float32 may get wrong."""
 _ADDED = Monoid(zeros, lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -90,12 +91,12 @@ class Target(NamedTuple):
     channels: tuple[int, ...]
 
 
-def targets_of(program: Program, given: Params, wanted: Sequence[str], how: Exact) -> dict[str, list[Target]]:
+def targets_of(program: Program, held: Collection[str], wanted: Sequence[str], how: Exact) -> dict[str, list[Target]]:
     """The products of each leaf, by path; a leaf that some product hides is left out.
 
     Args:
       program: of the function.
-      given: its parameters; a bias that is compressed stays as it is.
+      held: paths of leaves that stay as they are, though they be biases.
       wanted: paths of leaves.
       how: what is to be made up for.
     """
@@ -105,7 +106,7 @@ def targets_of(program: Program, given: Params, wanted: Sequence[str], how: Exac
         for v in op.eqn.invars:
             if not isinstance(v, core.Literal):
                 users.setdefault(v, []).append(op)
-    biases = Biases(program, dict(leaves_with_paths(given, is_leaf=is_compressed)[0]))
+    biases = Biases(program, held)
     found: dict[str, list[Target]] = {path: [] for path in wanted}
     hidden = set[str]()
     for site in sites_of(program):
@@ -148,35 +149,36 @@ def _stream(op: Op, users: Mapping[core.Var, Sequence[Op]]) -> Location | None:
     return None
 
 
-def gaps(fn: Fn, given: Params, wanted: Sequence[str], *, how: Exact) -> Callable[..., dict[str, Gap]]:
-    """``gaps(chosen, exact, now, *args)``: the :class:`Gap` of each leaf that is chosen, zeros for the others.
+def gaps(fn: Fn, held: Collection[str], wanted: Sequence[str], *, how: Exact) -> Callable[..., dict[str, Gap]]:
+    """``gaps(chosen, exact, now)``: the :class:`Gap` of each leaf that is chosen, zeros for the others.
 
-    ``exact`` and ``now`` are the trees of the float and of the compressed network, dense. The results of all products
-    are held for one batch, in both networks.
+    ``exact`` and ``now`` are what ``fn`` takes in the float and in the compressed network, ``(params, *args)`` with a
+    dense tree. The results of all products are held for one batch, in both networks.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
-      given: the parameters, compressed leaves as they are.
+      held: paths of leaves that stay as they are, though they be biases.
       wanted: paths of leaves, which :func:`targets_of` finds.
       how: what is to be made up for.
     """
 
-    def run(chosen: Mapping[str, jax.Array], exact: Params, now: Params, *args: PyTree) -> dict[str, Gap]:
-        program = trace(fn, now, *args)
-        targets = targets_of(program, given, wanted, how)
+    def run(chosen: Mapping[str, jax.Array], exact: Given, now: Given) -> dict[str, Gap]:
+        params, *args = now
+        program = trace(fn, params, *args)
+        targets = targets_of(program, held, wanted, how)
         every = [t for each in targets.values() for t in each]
         watch = _watches(every)
-        want, have = (evaluate(program, {}, program.flatten(p, *args), watch=watch).aux for p in (exact, now))
+        want, have = (evaluate(program, {}, program.flatten(*given), watch=watch).aux for given in (exact, now))
         gap = {path: want[path].astype(jnp.float32) - have[path].astype(jnp.float32) for path in want}
         claims = {t.op.location: Claim(_agreeing(t, chosen), gap[t.site.path]) for t in every}
 
         def agreement(leaves: dict[str, jax.Array]) -> jax.Array:
-            named, treedef = leaves_with_paths(now)
+            named, treedef = leaves_with_paths(params)
             tree = treedef.unflatten([leaves.get(path, leaf) for path, leaf in named])
             seen = evaluate(program, claims, program.flatten(tree, *args), collect=_ADDED).aux
             return sum((jnp.sum(x) for x in seen.values()), jnp.float32(0))
 
-        cross = jax.grad(agreement)({path: leaf for path, leaf in leaves_with_paths(now)[0] if path in targets})
+        cross = jax.grad(agreement)({path: leaf for path, leaf in leaves_with_paths(params)[0] if path in targets})
         return {path: Gap(cross[path], _firsts(each, gap)) for path, each in targets.items()}
 
     return run

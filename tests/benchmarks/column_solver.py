@@ -20,7 +20,8 @@ from jaxcomp.ptq.columns import BLOCK, Done, Rows, Rule, factored, solve
 from tests.benchmarks.solver_peers import peers
 from tests.benchmarks.timing import Report, Row, measure
 
-INPUTS, COLUMNS = 4096, 1024
+INPUTS, COLUMNS, SEEN = 4096, 1024, 2048
+"""``SEEN``: rows of inputs, where the moments are made too."""
 AIM, COMPILE = 1.3, 2.0
 PER_COLUMN = Rule(Int(4), 0, None, None, True, 0.01)
 
@@ -39,17 +40,52 @@ def _solved(rows: Rows, h: jax.Array, rule: Rule) -> Done:
     return solve(rows, factored(h, rule), rule)
 
 
+def _moments(x: jax.Array) -> jax.Array:
+    return jnp.dot(x.T, x, precision="highest")
+
+
+@partial(jax.jit, static_argnames="rule")
+def _solved_from(rows: Rows, x: jax.Array, rule: Rule) -> Done:
+    return solve(rows, factored(_moments(x), rule), rule)
+
+
+def _algebra_from(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same with the moments; fewer rows than inputs have a factor only if damped, as every solver does."""
+    h = _moments(x)
+    return _algebra(h + jnp.diag(jnp.full(len(h), PER_COLUMN.damping * jnp.mean(jnp.diagonal(h)))), w)
+
+
 def run(*, toy: bool = False) -> Iterator[Report]:
-    """Both reports."""
+    """All reports."""
     inputs, columns = (512, 128) if toy else (INPUTS, COLUMNS)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (inputs + inputs // 2, inputs))
     w = jax.random.normal(keys[1], (inputs, columns))
     scale = jnp.broadcast_to(jnp.max(jnp.abs(w), axis=0) / 7.5, w.shape)
+    yield _whole(Rows(w, scale), x[: inputs // 2 if toy else SEEN], rounds=2 if toy else 5)
     yield _speeds(Rows(w, scale), x.T @ x, rounds=2 if toy else 5)
     decay = jnp.exp(-jnp.arange(inputs) / (inputs / 5))[:, None]
     x = x @ (jax.random.normal(keys[2], (inputs, inputs)) * decay)
     yield _peers(Rows(w, scale), x.T @ x, rounds=5, toy=toy)
+
+
+def _whole(rows: Rows, x: jax.Array, *, rounds: int) -> Report:
+    """From inputs to codes, over the linear algebra of that."""
+    algebra = jax.jit(_algebra_from)
+    cases = {
+        "linear algebra": lambda: algebra(x, rows.w),
+        "control": lambda: algebra(x, rows.w),
+        "int4 a column": lambda: _solved_from(rows, x, PER_COLUMN),
+    }
+    times = measure(cases, rounds=rounds)
+    note = f"{times.median('int4 a column'):.2f} s"
+    lines = [
+        times.row("control", "linear algebra"),
+        times.row("int4 a column", "linear algebra", detail=note, target=f"<= {AIM}"),
+    ]
+    title = f"column solver with its moments, {x.shape[0]} rows of {x.shape[1]} inputs, {rows.w.shape[1]} columns"
+    own = f"moments, Cholesky and block products ({times.median('linear algebra'):.2f} s)"
+    return Report(title, own, lines, times.notes())
 
 
 def _speeds(rows: Rows, h: jax.Array, *, rounds: int) -> Report:

@@ -214,7 +214,7 @@ def _in_eight(fn: Callable[..., jax.Array], params: Any, data: Batch) -> Any:
 
 
 ROWS: dict[str, tuple[str, float, Callable[[Setting], dict[str, Score]]]] = {
-    "int4": ("int4, groups of 64", 0.99, lambda how: _quantized(4, 64, 1e-4, how)),
+    "int4": ("int4, groups of 64", 0.99, lambda how: _quantized(4, 64, 2e-5, how)),
     "int3": ("int3, groups of 32", 0.97, lambda how: _quantized(3, 32, 2e-4, how)),
     "int2": ("int2, groups of 32", 0.85, lambda how: _quantized(2, 32, 4e-4, how)),
     "w8a8": ("W8A8, ranges held", 0.997, lambda how: _on_integers(8, 0.0, how)),

@@ -9,8 +9,10 @@ import pytest
 from jax import lax
 
 import jaxcomp as jc
-from jaxcomp.ptq import sequentially
+from jaxcomp.ptq import Exact, Scopes, sequentially
+from jaxcomp.ptq.parts import Alike
 from jaxcomp.trace import row_moments, row_moments_over
+from tests.marks import quick
 
 RNG = np.random.default_rng(2)
 
@@ -75,3 +77,89 @@ def test_a_leaf_that_is_not_chosen_stays_and_no_batch_is_said():
     with pytest.raises(TypeError, match=r"row_moments_over: wants batches, got dict; write \[batch\]"):
         row_moments_over(net)(PARAMS, {"x": BATCHES[0]})
     assert set(row_moments(net)(PARAMS, BATCHES[0])) == {"in", "layers/key", "layers/query", "layers/up", "out"}
+
+
+def rounded(leaves, moments):
+    """In the metric of the moments, so that it tells which rows were seen."""
+    assert {path: m.second.shape[-1] for path, m in moments.items()} == {p: w.shape[-2] for p, w in leaves.items()}
+    return {path: w + 0.01 * moments[path].second @ w / moments[path].count for path, w in leaves.items()}
+
+
+def residual(p, x, scale):
+    """Blocks of a residual stream, one bias used by two of them."""
+    for layer in p["layers"]:
+        x = x + scale * (jnp.tanh(x @ layer["up"] + p["bias"][None]) @ layer["down"])
+    return x @ p["head"].T
+
+
+def tied(p, ids, scale):
+    """The same behind a table that is the head's too."""
+    return residual({**p, "head": p["table"]}, p["table"][ids], scale)
+
+
+def layers(n, d=6):
+    return [{"up": normal(d, 2 * d) / 3, "down": normal(2 * d, d) / 3} for _ in range(n)]
+
+
+DEEP = {"layers": layers(4), "bias": normal(12), "head": normal(3, 6)}
+TIED = {"layers": layers(3), "bias": normal(12), "table": normal(9, 6)}
+CASES = {
+    "residual": (residual, DEEP, r"layers/.*", lambda n: normal(n, 6)),
+    "tied": (tied, TIED, r".*(up|down|table)", lambda n: jnp.arange(n) % 9),
+}
+
+
+def over_last_axis(method):
+    """For a leaf whose rows run over its last axis."""
+
+    def made(leaves, moments):
+        new = method({p: w.T if p == "table" else w for p, w in leaves.items()}, moments)
+        return {p: w.T if p == "table" else w for p, w in new.items()}
+
+    return made
+
+
+@pytest.mark.parametrize("targets", quick([None, Exact()], Exact()), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_give_what_runs_of_the_whole_network_give(name, targets):
+    """Batches of two shapes; a leaf of several blocks goes first; a bias of several blocks stays."""
+    fn, params, where, batch = CASES[name]
+    batches = [(batch(5), jnp.float32(0.5)), (batch(3), jnp.float32(0.7)), (batch(5), jnp.float32(0.1))]
+    method = over_last_axis(rounded)
+    made = sequentially(fn, method, where, targets=targets)(params, batches)
+    want = sequentially(fn, method, where, targets=targets, cuts=Scopes(""))(params, batches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), made, want)
+    assert not np.allclose(made["layers"][0]["up"], params["layers"][0]["up"])
+    np.testing.assert_array_equal(made["bias"], params["bias"])
+
+
+def test_a_block_runs_for_its_own_leaves_alone(monkeypatch):
+    """Twice the depth is twice the runs, and blocks that are alike are compiled once."""
+    looked, compiled = [], []
+    before = Alike.__init__
+
+    def counting(self, part, block, how):
+        before(self, part, block, how)
+        compiled.append(block.sites)
+        look = self.look
+
+        def counted(*given):
+            looked.append(block.sites)
+            return look(*given)
+
+        self.look = counted
+
+    monkeypatch.setattr(Alike, "__init__", counting)
+    runs = {}
+    for depth in (2, 4):
+        looked.clear()
+        compiled.clear()
+        params = {**DEEP, "layers": layers(depth)}
+        batches = [(normal(5, 6), jnp.float32(0.5))] * 3
+        sequentially(residual, rounded, r"layers/.*")(params, batches)
+        runs[depth] = len(looked)
+        # Of the first layer no stream passes by, so it is two blocks.
+        assert [len(sites) for sites in compiled] == [1, 1, 2]
+    assert runs == {2: 2 * 2 * 3, 4: 4 * 2 * 3}
+    with pytest.raises(TypeError, match=r"cut: cuts must be Single\(\), Layers\(\) or Scopes\(pattern\), got 3"):
+        sequentially(residual, rounded, r"layers/.*", cuts=3)(params, batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import NamedTuple
@@ -154,7 +154,8 @@ def _shifted(b: _Biased) -> Callable[..., Emitted]:
 
 def _biased(program: Program, leaves: Mapping[str, Leaf], where: Where) -> tuple[list[_Biased], tuple[Left, ...]]:
     """The products of compressed weights that have a bias of their own; and those that have none."""
-    ops, biases = {op.location: op for op in program.flow.ops}, Biases(program, leaves)
+    ops = {op.location: op for op in program.flow.ops}
+    biases = Biases(program, {path for path, leaf in leaves.items() if is_compressed(leaf)})
     found: list[_Biased] = []
     left = []
     for site in sites_of(program):
@@ -174,11 +175,11 @@ class Biases:
 
     Args:
       program: of the function.
-      leaves: its parameters by path; those that are compressed are no biases that one may move.
+      held: paths of leaves that are no biases that one may move: those that are compressed, say.
     """
 
-    def __init__(self, program: Program, leaves: Mapping[str, Leaf]) -> None:
-        self._leaves = leaves
+    def __init__(self, program: Program, held: Collection[str]) -> None:
+        self._held = held
         self._users: dict[core.Var, list[Op]] = {}
         self._uses = Counter[str]()
         around = {op.location[:i] for op in program.flow.ops for i in range(1, len(op.location))}
@@ -196,7 +197,7 @@ class Biases:
           site, op: the product.
         """
         added = self._added_to(op) if site.kind in ("dot", "conv") else None
-        if added is None or self._uses[added[0].path] != 1 or is_compressed(self._leaves[added[0].path]):
+        if added is None or self._uses[added[0].path] != 1 or added[0].path in self._held:
             return None
         origin, result = added
         layers, channels = len(site.layer_steps), result_channels(site, op)
