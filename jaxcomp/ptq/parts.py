@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -189,7 +189,7 @@ class Compiled:
         return self._found[key]
 
 
-def _stages(program: Program, known: Collection[str]) -> tuple[Stage, ...]:
+def _stages(program: Program, known: set[str]) -> tuple[Stage, ...]:
     """In the program's order; the layers of a scan one after the other, each with all its leaves."""
     ops = {op.location: op for op in program.flow.ops}
     found: dict[tuple[Location, int], list[str]] = {}

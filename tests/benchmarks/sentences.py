@@ -243,7 +243,7 @@ def sections(name: str = "", *, toy: bool = False) -> Callable[[], Iterator[Repo
                     s.eight,
                     s.eight,
                     s.eight,
-                    f"docstrings {s.docstrings:.4f}",
+                    f"{s.eight:.4f}; docstrings {s.docstrings:.4f}",
                     f">= {aim}" if label == last else "",
                 )
                 for label, s in found.items()
