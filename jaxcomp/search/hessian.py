@@ -27,7 +27,7 @@ def traces(
     *,
     key: Key,
     where: Where = matrices,
-    probes: int = 2,
+    probes: int = 4,
     rtol: float = 0.05,
     atol: float = 0.0,
     most: int = 512,

@@ -23,7 +23,7 @@ from tests.benchmarks.timing import Report, Row, measure
 from train.networks import ResNet18, ViT
 
 WANTED = "<= 2.5"
-PROBES = 2
+PROBES = 4
 AT_ONCE = (1, 4, 8)
 GRADIENT, TRACES = "gradient", f"a product of traces, {PROBES} at once"
 
