@@ -1,20 +1,23 @@
 """English prose that lies on any machine with this project's environment, cut into sentences; never downloaded.
 
 ``calibration``: what ships with Python and with the environment's packages: the language reference, documentation
-strings, descriptions of packages. ``judged``: documentation strings of NumPy and SciPy, which the first leaves out, so
-that nothing is judged on what it was calibrated on.
+strings, descriptions of packages. ``everyday``: WordNet's examples, where ``JAXCOMP_WORDNET`` is the folder of its data
+files (version 3; Debian's package ``wordnet-base`` installs them in ``/usr/share/wordnet``). ``judged``: documentation
+strings of NumPy and SciPy, which the first leaves out, so that nothing is judged on what it was calibrated on.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+WORDNET = "JAXCOMP_WORDNET"
 JUDGED = ("numpy", "scipy.signal", "scipy.stats", "scipy.optimize")
 _OTHERS = re.compile(r"(^|/)(numpy|scipy|numpy_like|tests?)(/|\.|$)")
 """Folders whose text is judged, imitates it, or tests something."""
@@ -56,6 +59,20 @@ def calibration() -> list[str]:
     known = set(judged())
     found = dict.fromkeys(reference()) | dict.fromkeys(_of(_documentation()))
     return [sentence for sentence in found if sentence not in known]
+
+
+@cache
+def everyday() -> list[str]:
+    """WordNet's examples of four words and more, as sentences; none where nobody says where it lies."""
+    folder = os.environ.get(WORDNET)
+    if not folder:
+        return []
+    files = [Path(folder) / f"data.{kind}" for kind in ("noun", "verb", "adj", "adv")]
+    lost = [str(file) for file in files if not file.is_file()]
+    if lost:
+        raise FileNotFoundError(f"{WORDNET}: there is no {lost[0]}; give the folder of WordNet 3's data files.")
+    found = (e for file in files for e in re.findall(r'"([^"]+)"', file.read_text(encoding="utf-8", errors="ignore")))
+    return list(dict.fromkeys(f"{e[0].upper()}{e[1:].rstrip('.?!')}." for e in found if len(e.split()) >= 4))
 
 
 def _documentation() -> Iterator[str]:
