@@ -21,7 +21,7 @@ Fn = Callable[..., jax.Array]
 
 
 class Lesson(NamedTuple):
-    """Batches of ids and masks, one a step and without padding, how fast, and whether all layers teach."""
+    """Batches of ids and masks, one a step and the last to judge, without padding; how fast; do all layers teach?"""
 
     batches: Sequence[Batch]
     rate: float
@@ -71,9 +71,11 @@ def taught(student: Fn, teacher: Fn, params: Any, known: Any, lesson: Lesson) ->
         for i, (path, x) in enumerate(leaves)
         if jnp.issubdtype(x.dtype, jnp.floating) and getattr(path[-1], "key", "") not in ("word", "position", "type")
     ]
+    *batches, last = lesson.batches
+    steps = len(batches)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adam(optax.cosine_decay_schedule(lesson.rate, len(lesson.batches))),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, lesson.rate, steps // 8, steps)),
     )
 
     def loss(values: list[jax.Array], known: Any, batch: Batch) -> jax.Array:
@@ -88,12 +90,13 @@ def taught(student: Fn, teacher: Fn, params: Any, known: Any, lesson: Lesson) ->
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(values, updates), state, value
 
-    values = [jnp.array(every[i]) for i in free]
+    values, shown = [jnp.array(every[i]) for i in free], jax.jit(loss)
     state = optimizer.init(values)
-    for number, batch in enumerate(lesson.batches):
-        values, state, value = step(values, state, known, batch)
+    for number, batch in enumerate(batches):
         if number % 20 == 0:
-            print(f"  step {number} of {len(lesson.batches)}: loss {float(value):.4f}", file=sys.stderr, flush=True)
+            held = float(shown(values, known, last))
+            print(f"  step {number} of {steps}: loss {held:.4f} of a batch apart", file=sys.stderr, flush=True)
+        values, state, _ = step(values, state, known, batch)
     for i, value in zip(free, values, strict=True):
         every[i] = value
     return jax.tree.unflatten(tree, every)

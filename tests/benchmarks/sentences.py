@@ -145,7 +145,7 @@ def _solved(method: Callable[[Any, Any], Any], how: Setting) -> Any:
 
 def _distilled(params: Any, rate: float, how: Setting, student: Any = None) -> Any:
     net = network()
-    lesson = Lesson(batches(how.steps), rate, inside=student is None)
+    lesson = Lesson(batches(how.steps + 1), rate, inside=student is None)
     return taught(student or net.states, net.states, learning(params), net.params, lesson)
 
 

@@ -34,6 +34,12 @@ def each(names: str, module: Any = lax) -> dict[str, Case]:
     return {name: getattr(module, name) for name in names.split()}
 
 
+def at_ends(x, dtype, low, high):
+    """Numbers about the end of a type, of the signs of ``x``, through the type."""
+    ends = jnp.linspace(low, high, x.size, dtype=x.dtype).reshape(x.shape)
+    return lax.convert_element_type(lax.select(x > 0, ends, -ends).astype(dtype), jnp.float32)
+
+
 UNARY = {
     **each("""abs asinh atan cbrt ceil cos cosh erf erfc exp expm1 floor is_finite log1p logistic neg
            round rsqrt sign sin sinh sqrt square tan tanh exp2"""),
@@ -54,6 +60,8 @@ UNARY = {
        for d in ("int8", "uint8", "int16", "int32", "uint32", "bool", "float16")},
     "through bfloat16": lambda x: (x.astype(jnp.bfloat16) * 2 + 1).astype(jnp.float32),
     "through float8": lambda x: lax.convert_element_type(lax.convert_element_type(x, jnp.float8_e4m3fn), jnp.float32),
+    **{f"ends of {d}": lambda x, d=d, ends=ends: at_ends(x, d, *ends)
+       for d, ends in (("float8_e4m3fn", (440, 520)), ("float8_e5m2", (57e3, 7e4)), ("float8_e5m2fnuz", (57e3, 7e4)))},
     "reduce_precision": lambda x: lax.reduce_precision(x, 8, 7),
     "not": lambda x: lax.bitwise_not(lax.gt(x, jnp.float32(0))),
     "nan is not itself": lambda x: lax.ne(x, x),

@@ -28,10 +28,27 @@ def _convert(step: Step) -> Value:
     if {old, new} - FLOATS - INTEGERS - FLOAT8 - {t.BOOL}:
         step.refuse(f"a cast from {old} to {new} has no operator", "cast to float32 or int8 instead")
     if new in FLOAT8:
-        return step.graph.elementwise("Cast", [x], new, to=new, saturate=0)
+        return step.graph.elementwise("Cast", [_beyond(step.graph, x, new)], new, to=new, saturate=0)
     if old in FLOATS and new in INTEGERS:
         return _whole(step.graph, x, new)
     return t.cast(step.graph, x, new)
+
+
+_E4M3FN, _E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
+
+
+def _beyond(graph: Graph, x: Value, new: DType) -> Value:
+    """What a float8 has no number for, as JAX has it: onnxruntime 1.32 has NaN for infinity there, 448 for NaN."""
+    wide = t.F64 if np.dtype(x.dtype) == t.F64 else t.F32
+    x = t.cast(graph, x, wide)
+    size = graph.elementwise("Abs", [x], wide)
+    if new == _E5M2:
+        over = graph.elementwise("GreaterOrEqual", [size, t.number(61440, wide)], t.BOOL)
+        return t.where(graph, over, graph.elementwise("Mul", [x, t.number(np.inf, wide)], wide), x)
+    if new == _E4M3FN:
+        over = graph.elementwise("Greater", [size, t.number(464, wide)], t.BOOL)
+        return t.where(graph, over, t.number(np.nan, wide), x)
+    return x
 
 
 def _whole(graph: Graph, x: Value, new: DType) -> Tensor:
