@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from signal import SIGTERM
 
+import jax
 import tyro
+from rich.console import Console
 
 from jaxcomp.artifact.disk import FileError
 from train.configs import PRESETS, Config
-from train.errors import DataError, ProgressError, RunError, Stopped, TrainingError
+from train.errors import DataError, ProgressError, RunError, Stopped, ToldError, TrainingError
 from train.experiments.main_job import export_all, run
 from train.experiments.methods import RATIOS
+from train.experiments.records import Row
 from train.loop.compilation import kept
-from train.loop.stopping import Stop
+from train.loop.joining import joined, leave, lost
+from train.loop.processes import Processes
 from train.reports.exports import write_exports
 from train.reports.main_job import write_report
 from train.reports.terminal import make_console, print_error, print_stopped
@@ -74,27 +79,50 @@ FROM_KEYBOARD = 130
 def main(arguments: list[str]) -> int:
     """Runs the main job.
 
-    0 when the table is printed, 2 when an error was, 75 when SIGTERM and 130 when the keyboard stopped it.
+    0 when the table is printed, 2 when an error was, 75 when SIGTERM or the end of another process of the run, and 130
+    when the keyboard stopped it.
     """
     try:
         config = parse(arguments)
-        with Stop().signals() as stop, kept(config.compilation_cache):
-            _run(config, stop)
-    except (RunError, DataError, TrainingError, FileError, ProgressError, OSError) as e:
+        processes = joined(config)
+        with processes.stop.signals(), kept(config.compilation_cache):
+            _run(config, processes)
+    except ToldError as e:
         print_error(e)
         return 2
+    except (RunError, DataError, TrainingError, FileError, ProgressError, OSError) as e:
+        print_error(e)
+        return leave(2)
     except Stopped as e:
         print_stopped("goes on", str(e))
         return PREEMPTED if e.signal == SIGTERM else FROM_KEYBOARD
     except KeyboardInterrupt:
         print_stopped("goes on from the last checkpoint")
-        return FROM_KEYBOARD
+        return leave(FROM_KEYBOARD)
+    except Exception as e:
+        return _unforeseen(e)
     return 0
 
 
-def _run(config: Config, stop: Stop) -> None:
-    console = make_console()
-    write_report(run(config, console, stop), config, console)
+def _unforeseen(e: Exception) -> int:
+    """An error of the program; of several processes, perhaps that one is gone."""
+    if not jax.distributed.is_initialized():
+        raise e
+    if how := lost(e):
+        print_stopped("of all processes goes on from the last checkpoint", f"another process of this run ended ({how})")
+        return leave(PREEMPTED)
+    traceback.print_exception(e)
+    return leave(1)
+
+
+def _run(config: Config, processes: Processes) -> None:
+    console = make_console() if processes.writes else Console(quiet=True)
+    rows = run(config, console, processes)
+    processes.first(lambda: _report(rows, config, console))
+
+
+def _report(rows: list[Row], config: Config, console: Console) -> None:
+    write_report(rows, config, console)
     if config.export:
         write_exports(export_all(config, console), config, console)
 

@@ -104,10 +104,30 @@ class Config:
     """Also write TensorBoard events (wants the extra `tensorboard`)."""
     export: tuple[Target, ...] = ()
     """Runtimes that each row is also written for, and judged in (want the extras `export` and `litert`)."""
+    processes: int | Literal["auto"] = 1
+    """How many processes run this command, each with the same options; `auto` on SLURM, a TPU pod, Kubernetes."""
+    process_id: int | None = None
+    """Which of them this is, from 0; the first one writes."""
+    coordinator: str | None = None
+    """Where process 0 is found by the others, HOST:PORT."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}.")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        count, number = self.processes, self.process_id
+        if count == "auto" or count == 1:
+            if number is not None or self.coordinator is not None:
+                raise ValueError("process-id and coordinator belong to a number of processes: write --processes N.")
+            return
+        if count < 1:
+            raise ValueError(f"processes must be at least 1, or auto, got {count}.")
+        if number is None or not 0 <= number < count:
+            raise ValueError(f"process-id must be in 0..{count - 1}, another one for each process, got {number}.")
+        if ":" not in (self.coordinator or ""):
+            raise ValueError(f"coordinator must be the HOST:PORT of process 0, got {self.coordinator}.")
 
     @property
     def folder(self) -> Path:
@@ -122,6 +142,7 @@ Identity = Mapping[str, object]
 def identity_of(config: Config) -> dict[str, object]:
     """What must be equal for a run to be resumed: all fields that change its numbers."""
     free = {"out", "data_dir", "checkpoint_seconds", "compilation_cache", "tensorboard", "methods", "export"}
+    free |= {"processes", "process_id", "coordinator"}
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if is_dataclass(value):

@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run that cannot start, or be written; the message says why and what to do."""
 
 
+class ToldError(RunError):
+    """A run of several processes cannot go on; each of them knows it and ends."""
+
+
 class FederationError(RuntimeError):
     """A federation that cannot run or did not stay finite."""
 

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from jaxcomp.artifact.files import write_atomically
 from train.configs import Config, difference, identity_of
 from train.errors import RunError
 from train.loop.history import FILE
+from train.loop.processes import Processes
 from train.loop.progress import say
 
 LOCK = ".lock"
@@ -50,17 +52,30 @@ def check_folder(config: Config) -> str | None:
 
 
 @contextmanager
-def claimed(config: Config, rows: Collection[str], console: Console) -> Iterator[None]:
+def claimed(
+    config: Config, rows: Collection[str], console: Console, processes: Processes | None = None
+) -> Iterator[None]:
     """The run's folder, made and kept from other runs, while the block lasts; says what of an earlier run is in it.
 
     Args:
       config: the settings.
       rows: the names of the run's rows.
       console: where to say it.
+      processes: of the run; the first one claims the folder, the others look that they see it.
 
     Raises:
-      RunError: another run works in it; what :func:`check_folder` raises; or it cannot be written.
+      RunError: another run works in it; what :func:`check_folder` raises; it cannot be written, or not be seen.
     """
+    processes = processes or Processes()
+    with ExitStack() as stack:
+        mark = processes.first(lambda: stack.enter_context(_claimed(config, rows, console)))
+        processes.together(lambda: check_shared(config.folder, str(mark), processes))
+        yield
+
+
+@contextmanager
+def _claimed(config: Config, rows: Collection[str], console: Console) -> Iterator[str]:
+    """As :func:`claimed`, by one process; what it wrote into the lock."""
     folder = config.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +83,36 @@ def claimed(config: Config, rows: Collection[str], console: Console) -> Iterator
     except OSError as e:
         raise _unusable(folder, e) from e
     try:
-        _lock(handle, folder, console)
+        mark = _lock(handle, folder, console)
         _greet(config, rows, console)
-        yield
+        yield mark
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, folder: Path, console: Console) -> None:
-    """Raises:
-    RunError: another process has it.
+def check_shared(folder: Path, mark: str, processes: Processes, *, tries: int = 20) -> None:
+    """Looks, for ten seconds, for what the first process wrote into the lock.
+
+    Raises:
+      RunError: it is not there.
+    """
+    for _ in range(0 if processes.writes else tries):
+        with suppress(OSError):
+            if (folder / LOCK).read_text() == mark:
+                return
+        time.sleep(0.5)
+    if not processes.writes:
+        raise RunError(
+            f"on {socket.gethostname()} the folder {str(folder.absolute())!r} does not hold what process 0 wrote there;"
+            " all processes must see one folder: choose one on a shared file system with --out."
+        )
+
+
+def _lock(handle: int, folder: Path, console: Console) -> str:
+    """What it writes into the lock: who has it.
+
+    Raises:
+      RunError: another process has it.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,10 +124,12 @@ def _lock(handle: int, folder: Path, console: Console) -> None:
         ) from e
     except OSError as e:  # a network's file system, say
         say(console, f"{folder} cannot be locked ({e.strerror}): see to it that no other run works in it.")
-        return
-    with suppress(OSError):  # who it is helps, no more
+    mark = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with suppress(OSError):  # who it is helps, and the other processes of this run look for it
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(handle, mark.encode(), 0)
+        os.fsync(handle)
+    return mark
 
 
 def _greet(config: Config, rows: Collection[str], console: Console) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 import flax.linen as nn
+import jax
+import numpy as np
 from rich.console import Console
 
 import jaxcomp as jc
 from jaxcomp.artifact.coding import check
 from jaxcomp.core.leaves import zeros_counted
-from jaxcomp.core.types import Params, PyTree
+from jaxcomp.core.types import Json, Params, PyTree, State
 from jaxcomp.export import ExportError
 from jaxcomp.export.running import ready
-from train.configs import Config, ModelConfig, OptimConfig
+from train.configs import Config, ModelConfig, OptimConfig, identity_of
 from train.data.sets import Dataset, load
 from train.errors import RunError, TrainingError
 from train.experiments.exports import Export, export, program_of
@@ -25,9 +28,9 @@ from train.experiments.methods import MAIN_JOB, TAUGHT, Recipe, Start, method_na
 from train.experiments.records import Row, finished, write_row
 from train.loop.evaluate import accuracy
 from train.loop.fit import Job, compressed_variables, first_compression, fit
+from train.loop.processes import Processes
 from train.loop.progress import Progress, say
 from train.loop.step import Teacher, init_variables
-from train.loop.stopping import Stop
 from train.networks.compressed import macs_of
 from train.networks.linen import build
 
@@ -35,7 +38,7 @@ BASELINE = "baseline"
 """The name of the first row."""
 
 
-def run(config: Config, console: Console, stop: Stop | None = None) -> list[Row]:
+def run(config: Config, console: Console, processes: Processes | None = None) -> list[Row]:
     """Makes, or goes on making, every row of the table.
 
     Whatever stops it, the same command goes on from the last checkpoint and ends with the same numbers.
@@ -43,11 +46,12 @@ def run(config: Config, console: Console, stop: Stop | None = None) -> list[Row]
     Args:
       config: the settings.
       console: where to show what is done.
-      stop: what a signal tells that the run is to end; none, and it ends at its end.
+      processes: of the run, each of which calls this; none, and this one is alone.
 
     Raises:
       RunError: an unknown method, a runtime that is not installed, a folder that holds a run with other settings, that
-        another run is working in, or that cannot be written.
+        another run is working in, that cannot be written, or not be seen by all processes; processes with other
+        settings or data.
       DataError, TrainingError: what their names say.
       Stopped: a signal came.
     """
@@ -59,16 +63,38 @@ def run(config: Config, console: Console, stop: Stop | None = None) -> list[Row]
             ready(target)
         except ExportError as e:
             raise RunError(f"--export {e}") from e
-    check_folder(config)
-    data = load(config.dataset, data_dir=config.data_dir)
-    job = Job.of(config, make_model(config.model, data), data, stop=stop)
+    processes = processes or Processes()
+    processes.alike("The options or versions", _options(config))
+    processes.first(lambda: check_folder(config))
+    data = _data(config, processes)
+    job = Job.of(config, make_model(config.model, data), data, processes=processes)
     # Now that there is a run: one that cannot start claims nothing.
-    with claimed(config, {BASELINE, *methods}, console):
-        progress = Progress(console, config.folder / "tensorboard" if config.tensorboard else None)
+    with claimed(config, {BASELINE, *methods}, console, processes):
+        board = config.folder / "tensorboard" if config.tensorboard and processes.writes else None
+        progress = Progress(console, board)
         try:
             return [_row(job, name, progress) for name in (BASELINE, *methods)]
         finally:
             progress.close()
+
+
+def _options(config: Config) -> np.ndarray:
+    """What all processes are to be started with, as bytes."""
+    same = identity_of(config), config.methods, config.export, str(config.out), jc.__version__, jax.__version__
+    return np.frombuffer(repr(same).encode(), np.uint8)
+
+
+def _data(config: Config, processes: Processes) -> Dataset:
+    """The data set, prepared by the first process before the others look for it."""
+
+    def read() -> Dataset:
+        return load(config.dataset, data_dir=config.data_dir)
+
+    found = processes.together(lambda: read() if processes.writes else None)
+    data = processes.together(lambda: found or read())
+    splits = data.train, data.validation, data.test
+    processes.alike(f"The examples of {data.name}", [x for split in splits for x in (split.images, split.labels)])
+    return data
 
 
 def export_all(config: Config, console: Console) -> list[Export]:
@@ -94,16 +120,18 @@ def make_model(config: ModelConfig, data: Dataset) -> nn.Module:
 
 def _row(job: Job, name: str, progress: Progress) -> Row:
     """The finished row, or the one that is made now."""
-    folder = job.config.folder / name
+    folder, processes = job.config.folder / name, job.processes
     file = folder.parent / f"{name}.safetensors"
-    if found := finished(folder, file, progress.say):
-        progress.say(f"{name}: finished earlier, {found.test_accuracy:.2%} on the test split; reused.")
-        return found
-    _make_folder(folder)
-    recipe, optim = _recipe(job, name)
+    if found := processes.first(lambda: _as_json(finished(folder, file, progress.say))):
+        row = Row(**cast(Mapping, found))
+        progress.say(f"{name}: finished earlier, {row.test_accuracy:.2%} on the test split; reused.")
+        return row
+    processes.first(lambda: _make_folder(folder))
+    recipe, optim = processes.together(lambda: _recipe(job, name))
     job = replace(job.on(recipe.network), teacher=_teacher(job, name))
     variables = recipe.variables["params"], recipe.variables["batch_stats"]
     first = first_compression(job, recipe.transform, variables)
+    _check_alike(job, name, recipe, first)
     untuned = None if name == BASELINE else _accuracy(job, recipe.transform.apply(first, variables[0]), variables[1])
     state, reached = fit(
         job,
@@ -117,7 +145,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     )
     shipped = {**recipe.shipped(compressed_variables(state, recipe.transform)), **recipe.beside}
     about = {"method": name, "dataset": job.config.dataset, "model": asdict(job.config.model)}
-    jc.save(file, shipped, metadata=about, coding=recipe.coding)
+    processes.first(lambda: jc.save(file, shipped, metadata=about, coding=recipe.coding))
     row = Row(
         name=name,
         method="float32 baseline" if name == BASELINE else method_named(name).title,
@@ -130,8 +158,19 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         seconds=round(reached.seconds, 1),
         note=_note(job, recipe, shipped),
     )
-    write_row(folder, row, file=file, history=reached.history)
+    processes.first(lambda: write_row(folder, row, file=file, history=reached.history))
     return row
+
+
+def _as_json(row: Row | None) -> Json:
+    return None if row is None else asdict(row)
+
+
+def _check_alike(job: Job, name: str, recipe: Recipe, first: State) -> None:
+    """That each process begins with the same: what a recipe found in the data is in no state, but in its network."""
+    if job.processes.count > 1:
+        seen = recipe.transform.apply(first, recipe.variables["params"])
+        job.processes.alike(f"{name}: what is found before the first step", (seen, recipe.beside))
 
 
 def _make_folder(folder: Path) -> None:
@@ -150,7 +189,7 @@ def _recipe(job: Job, name: str) -> tuple[Recipe, OptimConfig]:
     optim = job.config.finetune
     saved = jc.load(job.config.folder / f"{BASELINE}.safetensors")
     steps = optim.epochs * (len(job.data.train) // job.config.batch)
-    start = Start(model, job.data, saved, steps, job.config.folder / name)
+    start = Start(model, job.data, saved, steps, job.config.folder / name if job.processes.writes else None)
     recipe = method_named(name).make(start)
     _check_coding(name, recipe)
     return recipe, replace(optim, learning_rate=job.config.baseline.learning_rate) if recipe.rewound else optim
@@ -178,7 +217,7 @@ def _check_coding(name: str, recipe: Recipe) -> None:
 
 def _accuracy(job: Job, params: Params, batch_stats: PyTree) -> float:
     """On the test split, of parameters that may be compressed."""
-    return accuracy(job.predict, jc.materialize(params), batch_stats, job.data.test)
+    return accuracy(job.predict, jc.materialize(params), batch_stats, job.data.test, job.processes)
 
 
 def _judge_file(job: Job, recipe: Recipe, file: Path, shipped: dict[str, PyTree]) -> float:
@@ -191,7 +230,7 @@ def _judge_file(job: Job, recipe: Recipe, file: Path, shipped: dict[str, PyTree]
     def judge(held: dict[str, PyTree]) -> float:
         judged = job.on(recipe.opened(held)) if recipe.opened else job
         if recipe.integer:
-            return accuracy(judged.predict, held["params"], held["batch_stats"], job.data.test)
+            return accuracy(judged.predict, held["params"], held["batch_stats"], job.data.test, job.processes)
         return _accuracy(judged, held["params"], held["batch_stats"])
 
     trained, loaded = judge(shipped), judge(jc.load(file))

@@ -92,6 +92,14 @@ class Checkpoints:
         found = older.restore(self._folder, like, self._say)
         return (like, Reached()) if found is None else (found[0], Reached(*found[1:]))
 
+    def at(self, step: int, like: State) -> tuple[State, Reached]:
+        """The state after ``step`` steps, which another process found whole; ``like`` itself for none.
+
+        Raises:
+          FileError, ValueError: it is not there, or is another.
+        """
+        return _restored(self._folder / f"{step:09}{SUFFIX}", like) if step else (like, Reached())
+
     def remove(self) -> None:
         """All of them: the training is done."""
         shutil.rmtree(self._folder, ignore_errors=True)

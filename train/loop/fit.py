@@ -19,39 +19,38 @@ from train.errors import TrainingError
 from train.loop.checkpoints import Checkpoints, Reached
 from train.loop.evaluate import accuracy, mean_abs_gradient
 from train.loop.history import Epoch, write_history
+from train.loop.mesh import Mesh, data_mesh
+from train.loop.processes import Processes
 from train.loop.progress import Progress
 from train.loop.saves import Saves
 from train.loop.step import (
-    Mesh,
     Metrics,
     Predict,
     Teacher,
     TrainState,
-    data_mesh,
     make_gradient,
     make_optimizer,
     make_predict,
     make_train_step,
 )
-from train.loop.stopping import Stop
 from train.networks.compressed import Network
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the trainings of one main job share: network, data, devices, settings."""
+    """What the trainings of one main job share: network, data, devices and processes, settings."""
 
     config: Config
     model: Network
     data: Dataset
     mesh: Mesh
     predict: Predict
-    stop: Stop
+    processes: Processes
     teacher: Teacher | None = None
 
     @staticmethod
-    def of(config: Config, model: Network, data: Dataset, *, stop: Stop | None = None) -> Job:
-        """A job on all local devices, which ends when ``stop`` says so.
+    def of(config: Config, model: Network, data: Dataset, *, processes: Processes | None = None) -> Job:
+        """A job on all devices of all processes.
 
         Raises:
           TrainingError: the batch does not divide over the devices and parts, or is larger than the training split.
@@ -63,7 +62,7 @@ class Job:
                 f"batch is {config.batch}; it must be a multiple of the {mesh.devices} devices{parts} and at most {n},"
                 " the training split."
             )
-        return Job(config, model, data, mesh, make_predict(model, data), stop or Stop())
+        return Job(config, model, data, mesh, make_predict(model, data), processes or Processes())
 
     def on(self, network: Network) -> Job:
         """The job with another network."""
@@ -93,34 +92,48 @@ def fit(
       RunError: a checkpoint cannot be written.
       Stopped: a signal came; the step that was under way is done and saved.
     """
-    config, data = job.config, job.data
+    config, data, stop, writes = job.config, job.data, job.processes.stop, job.processes.writes
     per_epoch = len(data.train) // config.batch
     step, state = _start(job, transform, optim, variables=variables, compression=compression)
     checkpoints = Checkpoints(folder / "checkpoints", progress.say)
-    state, reached = checkpoints.restore(state)
+    state, reached = _restored(checkpoints, state, job.processes)
+    job.processes.alike(f"{name}: the weights of the first step", state)
     done, total = int(state.step), optim.epochs * per_epoch
-    saves = Saves(checkpoints, reached, name, every=config.checkpoint_seconds, step=done)
+    saves = Saves(checkpoints, reached, name, every=config.checkpoint_seconds, step=done, writes=writes)
     progress.resumed(name, step=done, of=total)
-    images, labels = jax.device_put((data.train.images, data.train.labels), job.mesh.copied)
-    with progress.training(name, total=total, done=done) as bar, job.stop.at_steps():
+    state, feed = job.mesh.copy(state), job.mesh.feed(data.train)
+    with progress.training(name, total=total, done=done) as bar, stop.at_steps():
         for epoch in range((done - len(reached.steps)) // per_epoch, optim.epochs):
             began, batches = time.monotonic(), epoch_batches(config.seed, epoch, len(data.train), config.batch)
             batches = batches[len(reached.steps) :]
             for indices in batches:
-                state, metrics = step(state, images, labels, job.mesh.place(indices))
+                state, metrics = step(state, *feed(indices))
                 saves.count(metrics)
                 bar.step(examples=config.batch)
-                if job.stop.now():
+                if stop.now():
                     saves.save(state)
-                    raise job.stop.stopped(f" after step {int(state.step)} of {name}, which is saved")
+                    raise stop.stopped(f" after step {int(state.step)} of {name}, which is saved")
                 saves.save_if_due(state)
             rate = len(batches) * config.batch / (time.monotonic() - began)
             line = _epoch_line(job, name, transform, epoch=epoch, state=state, steps=saves.steps(), rate=rate)
             saves.end_epoch(line)
-            write_history(folder, reached.history)
+            if writes:
+                write_history(folder, reached.history)
             bar.epoch(line)
         saves.save(state)
-    return state, reached
+    return job.mesh.own(state), reached
+
+
+def _restored(checkpoints: Checkpoints, like: TrainState, processes: Processes) -> tuple[TrainState, Reached]:
+    """What the first process finds whole, read by each.
+
+    Raises:
+      ToldError: one cannot read it.
+    """
+    if processes.count == 1:
+        return checkpoints.restore(like)
+    step = processes.first(lambda: int(checkpoints.restore(like)[0].step))
+    return processes.together(lambda: checkpoints.at(step, like))
 
 
 def _start(
@@ -148,7 +161,7 @@ def _start(
     )
     state = TrainState(jax.numpy.int32(0), *variables, optimizer.init(variables[0]), compression)
     # Copies: the step donates its state, and the caller keeps the variables.
-    return step, jax.device_put(jax.tree.map(jax.numpy.array, state), job.mesh.copied)
+    return step, jax.tree.map(jax.numpy.array, state)
 
 
 def first_compression(job: Job, transform: jc.Transform, variables: tuple[Params, PyTree]) -> State:
@@ -175,6 +188,7 @@ def _epoch_line(
 ) -> Epoch:
     """The epoch's means and its accuracy on the validation split."""
     loss, train_accuracy, grad_norm = np.mean(np.asarray(steps, np.float64), 0).tolist()
-    params = jc.materialize(transform.apply(state.compression, state.params))
-    validation = accuracy(job.predict, params, state.batch_stats, job.data.validation)
+    own = job.mesh.own(state)
+    params = jc.materialize(transform.apply(own.compression, own.params))
+    validation = accuracy(job.predict, params, own.batch_stats, job.data.validation, job.processes)
     return Epoch(name, epoch, int(state.step), loss, train_accuracy, validation, grad_norm, round(rate, 1))

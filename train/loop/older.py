@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxcomp.core.types import State
+from train.errors import RunError
 from train.loop.history import FILE, Epoch, parsed
 
 
@@ -16,10 +17,15 @@ def restore(folder: Path, like: State, say: Callable[[str], None]) -> tuple[Stat
     """The newest state with its seconds and epochs, the latter from the file beside the folder; None without one.
 
     What cannot be read is named by a line.
+
+    Raises:
+      RunError: there is one, and several processes, which orbax would wait for.
     """
     epochs = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
     if not epochs:
         return None
+    if jax.process_count() > 1:
+        raise RunError(f"{str(folder)!r} is of an older version: go on as one process until it has saved once.")
     import orbax.checkpoint as ocp  # a second, for what is seldom there
 
     logging.getLogger("absl").setLevel(logging.ERROR)

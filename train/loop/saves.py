@@ -20,11 +20,15 @@ AHEAD = 2
 class Saves:
     """The record of a training from step ``step`` on, saved at least ``every`` seconds apart.
 
-    ``reached`` is what a checkpoint gave, and kept up to date when an epoch ends and when a state is saved.
+    ``reached`` is what a checkpoint gave, and kept up to date when an epoch ends and when a state is saved. What does
+    not write, keeps the record alone.
     """
 
-    def __init__(self, checkpoints: Checkpoints, reached: Reached, name: str, *, every: float, step: int) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, reached: Reached, name: str, *, every: float, step: int, writes: bool = True
+    ) -> None:
         self._checkpoints, self._reached, self._name, self._every = checkpoints, reached, name, every
+        self._writes = writes
         self._began = self._saved = time.monotonic()
         self._before, self._done, self._safe = reached.seconds, step, step
         self._pending: list[Metrics] = []
@@ -62,7 +66,7 @@ class Saves:
 
     def save_if_due(self, state: TrainState) -> None:
         """Saves a state if the last one was saved long enough ago."""
-        if time.monotonic() - self._saved >= self._every:
+        if self._writes and time.monotonic() - self._saved >= self._every:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
@@ -74,6 +78,8 @@ class Saves:
         """
         self.steps()
         self._reached.seconds = self._before + time.monotonic() - self._began
+        if not self._writes:
+            return
         try:
             self._checkpoints.save(state, self._reached, step=self._done)
         except FileError as e:

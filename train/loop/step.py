@@ -9,9 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 import jaxcomp as jc
@@ -20,6 +18,7 @@ from jaxcomp.distill import soft_targets
 from train.configs import DistillConfig, OptimConfig
 from train.data.images import augment, normalize
 from train.data.sets import Dataset
+from train.loop.mesh import Mesh
 from train.networks.compressed import Network
 
 Predict = Callable[[Params, PyTree, ArrayLike], jax.Array]
@@ -52,25 +51,6 @@ class Teacher(NamedTuple):
     network: Network
     variables: Mapping[str, PyTree]
     config: DistillConfig
-
-
-class Mesh(NamedTuple):
-    """Where arrays live: batches are split over all local devices, everything else is on each."""
-
-    split: NamedSharding
-    copied: NamedSharding
-    devices: int
-
-    def place(self, indices: np.ndarray) -> jax.Array:
-        """The indices of a batch, split: each process puts those of its devices there, of what is the same in all."""
-        return jax.make_array_from_callback(indices.shape, self.split, lambda own: indices[own])
-
-
-def data_mesh() -> Mesh:
-    """All local devices in one data-parallel axis."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    return Mesh(NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()), len(devices))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -152,9 +132,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """``step(state, images, labels, indices) -> (state, metrics)``; the state's buffers are donated.
 
-    Images and labels are the whole training split on the device, uint8; ``indices`` picks the batch. The augmentation's
-    key is made of the seed and the step, so a resumed run draws what it would have drawn. A teacher sees the same
-    images.
+    Images and labels are the whole training split on the device, uint8, and ``indices`` picks the batch; or they are
+    the batch, and ``indices`` is None: see :meth:`Mesh.feed`. The augmentation's key is made of the seed and the step,
+    so a resumed run draws what it would have drawn. A teacher sees the same images.
 
     With ``accumulate`` the batch is seen in so many parts, one after the other, and the step is made of the mean of
     their gradients: the memory for activations is that of a part. Examples, augmentation and learning rate are those of
@@ -162,11 +142,11 @@ def make_train_step(
     """
     loss_fn = _make_loss(model, transform, data=data, label_smoothing=label_smoothing, teacher=teacher)
 
-    def draw(step: jax.Array, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
-        batch = images[indices]
+    def draw(step: jax.Array, images: jax.Array, labels: jax.Array, indices: jax.Array | None) -> Batch:
+        batch = images if indices is None else images[indices]
         if augmented:
             batch = augment(jax.random.fold_in(jax.random.key(seed), step), batch, data.augmentation)
-        return Batch(batch, labels[indices])
+        return Batch(batch, labels if indices is None else labels[indices])
 
     def part(state: TrainState, batch: Batch, known: PyTree) -> Part:
         images = normalize(batch.images, data.mean, data.std)
@@ -182,7 +162,7 @@ def make_train_step(
         metrics = Metrics(seen.loss, seen.accuracy, optax.global_norm(seen.grads))
         return TrainState(state.step + 1, params, seen.batch_stats, opt_state, compression), metrics
 
-    known = jax.device_put({} if teacher is None else dict(teacher.variables), mesh.copied)
+    known = mesh.copy({} if teacher is None else dict(teacher.variables))
     make = _in_one_program if accumulate == 1 else partial(_in_parts, count=accumulate)
     return make(draw, part, update, mesh=mesh, known=known)
 
@@ -201,14 +181,14 @@ def _in_one_program(
     """The step of the whole batch."""
 
     def step(
-        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, known: PyTree
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array | None, known: PyTree
     ) -> tuple[TrainState, Metrics]:
         return update(state, part(state, draw(state.step, images, labels, indices), known))
 
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(mesh.copied, mesh.copied, mesh.copied, mesh.split, mesh.copied),
+        in_shardings=(mesh.copied, mesh.source, mesh.source, mesh.split, mesh.copied),
         out_shardings=(mesh.copied, mesh.copied),
     )
     return lambda state, images, labels, indices: jitted(state, images, labels, indices, known)
@@ -229,7 +209,9 @@ def _in_parts(
     0.12), and unrolled they are compiled ``count`` times.
     """
 
-    def begin(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[Part, list[Batch]]:
+    def begin(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array | None
+    ) -> tuple[Part, list[Batch]]:
         batch = draw(state.step, images, labels, indices)
         grads, batch_stats = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
         none = Part(grads, batch_stats, jnp.zeros(()), jnp.zeros(()))
@@ -239,14 +221,16 @@ def _in_parts(
     def add(state: TrainState, total: Part, batch: Batch, known: PyTree) -> Part:
         return jax.tree.map(lambda t, x: t + x / count, total, part(state, batch, known))
 
-    everywhere, split = mesh.copied, mesh.split
-    began = jax.jit(begin, in_shardings=(everywhere, everywhere, everywhere, split), out_shardings=(everywhere, split))
+    everywhere, split, source = mesh.copied, mesh.split, mesh.source
+    began = jax.jit(begin, in_shardings=(everywhere, source, source, split), out_shardings=(everywhere, split))
     added = jax.jit(
         add, donate_argnums=1, in_shardings=(everywhere, everywhere, split, everywhere), out_shardings=everywhere
     )
     updated = jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
         total, batches = began(state, images, labels, indices)
         for batch in batches:
             total = added(state, total, batch, known)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+from jax.typing import ArrayLike
+
 from train.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAG = 2
+"""Steps until a vote is counted: as many as may be under way, so that no step waits for it."""
 
 
 class Stop:
@@ -22,6 +27,10 @@ class Stop:
     :meth:`at_steps`, once :meth:`now` was called, it waits for the next call, so that the caller can save before. A
     second ``SIGINT`` does not wait; a second ``SIGTERM`` does, since a job's manager may send it to a whole group of
     processes and to each of them.
+
+    In a run of several processes a signal to one of them waits until all know it, and all stop at the same step: by
+    ``vote``, which is held at every :meth:`now` and counted two later, or by :meth:`hear`. A second ``SIGINT`` ends
+    that one.
 
     >>> import signal
     >>> stop = Stop()
@@ -37,9 +46,20 @@ class Stop:
     stopped by SIGTERM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vote: Callable[[int | None], ArrayLike] | None = None) -> None:
         self.asked: int | None = None
-        self._waits = False
+        self._heard: int | None = None
+        self._vote, self._votes = vote, deque[ArrayLike]()
+        self._waits = vote is not None
+
+    @property
+    def agreed(self) -> int | None:
+        """The signal that ends this command: of several processes, one that all know of."""
+        return self.asked if self._vote is None else self._heard
+
+    def hear(self, signals: Iterable[int | None]) -> None:
+        """Takes the signals that came to the processes, which all of them hear of now."""
+        self._heard = max((*(x for x in signals if x), self._heard or 0)) or None
 
     @contextmanager
     def signals(self) -> Iterator[Stop]:
@@ -64,25 +84,35 @@ class Stop:
         try:
             yield
         finally:
-            self._waits = False
-        if self.asked is not None:
+            self._waits = self._vote is not None
+        self._count(left=0)
+        if self.agreed is not None:
             raise self.stopped()
 
     def now(self) -> bool:
         """Whether a signal came; from here on, signals wait for the next call."""
         self._waits = True
-        return self.asked is not None
+        if self._vote is not None:
+            self._votes.append(self._vote(self.asked))
+            self._count(left=LAG)
+        return self.agreed is not None
+
+    def _count(self, *, left: int) -> None:
+        while len(self._votes) > left:
+            self.hear([int(self._votes.popleft())])
 
     def stopped(self, what: str = "") -> Stopped:
         """What to raise, after ``what`` was saved."""
-        number = signal.SIGINT if self.asked is None else self.asked
+        number = signal.SIGINT if self.agreed is None else self.agreed
         return Stopped(f"stopped by {signal.Signals(number).name}{what}.", number)
 
     def _received(self, number: int, _: FrameType | None) -> None:
         again = self.asked is not None and number == signal.SIGINT
         self.asked = number if self.asked is None else self.asked
-        if not self._waits or again:
+        if self._vote is None and (again or not self._waits):
             raise self.stopped()
+        if self._vote is not None and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # where this process waits for others, Python would not see the next
 
     def _again(self, *_: object) -> None:
         if not self._waits:

@@ -18,7 +18,8 @@ import jaxcomp as jc
 from train.data.images import Augmentation
 from train.data.order import epoch_batches
 from train.data.sets import Dataset, Split, load
-from train.loop.step import TrainState, data_mesh, init_variables, make_train_step
+from train.loop.mesh import data_mesh
+from train.loop.step import TrainState, init_variables, make_train_step
 from train.networks.linen import build
 
 
@@ -95,7 +96,7 @@ def test_parts_of_a_batch_under_batch_norm() -> None:
 @pytest.mark.parametrize("devices", [1, 3])
 def test_a_batch_is_cut_by_its_place_alone(devices) -> None:
     """What :meth:`Mesh.place` asks of a process for its devices, put together, is the batch."""
-    from train.loop.step import Mesh
+    from train.loop.mesh import Mesh
 
     (batch,) = epoch_batches(1, 2, 12, 12)
     asked = []
@@ -115,7 +116,7 @@ import sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from train.data.images import Augmentation
 from train.data.order import epoch_batches
-from train.loop.step import Mesh
+from train.loop.mesh import Mesh
 address, count, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 jax.distributed.initialize(address, count, own, initialization_timeout=60)
 mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
