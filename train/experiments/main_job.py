@@ -55,19 +55,12 @@ def run(config: Config, console: Console, processes: Processes | None = None) ->
       DataError, TrainingError: what their names say.
       Stopped: a signal came.
     """
-    methods = config.methods or MAIN_JOB
-    for name in methods:  # before hours of training
-        method_named(name)
-    for target in config.export:
-        try:
-            ready(target)
-        except ExportError as e:
-            raise RunError(f"--export {e}") from e
-    processes = processes or Processes()
+    processes, methods = processes or Processes(), config.methods or MAIN_JOB
+    processes.together(lambda: _check_names(config))
     processes.alike("The options or versions", _options(config))
     processes.first(lambda: check_folder(config))
     data = _data(config, processes)
-    job = Job.of(config, make_model(config.model, data), data, processes=processes)
+    job = processes.together(lambda: Job.of(config, make_model(config.model, data), data, processes=processes))
     # Now that there is a run: one that cannot start claims nothing.
     with claimed(config, {BASELINE, *methods}, console, processes):
         board = config.folder / "tensorboard" if config.tensorboard and processes.writes else None
@@ -76,6 +69,21 @@ def run(config: Config, console: Console, processes: Processes | None = None) ->
             return [_row(job, name, progress) for name in (BASELINE, *methods)]
         finally:
             progress.close()
+
+
+def _check_names(config: Config) -> None:
+    """Before hours of training, that there are such rows and runtimes.
+
+    Raises:
+      RunError: there is one that is not.
+    """
+    for name in config.methods or MAIN_JOB:
+        method_named(name)
+    for target in config.export:
+        try:
+            ready(target)
+        except ExportError as e:
+            raise RunError(f"--export {e}") from e
 
 
 def _options(config: Config) -> np.ndarray:

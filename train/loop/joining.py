@@ -11,22 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from train.configs import Config
 from train.errors import RunError
 from train.loop.mesh import data_mesh
 from train.loop.processes import Processes
+from train.loop.progress import say
 from train.loop.stopping import Stop
 
 
 def joined(config: Config) -> Processes:
     """The processes of the run, when all of them have come: `jax.distributed` brings them together.
 
+    A line says that it waits: where one does not come within five minutes, JAX aborts the others, and names none.
+
     Raises:
-      RunError: not all came within five minutes, no cluster is found, or what the options say does not fit.
+      RunError: no cluster is found, or what the options say does not fit.
     """
     if config.processes == 1:
         return Processes()
+    where = f" at {config.coordinator}" if config.coordinator else ""
+    say(Console(stderr=True), f"waits for all processes of this run{where}, five minutes at most.")
     named = {} if config.processes == "auto" else _named(config)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it waits, Python would not see the keyboard's
     try:

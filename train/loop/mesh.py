@@ -35,8 +35,13 @@ class Mesh(NamedTuple):
 
     def place(self, x: np.ndarray, rows: np.ndarray | None = None) -> jax.Array:
         """``x``, or ``x[rows]``, split: a process reads the part of its own devices, of what is the same in all."""
+
+        def part(own: tuple[slice, ...] | None) -> np.ndarray:
+            at = own[0] if own else slice(None)
+            return x[at] if rows is None else x[rows[at]]
+
         shape = x.shape if rows is None else (len(rows), *x.shape[1:])
-        return jax.make_array_from_callback(shape, self.split, lambda own: x[own] if rows is None else x[rows[own[0]]])
+        return jax.make_array_from_callback(shape, self.split, part)
 
     def copy(self, tree: T) -> T:
         """A tree on all devices; each process gives the same values, which is not looked at here."""
@@ -59,7 +64,7 @@ class Mesh(NamedTuple):
         One process puts the whole split on its devices, once; of several, each puts there its share of each batch.
         """
         if self.alone:
-            images, labels = self.copy((split.images, split.labels))
+            images, labels = jax.device_put((split.images, split.labels), self.copied)
             return lambda indices: (images, labels, self.place(indices))
         return lambda indices: (self.place(split.images, indices), self.place(split.labels, indices), None)
 

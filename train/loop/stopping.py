@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-
-from jax.typing import ArrayLike
+from typing import SupportsInt
 
 from train.errors import Stopped
 
@@ -46,10 +45,10 @@ class Stop:
     stopped by SIGTERM.
     """
 
-    def __init__(self, vote: Callable[[int | None], ArrayLike] | None = None) -> None:
+    def __init__(self, vote: Callable[[int | None], SupportsInt] | None = None) -> None:
         self.asked: int | None = None
         self._heard: int | None = None
-        self._vote, self._votes = vote, deque[ArrayLike]()
+        self._vote, self._votes = vote, deque[SupportsInt]()
         self._waits = vote is not None
 
     @property

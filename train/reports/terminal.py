@@ -74,5 +74,5 @@ def print_stopped(what: str, why: str = "stopped.") -> None:
 
 def devices_line() -> str:
     """What the run computes on, for the report."""
-    d = jax.local_devices()
-    return f"{len(d)} x {d[0].device_kind}, jax {jax.__version__}"
+    d, n = jax.devices(), jax.process_count()
+    return f"{len(d)} x {d[0].device_kind}{f' in {n} processes' if n > 1 else ''}, jax {jax.__version__}"
