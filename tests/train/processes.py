@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 OPTIONS = [
     "digits",
     *("--model.name", "mlp", "--batch", "256", "--checkpoint-seconds", "0.2"),
-    *("--baseline.epochs", "6", "--baseline.learning-rate", "5e-3"),
-    *("--finetune.epochs", "3", "--finetune.learning-rate", "1e-3"),
+    *("--baseline.epochs", "4", "--baseline.learning-rate", "5e-3"),
+    *("--finetune.epochs", "2", "--finetune.learning-rate", "1e-3"),
     *("--methods", "joint", "w8a8"),
 ]
+
+
+CACHE = tempfile.TemporaryDirectory(prefix="jaxcomp-programs-")
+"""Compiled programs of all these runs, removed when Python ends."""
 
 
 class Ended(NamedTuple):
@@ -40,14 +45,15 @@ def ran(
     *,
     meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
     cwd: Sequence[Path | None] = (),
+    extra: Callable[[int], dict[str, str]] = lambda index: {},
 ) -> list[Ended]:
-    """The ends of processes that run side by side; none of them outlives this call."""
+    """The ends of processes that run side by side, with ``extra(index)`` in their environments; none outlives this."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     folders = [*cwd, *[None] * (len(commands) - len(cwd))]
     running = [
-        subprocess.Popen([sys.executable, *command], cwd=folder, **pipes)
-        for command, folder in zip(commands, folders, strict=True)
+        subprocess.Popen([sys.executable, *command], cwd=folder, env={**env, **extra(index)}, **pipes)
+        for index, (command, folder) in enumerate(zip(commands, folders, strict=True))
     ]
     try:
         if meanwhile is not None:
@@ -62,7 +68,7 @@ def ran(
 
 def trained(count: int, out: Path, *options: str, **how: Any) -> list[Ended]:
     """The toy main job by so many processes."""
-    base = ["-m", "train", *OPTIONS, "--out", str(out), *options]
+    base = ["-m", "train", *OPTIONS, "--out", str(out), "--compilation-cache", CACHE.name, *options]
     if count == 1:
         return ran([base], **how)
     together = ["--processes", str(count), "--coordinator", f"127.0.0.1:{free_port()}"]

@@ -152,12 +152,25 @@ def test_a_folder_that_is_not_shared_is_one_error(tmp_path) -> None:
     assert not (tmp_path / "b" / "run").exists()
 
 
-def test_processes_with_other_options_are_one_error(tmp_path) -> None:
-    port, options = free_port(), ["-m", "train", "--out", str(tmp_path / "run"), "--processes", "2"]
-    ended = ran(
-        [[*options, "--process-id", str(i), "--coordinator", f"127.0.0.1:{port}", "--seed", str(i)] for i in range(2)]
-    )
+def test_on_slurm_they_find_each_other_and_other_options_are_one_error(tmp_path) -> None:
+    """In the environment that srun makes; JAX reads it, and nothing is given by hand."""
+    port = str(free_port())
+
+    def slurm(index: int) -> dict[str, str]:
+        task = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_NTASKS": "2"}
+        return {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "JAX_COORDINATOR_PORT": port, **task}
+
+    command = ["-m", "train", "--out", str(tmp_path / "run"), "--processes", "auto"]
+    ended = ran([[*command, "--seed", str(i)] for i in range(2)], extra=slurm)
     assert [e.code for e in ended] == [2, 2], ended
     for e in ended:
         assert "The options or versions differ in process 1 from those in process 0" in " ".join(e.err.split())
     assert os.listdir(tmp_path) == []
+
+
+def test_without_a_cluster_it_says_what_to_write(tmp_path) -> None:
+    (ended,) = ran([["-m", "train", "--out", str(tmp_path / "run"), "--processes", "auto"]])
+    assert ended.code == 2, ended
+    error = " ".join(ended.err.split())
+    assert "the processes do not come together: coordinator_address should be defined." in error
+    assert "--processes N --process-id I --coordinator HOST:PORT" in error
