@@ -131,9 +131,7 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
     folder, processes = job.config.folder / name, job.processes
     file = folder.parent / f"{name}.safetensors"
     if found := processes.first(lambda: _as_json(finished(folder, file, progress.say))):
-        row = Row(**cast(Mapping, found))
-        progress.say(f"{name}: finished earlier, {row.test_accuracy:.2%} on the test split; reused.")
-        return row
+        return _reused(Row(**cast(Mapping, found)), progress)
     processes.first(lambda: _make_folder(folder))
     recipe, optim = processes.together(lambda: _recipe(job, name))
     job = replace(job.on(recipe.network), teacher=_teacher(job, name))
@@ -167,6 +165,11 @@ def _row(job: Job, name: str, progress: Progress) -> Row:
         note=_note(job, recipe, shipped),
     )
     processes.first(lambda: write_row(folder, row, file=file, history=reached.history))
+    return row
+
+
+def _reused(row: Row, progress: Progress) -> Row:
+    progress.say(f"{row.name}: finished earlier, {row.test_accuracy:.2%} on the test split; reused.")
     return row
 
 

@@ -97,7 +97,6 @@ def fit(
     step, state = _start(job, transform, optim, variables=variables, compression=compression)
     checkpoints = Checkpoints(folder / "checkpoints", progress.say)
     state, reached = _restored(checkpoints, state, job.processes)
-    job.processes.alike(f"{name}: the weights of the first step", state)
     done, total = int(state.step), optim.epochs * per_epoch
     saves = Saves(checkpoints, reached, name, every=config.checkpoint_seconds, step=done, writes=writes)
     progress.resumed(name, step=done, of=total)
@@ -128,12 +127,14 @@ def _restored(checkpoints: Checkpoints, like: TrainState, processes: Processes) 
     """What the first process finds whole, read by each.
 
     Raises:
-      ToldError: one cannot read it.
+      ToldError: one cannot read it, or reads another.
     """
     if processes.count == 1:
         return checkpoints.restore(like)
     step = processes.first(lambda: int(checkpoints.restore(like)[0].step))
-    return processes.together(lambda: checkpoints.at(step, like))
+    state, reached = processes.together(lambda: checkpoints.at(step, like))
+    processes.alike(f"The weights after step {step}", state)
+    return state, reached
 
 
 def _start(
