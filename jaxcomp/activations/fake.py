@@ -106,9 +106,7 @@ def _encode_static(x: jax.Array, act: Act, given: Range) -> Coded:
     return _coded(x, act, scale, zero, factors)
 
 
-def _coded(
-    x: jax.Array, act: Act, scale: jax.Array, zero: jax.Array | None, factors: Sequence[jax.Array]
-) -> Coded:
+def _coded(x: jax.Array, act: Act, scale: jax.Array, zero: jax.Array | None, factors: Sequence[jax.Array]) -> Coded:
     """The codes on a grid, by the factors that stand for a division by its scale."""
     low, high = act.grid.code_range
     apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
