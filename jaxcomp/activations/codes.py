@@ -49,7 +49,12 @@ class Codes:
 
     def dense(self) -> jax.Array:
         """The array that the codes stand for."""
-        return in_type(dequantize(self.codes, self.scale, self.zero), self.scale, self.dtype)
+        return _dense(self)
+
+
+@jax.jit
+def _dense(box: Codes) -> jax.Array:
+    return in_type(dequantize(box.codes, box.scale, box.zero), box.scale, box.dtype)
 
 
 Value = jax.Array | Codes

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.codes import Codes, Value
 from jaxcomp.activations.factors import Factor
-from jaxcomp.activations.fake import Entry, encode, fake_quantize, float8_codes, scale_blocks
-from jaxcomp.activations.float_products import Form, float_product, long_sum, no_codes, value_product
+from jaxcomp.activations.fake import Entry, Names, encode, fake_quantize, float8_codes, scale_blocks
+from jaxcomp.activations.float_products import Form, long_sum, no_codes, value_product
 from jaxcomp.activations.held import Held, as_array, held_product, in_its_turn
 from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal, small_integers
 from jaxcomp.activations.lookups import lookup
@@ -108,8 +110,8 @@ class _Product:
             if not isinstance(pair, Why):
                 self.around.record(path, *_done(pair[0]))
                 form = Form(integer_product, self.single(values, pair))
-                product = product_with_gradient(op, spec, self.rounded, form)
-                return [product(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
+                on_codes = product_with_gradient(op, spec, self.rounded, form)
+                return [on_codes(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
             why = pair
         return [self.fake(side, given, why)]
 
@@ -144,14 +146,13 @@ class _Product:
         pair = x.factor, y.factor
         refused = no_codes(op, *pair)
         self.around.record(self.planned.site.path, "fake", why or refused or long_sum(op, *pair))
+        form = Form(integer_product if refused is None else value_product, self.single(values, pair))
+        if spec is None:
+            return product(op, form, once=refused is None)(x.value, y.value, pair, rest)
         if refused is None:  # or XLA on CPU rounds anew for each that reads the codes
             first, second = (replace(f, codes=made_once(f.codes)) for f in pair)
             pair = first, second
-        form = Form(integer_product if refused is None else value_product, self.single(values, pair))
-        if spec is not None:
-            product = product_with_gradient(op, spec, self.rounded, form)
-            return product(values, side.ranges, side.key, pair)
-        return float_product(op, form)(x.value, y.value, pair, rest)
+        return product_with_gradient(op, spec, self.rounded, form)(values, side.ranges, side.key, pair)
 
     def single(self, values: tuple[Value, ...], pair: tuple[Factor, Factor]) -> tuple[bool, bool]:
         """Which operands have one scale that goes outside of the products of the gradient: none if one is in blocks."""
@@ -222,6 +223,13 @@ def _faked(value: jax.Array, act: ActSpec, at: Entry) -> Operand:
 
 def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
     """An activation in codes."""
+    return _codes(value, at.given, act=act, roles=at.roles)
+
+
+@partial(jax.jit, static_argnames=("act", "roles"))
+def _codes(value: jax.Array, given: Range | None, *, act: ActSpec, roles: Names) -> Factor:
+    """:func:`_encoded`, traced once for all values that are alike."""
+    at = Entry(roles, given)
     if isinstance(act, Float8):
         return Factor(*float8_codes(value, act, at), None, 0)
     x = made_once(value)  # for its codes, and in search of NaN

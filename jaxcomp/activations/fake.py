@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Sequence
+from functools import partial, singledispatch
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.specs import LSQ, PACT, Act, ActLayout, ActSpec, Float8, RangeKind
+from jaxcomp.activations.specs import LSQ, PACT, Act, ActLayout, ActSpec, Float8, RangeKind, Static
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.gradients import scale_gradient, straight_through
 from jaxcomp.core.roles import AxisRoles
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.quantization.grids import Int
-from jaxcomp.quantization.numerics.affine import dequantize, in_steps, spread
+from jaxcomp.quantization.numerics.affine import by_factors, dequantize, factors_of, spread
 from jaxcomp.quantization.numerics.ranges import Ends, absmax_range
 from jaxcomp.quantization.numerics.rounding import HALF_CELL, round_between, round_ste
 from jaxcomp.trace.ranges import Range
@@ -76,6 +77,8 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
     if not x.size:
         one = jnp.ones((1,) * x.ndim, compute_dtype(x.dtype))
         return Coded(x.astype(one.dtype), one, None if act.symmetric else jnp.zeros_like(one))
+    if at.given is not None and isinstance(act.range, Static):
+        return _encode_static(x, act, at.given)
     if at.given is None:
         scale, zero = act.grid.scale_of(*_own_ends(x, scale_blocks(x.shape, at.roles, act.per), act.symmetric))
     else:
@@ -86,10 +89,29 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
         scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
     if at.given is not None:  # or XLA on CPU finds the scale anew for each element
         scale, zero = jax.lax.optimization_barrier((scale, zero))
-    steps = in_steps(x, scale)
+    return _coded(x, act, scale, zero, factors_of(scale))
+
+
+def _encode_static(x: jax.Array, act: Act, given: Range) -> Coded:
+    """:func:`encode` on the grid of a range that learns nothing.
+
+    All that is to be known of the grid is made at once and lies in one array: XLA on CPU runs one small program for it,
+    not four, and a deep network has as many of them as activations.
+    """
+    ends = jax.lax.stop_gradient(Range(*(jnp.asarray(end, compute_dtype(x.dtype)) for end in given)))
+    scale, zero = grid_of_range(ends, act.grid)
+    scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
+    known = jax.lax.optimization_barrier(jnp.stack([scale, zero, *factors_of(scale)]))
+    scale, zero, *factors = (known[i].reshape((1,) * x.ndim) for i in range(4))
+    return _coded(x, act, scale, zero, factors)
+
+
+def _coded(x: jax.Array, act: Act, scale: jax.Array, zero: jax.Array | None, factors: Sequence[jax.Array]) -> Coded:
+    """The codes on a grid, by the factors that stand for a division by its scale."""
     low, high = act.grid.code_range
     apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
-    return Coded(round_between(steps, low - apart, high - apart), scale, None if act.symmetric else zero)
+    numbers = round_between(by_factors(x, *factors), low - apart, high - apart)
+    return Coded(numbers, scale, None if act.symmetric else zero)
 
 
 def _own_ends(x: jax.Array, blocks: Shape, symmetric: bool) -> Ends:
@@ -131,6 +153,13 @@ def fake_quantize(x: jax.Array, act: ActSpec, at: Entry) -> Rounded:
     >>> found.value.tolist(), found.numbers.tolist(), found.scale.tolist()
     ([0.0, 0.0, 6.0], [0.0, 0.0, 3.0], [2.0])
     """
+    return _fake(x, at.given, act=act, roles=at.roles)
+
+
+@partial(jax.jit, static_argnames=("act", "roles"))
+def _fake(x: jax.Array, given: Range | None, *, act: ActSpec, roles: Names) -> Rounded:
+    """:func:`fake_quantize`, traced once for all values that are alike."""
+    at = Entry(roles, given)
     if isinstance(act, Float8):
         return _fake_float8(x, act, at)
     coded, value = _rounded(act.range, x, act, at)

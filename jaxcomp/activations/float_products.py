@@ -100,7 +100,8 @@ def apart(factor: Factor, *, single: bool, dtype: DType) -> tuple[jax.Array, jax
     numbers = factor.codes.astype(factor.scale.dtype)
     if factor.zero is not None:
         numbers = numbers - spread(factor.zero.astype(numbers.dtype), numbers.shape)
-    return numbers.astype(dtype), factor.scale.reshape(-1)[0] + nan_in(factor.scale)
+    scale = factor.scale.reshape(-1)[0]
+    return numbers.astype(dtype), scale if factor.scale.size == 1 else scale + nan_in(factor.scale)
 
 
 def times(x: jax.Array, scale: jax.Array | None) -> jax.Array:

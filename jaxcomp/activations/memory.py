@@ -25,16 +25,17 @@ class Memory(Generic[T]):
 
     def __init__(self, make: Callable[[jax.Array, ActSpec, Entry], T]) -> None:
         self._make = make
-        self._made: list[tuple[jax.Array, object, Range | None, T]] = []
+        self._made: dict[int, list[tuple[jax.Array, object, Range | None, T]]] = {}  # what is kept keeps its id
 
     def __call__(self, value: jax.Array, act: ActSpec, at: Entry) -> T:
         """``make(value, act, at)``, or what that gave before."""
         how = act, at.roles, get_opaque_trace_state()
-        for known, key, given, result in self._made:
-            if known is value and key == how and _same(given, at.given):
+        of_value = self._made.setdefault(id(value), [])
+        for _, key, given, result in of_value:
+            if key == how and _same(given, at.given):
                 return result
         result = self._make(value, act, at)
-        self._made.append((value, how, at.given, result))
+        of_value.append((value, how, at.given, result))
         return result
 
 

@@ -9,6 +9,7 @@ from typing import TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.barriers import made_once
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Channels, Layout, checked_layout
 from jaxcomp.core.leaves import dense
@@ -153,8 +154,8 @@ class _How(TypedDict):
     clipped: bool
 
 
-# One program a leaf where nobody else compiles one; inside jit they are inlined.
-@partial(jax.jit, static_argnames=("blocks", "rule", "grid", "clipped"), inline=True)
+# One program a leaf where nobody else compiles one; inside jit, one trace for all leaves that are alike.
+@partial(jax.jit, static_argnames=("blocks", "rule", "grid", "clipped"))
 def _ranged(
     w: jax.Array, mask: jax.Array | None, key: Key | None, *, blocks: Shape, rule: ScaleRule | None, **how: Unpack[_How]
 ) -> Quantized:
@@ -162,12 +163,13 @@ def _ranged(
     return _on_grid(w, range_of(Cut(OWNER, "", w, mask, blocks), how["grid"], rule), key, **how)
 
 
-@partial(jax.jit, static_argnames=("grid", "clipped"), inline=True)
+@partial(jax.jit, static_argnames=("grid", "clipped"))
 def _on_grid(
     w: jax.Array, ends: tuple[jax.Array, jax.Array | None], key: Key | None, *, grid: Grid, clipped: bool
 ) -> Quantized:
     """An array on the grid of known ranges."""
-    scale, zero = scales_and_zero(grid, *ends)
+    # Or XLA on CPU finds the scale anew for each weight that it divides and multiplies: here, and in the gradient.
+    scale, zero = made_once(scales_and_zero(grid, *ends))
     noise = None if key is None else jax.random.uniform(key, w.shape, compute_dtype(w.dtype))
     codes = encoded(w, grid, dense(scale), zero, noise=noise, clipped=clipped)
     return Quantized(codes, scale, zero, grid.elements, jnp.dtype(w.dtype))

@@ -104,14 +104,29 @@ def no_weights(w: Float[Array, "*shape"], blocks: tuple[int, ...]) -> Bool[Array
 def in_steps(w: Float[Array, "*shape"], scale: Float[Array, "*blocks"]) -> Float[Array, "*shape"]:
     """``w / scale`` in the scale's type, each number over its block.
 
-    By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only. That of a
-    scale near the type's end would be subnormal, which XLA on CPU reads as 0: both are made smaller before.
+    By the reciprocal: XLA rewrites a division so where it sees that the divisor is broadcast, in jit only.
 
     >>> in_steps(jnp.array([1.0, 3.0, 3e38]), jnp.array([2.0, 2.0, 1.5e38]))
     Array([0.5, 1.5, 2. ], dtype=float32)
     """
+    return by_factors(w, *factors_of(scale))
+
+
+def factors_of(scale: Float[Array, "*blocks"]) -> tuple[Float[Array, "*blocks"], Float[Array, "*blocks"]]:
+    """Two factors, in this order, for a division by ``scale``; most often the first is 1.
+
+    The reciprocal of a scale near the type's end would be subnormal, which XLA on CPU reads as 0: what is divided and
+    what it is divided by are both made smaller before.
+    """
     less = jnp.where(scale > 2.0**64, jnp.full_like(scale, 2.0**-64), jnp.ones_like(scale))
-    return w.astype(scale.dtype) * spread(less, w.shape) * spread(1.0 / (scale * less), w.shape)
+    return less, 1.0 / (scale * less)
+
+
+def by_factors(
+    w: Float[Array, "*shape"], less: Float[Array, "*blocks"], reciprocal: Float[Array, "*blocks"]
+) -> Float[Array, "*shape"]:
+    """``w`` times the two :func:`factors_of` a scale, in their type, each number over its block."""
+    return w.astype(less.dtype) * spread(less, w.shape) * spread(reciprocal, w.shape)
 
 
 def affine_scale(
@@ -155,5 +170,8 @@ def in_type(x: Float[Array, "*shape"], scale: Float[Array, "*blocks"], dtype: DT
     Array([-6.55e+04,  1.00e+00], dtype=float16)
     """
     most = min(float(jnp.finfo(x.dtype).max), float(jnp.finfo(dtype).max))
-    end = jnp.where(scale < jnp.inf, jnp.full_like(scale, most), jnp.full_like(scale, jnp.inf))
+    if most == float(jnp.finfo(scale.dtype).max):
+        end = jnp.maximum(scale, most)  # as below, in less program
+    else:
+        end = jnp.where(scale < jnp.inf, jnp.full_like(scale, most), jnp.full_like(scale, jnp.inf))
     return clip_through(x, spread(end, x.shape)).astype(dtype)

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from tests.activations import platforms
+
+
+@pytest.fixture(autouse=True)
+def _other_platforms_forgotten() -> Iterator[None]:
+    """What was traced as on another platform is not met by the next test."""
+    yield
+    if platforms.traced_as:
+        platforms.traced_as.clear()
+        jax.clear_caches()
