@@ -195,7 +195,7 @@ def _on_integers(bits: int, rate: float, how: Setting) -> dict[str, Score]:
     net = network()
     data = tuple(np.concatenate(x) for x in zip(*batches(how.solved)[:: len(LENGTHS)], strict=True))
     peaks = jax.jit(input_peaks(net.states))(net.params, *data)
-    done = smooth(net.states, alpha=0.65, where=KERNELS, insert=True)(net.params, peaks, *(x[:4] for x in data))
+    done = smooth(net.states, alpha=0.75, where=KERNELS, insert=True)(net.params, peaks, *(x[:4] for x in data))
 
     def judged_on_integers(fn: Callable[..., jax.Array], weights: Any) -> Score:
         ranges = ranges_of(jax.jit(jc.calibrate(fn))(jc.materialize(weights), *data))
