@@ -35,6 +35,15 @@ def spread(values: Iterable[object]) -> bool:
     return any(mesh.size > 1 for mesh in (*meshes, jax.sharding.get_abstract_mesh()) if not mesh.empty)
 
 
+def over_all(x: jax.Array) -> jax.Array:
+    """An array whose first axis is split over all devices of its mesh, inside jit on Auto axes; else as it is."""
+    mesh = next((m for m in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()) if not m.empty), None)
+    if mesh is None or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    spec = PartitionSpec(mesh.axis_names, *[None] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def with_auto_axes(mesh: AbstractMesh) -> AbstractMesh:
     """The mesh with its Explicit axes Auto."""
     explicit = (name for name, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)

@@ -3,10 +3,14 @@
 An array is sorted, or, where that is too slow, counted in an adaptive histogram of its bit patterns. Sums over a run of
 points come from a tree of pairwise sums: unlike a difference of prefix sums, they lose nothing where an outlier or a
 million others come first, and they are the same bits in jit and out of it, on one device and on eight.
+
+Counts and extremes are the same in whatever order they are taken: of arrays that lie on many devices each device counts
+what it has, and what they send each other is the cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from jaxcomp.core.bits import order_keys
 
-_SORTED = 1 << 16  # up to here sorting costs no more than the histogram's fixed part
+SORTED = 1 << 16  # up to here sorting costs no more than the histogram's fixed part
 _CELLS = 1 << 18
 _TOP = 1 << 16
+_LAST = 0xFFFFFFFF
 
 
 class Points(NamedTuple):
@@ -57,11 +62,11 @@ def points_of(x: Float[Array, " n"], counted: Bool[Array, " n"] | None = None) -
     >>> p.values, p.before
     (Array([1., 3., 3., 3.], dtype=float32), Array([0, 1, 2, 3, 3], dtype=uint32))
     """
-    if x.size <= _SORTED or x.dtype == jnp.float64:
+    if x.size <= SORTED or x.dtype == jnp.float64:
         return _sorted(x, counted)
-    shape = jax.eval_shape(_counted, x, counted)
-    default = lambda x, c: _thinned(_sorted(x, c), shape.values.size)  # noqa: E731
-    return jax.lax.platform_dependent(x, counted, cpu=_counted, default=default)
+    by_count = lambda x, c: counted_points([x], [c], x.size)  # noqa: E731
+    default = lambda x, c: _thinned(_sorted(x, c), _CELLS)  # noqa: E731
+    return jax.lax.platform_dependent(x, counted, cpu=by_count, default=default)
 
 
 def run_sums(points: Points, start: Int[Array, " runs"], stop: Int[Array, " runs"]) -> Float[Array, " runs"]:
@@ -100,7 +105,7 @@ def place_of_rank(points: Points, rank: Integer[Array, "*ranks"]) -> Int[Array, 
     >>> place_of_rank(points_of(jnp.array([3.0, 1.0, 5.0])), jnp.array([0, 2])).tolist()
     [0, 2]
     """
-    if points.values.size <= _SORTED:  # sorted, a weight a point
+    if points.values.size <= SORTED:  # sorted, a weight a point
         past = rank.astype(points.before.dtype) >= points.total
         return jnp.where(past, points.values.size, rank.astype(jnp.int32))
     return jnp.searchsorted(points.before, rank.astype(points.before.dtype), side="right").astype(jnp.int32) - 1
@@ -123,7 +128,7 @@ def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:
         values = jnp.sort(x if counted is None else jnp.where(counted, x, jnp.inf))
     else:  # integers sort four times as fast as floats
         keys = order_keys(x)
-        keys = keys if counted is None else jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF))
+        keys = keys if counted is None else jnp.where(counted, keys, jnp.uint32(_LAST))
         values = _value_of(jax.lax.sort(keys, is_stable=False))
     index = jnp.arange(size, dtype=jnp.uint32)
     top = values[jnp.maximum(alive, 1) - 1]
@@ -156,21 +161,37 @@ def _value_of(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _counted(x: jax.Array, counted: jax.Array | None) -> Points:
-    keys = order_keys(x)
-    ones = jnp.ones(keys.shape, jnp.uint32) if counted is None else counted.astype(jnp.uint32)
-    top = (keys >> 16).astype(jnp.int32)
-    coarse = jnp.zeros(_TOP, jnp.uint32).at[top].add(ones, mode="promise_in_bounds")
-    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / x.size)
+def counted_points(parts: Sequence[Float[Array, ...]], counted: Sequence[Bool[Array, ...] | None], size: int) -> Points:
+    """The points of arrays of any shapes together, by counting; no array is laid in a row, nor gathered.
+
+    Args:
+      parts: float32 arrays.
+      counted: which of their values count; None for all.
+      size: of the vector whose points these are to be: of values as many as the arrays have, or more that do not count.
+    """
+    keys = [order_keys(x) for x in parts]
+    ones = [
+        jnp.ones(k.shape, jnp.uint32) if c is None else c.astype(jnp.uint32) for k, c in zip(keys, counted, strict=True)
+    ]
+    tops = [(k >> 16).astype(jnp.int32) for k in keys]
+    coarse = jnp.zeros(_TOP, jnp.uint32)
+    for top, one in zip(tops, ones, strict=True):
+        coarse = coarse.at[top].add(one, mode="promise_in_bounds")
+    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / size)
     cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
     first = jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
-    cell = (first[top] + (((keys & 0xFFFF) * cuts[top]) >> 16)).astype(jnp.int32)
-    counts = jnp.zeros(_CELLS, jnp.uint32).at[cell].add(ones, mode="promise_in_bounds")
-    lowest, highest = keys, keys
-    if counted is not None:
-        lowest, highest = jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF)), jnp.where(counted, keys, jnp.uint32(0))
-    low = jnp.full(_CELLS, 0xFFFFFFFF, jnp.uint32).at[cell].min(lowest, mode="promise_in_bounds")
-    high = jnp.zeros(_CELLS, jnp.uint32).at[cell].max(highest, mode="promise_in_bounds")
+    counts = jnp.zeros(_CELLS, jnp.uint32)
+    low, high = jnp.full(_CELLS, _LAST, jnp.uint32), jnp.zeros(_CELLS, jnp.uint32)
+    for k, top, one, c in zip(keys, tops, ones, counted, strict=True):
+        cell = (first[top] + (((k & 0xFFFF) * cuts[top]) >> 16)).astype(jnp.int32)
+        counts = counts.at[cell].add(one, mode="promise_in_bounds")
+        low = low.at[cell].min(k if c is None else jnp.where(c, k, jnp.uint32(_LAST)), mode="promise_in_bounds")
+        high = high.at[cell].max(k if c is None else jnp.where(c, k, jnp.uint32(0)), mode="promise_in_bounds")
+    return _of_cells(counts, low, high)
+
+
+def _of_cells(counts: jax.Array, low: jax.Array, high: jax.Array) -> Points:
+    """The points of cells, by how many weights each holds and its least and greatest key."""
     there = counts > 0
     middle = _value_of(low) * 0.5 + _value_of(high) * 0.5
     held = jnp.where(there, middle, -jnp.inf)

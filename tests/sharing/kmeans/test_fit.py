@@ -111,7 +111,7 @@ def test_outliers_get_entries_of_their_own() -> None:
 def test_the_histogram_is_as_good_as_the_sort(masked, monkeypatch) -> None:
     x = jnp.concatenate([jax.random.normal(jax.random.key(0), (70_000,)), jnp.array([1e4, 1.0, 1.0])])
     counted = jnp.arange(x.size) % 3 > 0 if masked else None
-    by_cells = points._counted(x, counted)
+    by_cells = points.counted_points([x], [counted], x.size)
     by_sort = points._sorted(x, counted)
     kept = np.asarray(x if counted is None else x[counted], np.float64)
     assert int(by_cells.total) == int(by_sort.total) == kept.size
