@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -42,6 +42,17 @@ def over_all(x: jax.Array) -> jax.Array:
         return x
     spec = PartitionSpec(mesh.axis_names, *[None] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def after(x: jax.Array, made: Mapping[str, Any]) -> jax.Array:
+    """An array for what wants it whole: on a mesh it is gathered when the last of what is ``made`` is there.
+
+    Of many arrays, each after what was made of the one before, the devices then hold one whole at a time.
+    """
+    if not made or not spread([x]):
+        return x
+    last = made[next(reversed(made))]
+    return cast(jax.Array, jax.lax.optimization_barrier((x, last))[0])
 
 
 def with_auto_axes(mesh: AbstractMesh) -> AbstractMesh:

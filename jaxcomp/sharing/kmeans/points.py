@@ -1,6 +1,6 @@
 """Sorted weighted points: what one-dimensional k-means needs to know of an array, whatever its size.
 
-An array is sorted, or, where that is too slow, counted in an adaptive histogram of its bit patterns. Sums over a run of
+An array is sorted, or, where it is large, counted in an adaptive histogram of its bit patterns. Sums over a run of
 points come from a tree of pairwise sums: unlike a difference of prefix sums, they lose nothing where an outlier or a
 million others come first, and they are the same bits in jit and out of it, on one device and on eight.
 
@@ -54,9 +54,9 @@ class Points(NamedTuple):
 def points_of(x: Float[Array, " n"], counted: Bool[Array, " n"] | None = None) -> Points:
     """The points of a vector of finite values, of which those not ``counted`` are left out.
 
-    Exact up to 65,536 values, and on any backend but CPU. Above, on CPU, where a sort is slow, values are counted in
-    2**18 cells: 2**16 of equal high half-words of the bit pattern, each cut into more the more of the values it holds;
-    a point is then the middle of the extremes of a cell.
+    Exact up to 65,536 values. Above, values are counted in 2**18 cells: 2**16 of equal high half-words of the bit
+    pattern, each cut into more the more of the values it holds; a point is then the middle of the extremes of a cell.
+    On CPU, where a sort is slow, by a scatter, else from the sorted values: the same bits.
 
     >>> p = points_of(jnp.array([3.0, 1.0, 3.0]))
     >>> p.values, p.before
@@ -65,8 +65,7 @@ def points_of(x: Float[Array, " n"], counted: Bool[Array, " n"] | None = None) -
     if x.size <= SORTED or x.dtype == jnp.float64:
         return _sorted(x, counted)
     by_count = lambda x, c: counted_points([x], [c], x.size)  # noqa: E731
-    default = lambda x, c: _thinned(_sorted(x, c), _CELLS)  # noqa: E731
-    return jax.lax.platform_dependent(x, counted, cpu=by_count, default=default)
+    return jax.lax.platform_dependent(x, counted, cpu=by_count, default=_by_sort)
 
 
 def run_sums(points: Points, start: Int[Array, " runs"], stop: Int[Array, " runs"]) -> Float[Array, " runs"]:
@@ -138,20 +137,33 @@ def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:
     return Points(values, before, _tree(jnp.where(there, values, jnp.zeros((), values.dtype))), jnp.bool_(True))
 
 
-def _thinned(points: Points, size: int) -> Points:
-    """Every so many points of a sorted array as one, so that both backends' points have one shape."""
-    step = points.values.size // size
-    if step <= 1:
-        pad = size - points.values.size
-        values = jnp.pad(points.values, (0, pad), mode="edge")
-        before = jnp.pad(points.before, (0, pad), mode="edge")
-        sums = jnp.zeros(size, values.dtype).at[: points.values.size].set(points.sums[points.values.size :])
-        return Points(values, before, _tree(sums), points.exact)
-    level = points.sums[size : 2 * size]
-    counts = points.before[::step][1:] - points.before[::step][:-1]
-    low, high = points.values[::step], points.values[step - 1 :: step]
-    mean = jnp.clip(level / jnp.maximum(counts, 1).astype(level.dtype), low, high)
-    return Points(mean, points.before[::step], points.sums[: 2 * size], jnp.all(low == high))
+def _by_sort(x: jax.Array, counted: jax.Array | None) -> Points:
+    """What :func:`counted_points` gives, bit for bit, from sorted keys: where scatters are slow and sorts are not."""
+    keys = order_keys(x)
+    alive = jnp.uint32(x.size) if counted is None else jnp.sum(counted, dtype=jnp.uint32)
+    keys = jax.lax.sort(keys if counted is None else jnp.where(counted, keys, jnp.uint32(_LAST)), is_stable=False)
+
+    def starts(bounds: jax.Array) -> jax.Array:
+        return jnp.append(jnp.minimum(jnp.searchsorted(keys, bounds).astype(jnp.uint32), alive), alive)
+
+    cuts, first = _cuts(jnp.diff(starts(jnp.arange(_TOP, dtype=jnp.uint32) << 16)), x.size)
+    cell = jnp.arange(_CELLS, dtype=jnp.uint32)
+    top = jnp.searchsorted(first, cell, side="right").astype(jnp.uint32) - 1
+    part = cell - first[top]
+    least = ((part << 16) + (cuts[top] - 1)) // cuts[top]  # of the low half-words in this part
+    start = starts((top << 16) | least)
+    start = jnp.where(jnp.append(part < cuts[top], False), start, alive)  # cells behind the last one hold nothing
+    counts = jnp.diff(start)
+    low, high = keys[jnp.minimum(start[:-1], x.size - 1)], keys[jnp.maximum(start[1:], 1) - 1]
+    there = counts > 0
+    return _of_cells(counts, jnp.where(there, low, jnp.uint32(_LAST)), jnp.where(there, high, jnp.uint32(0)))
+
+
+def _cuts(coarse: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Into how many cells each high half-word is cut, by how many keys have it; and the first of them."""
+    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / size)
+    cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
+    return cuts, jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
 
 
 def _value_of(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -177,9 +189,7 @@ def counted_points(parts: Sequence[Float[Array, ...]], counted: Sequence[Bool[Ar
     coarse = jnp.zeros(_TOP, jnp.uint32)
     for top, one in zip(tops, ones, strict=True):
         coarse = coarse.at[top].add(one, mode="promise_in_bounds")
-    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / size)
-    cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
-    first = jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
+    cuts, first = _cuts(coarse, size)
     counts = jnp.zeros(_CELLS, jnp.uint32)
     low, high = jnp.full(_CELLS, _LAST, jnp.uint32), jnp.zeros(_CELLS, jnp.uint32)
     for k, top, one, c in zip(keys, tops, ones, counted, strict=True):
