@@ -51,7 +51,7 @@ def after(x: jax.Array, made: Mapping[str, Any]) -> jax.Array:
     """
     if not made or not spread([x]):
         return x
-    last = made[next(reversed(made))]
+    last = list(made.values())[-1]
     return cast(jax.Array, jax.lax.optimization_barrier((x, last))[0])
 
 

@@ -57,7 +57,8 @@ def out_shardings(fn: Callable[..., PyTree], *args: Any, **kwargs: Any) -> PyTre
     def sharding(path: jax.tree_util.KeyPath, x: Any) -> Any:
         axes = near.layout(steps_of(path), x.shape)
         if isinstance(x, Packed):
-            return replace(x, data=NamedSharding(mesh, PartitionSpec(*in_a_row(x, axes, mesh.shape))))
+            row: Any = NamedSharding(mesh, PartitionSpec(*in_a_row(x, axes, mesh.shape)))
+            return replace(x, data=row)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(sharding, out, is_leaf=lambda x: isinstance(x, Packed))

@@ -204,8 +204,9 @@ class _Sharing:
         how = {"clusters": free, "init": self.start, "iterations": self.iterations}
         if isinstance(values, Parts):
             return self.with_zero(fit_parts(values, key=None if keys is None else keys[0], **how)[:, None])
-        one = partial(fit, **how)
-        return self.with_zero(jax.vmap(lambda x, counted, key: one(x, counted, key=key))(*padded(values), keys).T)
+        one, rows = partial(fit, **how), padded(values)
+        found = jax.vmap(lambda x, counted, key: one(x, counted, key=key))(rows.values, rows.counted, keys)
+        return self.with_zero(found.T)
 
     def refitted(self, values: Rows | Parts, old: jax.Array) -> jax.Array:
         free = old[int(self.zero_first) :]
