@@ -93,12 +93,6 @@ def low_rank(
     def select(params: Params) -> dict[str, Selected]:
         return _selected(_found(params, rank, where=where, roles=axes), method, axes)
 
-    def bases(found: Mapping[str, Selected], ranks: Ranks, weights: Mapping[str, jax.Array]) -> State:
-        made: State = {}
-        for path in ranks:  # a decomposition wants its array whole: on a mesh one leaf after another is gathered for it
-            made[path] = _basis(found[path], ranks[path], weights.get(path), before=made)
-        return made
-
     def init(params: Params) -> State:
         found = select(params)
         _check_values(found, given)
@@ -106,12 +100,12 @@ def low_rank(
             ranks = chosen_ranks(found, rank, moments=given, reuse=reuse, max_rank=max_rank)
         else:
             ranks = _given_ranks(found, rank)
-        return bases(found, ranks, given)
+        return _bases(found, ranks, given)
 
     def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         weights = given if stats.get("moments") is None else stats["moments"]
         ranks = {path: rank_in(method, basis) for path, basis in state.items()}
-        return bases(select(params), ranks, weights)
+        return _bases(select(params), ranks, weights)
 
     def apply(state: State, params: Params) -> Params:
         found = select(params)
@@ -267,6 +261,13 @@ def _given_ranks(found: Mapping[str, Selected], rank: Rank | Mapping[str, Rank])
             asked = rank[path] if isinstance(rank, Mapping) else rank
             ranks[path] = checked_rank(one.at, tuple(one.slot.array.shape), asked)
     return ranks
+
+
+def _bases(found: Mapping[str, Selected], ranks: Ranks, moments: Mapping[str, jax.Array]) -> State:
+    made: State = {}
+    for path in ranks:  # a decomposition wants its array whole: on a mesh one leaf after another is gathered for it
+        made[path] = _basis(found[path], ranks[path], moments.get(path), before=made)
+    return made
 
 
 def _basis(one: Selected, rank: Count, moment: jax.Array | None, *, before: State) -> Basis:

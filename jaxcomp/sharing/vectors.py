@@ -19,7 +19,7 @@ from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Key, Params, State, Step
+from jaxcomp.core.types import Key, Leaf, Params, State, Step
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.sharing.kmeans.vectors import fit_vectors, nearest_vectors, refit_vectors
 from jaxcomp.sharing.leaves import VectorCodebook
@@ -89,19 +89,10 @@ def share_vectors(
         return each(fitted, every, f"{OWNER}: k-means")
 
     def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
-        tables: State = {}
-        for path, one in cut(params).items():
-            tables[path] = refit_vectors(one.rows(tables), state_of(state, path, OWNER), 1)
-        return tables
+        return _refitted(cut(params), state)
 
     def apply(state: State, params: Params) -> Params:
-        codes: dict[str, jax.Array] = {}
-        new = {}
-        for path, one in cut(params).items():
-            table = state_of(state, path, OWNER)
-            codes[path] = one.codes(table, codes)
-            new[path] = one.leaf(table, codes[path])
-        return replace_slots(params, new)
+        return replace_slots(params, _leaves(cut(params), state))
 
     return Transform(init, update, apply)
 
@@ -131,6 +122,23 @@ class _Vectors(NamedTuple):
     def leaf(self, table: jax.Array, codes: jax.Array) -> VectorCodebook | Masked:
         leaf = VectorCodebook(table.astype(self.slot.array.dtype), codes, self.slot.array, self.axis)
         return leaf if self.slot.mask is None else Masked(leaf, self.slot.mask)
+
+
+def _refitted(every: Mapping[str, _Vectors], state: State) -> State:
+    tables: State = {}
+    for path, one in every.items():
+        tables[path] = refit_vectors(one.rows(tables), state_of(state, path, OWNER), 1)
+    return tables
+
+
+def _leaves(every: Mapping[str, _Vectors], state: State) -> dict[str, Leaf]:
+    codes: dict[str, jax.Array] = {}
+    new: dict[str, Leaf] = {}
+    for path, one in every.items():
+        table = state_of(state, path, OWNER)
+        codes[path] = one.codes(table, codes)
+        new[path] = one.leaf(table, codes[path])
+    return new
 
 
 def _cut(slot: Slot, axis: int, *, size: int, clusters: int) -> _Vectors:
