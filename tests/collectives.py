@@ -1,4 +1,4 @@
-"""What masks, quantizers and packing send between eight devices, read in the compiled programs, and what they give.
+"""What masks, quantizers, k-means and packing send between eight devices, by the compiled programs, and what they give.
 
 ``python -m tests.collectives`` prints it; with ``--json`` and names, a line for each case and way of splitting.
 """
@@ -23,12 +23,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
+from jaxcomp.core import Channels
 from jaxcomp.quantization import MSE, NF4
+from jaxcomp.sharing.kmeans.inits import linear, quantile
 from tests.laws import bits_of
 
 SHAPES = {"kernel": (64, 128), "tied": (128, 64)}
-LEAST = 64 * 128 * 4
-"""Bytes of each of the leaves."""
+WIDE = {"kernel": (512, 256), "tied": (256, 512)}
+"""Leaves whose values k-means counts; those of fewer it sorts, in one place."""
 MESHES = {"8": ((8,), ("d",)), "4x2": ((4, 2), ("d", "t")), "2x2x2": ((2, 2, 2), ("d", "f", "t"))}
 SPLITS: dict[str, tuple[str, P]] = {
     "8, rows": ("8", P("d", None)),
@@ -47,16 +49,33 @@ CASES: dict[str, jc.Transform] = {
     "int4, least squares": jc.quantize(jc.Int(4), scale=MSE()),
     "nf4": jc.quantize(NF4()),
     "mask and int4": jc.chain(jc.prune(0.5), jc.quantize(jc.Int(4))),
+    "share": jc.share(16, init=linear),
+    "share, all leaves": jc.share(40, per=jc.Global(), init=quantile),
+    "share, kept codes": jc.chain(
+        jc.prune(0.5), jc.share(8, per=jc.Global(), init=linear, preserve_zeros=True, recluster=False)
+    ),
+    "share, columns": jc.share(4, per=Channels(1), init=linear),
 }
+COUNTED = ("share", "share, all leaves", "share, kept codes")
 _OPS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _FOUND = re.compile(rf"= (\(.*?\)|\S+) ({_OPS})(?:-start)?\(")
 
 
-def params() -> dict[str, jax.Array]:
+def shapes_of(name: str) -> dict[str, tuple[int, int]]:
+    """Of a case's leaves."""
+    return WIDE if name in COUNTED else SHAPES
+
+
+def least_of(name: str) -> int:
+    """The bytes of each of a case's leaves."""
+    return int(np.prod(shapes_of(name)["kernel"])) * 4
+
+
+def params(name: str) -> dict[str, jax.Array]:
     """A leaf of all kinds of values, and one of few, so that a threshold falls among many that are equal."""
-    rng = np.random.default_rng(0)
-    few = rng.integers(-3, 4, SHAPES["tied"]) / 4
-    return {"kernel": jnp.asarray(rng.normal(size=SHAPES["kernel"]), jnp.float32), "tied": jnp.float32(few)}
+    rng, shapes = np.random.default_rng(0), shapes_of(name)
+    few = rng.integers(-3, 4, shapes["tied"]) / 4
+    return {"kernel": jnp.asarray(rng.normal(size=shapes["kernel"]), jnp.float32), "tied": jnp.float32(few)}
 
 
 def sent(text: str) -> dict[str, int]:
@@ -71,10 +90,11 @@ def sent(text: str) -> dict[str, int]:
 
 
 def made(t: jc.Transform, *, pack: bool) -> Callable[[Any], Any]:
-    """The leaves that a transform makes, packed or not."""
+    """The leaves that a transform makes after an update, packed or not."""
 
     def run(p: Any) -> Any:
-        leaves = t.apply(t.init(p), p)
+        state = t.update(t.init(p), jax.tree.map(lambda x: x * 1.5, p), step=jnp.int32(1))
+        leaves = t.apply(state, p)
         return jc.pack(leaves) if pack else leaves
 
     return run
@@ -85,10 +105,10 @@ def cases(names: list[str], axes: AxisType) -> Iterator[tuple[str, str, bool, di
     for name in names:
         for pack in (False, True):
             run = made(CASES[name], pack=pack)
-            one = jax.jit(run)(params())
+            one = jax.jit(run)(params(name))
             for split, (mesh_name, spec) in SPLITS.items():
                 mesh = jax.make_mesh(*MESHES[mesh_name], axis_types=(axes,) * len(MESHES[mesh_name][0]))
-                whole = jax.tree.map(lambda x, m=mesh, s=spec: jax.device_put(x, NamedSharding(m, s)), params())
+                whole = jax.tree.map(lambda x, m=mesh, s=spec: jax.device_put(x, NamedSharding(m, s)), params(name))
                 with jax.set_mesh(mesh):
                     compiled = jax.jit(run).lower(whole).compile()
                     many = compiled(whole)
@@ -97,8 +117,21 @@ def cases(names: list[str], axes: AxisType) -> Iterator[tuple[str, str, bool, di
                 yield name, split, pack, sent(compiled.as_text()), bool(equal)
 
 
+def order() -> str:
+    """What low_rank does to three leaves on a mesh, as it is scheduled: g for a leaf gathered, s for an SVD."""
+    mesh = jax.make_mesh(*MESHES["4x2"], axis_types=(AxisType.Auto,) * 2)
+    like = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("d", "t")))
+    text = jax.jit(jc.low_rank(4).init).lower({n: {"kernel": like} for n in "abc"}).compile().as_text()
+    assert "is_scheduled=true" in text
+    found = re.findall(r"= f32\[64,128\]\S* (all-gather)\(|(gesdd)", text)
+    return "".join("g" if gathered else "s" for gathered, _ in found)
+
+
 def main(args: list[str]) -> None:
     """Runs the cases that are named, or all."""
+    if "--order" in args:
+        print(json.dumps([order()]))
+        return
     names = [a for a in args if not a.startswith("--")] or list(CASES)
     for found in cases(names, AxisType.Auto if "--auto" in args else AxisType.Explicit):
         print(json.dumps(found) if "--json" in args else found, flush=True)

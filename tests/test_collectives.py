@@ -1,16 +1,17 @@
-"""No mask, threshold or quantizer gathers a weight on a mesh, and none gives other bits than one device."""
+"""No mask, threshold, quantizer or k-means gathers a weight on a mesh, and none gives other bits than one device."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 
 import pytest
 
-from tests.collectives import CASES, LEAST, SPLITS, sent
+from tests.collectives import CASES, SPLITS, least_of, sent
 
 
 @cache
@@ -29,7 +30,8 @@ def check(name: str, *args: str) -> None:
     for _, split, packed, ops, equal in found:
         assert equal, f"{split}, packed {packed}: other bits than on one device"
         # On Auto axes XLA chooses how a packed result lies, and may take it whole on each device.
-        most = LEAST / 8 if packed and "--auto" in args else LEAST / 32
+        least = least_of(name)
+        most = least / 8 if packed and "--auto" in args else least / 32
         assert ops.get("all-gather", 0) <= most, f"{split}, packed {packed}: {ops}"
 
 
@@ -43,6 +45,12 @@ def test_global_masks_with_ties_send_counts_alone() -> None:
 @pytest.mark.parametrize("axes", ["explicit", "auto"])
 def test_nothing_gathers_a_weight(name: str, axes: str) -> None:
     check(name, *(["--auto"] if axes == "auto" else []))
+
+
+@pytest.mark.slow
+def test_low_rank_gathers_one_leaf_after_another() -> None:
+    ((order,),) = ran("--order")
+    assert re.fullmatch("(g+s){3}", order), order
 
 
 def test_collectives_are_read_in_compiled_text() -> None:

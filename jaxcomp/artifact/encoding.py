@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -68,22 +68,24 @@ class Encoder:
 
     Fields:
       out: where the tensors go.
+      brought: gives a leaf on a device of this process.
     """
 
     out: Tensors
+    brought: Callable[[Leaf], Leaf] = lambda leaf: leaf
 
     def node(self, x: PyTree, at: At) -> Json:
         """One node and all below it."""
         if is_compressed(x):
             with naming("save", at.path):
-                packed = pack(x)
+                packed = pack(self.brought(x))
             return self.leaf(packed, at)
         if x is None or type(x) in (bool, str):
             return {"value": x}
         if type(x) in (int, float):
             return {"value": number(x)}
         if hasattr(x, "dtype") and hasattr(x, "shape"):
-            return self.array(x, at)
+            return self.array(self.brought(x), at)
         if type(x) in (list, tuple):
             return {type(x).__name__: [self.node(v, at.child(i)) for i, v in enumerate(x)]}
         name = type(x).__name__
@@ -117,7 +119,7 @@ class Encoder:
             impl = jax.random.key_impl(x)
             if not isinstance(impl, str):
                 raise TypeError(f"save: {at.path!r} is a key of a kind without a name; save jax.random.key_data(key).")
-            return {"key": [impl, self.host(np.asarray(jax.random.key_data(x)), at)]}
+            return {"key": [impl, self.host(host_array(jax.random.key_data(x), at.path), at)]}
         host = host_array(x, at.path)
         if isinstance(x, jax.Array):
             return self.host(host, at)
@@ -250,6 +252,7 @@ def host_array(x: Leaf, path: str) -> np.ndarray:
 
     Raises:
       TypeError: they are not known, or of a class that stands for more than they are. The message names the path.
+      ValueError: other processes hold a part of them.
     """
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"save: {path!r} is a tracer; save outside jit.")
@@ -260,10 +263,22 @@ def host_array(x: Leaf, path: str) -> np.ndarray:
             f"save: {path!r} is {type(x).__name__}, which a file of weights cannot hold; keep arrays only, of jax or"
             " plain ones of numpy."
         )
+    if spans_processes(x):
+        raise ValueError(
+            f"save: {path!r} of shape {x.shape} lies on the devices of {len({d.process_index for d in x.devices()})}"
+            " processes, and this one has a part of it; give save the tree itself, in every process, or"
+            " jax.experimental.multihost_utils.process_allgather(leaf, tiled=True)."
+        )
     host = np.asarray(x)
     if host.dtype.kind in "iufc" and not host.dtype.isnative:
         host = host.astype(host.dtype.newbyteorder("="))
     return np.ascontiguousarray(host).reshape(host.shape)
+
+
+def spans_processes(x: Leaf) -> bool:
+    """Whether this process lacks a part of an array."""
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return known and not x.is_fully_addressable and not x.is_fully_replicated
 
 
 def _is_custom(x: Mapping[str | int, PyTree]) -> bool:

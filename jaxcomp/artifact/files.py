@@ -19,6 +19,7 @@ from jaxcomp.artifact.matching import shaped_like
 from jaxcomp.artifact.older import renewed
 from jaxcomp.artifact.pieces import checked
 from jaxcomp.artifact.placing import Placed
+from jaxcomp.artifact.processes import save_together, spanning
 from jaxcomp.artifact.selecting import Only, chosen, leaves_of
 from jaxcomp.artifact.shapes import encode_shapes, of_shapes
 from jaxcomp.artifact.statics import known_at
@@ -42,6 +43,8 @@ def save(
     Compressed leaves are packed first. A masked leaf is stored as a bitmap and its survivors where that is smaller than
     all its values (else as those, without the mask), and so is an array with many zeros. Equal tensors, such as the one
     table of several codebooks, are stored once. The file appears under its name only when it is complete and on disk.
+    Where arrays span processes, all of them call this with the same tree and gather it leaf by leaf; the first one
+    writes, and the call ends when the file is there.
 
     Args:
       path: where; the folder must exist.
@@ -58,7 +61,7 @@ def save(
       ImportError: what codes is not installed; the message names the extra.
       TypeError: a leaf that a file cannot hold, or a key of a dict that is no string or integer. The message names the
         path.
-      ValueError: metadata that JSON does not hold, or another coding.
+      ValueError: metadata that JSON does not hold, another coding, or an iterator's leaf that spans processes.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from jaxcomp import Int, materialize, quantize
@@ -72,6 +75,9 @@ def save(
     Source: the safetensors format, version 0.x; codes and masks are little-endian bit streams.
     """
     about, layout = _checked_metadata(metadata), _layout(coding)
+    if not isinstance(tree, Iterator) and spanning(tree):
+        quiet = lambda f, tensors, node: layout(f, tensors, {"tree": node, "metadata": about}, lambda done: None)  # noqa: E731
+        return save_together(path, tree, quiet)
     with replacing(path) as f, spooled(path) as spool:
         with progress("save: packing"):
             node, tensors = encode_stream(tree, spool) if isinstance(tree, Iterator) else encode_tree(tree)

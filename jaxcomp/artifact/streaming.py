@@ -29,7 +29,7 @@ def encode_stream(pairs: Pairs, spool: FileIO) -> tuple[Json, list[Tensor]]:
       ValueError: a path comes twice, or leads through a leaf.
       TypeError: what is no pair of a path and a leaf, or a leaf that a file cannot hold.
     """
-    encoder = Encoder(Tensors(keep=_Spool(spool).kept))
+    encoder = Encoder(Tensors(keep=Spool(spool).kept))
     root: dict[str | int, Json] = {}
     for pair in pairs:
         keys, leaf = _checked(pair)
@@ -62,7 +62,9 @@ def _checked(pair: object) -> tuple[Sequence[str | int], Leaf]:
     return keys, leaf
 
 
-class _Spool:
+class Spool:
+    """Tensors whose bytes wait in a file."""
+
     def __init__(self, file: FileIO) -> None:
         self._file = file
         self._end = 0

@@ -8,6 +8,7 @@ from jaxcomp.core.packed import Packed, compressed_leaf
 from jaxcomp.core.paths import Where, everything, leaves_with_paths, matrices, path_str
 from jaxcomp.core.records import named, recorded
 from jaxcomp.core.roles import AxisRoles, Roles
+from jaxcomp.core.shardings import out_shardings
 from jaxcomp.core.slots import Slot, replace_slots, slots, weight_mask
 from jaxcomp.core.specs import Global, Local, Spec
 from jaxcomp.core.transform import Transform, by_path, chain, identity, stateless
@@ -56,6 +57,7 @@ __all__ = [
     "nbytes",
     "never",
     "once",
+    "out_shardings",
     "pack",
     "path_str",
     "recorded",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -33,6 +33,26 @@ def spread(values: Iterable[object]) -> bool:
     """
     meshes = [jax.typeof(x).sharding.mesh for x in values if isinstance(x, jax.Array)]
     return any(mesh.size > 1 for mesh in (*meshes, jax.sharding.get_abstract_mesh()) if not mesh.empty)
+
+
+def over_all(x: jax.Array) -> jax.Array:
+    """An array whose first axis is split over all devices of its mesh, inside jit on Auto axes; else as it is."""
+    mesh = next((m for m in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()) if not m.empty), None)
+    if mesh is None or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    spec = PartitionSpec(mesh.axis_names, *[None] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def after(x: jax.Array, made: Mapping[str, Any]) -> jax.Array:
+    """An array for what wants it whole: on a mesh it is gathered when the last of what is ``made`` is there.
+
+    Of many arrays, each after what was made of the one before, the devices then hold one whole at a time.
+    """
+    if not made or not spread([x]):
+        return x
+    last = list(made.values())[-1]
+    return cast(jax.Array, jax.lax.optimization_barrier((x, last))[0])
 
 
 def with_auto_axes(mesh: AbstractMesh) -> AbstractMesh:

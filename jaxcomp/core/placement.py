@@ -56,17 +56,17 @@ def on_any_mesh(fn: Callable[P, R]) -> Callable[P, R]:
             originals = {id(h): x for h, (_, x) in zip(hidden, named, strict=True)}
             new_args, new_kwargs = jax.tree.unflatten(treedef, hidden)
             out = fn(*new_args, **new_kwargs)
-        given = [Laid(_steps(path[2:]), x.shape, axes_of(x)) for path, x in named if is_explicit(x)]
+        near = Near([Laid(steps_of(path[2:]), x.shape, axes_of(x)) for path, x in named if is_explicit(x)])
         on = concrete_mesh(x for _, x in named) or mesh
 
         def placed(path: jax.tree_util.KeyPath, x: object) -> object:
             if isinstance(x, Packed):
                 own = cast(jax.Array, originals.get(id(x.data), x.data))
-                axes = _in_a_row(x, layout(_steps(path), x.shape, given), on.shape)
+                axes = in_a_row(x, near.layout(steps_of(path), x.shape), on.shape)
                 return replace(x, data=lay(own, on, axes) if own is x.data else own)
             if id(x) in originals or not isinstance(x, jax.Array):
                 return originals.get(id(x), x)
-            return lay(x, on, layout(_steps(path), x.shape, given))
+            return lay(x, on, near.layout(steps_of(path), x.shape))
 
         return cast(R, jax.tree_util.tree_map_with_path(placed, out, is_leaf=lambda x: isinstance(x, Packed)))
 
@@ -91,7 +91,30 @@ def layout(path: tuple[str, ...], shape: Shape, given: Sequence[Laid]) -> Axes:
     return tuple(_merged(shape, near))
 
 
-def _in_a_row(packed: Packed, axes: Axes, sizes: Mapping[str, int]) -> Axes:
+class Near:
+    """Arrays by the paths that find them, so that each of many results looks at few of many."""
+
+    def __init__(self, given: Sequence[Laid]) -> None:
+        self._whole: dict[tuple[str, ...], list[int]] = {}
+        self._inside: dict[tuple[str, ...], list[int]] = {}
+        self._given = given
+        for i, laid in enumerate(given):
+            self._whole.setdefault(laid.path, []).append(i)
+            for part in _parts(laid.path):
+                self._inside.setdefault(part, []).append(i)
+
+    def layout(self, path: tuple[str, ...], shape: Shape) -> Axes:
+        """What :func:`layout` gives of all the arrays."""
+        found = {i for part in _parts(path) for i in self._whole.get(part, ())} | {*self._inside.get(path, ())}
+        return layout(path, shape, [self._given[i] for i in sorted(found)])
+
+
+def _parts(path: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """All steps that stand together in a path."""
+    return {path[i:j] for i in range(len(path) + 1) for j in range(i, len(path) + 1)}
+
+
+def in_a_row(packed: Packed, axes: Axes, sizes: Mapping[str, int]) -> Axes:
     """The mesh axes of a byte stream: all those of its array, where they divide it, so that no device holds the whole.
 
     Of an array split along its first axis alone each device then packs what it has.
@@ -114,7 +137,7 @@ def _merged(shape: Shape, near: Sequence[Laid]) -> list[Any]:
     return axes
 
 
-def _steps(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+def steps_of(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     """The steps of a path, those inside a key of a state too."""
     return tuple(step for step in re.split("[/:]", path_str(path)) if step)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.errors import count_known, naming
 from jaxcomp.core.leaves import is_compressed
+from jaxcomp.core.meshes import after
 from jaxcomp.core.paths import Where, describe, leaves_with_paths, matches, some_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.records import recorded
@@ -92,9 +93,6 @@ def low_rank(
     def select(params: Params) -> dict[str, Selected]:
         return _selected(_found(params, rank, where=where, roles=axes), method, axes)
 
-    def bases(found: Mapping[str, Selected], ranks: Ranks, weights: Mapping[str, jax.Array]) -> State:
-        return {path: _basis(found[path], ranks[path], weights.get(path)) for path in ranks}
-
     def init(params: Params) -> State:
         found = select(params)
         _check_values(found, given)
@@ -102,12 +100,12 @@ def low_rank(
             ranks = chosen_ranks(found, rank, moments=given, reuse=reuse, max_rank=max_rank)
         else:
             ranks = _given_ranks(found, rank)
-        return bases(found, ranks, given)
+        return _bases(found, ranks, given)
 
     def update(state: State, params: Params, *, step: Step, **stats: PyTree) -> State:
         weights = given if stats.get("moments") is None else stats["moments"]
         ranks = {path: rank_in(method, basis) for path, basis in state.items()}
-        return bases(select(params), ranks, weights)
+        return _bases(select(params), ranks, weights)
 
     def apply(state: State, params: Params) -> Params:
         found = select(params)
@@ -265,6 +263,13 @@ def _given_ranks(found: Mapping[str, Selected], rank: Rank | Mapping[str, Rank])
     return ranks
 
 
-def _basis(one: Selected, rank: Count, moment: jax.Array | None) -> Basis:
+def _bases(found: Mapping[str, Selected], ranks: Ranks, moments: Mapping[str, jax.Array]) -> State:
+    made: State = {}
+    for path in ranks:  # a decomposition wants its array whole: on a mesh one leaf after another is gathered for it
+        made[path] = _basis(found[path], ranks[path], moments.get(path), before=made)
+    return made
+
+
+def _basis(one: Selected, rank: Count, moment: jax.Array | None, *, before: State) -> Basis:
     with naming(OWNER, one.slot.path):
-        return basis_of(one.at, one.slot.array, rank, moment=moment)
+        return basis_of(one.at, after(one.slot.array, before), rank, moment=moment)

@@ -129,7 +129,7 @@ def _look_up_jvp(how: How, primals: _LookUp, tangents: _LookUp) -> tuple[jax.Arr
     places = _places(how, table, codes)
 
     def member_sums(x: jax.Array) -> jax.Array:
-        return jnp.zeros(table.size, table.dtype).at[places.reshape(-1)].add(x.reshape(-1).astype(table.dtype))
+        return jnp.zeros(table.size, table.dtype).at[places].add(x.astype(table.dtype))
 
     flat = of_table.reshape(-1)
     if of_weights is not None and how.gradient != "straight":
@@ -189,7 +189,7 @@ class VectorCodebook(CompressedLeaf):
         """Looks the codes up and lays the entries along the axis."""
         table, codes = dense(self.table), unpacked(self.codes).astype(jnp.int32)
         if self.gradient == "mean":
-            members = jnp.zeros(table.shape[0], table.dtype).at[codes.reshape(-1)].add(1)
+            members = jnp.zeros(table.shape[0], table.dtype).at[codes].add(1)
             table = _shared(table, 1 / jnp.maximum(members, 1)[:, None])
         x = jnp.moveaxis(table[codes], -1, self.axis + 1)
         x = x.reshape(self.shape)

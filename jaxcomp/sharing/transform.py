@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
-from jaxcomp.core.layouts import Blocks, Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
+from jaxcomp.core.layouts import Buckets, Channels, Groups, Layout, Tensor, Tiles, checked_layout
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
@@ -21,13 +20,13 @@ from jaxcomp.core.specs import Global, check_key, is_integer
 from jaxcomp.core.transform import Transform
 from jaxcomp.core.types import Key, Params, Step
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.sharing.kmeans.fit import code_dtype, fit, member_means, nearest, refit
+from jaxcomp.sharing.kmeans.fit import Parts, fit, fit_parts, refit, refit_parts
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal
-from jaxcomp.sharing.kmeans.tables import from_rows, table_count, to_rows
+from jaxcomp.sharing.kmeans.tables import table_count
 from jaxcomp.sharing.leaves import GRADIENTS, Codebook
+from jaxcomp.sharing.rows import Laid, Rows, joined, means, padded
 
 MAX_CLUSTERS = 1 << 16
-_SMALL = 1 << 12  # sorting so many values takes no time beside a compilation
 _LAYOUTS = (Tensor, Channels, Groups, Tiles, Buckets, Global)
 
 
@@ -36,35 +35,6 @@ class Shared(NamedTuple):
 
     tables: dict[str, jax.Array]
     codes: dict[str, jax.Array]
-
-
-class _Rows(NamedTuple):
-    """The values that one state table serves, a row a table; which of them count, or None for all."""
-
-    values: jax.Array
-    counted: jax.Array | None
-
-
-class _Laid(NamedTuple):
-    """A slot and the blocks that have a table each."""
-
-    slot: Slot
-    blocks: Blocks
-
-    def rows(self, zero_first: bool) -> _Rows:
-        """The values and which of them k-means sees: not those that are masked, and no zeros that keep an entry."""
-        return _rows(self.slot.array, self.slot.full_mask, blocks=self.blocks, zero_first=zero_first)
-
-
-@partial(jax.jit, static_argnames=("blocks", "zero_first"))
-def _rows(x: jax.Array, counted: jax.Array | None, *, blocks: Blocks, zero_first: bool) -> _Rows:
-    if zero_first:
-        nonzero = x != 0
-        counted = nonzero if counted is None else counted & nonzero
-    if counted is None and blocks.row and x.size % blocks.row:
-        counted = jnp.ones(x.shape, bool)  # what pads the last row does not count
-    values = to_rows(x.astype(compute_dtype(x.dtype)), blocks)
-    return _Rows(values, None if counted is None else to_rows(counted, blocks))
 
 
 @recorded
@@ -173,36 +143,39 @@ class _Sharing:
         every = self.laid(params)
         check_finite({path: one.slot for path, one in every.items()}, "share")
         tables = each(self.fitted, self.grouped(every), "share: k-means")
-        codes = {} if self.recluster else {path: self.codes(path, one, tables) for path, one in every.items()}
-        return Shared(tables, codes)
+        if self.recluster:
+            return Shared(tables, {})
+        own = {path: self.table(path, one, tables) for path, one in every.items()}
+        return Shared(tables, {path: one.codes(own[path], self.zero_first) for path, one in every.items()})
 
     def update(self, state: Shared, params: Params, *, step: Step, **stats: Any) -> Shared:
         every = self.laid(params)
-        members = {} if self.recluster else self.members(every, state.codes)
         tables = {}
-        for path, rows in self.grouped(every).items():
+        for path, values in self.grouped(every).items():
             old = state_of(state.tables, path, "share")
             if self.recluster:
-                tables[path] = self.refitted(rows, old)
+                tables[path] = self.refitted(values, old)
             else:
-                tables[path] = jax.vmap(member_means)(*rows, members[path], old.T).T
+                served = every if isinstance(self.per, Global) else {path: every[path]}
+                codes = [state_of(state.codes, p, "share") for p in served]
+                tables[path] = means(values, list(served.values()), codes, old)
         return Shared(tables, state.codes)
 
     def apply(self, state: Shared, params: Params) -> Params:
         new = {}
         for path, one in self.laid(params).items():
             slot, (shape, row) = one.slot, one.blocks
-            codes = self.codes(path, one, state.tables) if self.recluster else state.codes[path]
             table = self.table(path, one, state.tables)
+            codes = one.codes(table, self.zero_first) if self.recluster else state.codes[path]
             leaf = Codebook(table, codes, slot.array, shape, row, self.gradient, self.zero_first)
             new[path] = leaf if slot.mask is None else Masked(leaf, slot.mask)
         return replace_slots(params, new)
 
-    def laid(self, params: Params) -> dict[str, _Laid]:
+    def laid(self, params: Params) -> dict[str, Laid]:
         """The selected slots with their blocks, checked."""
         return {path: self.lay(slot) for path, slot in slots(params, self.where, "share").items()}
 
-    def lay(self, slot: Slot) -> _Laid:
+    def lay(self, slot: Slot) -> Laid:
         layout = Tensor() if isinstance(self.per, Global) else self.per
         blocks, size = slot.blocks(layout, self.roles, "share"), int(slot.array.size)
         if blocks.row > size:  # the only row, and not a full one
@@ -214,75 +187,39 @@ class _Sharing:
                     f"of shape {tuple(slot.array.shape)} has {weights} weights a table, fewer than {self.clusters}"
                     " clusters; take fewer clusters, tables that serve more weights, or leave it out by a rule"
                 )
-        return _Laid(slot, blocks)
+        return Laid(slot, blocks)
 
-    def grouped(self, every: dict[str, _Laid]) -> dict[str, _Rows]:
-        """The rows of each of the state's entries: one a leaf, or one for all of them."""
-        rows = {path: one.rows(self.zero_first) for path, one in every.items()}
-        return {"": _joined(list(rows.values()))} if isinstance(self.per, Global) else rows
-
-    def members(self, every: dict[str, _Laid], codes: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Kept codes, in the rows of the values."""
-        rows = {path: to_rows(state_of(codes, path, "share"), one.blocks) for path, one in every.items()}
+    def grouped(self, every: dict[str, Laid]) -> dict[str, Rows | Parts]:
+        """The values of each of the state's entries: one a leaf, or one for all of them."""
         if isinstance(self.per, Global):
-            return {"": jnp.concatenate([r.reshape(1, -1) for r in rows.values()], axis=1)}
-        return rows
+            return {"": joined(list(every.values()), self.zero_first)}
+        return {path: one.values(self.zero_first) for path, one in every.items()}
 
-    def fitted(self, path: str, rows: _Rows) -> jax.Array:
-        rows = _padded(rows)
+    def fitted(self, path: str, values: Rows | Parts) -> jax.Array:
         keys = None
         if self.start.random and self.key is not None:
-            keys = jax.random.split(key_of_leaf(self.key, path), rows.values.shape[0])
+            tables = 1 if isinstance(values, Parts) else values.values.shape[0]
+            keys = jax.random.split(key_of_leaf(self.key, path), tables)
         free = self.clusters - self.zero_first  # entries that k-means places
-        one = partial(fit, clusters=free, init=self.start, iterations=self.iterations)
-        return self.with_zero(jax.vmap(lambda x, counted, key: one(x, counted, key=key))(*rows, keys).T)
+        how = {"clusters": free, "init": self.start, "iterations": self.iterations}
+        if isinstance(values, Parts):
+            return self.with_zero(fit_parts(values, key=None if keys is None else keys[0], **how)[:, None])
+        one, rows = partial(fit, **how), padded(values)
+        found = jax.vmap(lambda x, counted, key: one(x, counted, key=key))(rows.values, rows.counted, keys)
+        return self.with_zero(found.T)
 
-    def refitted(self, rows: _Rows, old: jax.Array) -> jax.Array:
-        one = partial(refit, iterations=self.iterations)
-        return self.with_zero(jax.vmap(one)(*rows, old.T[:, int(self.zero_first) :]).T)
+    def refitted(self, values: Rows | Parts, old: jax.Array) -> jax.Array:
+        free = old[int(self.zero_first) :]
+        if isinstance(values, Parts):
+            return self.with_zero(refit_parts(values, free[:, 0], iterations=self.iterations)[:, None])
+        return self.with_zero(jax.vmap(partial(refit, iterations=self.iterations))(*values, free.T).T)
 
     def with_zero(self, table: jax.Array) -> jax.Array:
         if not self.zero_first:
             return table
         return jnp.concatenate([jnp.zeros((1, table.shape[1]), table.dtype), table])
 
-    def table(self, path: str, one: _Laid, tables: dict[str, jax.Array]) -> jax.Array:
+    def table(self, path: str, one: Laid, tables: dict[str, jax.Array]) -> jax.Array:
         """The table of a slot, in its type."""
         name = "" if isinstance(self.per, Global) else path
         return state_of(tables, name, "share").astype(one.slot.array.dtype)
-
-    def codes(self, path: str, one: _Laid, tables: dict[str, jax.Array]) -> jax.Array:
-        """The nearest entry of each weight; entry 0 of those that do not count."""
-        x, table = one.slot.array, self.table(path, one, tables)
-        return _codes(x, one.slot.full_mask, table, blocks=one.blocks, zero_first=self.zero_first)
-
-
-# One program a leaf where nobody else compiles one; inside jit it is inlined.
-@partial(jax.jit, static_argnames=("blocks", "zero_first"), inline=True)
-def _codes(x: jax.Array, counted: jax.Array | None, table: jax.Array, *, blocks: Blocks, zero_first: bool) -> jax.Array:
-    rows = _rows(x, counted, blocks=blocks, zero_first=zero_first)
-    free = table.astype(rows.values.dtype)[int(zero_first) :]
-    codes = jax.vmap(nearest)(rows.values, free.T).astype(code_dtype(table.shape[0]))
-    codes = codes + jnp.asarray(zero_first, codes.dtype)
-    if rows.counted is not None:
-        codes = jnp.where(rows.counted, codes, jnp.zeros((), codes.dtype))
-    return from_rows(codes, tuple(x.shape), blocks)
-
-
-def _joined(rows: list[_Rows]) -> _Rows:
-    """All rows as one."""
-    dtype = jnp.result_type(*(r.values.dtype for r in rows))
-    values = jnp.concatenate([r.values.reshape(1, -1).astype(dtype) for r in rows], axis=1)
-    if all(r.counted is None for r in rows):
-        return _Rows(values, None)
-    counted = [jnp.ones(r.values.shape, bool) if r.counted is None else r.counted for r in rows]
-    return _Rows(values, jnp.concatenate([c.reshape(1, -1) for c in counted], axis=1))
-
-
-@jax.jit
-def _padded(rows: _Rows) -> _Rows:
-    """Rows of a power of two, a single row not below a small one: leaves of many sizes are then few compilations."""
-    tables, size = rows.values.shape
-    more = max(1 << (size - 1).bit_length(), _SMALL if tables == 1 else 1) - size
-    counted = jnp.ones((tables, size), bool) if rows.counted is None else rows.counted
-    return _Rows(jnp.pad(rows.values, ((0, 0), (0, more))), jnp.pad(counted, ((0, 0), (0, more))))

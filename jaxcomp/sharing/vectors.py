@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.errors import naming
+from jaxcomp.core.meshes import after
 from jaxcomp.core.paths import Where, key_of_leaf
 from jaxcomp.core.progress import each
 from jaxcomp.core.records import recorded
@@ -17,7 +19,7 @@ from jaxcomp.core.roles import Roles, checked_roles, selecting
 from jaxcomp.core.slots import Slot, check_finite, replace_slots, slots, state_of
 from jaxcomp.core.specs import check_key, is_integer
 from jaxcomp.core.transform import Transform
-from jaxcomp.core.types import Key, Params, State, Step
+from jaxcomp.core.types import Key, Leaf, Params, State, Step
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.sharing.kmeans.vectors import fit_vectors, nearest_vectors, refit_vectors
 from jaxcomp.sharing.leaves import VectorCodebook
@@ -77,36 +79,66 @@ def share_vectors(
         every = cut(params)
         check_finite({path: one.slot for path, one in every.items()}, OWNER)
 
+        tables: State = {}
+
         def fitted(path: str, one: _Vectors) -> jax.Array:
-            return fit_vectors(one.rows, clusters=clusters, key=key_of_leaf(key, path), iterations=iterations)
+            rows, own = one.rows(tables), key_of_leaf(key, path)
+            tables[path] = fit_vectors(rows, clusters=clusters, key=own, iterations=iterations)
+            return tables[path]
 
         return each(fitted, every, f"{OWNER}: k-means")
 
     def update(state: State, params: Params, *, step: Step, **stats: Any) -> State:
-        return {p: refit_vectors(one.rows, state_of(state, p, OWNER), 1) for p, one in cut(params).items()}
+        return _refitted(cut(params), state)
 
     def apply(state: State, params: Params) -> Params:
-        every = cut(params)
-        return replace_slots(params, {path: one.leaf(state_of(state, path, OWNER)) for path, one in every.items()})
+        return replace_slots(params, _leaves(cut(params), state))
 
     return Transform(init, update, apply)
 
 
 class _Vectors(NamedTuple):
-    """A slot's neighbours along an axis, a row each."""
+    """A slot, of which ``size`` neighbours along an axis are a vector."""
 
     slot: Slot
-    rows: jax.Array
+    size: int
     axis: int
 
-    def leaf(self, table: jax.Array) -> VectorCodebook | Masked:
-        slot = self.slot
-        table = table.astype(slot.array.dtype)
-        shape = list(slot.array.shape)
-        shape[self.axis] //= table.shape[1]
-        codes = nearest_vectors(self.rows, table.astype(self.rows.dtype)).reshape(shape)
-        leaf = VectorCodebook(table, codes, slot.array, self.axis)
-        return leaf if slot.mask is None else Masked(leaf, slot.mask)
+    def rows(self, made: Mapping[str, jax.Array]) -> jax.Array:
+        """The vectors, a row each; a mesh lays them in a row one leaf after another, each when ``made`` is there."""
+        x, size, axis, shape = after(self.slot.array, made), self.size, self.axis, tuple(self.slot.array.shape)
+        x = x if self.slot.mask is None else jnp.where(self.slot.mask, x, jnp.zeros((), x.dtype))
+        split = x.reshape(*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+        return jnp.moveaxis(split, axis + 1, -1).reshape(-1, size).astype(compute_dtype(x.dtype))
+
+    def codes(self, table: jax.Array, made: Mapping[str, jax.Array]) -> jax.Array:
+        """The nearest entry of each vector."""
+        rows = jax.lax.stop_gradient(self.rows(made))
+        shape = list(self.slot.array.shape)
+        shape[self.axis] //= self.size
+        own = table.astype(self.slot.array.dtype).astype(rows.dtype)
+        return nearest_vectors(rows, own).reshape(shape)
+
+    def leaf(self, table: jax.Array, codes: jax.Array) -> VectorCodebook | Masked:
+        leaf = VectorCodebook(table.astype(self.slot.array.dtype), codes, self.slot.array, self.axis)
+        return leaf if self.slot.mask is None else Masked(leaf, self.slot.mask)
+
+
+def _refitted(every: Mapping[str, _Vectors], state: State) -> State:
+    tables: State = {}
+    for path, one in every.items():
+        tables[path] = refit_vectors(one.rows(tables), state_of(state, path, OWNER), 1)
+    return tables
+
+
+def _leaves(every: Mapping[str, _Vectors], state: State) -> dict[str, Leaf]:
+    codes: dict[str, jax.Array] = {}
+    new: dict[str, Leaf] = {}
+    for path, one in every.items():
+        table = state_of(state, path, OWNER)
+        codes[path] = one.codes(table, codes)
+        new[path] = one.leaf(table, codes[path])
+    return new
 
 
 def _cut(slot: Slot, axis: int, *, size: int, clusters: int) -> _Vectors:
@@ -122,10 +154,7 @@ def _cut(slot: Slot, axis: int, *, size: int, clusters: int) -> _Vectors:
                 f"has {math.prod(shape) // size} vectors of {size}, fewer than {clusters} clusters; take fewer"
                 " clusters, shorter vectors, or leave it out by a rule"
             )
-    x = slot.array if slot.mask is None else jnp.where(slot.mask, slot.array, jnp.zeros((), slot.array.dtype))
-    split = x.reshape(*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
-    rows = jnp.moveaxis(split, axis + 1, -1).reshape(-1, size).astype(compute_dtype(x.dtype))
-    return _Vectors(slot, rows, axis)
+    return _Vectors(slot, size, axis)
 
 
 def _axis(slot: Slot, axis: int | None, roles: Roles | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxcomp.core.types import Key
 from jaxcomp.sharing.kmeans.inits import Init, near_optimal, spaced
 from jaxcomp.sharing.kmeans.lloyd import borders, lloyd
-from jaxcomp.sharing.kmeans.points import Points, distinct, points_of
+from jaxcomp.sharing.kmeans.points import Points, counted_points, distinct, points_of
 
 _FEW = 32  # up to here comparing with every border is faster than a binary search
 
@@ -34,7 +36,7 @@ def fit(
     >>> fit(jnp.array([0.0, 1.0, 5.0, 7.0]), None, clusters=2)
     Array([0.5, 6. ], dtype=float32)
     """
-    unit, inverse = _unit(x, counted)
+    unit, inverse = _unit([x], [counted])
     points = points_of(x * inverse, counted)
     return _settled(points, init.fn(points, clusters, key), iterations) * unit
 
@@ -50,8 +52,53 @@ def refit(
 
     One with equal entries was made of too few distinct values: it starts anew.
     """
-    unit, inverse = _unit(x, counted)
-    points = points_of(x * inverse, counted)
+    unit, inverse = _unit([x], [counted])
+    return _refitted(points_of(x * inverse, counted), table, unit, inverse, iterations)
+
+
+class Parts(NamedTuple):
+    """The values of one table where they lie: in arrays of any shapes, which many devices may hold.
+
+    Fields:
+      values: of one type, together more than ``SORTED``; no float64.
+      counted: which values count; None for all.
+    """
+
+    values: tuple[Float[Array, ...], ...]
+    counted: tuple[Bool[Array, ...] | None, ...]
+
+    @property
+    def size(self) -> int:
+        """How many values there are."""
+        return sum(x.size for x in self.values)
+
+
+@partial(jax.jit, static_argnames=("clusters", "init", "iterations"))
+def fit_parts(
+    parts: Parts, *, clusters: int, init: Init = near_optimal, key: Key | None = None, iterations: int = 300
+) -> Float[Array, " clusters"]:
+    """What :func:`fit` gives of all values in a row, padded to a power of two, bit for bit where that counts them.
+
+    No array is gathered: devices send each other counts and extremes of 2**18 cells.
+
+    >>> x = jax.random.normal(jax.random.key(0), (512, 256))
+    >>> bool((fit_parts(Parts((x,), (None,)), clusters=4) == fit(x.reshape(-1), None, clusters=4)).all())
+    True
+    """
+    unit, inverse = _unit(*parts)
+    points = counted_points([x * inverse for x in parts.values], parts.counted, 1 << (parts.size - 1).bit_length())
+    return _settled(points, init.fn(points, clusters, key), iterations) * unit
+
+
+@partial(jax.jit, static_argnames=("iterations",))
+def refit_parts(parts: Parts, table: Float[Array, " k"], iterations: int = 300) -> Float[Array, " k"]:
+    """What :func:`refit` gives of all values in a row; see :func:`fit_parts`."""
+    unit, inverse = _unit(*parts)
+    points = counted_points([x * inverse for x in parts.values], parts.counted, parts.size)
+    return _refitted(points, table, unit, inverse, iterations)
+
+
+def _refitted(points: Points, table: jax.Array, unit: jax.Array, inverse: jax.Array, iterations: int) -> jax.Array:
     start = jnp.where(jnp.any(table[1:] == table[:-1]), spaced(points, table.size), table * inverse)
     return _settled(points, start, iterations) * unit
 
@@ -62,15 +109,19 @@ def _settled(points: Points, start: jax.Array, iterations: int) -> jax.Array:
     return jnp.where(points.exact & (number <= start.size), few, table)
 
 
-def _unit(x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _unit(parts: Sequence[jax.Array], counted: Sequence[jax.Array | None]) -> tuple[jax.Array, jax.Array]:
     """A power of two near the largest magnitude, and its inverse: sums of huge values must stay finite."""
-    size = jnp.abs(x) if counted is None else jnp.where(counted, jnp.abs(x), jnp.zeros((), x.dtype))
-    exponent = jnp.clip(jnp.frexp(jnp.max(size))[1] - 1, -126, 126)
-    one = jnp.ones((), x.dtype)
+
+    def size(x: jax.Array, c: jax.Array | None) -> jax.Array:
+        return jnp.max(jnp.abs(x) if c is None else jnp.where(c, jnp.abs(x), jnp.zeros((), x.dtype)))
+
+    largest = reduce(jnp.maximum, map(size, parts, counted))
+    exponent = jnp.clip(jnp.frexp(largest)[1] - 1, -126, 126)
+    one = jnp.ones((), largest.dtype)
     return jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
 
 
-def nearest(x: Float[Array, " n"], table: Float[Array, " k"]) -> Integer[Array, " n"]:
+def nearest(x: Float[Array, "*shape"], table: Float[Array, " k"]) -> Integer[Array, "*shape"]:
     """The index of the entry of an ascending table that is nearest to each value, in the smallest unsigned type.
 
     >>> nearest(jnp.array([0.1, 0.5, 0.6]), jnp.array([0.0, 1.0]))
@@ -102,18 +153,35 @@ def member_means(
     >>> member_means(jnp.array([0.0, 1.0, 5.0]), None, jnp.array([0, 0, 1], jnp.uint8), jnp.array([0.0, 4.0]))
     Array([0.5, 5. ], dtype=float32)
     """
-    bits = min(31 - x.size.bit_length(), 11)
-    index = codes.astype(jnp.int32)
-    ones = jnp.ones(x.shape, jnp.int32) if counted is None else counted.astype(jnp.int32)
-    away = jnp.where(ones > 0, x - table[index], jnp.zeros((), x.dtype))
-    unit, inverse = _unit(away, None)
-    whole = jnp.round(away * inverse * 2.0 ** (2 * bits - 1)).astype(jnp.int32)
+    return member_means_of_parts(Parts((x,), (counted,)), (codes,), table)
 
-    def summed(part: jax.Array) -> jax.Array:
-        return jnp.zeros(table.size, jnp.int32).at[index].add(part * ones)
 
-    high, low = summed(whole >> bits), summed(whole & (2**bits - 1))
+def member_means_of_parts(
+    parts: Parts, codes: Sequence[Integer[Array, ...]], table: Float[Array, " k"]
+) -> Float[Array, " k"]:
+    """The same of values where they lie, however many."""
+    bits = min(31 - parts.size.bit_length(), 11)
+    index = [c.astype(jnp.int32) for c in codes]
+    ones = [
+        jnp.ones(x.shape, jnp.int32) if c is None else c.astype(jnp.int32)
+        for x, c in zip(parts.values, parts.counted, strict=True)
+    ]
+    dtype = table.dtype
+    away = [
+        jnp.where(one > 0, x - table[i], jnp.zeros((), dtype))
+        for x, one, i in zip(parts.values, ones, index, strict=True)
+    ]
+    unit, inverse = _unit(away, [None] * len(away))
+    whole = [jnp.round(a * inverse * 2.0 ** (2 * bits - 1)).astype(jnp.int32) for a in away]
+
+    def summed(of: Sequence[jax.Array]) -> jax.Array:
+        sums = jnp.zeros(table.size, jnp.int32)
+        for i, x, one in zip(index, of, ones, strict=True):
+            sums = sums.at[i].add(x * one)
+        return sums
+
+    high, low = summed([w >> bits for w in whole]), summed([w & (2**bits - 1) for w in whole])
     number = summed(ones)
-    total = high.astype(x.dtype) * 2.0**bits + low.astype(x.dtype)
-    step = total / jnp.maximum(number, 1).astype(x.dtype) * 2.0 ** (1 - 2 * bits)
+    total = high.astype(dtype) * 2.0**bits + low.astype(dtype)
+    step = total / jnp.maximum(number, 1).astype(dtype) * 2.0 ** (1 - 2 * bits)
     return jnp.where(number > 0, table + jnp.clip(step, -2.0, 2.0) * unit, table)

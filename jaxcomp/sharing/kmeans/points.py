@@ -1,12 +1,16 @@
 """Sorted weighted points: what one-dimensional k-means needs to know of an array, whatever its size.
 
-An array is sorted, or, where that is too slow, counted in an adaptive histogram of its bit patterns. Sums over a run of
+An array is sorted, or, where it is large, counted in an adaptive histogram of its bit patterns. Sums over a run of
 points come from a tree of pairwise sums: unlike a difference of prefix sums, they lose nothing where an outlier or a
 million others come first, and they are the same bits in jit and out of it, on one device and on eight.
+
+Counts and extremes are the same in whatever order they are taken: of arrays that lie on many devices each device counts
+what it has, and what they send each other is the cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from jaxcomp.core.bits import order_keys
 
-_SORTED = 1 << 16  # up to here sorting costs no more than the histogram's fixed part
+SORTED = 1 << 16  # up to here sorting costs no more than the histogram's fixed part
 _CELLS = 1 << 18
 _TOP = 1 << 16
+_LAST = 0xFFFFFFFF
 
 
 class Points(NamedTuple):
@@ -49,19 +54,18 @@ class Points(NamedTuple):
 def points_of(x: Float[Array, " n"], counted: Bool[Array, " n"] | None = None) -> Points:
     """The points of a vector of finite values, of which those not ``counted`` are left out.
 
-    Exact up to 65,536 values, and on any backend but CPU. Above, on CPU, where a sort is slow, values are counted in
-    2**18 cells: 2**16 of equal high half-words of the bit pattern, each cut into more the more of the values it holds;
-    a point is then the middle of the extremes of a cell.
+    Exact up to 65,536 values. Above, values are counted in 2**18 cells: 2**16 of equal high half-words of the bit
+    pattern, each cut into more the more of the values it holds; a point is then the middle of the extremes of a cell.
+    On CPU, where a sort is slow, by a scatter, else from the sorted values: the same bits.
 
     >>> p = points_of(jnp.array([3.0, 1.0, 3.0]))
     >>> p.values, p.before
     (Array([1., 3., 3., 3.], dtype=float32), Array([0, 1, 2, 3, 3], dtype=uint32))
     """
-    if x.size <= _SORTED or x.dtype == jnp.float64:
+    if x.size <= SORTED or x.dtype == jnp.float64:
         return _sorted(x, counted)
-    shape = jax.eval_shape(_counted, x, counted)
-    default = lambda x, c: _thinned(_sorted(x, c), shape.values.size)  # noqa: E731
-    return jax.lax.platform_dependent(x, counted, cpu=_counted, default=default)
+    by_count = lambda x, c: counted_points([x], [c], x.size)  # noqa: E731
+    return jax.lax.platform_dependent(x, counted, cpu=by_count, default=_by_sort)
 
 
 def run_sums(points: Points, start: Int[Array, " runs"], stop: Int[Array, " runs"]) -> Float[Array, " runs"]:
@@ -100,7 +104,7 @@ def place_of_rank(points: Points, rank: Integer[Array, "*ranks"]) -> Int[Array, 
     >>> place_of_rank(points_of(jnp.array([3.0, 1.0, 5.0])), jnp.array([0, 2])).tolist()
     [0, 2]
     """
-    if points.values.size <= _SORTED:  # sorted, a weight a point
+    if points.values.size <= SORTED:  # sorted, a weight a point
         past = rank.astype(points.before.dtype) >= points.total
         return jnp.where(past, points.values.size, rank.astype(jnp.int32))
     return jnp.searchsorted(points.before, rank.astype(points.before.dtype), side="right").astype(jnp.int32) - 1
@@ -123,7 +127,7 @@ def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:
         values = jnp.sort(x if counted is None else jnp.where(counted, x, jnp.inf))
     else:  # integers sort four times as fast as floats
         keys = order_keys(x)
-        keys = keys if counted is None else jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF))
+        keys = keys if counted is None else jnp.where(counted, keys, jnp.uint32(_LAST))
         values = _value_of(jax.lax.sort(keys, is_stable=False))
     index = jnp.arange(size, dtype=jnp.uint32)
     top = values[jnp.maximum(alive, 1) - 1]
@@ -133,20 +137,33 @@ def _sorted(x: jax.Array, counted: jax.Array | None) -> Points:
     return Points(values, before, _tree(jnp.where(there, values, jnp.zeros((), values.dtype))), jnp.bool_(True))
 
 
-def _thinned(points: Points, size: int) -> Points:
-    """Every so many points of a sorted array as one, so that both backends' points have one shape."""
-    step = points.values.size // size
-    if step <= 1:
-        pad = size - points.values.size
-        values = jnp.pad(points.values, (0, pad), mode="edge")
-        before = jnp.pad(points.before, (0, pad), mode="edge")
-        sums = jnp.zeros(size, values.dtype).at[: points.values.size].set(points.sums[points.values.size :])
-        return Points(values, before, _tree(sums), points.exact)
-    level = points.sums[size : 2 * size]
-    counts = points.before[::step][1:] - points.before[::step][:-1]
-    low, high = points.values[::step], points.values[step - 1 :: step]
-    mean = jnp.clip(level / jnp.maximum(counts, 1).astype(level.dtype), low, high)
-    return Points(mean, points.before[::step], points.sums[: 2 * size], jnp.all(low == high))
+def _by_sort(x: jax.Array, counted: jax.Array | None) -> Points:
+    """What :func:`counted_points` gives, bit for bit, from sorted keys: where scatters are slow and sorts are not."""
+    keys = order_keys(x)
+    alive = jnp.uint32(x.size) if counted is None else jnp.sum(counted, dtype=jnp.uint32)
+    keys = jax.lax.sort(keys if counted is None else jnp.where(counted, keys, jnp.uint32(_LAST)), is_stable=False)
+
+    def starts(bounds: jax.Array) -> jax.Array:
+        return jnp.append(jnp.minimum(jnp.searchsorted(keys, bounds).astype(jnp.uint32), alive), alive)
+
+    cuts, first = _cuts(jnp.diff(starts(jnp.arange(_TOP, dtype=jnp.uint32) << 16)), x.size)
+    cell = jnp.arange(_CELLS, dtype=jnp.uint32)
+    top = jnp.searchsorted(first, cell, side="right").astype(jnp.uint32) - 1
+    part = cell - first[top]
+    least = ((part << 16) + (cuts[top] - 1)) // cuts[top]  # of the low half-words in this part
+    start = starts((top << 16) | least)
+    start = jnp.where(jnp.append(part < cuts[top], False), start, alive)  # cells behind the last one hold nothing
+    counts = jnp.diff(start)
+    low, high = keys[jnp.minimum(start[:-1], x.size - 1)], keys[jnp.maximum(start[1:], 1) - 1]
+    there = counts > 0
+    return _of_cells(counts, jnp.where(there, low, jnp.uint32(_LAST)), jnp.where(there, high, jnp.uint32(0)))
+
+
+def _cuts(coarse: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Into how many cells each high half-word is cut, by how many keys have it; and the first of them."""
+    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / size)
+    cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
+    return cuts, jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
 
 
 def _value_of(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -156,21 +173,35 @@ def _value_of(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _counted(x: jax.Array, counted: jax.Array | None) -> Points:
-    keys = order_keys(x)
-    ones = jnp.ones(keys.shape, jnp.uint32) if counted is None else counted.astype(jnp.uint32)
-    top = (keys >> 16).astype(jnp.int32)
-    coarse = jnp.zeros(_TOP, jnp.uint32).at[top].add(ones, mode="promise_in_bounds")
-    share = coarse.astype(jnp.float32) * ((_CELLS - _TOP - 64) / x.size)
-    cuts = 1 + jnp.minimum(share.astype(jnp.uint32), jnp.uint32(_TOP - 1))
-    first = jnp.cumsum(cuts, dtype=jnp.uint32) - cuts
-    cell = (first[top] + (((keys & 0xFFFF) * cuts[top]) >> 16)).astype(jnp.int32)
-    counts = jnp.zeros(_CELLS, jnp.uint32).at[cell].add(ones, mode="promise_in_bounds")
-    lowest, highest = keys, keys
-    if counted is not None:
-        lowest, highest = jnp.where(counted, keys, jnp.uint32(0xFFFFFFFF)), jnp.where(counted, keys, jnp.uint32(0))
-    low = jnp.full(_CELLS, 0xFFFFFFFF, jnp.uint32).at[cell].min(lowest, mode="promise_in_bounds")
-    high = jnp.zeros(_CELLS, jnp.uint32).at[cell].max(highest, mode="promise_in_bounds")
+def counted_points(parts: Sequence[Float[Array, ...]], counted: Sequence[Bool[Array, ...] | None], size: int) -> Points:
+    """The points of arrays of any shapes together, by counting; no array is laid in a row, nor gathered.
+
+    Args:
+      parts: float32 arrays.
+      counted: which of their values count; None for all.
+      size: of the vector whose points these are to be: of values as many as the arrays have, or more that do not count.
+    """
+    keys = [order_keys(x) for x in parts]
+    ones = [
+        jnp.ones(k.shape, jnp.uint32) if c is None else c.astype(jnp.uint32) for k, c in zip(keys, counted, strict=True)
+    ]
+    tops = [(k >> 16).astype(jnp.int32) for k in keys]
+    coarse = jnp.zeros(_TOP, jnp.uint32)
+    for top, one in zip(tops, ones, strict=True):
+        coarse = coarse.at[top].add(one, mode="promise_in_bounds")
+    cuts, first = _cuts(coarse, size)
+    counts = jnp.zeros(_CELLS, jnp.uint32)
+    low, high = jnp.full(_CELLS, _LAST, jnp.uint32), jnp.zeros(_CELLS, jnp.uint32)
+    for k, top, one, c in zip(keys, tops, ones, counted, strict=True):
+        cell = (first[top] + (((k & 0xFFFF) * cuts[top]) >> 16)).astype(jnp.int32)
+        counts = counts.at[cell].add(one, mode="promise_in_bounds")
+        low = low.at[cell].min(k if c is None else jnp.where(c, k, jnp.uint32(_LAST)), mode="promise_in_bounds")
+        high = high.at[cell].max(k if c is None else jnp.where(c, k, jnp.uint32(0)), mode="promise_in_bounds")
+    return _of_cells(counts, low, high)
+
+
+def _of_cells(counts: jax.Array, low: jax.Array, high: jax.Array) -> Points:
+    """The points of cells, by how many weights each holds and its least and greatest key."""
     there = counts > 0
     middle = _value_of(low) * 0.5 + _value_of(high) * 0.5
     held = jnp.where(there, middle, -jnp.inf)

@@ -33,17 +33,30 @@ def to_rows(x: Shaped[Array, "*shape"], blocks: Blocks) -> Shaped[Array, "tables
     if blocks.row:
         rows = blocks.shape[0]
         return jnp.pad(x.reshape(-1), (0, rows * blocks.row - x.size)).reshape(rows, blocks.row)
-    split = _split(tuple(x.shape), blocks)
-    return x.reshape(split).transpose(_blocks_first(x.ndim)).reshape(table_count(blocks), -1)
+    return blocks_first(x, blocks).reshape(table_count(blocks), -1)
 
 
 def from_rows(rows: Shaped[Array, "tables n"], shape: Shape, blocks: Blocks) -> Shaped[Array, "*shape"]:
     """The inverse of :func:`to_rows`."""
     if blocks.row:
         return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
-    split, order = _split(shape, blocks), _blocks_first(len(shape))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return rows.reshape([split[i] for i in order]).transpose(back).reshape(shape)
+    split = _split(shape, blocks)
+    return within_blocks(rows.reshape([split[i] for i in _order(len(shape))]), shape, blocks)
+
+
+def blocks_first(x: Shaped[Array, "*shape"], blocks: Blocks) -> Shaped[Array, "*blocks_then_places"]:
+    """The axes of an array that is not cut into rows as two each: all blocks, then all places within them.
+
+    >>> blocks_first(jnp.zeros((6, 4)), Blocks((3, 1))).shape
+    (3, 1, 2, 4)
+    """
+    return x.reshape(_split(tuple(x.shape), blocks)).transpose(_order(x.ndim))
+
+
+def within_blocks(x: Shaped[Array, "*blocks_then_places"], shape: Shape, blocks: Blocks) -> Shaped[Array, "*shape"]:
+    """The inverse of :func:`blocks_first`."""
+    order = _order(len(shape))
+    return x.transpose(sorted(range(len(order)), key=order.__getitem__)).reshape(shape)
 
 
 def table_index(shape: Shape, blocks: Blocks) -> Int[Array, "*shape"]:
@@ -67,6 +80,6 @@ def _split(shape: Shape, blocks: Blocks) -> list[int]:
     return [size for n, count in zip(shape, blocks.shape, strict=True) for size in (count, n // count)]
 
 
-def _blocks_first(rank: int) -> tuple[int, ...]:
+def _order(rank: int) -> tuple[int, ...]:
     """The order of split axes that puts all blocks before all places."""
     return (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 
 import jax
@@ -111,18 +112,43 @@ def test_outliers_get_entries_of_their_own() -> None:
 def test_the_histogram_is_as_good_as_the_sort(masked, monkeypatch) -> None:
     x = jnp.concatenate([jax.random.normal(jax.random.key(0), (70_000,)), jnp.array([1e4, 1.0, 1.0])])
     counted = jnp.arange(x.size) % 3 > 0 if masked else None
-    by_cells = points._counted(x, counted)
+    by_cells = points.counted_points([x], [counted], x.size)
     by_sort = points._sorted(x, counted)
     kept = np.asarray(x if counted is None else x[counted], np.float64)
     assert int(by_cells.total) == int(by_sort.total) == kept.size
     assert (jnp.diff(by_cells.values) >= 0).all()
     assert float(by_cells.sums[1]) == pytest.approx(kept.sum(), rel=1e-4, abs=1e-2)
-    thin = points._thinned(by_sort, by_cells.values.size)
-    assert thin.values.shape == by_cells.values.shape
     start = jnp.linspace(-3, 3, 16)
-    tables = [lloyd(p, start, 50) for p in (by_cells, by_sort, thin)]
-    for table in tables[::2]:
-        assert inertia(kept, table) == pytest.approx(inertia(kept, tables[1]), rel=1e-3)
+    tables = [lloyd(p, start, 50) for p in (by_cells, by_sort)]
+    assert inertia(kept, tables[0]) == pytest.approx(inertia(kept, tables[1]), rel=1e-3)
+
+
+_MANY = 70_001
+LARGE = {
+    "normal": lambda rng: rng.normal(size=_MANY),
+    "heavy tails": lambda rng: rng.standard_t(1.5, size=_MANY),
+    "zeros and few": lambda rng: rng.integers(-3, 4, _MANY) * (rng.random(_MANY) < 0.3),
+    "one value": lambda rng: np.full(_MANY, 2.5),
+    "one half-word": lambda rng: 1 + rng.random(_MANY) * 2.0**-9,
+    "nothing counted": lambda rng: np.ones(_MANY),
+}
+_by_sort = jax.jit(points._by_sort)
+_by_count = jax.jit(partial(points.counted_points, size=_MANY))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_arrays_are_counted_alike_sorted_or_not_and_in_parts(name) -> None:
+    """The ways for CPU, for accelerators and for meshes give the same bits."""
+    rng, cut = np.random.default_rng(0), _MANY // 3
+    x = jnp.asarray(LARGE[name](rng), jnp.float32)
+    counted = jnp.asarray(rng.random(x.size) < (0.4 if name != "nothing counted" else 0))
+    one = _by_count([x], [counted])
+    parts = _by_count([x[:cut, None], x[cut:]], [counted[:cut, None], counted[cut:]])
+    for other in (_by_sort(x, counted), parts):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert int(one.total) == int(counted.sum())
+    np.testing.assert_array_equal(_by_sort(x, None).before, _by_count([x], [None]).before)
 
 
 def test_sums_lose_nothing_to_what_lies_before_them() -> None:
