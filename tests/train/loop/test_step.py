@@ -145,7 +145,7 @@ def test_two_processes_see_the_batches_of_one(tmp_path) -> None:
     finally:
         for p in processes:
             p.kill()
-            p.communicate()
+            p.wait()
     assert [p.returncode for p in processes] == [0, 0], "\n".join(said)
     lines = [
         [int(x) for x in line.split()[1:]] for text in said for line in text.splitlines() if line.startswith("at ")
