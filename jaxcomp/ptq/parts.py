@@ -13,9 +13,9 @@ import numpy as np
 from jaxcomp.core.batches import Batch
 from jaxcomp.core.roles import STACKED
 from jaxcomp.core.types import Params, PyTree, Shape
-from jaxcomp.ptq.reconstruction.cuts import Block, Blocks, Values, arrays_in, cut
-from jaxcomp.ptq.reconstruction.specs import Cuts, Scopes
 from jaxcomp.ptq.targets import Exact, Given, Target, gaps, targets_of
+from jaxcomp.trace.cut_specs import Cuts, Scopes
+from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.program import Program, is_array_like
 from jaxcomp.trace.rows import chosen_moments

@@ -15,8 +15,8 @@ from jaxcomp.core.progress import progress
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.ptq.growing import Growing
 from jaxcomp.ptq.parts import GAP, Asked, Case, Compiled, Part, Stage, begun, passes_of
-from jaxcomp.ptq.reconstruction.specs import Cuts, Single
 from jaxcomp.ptq.targets import Exact, Gap, fitted, shifted
+from jaxcomp.trace.cut_specs import Cuts, Single
 from jaxcomp.trace.rows import Moments, chosen_moments, total
 from jaxcomp.trace.walk import Fn
 

@@ -9,6 +9,8 @@
 
 from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, calibrate_over, merge, merge_all
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
+from jaxcomp.trace.cut_specs import Layers, Scopes, Single
+from jaxcomp.trace.cuts import Block, Blocks, cut
 from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.fold import FoldedFunction, fold_batch_norm
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
@@ -16,6 +18,7 @@ from jaxcomp.trace.moments import input_moments, input_norms
 from jaxcomp.trace.program import Program, trace
 from jaxcomp.trace.ranges import Range, absmax, averaged, entropy, min_max, mse, percentile
 from jaxcomp.trace.roles import roles
+from jaxcomp.trace.rolling import Rolled, rolled
 from jaxcomp.trace.rows import Moments, row_moments, row_moments_over
 from jaxcomp.trace.sites import Operand, Site, sites
 
@@ -24,16 +27,22 @@ __all__ = [
     "H100",
     "TPU_V4",
     "TPU_V5E",
+    "Block",
+    "Blocks",
     "Claim",
     "Cost",
     "Device",
     "Emitted",
     "FoldedFunction",
+    "Layers",
     "Moments",
     "Monoid",
     "Operand",
     "Program",
     "Range",
+    "Rolled",
+    "Scopes",
+    "Single",
     "Site",
     "Stats",
     "absmax",
@@ -42,6 +51,7 @@ __all__ = [
     "calibrate",
     "calibrate_over",
     "cost",
+    "cut",
     "entropy",
     "fold_batch_norm",
     "input_moments",
@@ -53,6 +63,7 @@ __all__ = [
     "percentile",
     "rewrite",
     "roles",
+    "rolled",
     "row_moments",
     "row_moments_over",
     "sites",

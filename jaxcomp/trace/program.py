@@ -85,13 +85,18 @@ def trace(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
     >>> program.param_paths, [e.primitive.name for e in program.jaxpr.jaxpr.eqns]
     (('w',), ['dot_general'])
     """
-    named, _ = leaves_with_paths(params)
-    param_paths = tuple(path for path, leaf in named if is_array_like(leaf))
-    if not param_paths:
+    if not any(map(is_array_like, jax.tree.leaves(params))):
         raise TypeError(
             f"trace: the first argument of {getattr(fn, '__name__', type(fn).__name__)!r} must be the parameter tree,"
             f" got {type(params).__name__} without an array in it; wrap the function so that the parameters come first."
         )
+    return program_of(fn, params, *args, **kwargs)
+
+
+def program_of(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Program:
+    """:func:`trace` of a function that may have no parameters."""
+    named, _ = leaves_with_paths(params)
+    param_paths = tuple(path for path, leaf in named if is_array_like(leaf))
     leaves, in_tree = jax.tree.flatten((params, args, kwargs))
     is_array = tuple(map(is_array_like, leaves))
     out: dict[str, PyTree] = {}

@@ -10,7 +10,7 @@ from jaxcomp.core.batches import Batch, all_batches
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Params, PyTree
-from jaxcomp.ptq.reconstruction.cuts import arrays_in
+from jaxcomp.trace.cuts import arrays_in
 
 
 def read(batches: Iterable[PyTree], owner: str) -> list[Batch]:

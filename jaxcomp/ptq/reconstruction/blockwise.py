@@ -14,7 +14,6 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.progress import progress
 from jaxcomp.core.types import Key, Leaf, Params, PyTree
-from jaxcomp.ptq.reconstruction.cuts import Block, Blocks, Values
 from jaxcomp.ptq.reconstruction.learning import (
     Case,
     Fixed,
@@ -27,6 +26,7 @@ from jaxcomp.ptq.reconstruction.learning import (
     with_learned,
 )
 from jaxcomp.ptq.reconstruction.passing import Gridded, Inputs
+from jaxcomp.trace.cuts import Block, Blocks, Values
 from jaxcomp.trace.ranges import Range
 
 Importance = Callable[[PyTree, Key], jax.Array]

@@ -14,9 +14,9 @@ import optax
 from jaxcomp.core.specs import check_positive, is_number
 from jaxcomp.core.types import Key, Leaf, PyTree, Step
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.ptq.reconstruction.cuts import Values
 from jaxcomp.ptq.reconstruction.passing import Gridded, Inputs, Noise
 from jaxcomp.quantization.adaround import SoftRounded, annealed_beta, harden, rounding_regularizer
+from jaxcomp.trace.cuts import Values
 from jaxcomp.trace.ranges import Range
 
 Optimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]

@@ -14,7 +14,7 @@ from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.specs import LSQ, ActSpec
 from jaxcomp.core.leaves import dense
 from jaxcomp.core.types import Key, Leaf
-from jaxcomp.ptq.reconstruction.cuts import Block, Values
+from jaxcomp.trace.cuts import Block, Values
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     Attributes:
       weights: its leaves, compressed ones too.
       values: what enters at the cut.
-      rest: what it reads besides, :meth:`Block.rest <jaxcomp.ptq.Block.rest>`.
+      rest: what it reads besides, :meth:`Block.rest <jaxcomp.trace.Block.rest>`.
       ranges: of its activations, in the order of :attr:`Gridded.names`.
     """
 

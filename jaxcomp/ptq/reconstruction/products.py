@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxcomp.core.roles import CONTRACTED, SPATIAL
-from jaxcomp.ptq.reconstruction.cuts import Block, Values
 from jaxcomp.trace.collect import NoSite
+from jaxcomp.trace.cuts import Block, Values
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid, zeros

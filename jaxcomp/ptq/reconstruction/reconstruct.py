@@ -14,9 +14,9 @@ from jaxcomp.core.specs import check_key
 from jaxcomp.core.types import Key, Params, PyTree
 from jaxcomp.ptq.reconstruction.batches import check_trees, read
 from jaxcomp.ptq.reconstruction.blockwise import BlockError, Blockwise, Calibration, Importance
-from jaxcomp.ptq.reconstruction.cuts import arrays_in, cut
 from jaxcomp.ptq.reconstruction.learning import Training
-from jaxcomp.ptq.reconstruction.specs import Cuts, Single
+from jaxcomp.trace.cut_specs import Cuts, Single
+from jaxcomp.trace.cuts import arrays_in, cut
 from jaxcomp.trace.ranges import Range
 from jaxcomp.trace.walk import Fn
 

@@ -22,9 +22,9 @@ from jaxcomp.core.types import Params, PyTree
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.ptq.notices import FewRows
 from jaxcomp.ptq.reconstruction.batches import check_trees, read
-from jaxcomp.ptq.reconstruction.cuts import Block, Values, arrays_in, cut
 from jaxcomp.ptq.reconstruction.products import Case, Functions, Statistics
-from jaxcomp.ptq.reconstruction.specs import Cuts, Single
+from jaxcomp.trace.cut_specs import Cuts, Single
+from jaxcomp.trace.cuts import Block, Values, arrays_in, cut
 from jaxcomp.trace.walk import Fn
 
 OWNER = "refit"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.ptq.reconstruction import Layers, Scopes, Single, cut
+from jaxcomp.trace import Layers, Scopes, Single, cut
 from tests.marks import quick
 
 rng = np.random.default_rng(0)
@@ -151,3 +151,19 @@ def test_what_cannot_be_cut() -> None:
     block = cut(residual)(RESIDUAL, X, SHIFT)[0]
     with pytest.raises(ValueError, match="the tree has no 'stem', which the block 'stem' reads"):
         block({"other": jnp.ones(2)}, (), X, SHIFT)
+
+
+def test_a_block_may_have_no_parameters_and_what_lies_between_may_be_one():
+    def attention(p, x):
+        x = jnp.tanh(x @ p["stem"])
+        q, k = x @ p["q"], x @ p["k"]
+        x = x + jax.nn.softmax(q @ k.T) @ x
+        return (x - x.mean()) @ p["head"]
+
+    p = {"stem": normal(3, 4), "q": normal(4, 4), "k": normal(4, 4), "head": normal(4, 2)}
+    for cuts, parameters in ((Layers(), [["stem"], ["q"], ["k"], [], [], ["head"]]), (Single(apart=True), None)):
+        blocks = cut(attention, cuts)(p, X)
+        chex.assert_trees_all_close(through(blocks, p, X), attention(p, X), rtol=1e-5)
+        if parameters is not None:
+            assert [list(block.paths) for block in blocks] == parameters
+    assert [block.sites for block in blocks if not block.sites] == [(), ()]  # the tanh; the mean

@@ -10,7 +10,14 @@ from jaxcomp.core.specs import Spec
 
 @dataclass(frozen=True)
 class Single(Spec):
-    """Cuts where one value passes: a residual block, or a layer of a chain without branches, is a block."""
+    """Cuts where one value passes: a residual block, or a layer of a chain without branches, is a block.
+
+    Args:
+      apart: what one could put at the end of a block as well as at the beginning of the next, a norm between them say,
+        is a block of its own, without a site.
+    """
+
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from jax.extend import core
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.ptq.reconstruction.specs import Cuts, Layers, Scopes, Single
 from jaxcomp.trace import walk
+from jaxcomp.trace.cut_specs import Cuts, Layers, Scopes, Single
 from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.program import Program, is_array_like, shapes_of, trace
+from jaxcomp.trace.program import Program, is_array_like, program_of, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
 from jaxcomp.trace.walk import Fn, Value
 
@@ -84,8 +84,11 @@ class Block:
 
     def of(self, params: Params, values: Values, arrays: Sequence[jax.Array]) -> Values:
         """What leaves the block, from all arrays in the function's arguments."""
-        flat = self.program.flatten(self.weights(params), values, self.rest(arrays))
-        return tuple(evaluate(self.program, {}, flat).out)
+        return self.between(self.weights(params), values, self.rest(arrays))
+
+    def between(self, weights: tuple[Leaf, ...], values: Values, rest: Values) -> Values:
+        """What leaves the block, from all that its program takes: see ``program``."""
+        return tuple(evaluate(self.program, {}, self.program.flatten(weights, values, rest)).out)
 
     def __repr__(self) -> str:
         return f"<Block {self.name}>"
@@ -192,15 +195,18 @@ class _Cutter:
         found, first = [], 0  # of the site that the block which is being made begins with
         for here, after in pairwise(range(len(at))):
             least = min(len(self.crossing[i]) for i in range(at[here], at[after]))
-            place = max(i for i in range(at[here], at[after]) if len(self.crossing[i]) == least)
+            free = [i + 1 for i in range(at[here], at[after]) if len(self.crossing[i]) == least]
             if least > 1 and not isinstance(cuts, Layers):
                 continue
             if isinstance(cuts, Scopes):
                 text = cuts.of(self.names[at[first]][0])
                 if text is not None and text == cuts.of(self.names[at[after]][0]):
                     continue
-            found.append(place + 1)
+            found += sorted({free[0], free[-1]}) if cuts == Single(apart=True) else free[-1:]
             first = after
+        if cuts == Single(apart=True):
+            behind = range(at[-1], len(self.jaxpr.eqns) - 1)
+            found += [i + 1 for i in behind if len(self.crossing[i]) == 1][:1]
         return found
 
     def block(self, start: int, stop: int) -> Block:
@@ -224,7 +230,7 @@ class _Cutter:
         def run(*groups: Values) -> Values:
             return tuple(jax.core.eval_jaxpr(own, (), *(x for group in groups for x in group)))
 
-        program = trace(run, *(tuple(walk.shapes_of(some)) for some in variables))
+        program = program_of(run, *(tuple(walk.shapes_of(some)) for some in variables))
         names = tuple(name for i in chosen for name in self.names.get(i, ()))
         values = tuple(jnp.asarray(self.program.jaxpr.consts[i]) for i in constants)
         return Block(names, tuple(self.paths[i] for i in params), program, tuple(reads), values)

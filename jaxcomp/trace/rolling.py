@@ -1,0 +1,269 @@
+"""Layers that are alike rolled into one loop, so that a deep network is traced and compiled as one of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.core.leaves import is_compressed, method_of
+from jaxcomp.core.paths import leaves_with_paths, some_paths
+from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.trace.cut_specs import Cuts, Single
+from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
+from jaxcomp.trace.program import is_array_like
+from jaxcomp.trace.walk import Fn
+
+OWNER = "rolled"
+
+
+class Run(NamedTuple):
+    """Neighbouring blocks that repeat.
+
+    Fields:
+      start: the number of the first block.
+      period: blocks of one layer.
+      layers: how many there are; 1 for a block that stands alone.
+      names: of the leaves, for each block of a layer: where its leaf stands in the rolled tree, and whether it is
+        stacked there.
+    """
+
+    start: int
+    period: int
+    layers: int
+    names: tuple[tuple[tuple[str, bool], ...], ...]
+
+
+class Rolled:
+    """A network whose alike layers are a loop over stacked leaves.
+
+    Attributes:
+      fn: ``fn(tree, *args)``, of the rolled tree.
+      places: for each leaf that was given, by path: its path in the rolled tree, and its number in the stack or None.
+    """
+
+    def __init__(self, fn: Fn, params: Params, args: tuple[PyTree, ...], cuts: Cuts) -> None:
+        self._fn, self._cuts = fn, cuts
+        named, self._treedef = leaves_with_paths(params)
+        self._like = self._treedef.unflatten([_shape(x) for _, x in named])
+        self._paths = [path for path, _ in named]
+        self._known: dict[Hashable, tuple[Blocks, list[Run]]] = {}
+        _, self._runs = self._blocks(args)
+        self.places: dict[str, tuple[str, int | None]] = {}
+        blocks = self._known[_kind(args)][0]
+        for run in self._runs:
+            for layer in range(run.layers):
+                for n, names in enumerate(run.names):
+                    own = blocks[run.start + layer * run.period + n].paths
+                    self.places |= {
+                        path: (name, layer if stacked else None)
+                        for path, (name, stacked) in zip(own, names, strict=True)
+                    }
+        self.places |= {path: (path, None) for path in self._paths if path not in self.places}
+
+    def roll(self, params: Params) -> Params:
+        """The tree of stacked leaves: nested dicts, named by path; where layers are stacked, by the first and the last.
+
+        Raises:
+          TypeError: a compressed leaf.
+        """
+        named, _ = leaves_with_paths(params, is_leaf=is_compressed)
+        wrong = [(path, leaf) for path, leaf in named if is_compressed(leaf)]
+        if wrong:
+            path, leaf = wrong[0]
+            raise TypeError(
+                f"{OWNER}: {path!r} is compressed ({method_of(leaf)}); roll the arrays, then compress them."
+            )
+        layers: dict[str, dict[int | None, Leaf]] = {}
+        for path, leaf in named:
+            name, n = self.places[path]
+            layers.setdefault(name, {})[n] = leaf
+        whole = {name: some[None] if None in some else _stacked(some) for name, some in layers.items()}
+        return _nested(whole)
+
+    def unroll(self, tree: Params) -> Params:
+        """The tree as it was, from a rolled one of arrays.
+
+        Raises:
+          TypeError: a compressed leaf.
+        """
+        named = dict(leaves_with_paths(tree, is_leaf=is_compressed)[0])
+        for path, leaf in named.items():
+            if is_compressed(leaf):
+                raise TypeError(
+                    f"{OWNER}: {path!r} is compressed ({method_of(leaf)}); materialize the tree, or keep it rolled."
+                )
+        places = (self.places[path] for path in self._paths)
+        return self._treedef.unflatten([named[name] if n is None else named[name][n] for name, n in places])
+
+    def fn(self, tree: Params, *args: PyTree) -> PyTree:
+        """What the network gives, of the rolled tree."""
+        blocks, runs = self._blocks(args)
+        named, arrays = dict(leaves_with_paths(tree)[0]), arrays_in(args)
+        values: Values = ()
+        for run in runs:
+            values = _through(blocks[run.start : run.start + run.period], run, named, values=values, arrays=arrays)
+        return blocks.result(values)
+
+    def _blocks(self, args: tuple[PyTree, ...]) -> tuple[Blocks, list[Run]]:
+        """The blocks at these shapes, and which of them repeat."""
+        kind = _kind(args)
+        if kind not in self._known:
+            blocks = cut(self._fn, self._cuts)(self._like, *jax.tree.map(_shape, args))
+            found = _runs(blocks)
+            if self._known and [r.names for r in found] != [r.names for r in self._runs]:
+                raise ValueError(
+                    f"{OWNER}: with arguments of these shapes other layers are alike than with those that the network"
+                    " was rolled with; roll it with these."
+                )
+            self._known[kind] = blocks, found
+        return self._known[kind]
+
+    def __repr__(self) -> str:
+        lines = [f"{run.layers} x {some_paths((n for b in run.names for n, _ in b), 4)}" for run in self._runs]
+        return "<Rolled\n  " + "\n  ".join(lines) + ">"
+
+
+def rolled(fn: Fn, *, cuts: Cuts = Single(apart=True)) -> Callable[..., Rolled]:  # noqa: B008 - frozen
+    """Layers of ``fn(params, *args)`` that are alike as one loop over stacked leaves.
+
+    The program is :func:`cut` into blocks; neighbours whose programs are the same text, one or several a layer, become
+    a ``lax.scan``. What is built on the rolled network (quantized activations, gradients, a training step) is traced
+    and compiled once for all of them, and compressed leaves keep scales, masks and tables of their own for each layer.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+      cuts: where a block begins.
+
+    Returns:
+      A function of ``(params, *args)``, arrays or their shapes, giving :class:`Rolled`: ``fn``, of the rolled tree, and
+      ``roll`` and ``unroll`` from tree to tree. Where no layers are alike, nothing is stacked.
+
+    Raises:
+      ValueError: the function has no site.
+
+    >>> layers = [{"w": jnp.full((2, 2), 0.1 * i)} for i in range(4)]
+    >>> def net(p, x):
+    ...     for layer in p:
+    ...         x = x + jnp.tanh(x @ layer["w"])
+    ...     return x
+    >>> x = jnp.ones((1, 2))
+    >>> found = rolled(net)(layers, x)
+    >>> {path: leaf.shape for path, leaf in leaves_with_paths(found.roll(layers))[0]}
+    {'0/w': (2, 2), '1-3/w': (3, 2, 2)}
+    >>> bool(jnp.allclose(found.fn(found.roll(layers), x), net(layers, x)))
+    True
+    """
+    return lambda params, *args: Rolled(fn, params, args, cuts)
+
+
+def _shape(x: Leaf) -> Leaf:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array_like(x) else x
+
+
+def _kind(args: tuple[PyTree, ...]) -> Hashable:
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((tuple(x.shape), str(x.dtype)) if is_array_like(x) else x for x in leaves)
+
+
+def _through(
+    layer: Sequence[Block], run: Run, named: Mapping[str, Leaf], *, values: Values, arrays: Sequence[jax.Array]
+) -> Values:
+    """What leaves the layers of a run."""
+    rests = [block.rest(arrays) for block in layer]
+
+    def one(values: Values, own: Mapping[str, jax.Array]) -> tuple[Values, None]:
+        for block, names, rest in zip(layer, run.names, rests, strict=True):
+            weights = tuple(own[name] if stacked else named[name] for name, stacked in names)
+            values = block.between(weights, values, rest)
+        return values, None
+
+    stacks = {name: named[name] for names in run.names for name, stacked in names if stacked}
+    if run.layers == 1:
+        return one(values, {})[0]
+    return jax.lax.scan(one, values, stacks)[0]
+
+
+def _runs(blocks: Blocks) -> list[Run]:
+    """Blocks that repeat as runs, the longest first tried at each place; the others as runs of one layer."""
+    keys = [(block.shape, block.reads, tuple(np.asarray(c).tobytes() for c in block.constants)) for block in blocks]
+    found, start = [], 0
+    while start < len(blocks):
+        best = Run(start, 1, 1, (tuple((path, False) for path in blocks[start].paths),))
+        for period in range(1, (len(blocks) - start) // 2 + 1):
+            for layers in range(_repeats(keys, start, period), 1, -1):
+                names = _names(blocks, start, period, layers)
+                if names is not None and layers * period > best.layers * best.period:
+                    best = Run(start, period, layers, names)
+                    break
+            if best.layers > 1 and best.period <= period:
+                break
+        found.append(best)
+        start += best.layers * best.period
+    return found
+
+
+def _repeats(keys: Sequence[Hashable], start: int, period: int) -> int:
+    """How many times the keys of a period come, one after the other."""
+    one, layers = keys[start : start + period], 1
+    while keys[start + layers * period : start + (layers + 1) * period] == one:
+        layers += 1
+    return layers
+
+
+def _names(blocks: Blocks, start: int, period: int, layers: int) -> tuple[tuple[tuple[str, bool], ...], ...] | None:
+    """Where the leaves of a run stand: a leaf each layer, or one that all share; None where it is neither."""
+    uses: dict[str, set[int]] = {}
+    for n, block in enumerate(blocks):
+        for path in block.paths:
+            uses.setdefault(path, set()).add(n)
+    names = []
+    for n in range(period):
+        here = [blocks[start + layer * period + n] for layer in range(layers)]
+        own = []
+        for paths in zip(*(block.paths for block in here), strict=True):
+            if len(set(paths)) == 1:
+                own.append((paths[0], False))
+                continue
+            inside = [{start + layer * period + m for m in range(period)} for layer in range(layers)]
+            if any(not uses[path] <= of for path, of in zip(paths, inside, strict=True)):
+                return None
+            own.append((_between(paths[0], paths[-1]), True))
+        names.append(tuple(own))
+    return tuple(names)
+
+
+def _between(first: str, last: str) -> str:
+    """The path of a stack, by those of its first leaf and its last.
+
+    >>> _between("layer_1/q/kernel", "layer_11/q/kernel"), _between("a/w", "b/w")
+    ('layer_1-11/q/kernel', 'a-b/w')
+    """
+    pairs = list(zip(first.split("/"), last.split("/"), strict=False))
+    return "/".join(a if a == b else f"{a}-{b.removeprefix(_stem(a, b))}" for a, b in pairs)
+
+
+def _stem(a: str, b: str) -> str:
+    """What both begin with, without digits."""
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return a[:same].rstrip("0123456789")
+
+
+def _stacked(layers: Mapping[int | None, Leaf]) -> jax.Array:
+    return jnp.stack([layers[n] for n in range(len(layers))])
+
+
+def _nested(flat: Mapping[str, Leaf]) -> Params:
+    tree: dict[str, PyTree] = {}
+    for path, leaf in flat.items():
+        *above, last = path.split("/")
+        here = tree
+        for name in above:
+            here = here.setdefault(name, {})
+        here[last] = leaf
+    return tree
