@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.core.leaves import is_compressed, method_of
+from jaxcomp.core.leaves import dense, is_compressed, method_of
 from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.cut_specs import Cuts, Single
@@ -102,7 +102,8 @@ class Rolled:
     def fn(self, tree: Params, *args: PyTree) -> PyTree:
         """What the network gives, of the rolled tree."""
         blocks, runs = self._blocks(args)
-        named, arrays = dict(leaves_with_paths(tree)[0]), arrays_in(args)
+        named = {path: dense(leaf) for path, leaf in leaves_with_paths(tree, is_leaf=is_compressed)[0]}
+        arrays = arrays_in(args)
         values: Values = ()
         for run in runs:
             values = _through(blocks[run.start : run.start + run.period], run, named, values=values, arrays=arrays)
@@ -123,7 +124,8 @@ class Rolled:
         return self._known[kind]
 
     def __repr__(self) -> str:
-        lines = [f"{run.layers} x {some_paths((n for b in run.names for n, _ in b), 4)}" for run in self._runs]
+        names = [list(dict.fromkeys(name for block in run.names for name, _ in block)) for run in self._runs]
+        lines = [f"{r.layers} x {some_paths(own, 4) or 'no leaf'}" for r, own in zip(self._runs, names, strict=True)]
         return "<Rolled\n  " + "\n  ".join(lines) + ">"
 
 
@@ -188,50 +190,54 @@ def _through(
 
 
 def _runs(blocks: Blocks) -> list[Run]:
-    """Blocks that repeat as runs, the longest first tried at each place; the others as runs of one layer."""
-    keys = [(block.shape, block.reads, tuple(np.asarray(c).tobytes() for c in block.constants)) for block in blocks]
+    """Blocks in order: at each place those that repeat farthest, in the shortest period; else one alone."""
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(_same(block), len(numbers)) for block in blocks]
+    uses: dict[str, set[int]] = {}
+    for n, block in enumerate(blocks):
+        for path in block.paths:
+            uses.setdefault(path, set()).add(n)
     found, start = [], 0
     while start < len(blocks):
         best = Run(start, 1, 1, (tuple((path, False) for path in blocks[start].paths),))
         for period in range(1, (len(blocks) - start) // 2 + 1):
-            for layers in range(_repeats(keys, start, period), 1, -1):
-                names = _names(blocks, start, period, layers)
-                if names is not None and layers * period > best.layers * best.period:
-                    best = Run(start, period, layers, names)
+            for layers in range(_repeats(kinds, start, period), 1, -1):
+                if layers * period <= best.layers * best.period:
                     break
-            if best.layers > 1 and best.period <= period:
-                break
+                names = _names(blocks[start : start + layers * period], period, uses, start=start)
+                if names is not None:
+                    best = Run(start, period, layers, names)
         found.append(best)
         start += best.layers * best.period
     return found
 
 
-def _repeats(keys: Sequence[Hashable], start: int, period: int) -> int:
-    """How many times the keys of a period come, one after the other."""
-    one, layers = keys[start : start + period], 1
-    while keys[start + layers * period : start + (layers + 1) * period] == one:
+def _same(block: Block) -> Hashable:
+    """Equal for blocks that compute the same of other leaves."""
+    return block.shape, block.reads, tuple(np.asarray(c).tobytes() for c in block.constants)
+
+
+def _repeats(kinds: Sequence[int], start: int, period: int) -> int:
+    """How many times the kinds of a period come, one after the other."""
+    one, layers = kinds[start : start + period], 1
+    while kinds[start + layers * period : start + (layers + 1) * period] == one:
         layers += 1
     return layers
 
 
-def _names(blocks: Blocks, start: int, period: int, layers: int) -> tuple[tuple[tuple[str, bool], ...], ...] | None:
-    """Where the leaves of a run stand: a leaf each layer, or one that all share; None where it is neither."""
-    uses: dict[str, set[int]] = {}
-    for n, block in enumerate(blocks):
-        for path in block.paths:
-            uses.setdefault(path, set()).add(n)
+def _names(
+    blocks: Sequence[Block], period: int, uses: Mapping[str, set[int]], *, start: int
+) -> tuple[tuple[tuple[str, bool], ...], ...] | None:
+    """Where the leaves of a run stand: one a layer, read nowhere else, or one that all share; None where neither."""
     names = []
     for n in range(period):
-        here = [blocks[start + layer * period + n] for layer in range(layers)]
         own = []
-        for paths in zip(*(block.paths for block in here), strict=True):
-            if len(set(paths)) == 1:
-                own.append((paths[0], False))
-                continue
-            inside = [{start + layer * period + m for m in range(period)} for layer in range(layers)]
-            if any(not uses[path] <= of for path, of in zip(paths, inside, strict=True)):
+        for paths in zip(*(block.paths for block in blocks[n::period]), strict=True):
+            shared = len(set(paths)) == 1
+            of_layers = (range(start + i * period, start + (i + 1) * period) for i in range(len(paths)))
+            if not shared and any(not uses[path] <= {*layer} for path, layer in zip(paths, of_layers, strict=True)):
                 return None
-            own.append((_between(paths[0], paths[-1]), True))
+            own.append((paths[0], False) if shared else (_between(paths[0], paths[-1]), True))
         names.append(tuple(own))
     return tuple(names)
 
@@ -242,8 +248,10 @@ def _between(first: str, last: str) -> str:
     >>> _between("layer_1/q/kernel", "layer_11/q/kernel"), _between("a/w", "b/w")
     ('layer_1-11/q/kernel', 'a-b/w')
     """
-    pairs = list(zip(first.split("/"), last.split("/"), strict=False))
-    return "/".join(a if a == b else f"{a}-{b.removeprefix(_stem(a, b))}" for a, b in pairs)
+    steps = first.split("/"), last.split("/")
+    if len(steps[0]) != len(steps[1]):
+        return f"{first}-{last.replace('/', '.')}"
+    return "/".join(a if a == b else f"{a}-{b.removeprefix(_stem(a, b))}" for a, b in zip(*steps, strict=True))
 
 
 def _stem(a: str, b: str) -> str:

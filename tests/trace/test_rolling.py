@@ -134,6 +134,21 @@ def test_stages_of_a_residual_network_are_runs_of_their_own():
     close(found.fn(tree, x), net(p, x))
 
 
+def test_the_period_that_reaches_farthest_is_taken():
+    """Two equal blocks and another, three times: no run of the two."""
+
+    def net(p, x):
+        for name in sorted(p):
+            x = x + (jnp.sin if name.endswith("c") else jnp.tanh)(x @ p[name])
+        return x
+
+    p = {f"{i}_{part}": normal(4, 4) for i in range(4) for part in "abc"}
+    found = rolled(net)(p, normal(2, 4))
+    stacks = {path: w.shape for path, w in found.roll(p).items() if w.ndim == 3}
+    assert stacks == {"0_b-2_b": (3, 4, 4), "0_c-2_c": (3, 4, 4), "1_a-3_a": (3, 4, 4)}
+    assert "  1 x no leaf\n  3 x '0_b-2_b', '0_c-2_c', '1_a-3_a'\n" in repr(found)
+
+
 def test_nothing_that_repeats_is_nothing_stacked():
     p = {"a": normal(3, 4), "b": normal(4, 2)}
     found = rolled(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])(p, normal(2, 3))
@@ -150,3 +165,4 @@ def test_what_is_compressed_is_not_rolled():
     with pytest.raises(TypeError, match=r"rolled: 'head' is compressed \(Quantized int8\); materialize the tree"):
         found.unroll(tree)
     close(found.unroll(jc.materialize(tree)), jc.materialize(quantized))
+    close(found.fn(tree, X, SCALE), found.fn(jc.materialize(tree), X, SCALE))
