@@ -22,7 +22,8 @@ def test_whatever_stops_a_run_it_ends_with_the_same_table(tmp_path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_end_the_command_with_codes_of_their_own(number, code, monkeypatch, capsys, tmp_path) -> None:
-    def train(config, console, stop):
+    def train(config, console, processes):
+        stop = processes.stop
         with stop.at_steps():
             stop.now()
             os.kill(os.getpid(), number)
@@ -38,7 +39,7 @@ def test_signals_end_the_command_with_codes_of_their_own(number, code, monkeypat
 def test_the_options_of_a_run_reach_it(monkeypatch, capsys, tmp_path) -> None:
     seen = SimpleNamespace()
 
-    def train(config, console, stop):
+    def train(config, console, processes):
         import jax
 
         seen.config, seen.cache = config, jax.config.jax_compilation_cache_dir
