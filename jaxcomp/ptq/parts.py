@@ -16,8 +16,7 @@ from jaxcomp.core.types import Params, PyTree, Shape
 from jaxcomp.ptq.targets import Exact, Given, Target, gaps, targets_of
 from jaxcomp.trace.cut_specs import Cuts, Scopes
 from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
-from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.program import Program, is_array_like
+from jaxcomp.trace.program import Program, kind_of
 from jaxcomp.trace.rows import chosen_moments
 from jaxcomp.trace.sites import sites_of
 from jaxcomp.trace.walk import Fn, Location
@@ -93,7 +92,7 @@ def passes_of(fn: Fn, params: Params, batches: Sequence[Batch], asked: Asked, cu
     A leaf that several blocks read is compressed in a run of its own, first and by the whole network, as what it gives
     to all of them counts. Where batches of other shapes give other blocks, all leaves are.
     """
-    kinds = [_kind(batch) for batch in batches]
+    kinds = [kind_of(batch) for batch in batches]
     first = dict(zip(reversed(kinds), reversed(batches), strict=True))
 
     def blocks(cuts: Cuts) -> dict[Hashable, Blocks]:
@@ -122,12 +121,6 @@ def passes_of(fn: Fn, params: Params, batches: Sequence[Batch], asked: Asked, cu
     return passes
 
 
-def _kind(batch: Batch) -> Hashable:
-    """What a program is traced for."""
-    leaves, tree = jax.tree.flatten(batch)
-    return tree, tuple((tuple(x.shape), str(x.dtype)) if is_array_like(x) else x for x in leaves)
-
-
 def begun(batches: Sequence[Batch], *, beside: bool) -> list[Case]:
     """All batches in front of the first block; ``rest`` is every array."""
     return [Case(() if beside else None, (), tuple(arrays_in(batch))) for batch in batches]
@@ -146,18 +139,13 @@ class Alike:
     """
 
     def __init__(self, part: Part, block: Block, how: Exact | None) -> None:
-        program = block.program
-
-        def run(weights: tuple[jax.Array, ...], values: Values, rest: Values) -> Values:
-            return tuple(evaluate(program, {}, program.flatten(weights, values, rest)).out)
-
         self.targets: dict[str, list[Target]] = {}
         known = frozenset(part.known)
-        gather = chosen_moments(run, lambda path, _: path in known)
+        gather = chosen_moments(block.between, lambda path, _: path in known)
         if how is not None:
             wanted = sorted(known - part.held)
-            self.targets = targets_of(program, part.held, wanted, how)
-            beside = gaps(run, part.held, list(self.targets), how=how)
+            self.targets = targets_of(block.program, part.held, wanted, how)
+            beside = gaps(block.between, part.held, list(self.targets), how=how)
 
         def look(chosen: Mapping[str, jax.Array], exact: Given, now: Given) -> dict[str, PyTree]:
             seen: dict[str, PyTree] = {**gather(chosen, *now)}
@@ -166,7 +154,7 @@ class Alike:
                 seen |= {GAP + name: gap for name, gap in found.items()}
             return seen
 
-        self.give = jax.jit(run)
+        self.give = jax.jit(block.between)
         self.look: Callable[..., dict[str, PyTree]] = jax.jit(look)
 
 

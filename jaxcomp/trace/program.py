@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -111,6 +111,12 @@ def program_of(fn: Fn, params: Params, *args: PyTree, **kwargs: PyTree) -> Progr
 
     jaxpr = jax.make_jaxpr(flat)(*(leaf for leaf, keep in zip(leaves, is_array, strict=True) if keep))
     return Program(jaxpr, param_paths, flow(jaxpr, param_paths), in_tree, is_array, out["tree"], out["static"])
+
+
+def kind_of(args: PyTree) -> Hashable:
+    """What a program is traced for: equal for arguments of equal shapes, types and constants."""
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((tuple(x.shape), str(x.dtype)) if is_array_like(x) else x for x in leaves)
 
 
 def shape_like(leaf: Leaf) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.cut_specs import Cuts, Single
 from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
-from jaxcomp.trace.program import is_array_like
+from jaxcomp.trace.program import is_array_like, kind_of
 from jaxcomp.trace.walk import Fn
 
 OWNER = "rolled"
@@ -53,7 +53,7 @@ class Rolled:
         self._known: dict[Hashable, tuple[Blocks, list[Run]]] = {}
         _, self._runs = self._blocks(args)
         self.places: dict[str, tuple[str, int | None]] = {}
-        blocks = self._known[_kind(args)][0]
+        blocks = self._known[kind_of(args)][0]
         for run in self._runs:
             for layer in range(run.layers):
                 for n, names in enumerate(run.names):
@@ -111,7 +111,7 @@ class Rolled:
 
     def _blocks(self, args: tuple[PyTree, ...]) -> tuple[Blocks, list[Run]]:
         """The blocks at these shapes, and which of them repeat."""
-        kind = _kind(args)
+        kind = kind_of(args)
         if kind not in self._known:
             blocks = cut(self._fn, self._cuts)(self._like, *jax.tree.map(_shape, args))
             found = _runs(blocks)
@@ -164,11 +164,6 @@ def rolled(fn: Fn, *, cuts: Cuts = Single(apart=True)) -> Callable[..., Rolled]:
 
 def _shape(x: Leaf) -> Leaf:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array_like(x) else x
-
-
-def _kind(args: tuple[PyTree, ...]) -> Hashable:
-    leaves, tree = jax.tree.flatten(args)
-    return tree, tuple((tuple(x.shape), str(x.dtype)) if is_array_like(x) else x for x in leaves)
 
 
 def _through(
