@@ -9,8 +9,6 @@
 
 from jaxcomp.trace.calibrate import Stats, activation_name, calibrate, calibrate_over, merge, merge_all
 from jaxcomp.trace.cost import A100, H100, TPU_V4, TPU_V5E, Cost, Device, cost
-from jaxcomp.trace.cut_specs import Layers, Scopes, Single
-from jaxcomp.trace.cuts import Block, Blocks, cut
 from jaxcomp.trace.evaluator import rewrite
 from jaxcomp.trace.fold import FoldedFunction, fold_batch_norm
 from jaxcomp.trace.interpreter import Claim, Emitted, Monoid
@@ -27,22 +25,17 @@ __all__ = [
     "H100",
     "TPU_V4",
     "TPU_V5E",
-    "Block",
-    "Blocks",
     "Claim",
     "Cost",
     "Device",
     "Emitted",
     "FoldedFunction",
-    "Layers",
     "Moments",
     "Monoid",
     "Operand",
     "Program",
     "Range",
     "Rolled",
-    "Scopes",
-    "Single",
     "Site",
     "Stats",
     "absmax",
@@ -51,7 +44,6 @@ __all__ = [
     "calibrate",
     "calibrate_over",
     "cost",
-    "cut",
     "entropy",
     "fold_batch_norm",
     "input_moments",

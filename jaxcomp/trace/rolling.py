@@ -132,8 +132,8 @@ class Rolled:
 def rolled(fn: Fn, *, cuts: Cuts = Single(apart=True)) -> Callable[..., Rolled]:  # noqa: B008 - frozen
     """Layers of ``fn(params, *args)`` that are alike as one loop over stacked leaves.
 
-    The program is :func:`cut` into blocks; neighbours whose programs are the same text, one or several a layer, become
-    a ``lax.scan``. What is built on the rolled network (quantized activations, gradients, a training step) is traced
+    The program is :func:`~jaxcomp.ptq.cut` into blocks; neighbours whose programs are the same text, one or several a
+    layer, become a ``lax.scan``. What is built on the rolled network (quantized activations, gradients, a training step) is traced
     and compiled once for all of them, and compressed leaves keep scales, masks and tables of their own for each layer.
 
     Args:

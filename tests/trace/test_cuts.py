@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomp.trace import Layers, Scopes, Single, cut
+from jaxcomp.ptq import Layers, Scopes, Single, cut
 from tests.marks import quick
 
 rng = np.random.default_rng(0)

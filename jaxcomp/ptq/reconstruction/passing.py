@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     Attributes:
       weights: its leaves, compressed ones too.
       values: what enters at the cut.
-      rest: what it reads besides, :meth:`Block.rest <jaxcomp.trace.Block.rest>`.
+      rest: what it reads besides, :meth:`Block.rest <jaxcomp.ptq.Block.rest>`.
       ranges: of its activations, in the order of :attr:`Gridded.names`.
     """
 
