@@ -133,8 +133,9 @@ def rolled(fn: Fn, *, cuts: Cuts = Single(apart=True)) -> Callable[..., Rolled]:
     """Layers of ``fn(params, *args)`` that are alike as one loop over stacked leaves.
 
     The program is :func:`~jaxcomp.ptq.cut` into blocks; neighbours whose programs are the same text, one or several a
-    layer, become a ``lax.scan``. What is built on the rolled network (quantized activations, gradients, a training step) is traced
-    and compiled once for all of them, and compressed leaves keep scales, masks and tables of their own for each layer.
+    layer, become a ``lax.scan``. What is built on the rolled network (quantized activations, gradients, a training
+    step) is traced and compiled once for all of them, and compressed leaves keep scales, masks and tables of their own
+    for each layer.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
