@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 import jaxcomp as jc
 from jaxcomp.artifact import load, save
+from tests.processes import free_port, ran
 
 pytestmark = pytest.mark.slow
 
@@ -63,21 +59,9 @@ for wrong in (lambda: save(f"{folder}/none/tree", tree), lambda: file_size({"a":
 
 def test_two_processes_save_what_one_saves(tmp_path) -> None:
     pytest.importorskip("zstandard")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    opened = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(own), str(tmp_path)], **opened) for own in (0, 1)
-    ]
-    try:
-        said = [p.communicate()[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(said)
+    command, two = ["-c", PROCESS, f"127.0.0.1:{free_port()}"], "--xla_force_host_platform_device_count=2"
+    ended = ran([[*command, str(own), str(tmp_path)] for own in (0, 1)], extra=lambda _: {"XLA_FLAGS": two})
+    assert [p.code for p in ended] == [0, 0], ended
 
     alone = compressed({name: jax.numpy.asarray(x) for name, x in params().items()})
     alone |= {"whole": params()["first"][:1], "key": jax.random.key(7), "keys": jax.random.split(jax.random.key(1), 4)}
@@ -87,8 +71,8 @@ def test_two_processes_save_what_one_saves(tmp_path) -> None:
     assert (tmp_path / "coded").read_bytes() == (tmp_path / "alone_coded").read_bytes()
     assert jax.tree.structure(load(tmp_path / "tree")) == jax.tree.structure(load(tmp_path / "alone"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "alone_coded", "coded", "tree"]
-    for own, text in enumerate(said):
-        lines = [line for line in text.splitlines() if line.startswith(("sizes", "error"))]
+    for own, process in enumerate(ended):
+        lines = [line for line in process.out.splitlines() if line.startswith(("sizes", "error"))]
         assert lines[0] == f"sizes {sizes[0]} {sizes[1]}"
         where = f"{tmp_path}/none/tree"
         assert lines[1] == (

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import jaxcomp as jc
-from tests.train.processes import files_of, free_port, ran, rows_of, trained
+from tests.processes import free_port, ran
+from tests.train.processes import files_of, rows_of, trained
 from train.__main__ import PREEMPTED
 
 pytestmark = pytest.mark.slow

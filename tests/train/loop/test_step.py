@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ import optax
 import pytest
 
 import jaxcomp as jc
+from tests.processes import free_port, ran
 from train.data.images import Augmentation
 from train.data.order import epoch_batches
 from train.data.sets import Dataset, Split, load
@@ -130,26 +128,11 @@ for epoch in range(2):
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_batches_of_one(tmp_path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROCESS, address, "2"]
-    opened = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(i)], **opened) for i in range(2)]
-    try:
-        said = [p.communicate()[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(said)
-    lines = [
-        [int(x) for x in line.split()[1:]] for text in said for line in text.splitlines() if line.startswith("at ")
-    ]
+def test_two_processes_see_the_batches_of_one() -> None:
+    command, two = ["-c", PROCESS, f"127.0.0.1:{free_port()}", "2"], "--xla_force_host_platform_device_count=2"
+    ended = ran([[*command, str(i)] for i in range(2)], extra=lambda _: {"XLA_FLAGS": two})
+    assert [p.code for p in ended] == [0, 0], ended
+    lines = [[int(x) for x in line.split()[1:]] for p in ended for line in p.out.splitlines() if line.startswith("at ")]
     for epoch in range(2):
         wanted = epoch_batches(5, epoch, 40, 8)
         for device in range(4):
