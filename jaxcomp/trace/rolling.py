@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxcomp.core.paths import leaves_with_paths, some_paths
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.trace.cut_specs import Cuts, Single
 from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
-from jaxcomp.trace.program import is_array_like, kind_of
+from jaxcomp.trace.program import is_array_like, kind_of, shape_like
 from jaxcomp.trace.walk import Fn
 
 OWNER = "rolled"
@@ -48,12 +49,11 @@ class Rolled:
     def __init__(self, fn: Fn, params: Params, args: tuple[PyTree, ...], cuts: Cuts) -> None:
         self._fn, self._cuts = fn, cuts
         named, self._treedef = leaves_with_paths(params)
-        self._like = self._treedef.unflatten([_shape(x) for _, x in named])
+        self._like = _shapes(params)
         self._paths = [path for path, _ in named]
         self._known: dict[Hashable, tuple[Blocks, list[Run]]] = {}
-        _, self._runs = self._blocks(args)
+        blocks, self._runs = self._blocks(args)
         self.places: dict[str, tuple[str, int | None]] = {}
-        blocks = self._known[kind_of(args)][0]
         for run in self._runs:
             for layer in range(run.layers):
                 for n, names in enumerate(run.names):
@@ -70,15 +70,8 @@ class Rolled:
         Raises:
           TypeError: a compressed leaf.
         """
-        named, _ = leaves_with_paths(params, is_leaf=is_compressed)
-        wrong = [(path, leaf) for path, leaf in named if is_compressed(leaf)]
-        if wrong:
-            path, leaf = wrong[0]
-            raise TypeError(
-                f"{OWNER}: {path!r} is compressed ({method_of(leaf)}); roll the arrays, then compress them."
-            )
         layers: dict[str, dict[int | None, Leaf]] = {}
-        for path, leaf in named:
+        for path, leaf in _arrays(params, "roll the arrays, then compress them").items():
             name, n = self.places[path]
             layers.setdefault(name, {})[n] = leaf
         whole = {name: some[None] if None in some else _stacked(some) for name, some in layers.items()}
@@ -90,12 +83,7 @@ class Rolled:
         Raises:
           TypeError: a compressed leaf.
         """
-        named = dict(leaves_with_paths(tree, is_leaf=is_compressed)[0])
-        for path, leaf in named.items():
-            if is_compressed(leaf):
-                raise TypeError(
-                    f"{OWNER}: {path!r} is compressed ({method_of(leaf)}); materialize the tree, or keep it rolled."
-                )
+        named = _arrays(tree, "materialize the tree, or keep it rolled")
         places = (self.places[path] for path in self._paths)
         return self._treedef.unflatten([named[name] if n is None else named[name][n] for name, n in places])
 
@@ -113,7 +101,7 @@ class Rolled:
         """The blocks at these shapes, and which of them repeat."""
         kind = kind_of(args)
         if kind not in self._known:
-            blocks = cut(self._fn, self._cuts)(self._like, *jax.tree.map(_shape, args))
+            blocks = cut(self._fn, self._cuts)(self._like, *_shapes(args))
             found = _runs(blocks)
             if self._known and [r.names for r in found] != [r.names for r in self._runs]:
                 raise ValueError(
@@ -163,8 +151,17 @@ def rolled(fn: Fn, *, cuts: Cuts = Single(apart=True)) -> Callable[..., Rolled]:
     return lambda params, *args: Rolled(fn, params, args, cuts)
 
 
-def _shape(x: Leaf) -> Leaf:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array_like(x) else x
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: shape_like(x) if is_array_like(x) else x, tree)
+
+
+def _arrays(tree: Params, mend: str) -> dict[str, Leaf]:
+    """The leaves by path, none of them compressed."""
+    named = dict(leaves_with_paths(tree, is_leaf=is_compressed)[0])
+    for path, leaf in named.items():
+        if is_compressed(leaf):
+            raise TypeError(f"{OWNER}: {path!r} is compressed ({method_of(leaf)}); {mend}.")
+    return named
 
 
 def _through(
@@ -252,10 +249,8 @@ def _between(first: str, last: str) -> str:
 
 def _stem(a: str, b: str) -> str:
     """What both begin with, without digits."""
-    same = 0
-    while same < min(len(a), len(b)) and a[same] == b[same]:
-        same += 1
-    return a[:same].rstrip("0123456789")
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return "".join(x for x, _ in same).rstrip("0123456789")
 
 
 def _stacked(layers: Mapping[int | None, Leaf]) -> jax.Array:

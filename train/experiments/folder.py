@@ -96,16 +96,17 @@ def check_shared(folder: Path, mark: str, processes: Processes, *, tries: int = 
     Raises:
       RunError: it is not there.
     """
-    for _ in range(0 if processes.writes else tries):
+    if processes.writes:
+        return
+    for _ in range(tries):
         with suppress(OSError):
             if (folder / LOCK).read_text() == mark:
                 return
         time.sleep(0.5)
-    if not processes.writes:
-        raise RunError(
-            f"on {socket.gethostname()} the folder {str(folder.absolute())!r} does not hold what process 0 wrote there;"
-            " all processes must see one folder: choose one on a shared file system with --out."
-        )
+    raise RunError(
+        f"on {socket.gethostname()} the folder {str(folder.absolute())!r} does not hold what process 0 wrote there;"
+        " all processes must see one folder: choose one on a shared file system with --out."
+    )
 
 
 def _lock(handle: int, folder: Path, console: Console) -> str:

@@ -39,16 +39,16 @@ _E4M3FN, _E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5
 
 def _beyond(graph: Graph, x: Value, new: DType) -> Value:
     """What a float8 has no number for, as JAX has it: onnxruntime 1.32 has NaN for infinity there, 448 for NaN."""
+    if new not in (_E4M3FN, _E5M2):
+        return x
     wide = t.F64 if np.dtype(x.dtype) == t.F64 else t.F32
     x = t.cast(graph, x, wide)
     size = graph.elementwise("Abs", [x], wide)
     if new == _E5M2:
         over = graph.elementwise("GreaterOrEqual", [size, t.number(61440, wide)], t.BOOL)
         return t.where(graph, over, graph.elementwise("Mul", [x, t.number(np.inf, wide)], wide), x)
-    if new == _E4M3FN:
-        over = graph.elementwise("Greater", [size, t.number(464, wide)], t.BOOL)
-        return t.where(graph, over, t.number(np.nan, wide), x)
-    return x
+    over = graph.elementwise("Greater", [size, t.number(464, wide)], t.BOOL)
+    return t.where(graph, over, t.number(np.nan, wide), x)
 
 
 def _whole(graph: Graph, x: Value, new: DType) -> Tensor:
