@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.codes import Value
+from jaxcomp.activations.codes import Codes, Value
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.float_products import Form, Pair, float_product
 from jaxcomp.core.barriers import made_once
@@ -60,11 +60,22 @@ def product(op: Op, form: Form, *, once: bool) -> partial[jax.Array]:
 
 
 @partial(jax.jit, static_argnames="how")
-def _product(x: jax.Array, y: jax.Array, factors: Pair, rest: tuple[Value, ...], *, how: Alike) -> jax.Array:
+def _product(x: Value, y: Value, factors: Pair, rest: tuple[Value, ...], *, how: Alike) -> jax.Array:
     if how.once:  # or it rounds anew for each that reads the codes
         first, second = (_once(f) for f in factors)
         factors = first, second
-    return float_product(how.op, how.form)(x, y, factors, rest)
+
+    def run(x: Value, y: Value, factors: Pair, rest: tuple[Value, ...]) -> jax.Array:
+        return float_product(how.op, how.form)(_value(x), _value(y), factors, rest)
+
+    if isinstance(x, Codes) or isinstance(y, Codes):
+        # Or a scan over layers keeps the dense weights of all of them for the backward pass, beside their codes.
+        run = jax.checkpoint(run, prevent_cse=False)
+    return run(x, y, factors, rest)
+
+
+def _value(x: Value) -> jax.Array:
+    return x.dense() if isinstance(x, Codes) else x
 
 
 def _once(f: Factor) -> Factor:

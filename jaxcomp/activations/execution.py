@@ -53,8 +53,12 @@ class Side(NamedTuple):
 class Operand(NamedTuple):
     """An operand as the float product takes it: its value, which has the gradient, and its codes if there are any."""
 
-    value: jax.Array
+    value: Value
     factor: Factor | None
+
+    def dense(self) -> jax.Array:
+        """The value as an array."""
+        return self.value.dense() if isinstance(self.value, Codes) else self.value
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,8 @@ class _Product:
         if x.factor is None or y.factor is None:
             self.around.record(self.planned.site.path, "fake", why)
             if spec is None:
-                return op.bind(x.value, y.value, *rest)[0]
-            return with_rounded_gradient(op, spec)(side.key, x.value, y.value, rest)
+                return op.bind(x.dense(), y.dense(), *rest)[0]
+            return with_rounded_gradient(op, spec)(side.key, x.dense(), y.dense(), rest)
         pair = x.factor, y.factor
         refused = no_codes(op, *pair)
         self.around.record(self.planned.site.path, "fake", why or refused or long_sum(op, *pair))
@@ -192,7 +196,7 @@ class _Product:
 
     def rounded(self, values: tuple[Value, ...], ranges: Mapping[int, Range]) -> tuple[jax.Array, jax.Array]:
         """The operands as the float product takes them."""
-        x, y = (self._rounded(i, value, ranges.get(i)).value for i, value in enumerate(values[:2]))
+        x, y = (self._rounded(i, value, ranges.get(i)).dense() for i, value in enumerate(values[:2]))
         return x, y
 
     def _rounded(self, index: int, value: Value, given: Range | None) -> Operand:
@@ -200,7 +204,7 @@ class _Product:
             codes = value.codes.astype(value.scale.dtype)
             numbers = codes if value.zero is None else codes - spread(value.zero, codes.shape)
             factor = Factor(numbers.astype(value.dtype), value.scale, None, value.reach)
-            return Operand(value.dense(), factor)
+            return Operand(value, factor)
         site = self.planned.site
         if index not in site.activations:
             return Operand(value, None)

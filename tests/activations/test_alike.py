@@ -115,3 +115,30 @@ def test_memory_asks_once_a_value_and_rule():
     assert len(made) == 50
     memory(values[0], Act(4), at)
     assert len(made) == 51
+
+
+def test_a_scan_over_layers_keeps_the_codes_of_its_weights_alone_for_the_backward_pass():
+    layers, width = 3, 8
+    params, x = {"layers": 0.3 * normal(0, layers, width, width)}, normal(1, 2, width)
+
+    def fn(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]
+
+    t, q = jc.quantize(jc.Int(8), roles=jc.roles(fn)(params, x)), quantize_function(fn, {".*": Act(8)})
+    ranges = {"layers": ONE}
+    run = jax.grad(lambda p: jnp.sum(q(t.apply((), p), ranges, x) ** 2))
+    scans = [e for e in jax.make_jaxpr(run)(params).jaxpr.eqns if e.primitive.name == "scan"]
+    made = [v.aval.shape for v in scans[0].outvars]
+    assert len(scans) == 2
+    assert (layers, width, width) not in made
+
+    def unrolled(p, x):
+        for i in range(layers):
+            x = jnp.tanh(x @ p[f"layer_{i}"])
+        return x
+
+    apart = {f"layer_{i}": params["layers"][i] for i in range(layers)}
+    loop = quantize_function(unrolled, {".*": Act(8)})
+    each = jc.quantize(jc.Int(8), roles=jc.roles(unrolled)(apart, x))
+    want = jax.grad(lambda p: jnp.sum(loop(each.apply((), p), dict.fromkeys(apart, ONE), x) ** 2))(apart)
+    np.testing.assert_allclose(run(params)["layers"], jnp.stack([*want.values()]), rtol=1e-5, atol=1e-6)

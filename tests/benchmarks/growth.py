@@ -157,7 +157,7 @@ def notes() -> list[str]:
 
 # Layers
 
-WIDTH, TOKENS = 32, 16
+WIDTH, TOKENS = 256, 128
 
 
 def block(p: Any, h: jax.Array) -> jax.Array:
