@@ -6,6 +6,8 @@ machine that does nothing else:
 
     pytest -n 2 -m "not slow and not gpu and not notebooks" --junitxml=times.xml
     python -m tests.more times.xml
+
+or from one of the quick suite and one of ``-m more``, given both.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LIST = Path(__file__).with_name("more.txt")
-SECONDS, LONGEST = 1.0, 4.0
+SECONDS, LONGEST = 0.4, 2.5
 LONG_FIXTURES = frozenset({"finished"})
 """What takes long to set up; whatever stands on it is left out too."""
 EVERY = "not slow and not gpu and not notebooks"
@@ -62,6 +64,7 @@ def collected() -> list[str]:
 
 
 if __name__ == "__main__":
-    found = further(collected(), timed(Path(sys.argv[1])))
+    seconds = {case: time for report in sys.argv[1:] for case, time in timed(Path(report)).items()}
+    found = further(collected(), seconds)
     LIST.write_text("".join(f"{case}\n" for case in found))
     print(f"{len(found)} cases are left to -m more")

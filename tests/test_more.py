@@ -25,12 +25,12 @@ def test_every_line_names_a_test():
 
 def test_first_cases_stay():
     times = {
-        "a.py::f[x]": 0.6,
-        "a.py::f[y]": 0.6,
-        "a.py::f[z]": 0.3,
-        "a.py::g[x]": 3.0,
-        "a.py::g[y]": 0.1,
-        "a.py::h": 7.0,
+        "a.py::f[x]": 0.6 * more.SECONDS,
+        "a.py::f[y]": 0.6 * more.SECONDS,
+        "a.py::f[z]": 0.3 * more.SECONDS,
+        "a.py::g[x]": 1.1 * more.SECONDS,
+        "a.py::g[y]": 0.1 * more.SECONDS,
+        "a.py::h": 1.1 * more.LONGEST,
     }
     assert more.further(times, times) == ["a.py::f[y]", "a.py::g[y]", "a.py::h"]
 
