@@ -41,7 +41,8 @@ class Moments:
       second: of shape ``(*apart, n, n)``.
       first: of shape ``(*apart, n)``.
       count: of shape ``apart``.
-      apart: the leaf's axes of which each index has its own rows: stacked layers, batches, experts. Static.
+      apart: the leaf's axes of which each index has its own rows: stacked layers, batches, experts, output features
+        of a convolution with feature groups. Static.
       summed: the leaf's axes that a row runs over, the slowest first; those of a window before the others.
         Static.
       window: those of them that are a convolution's window. Static.
@@ -67,6 +68,10 @@ class Moments:
         known = {**dict.fromkeys(self.apart, BATCH), **dict.fromkeys(self.summed, CONTRACTED)}
         known |= dict.fromkeys(self.window, SPATIAL)
         return AxisRoles(tuple(known.get(i, OUTPUT) for i in range(rank)))
+
+
+_LARGEST = 1 << 26
+"""Numbers in the moments of a convolution with feature groups, which has some for each output feature."""
 
 
 class _Sums(NamedTuple):
@@ -98,10 +103,11 @@ def row_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Moments
     """:class:`Moments` of the rows that each leaf multiplies in ``fn(params, *args)``, by the leaf's path.
 
     Of a dot, a row runs over the leaf's axes that are summed over, wherever they stand; of a convolution over its whole
-    window and its input features. In a scan over stacked layers there are moments for each layer, and where axes of the
-    leaf are batch axes or experts (``ragged_dot``), for each of these, over its own rows. A leaf with several sites has
-    all their rows together. Sites whose weight is computed, convolutions with feature groups, and leaves that are
-    summed over in more ways than one are left out.
+    window and its input features; with feature groups, depthwise ones too, each output feature has the moments of its
+    group's. In a scan over stacked layers there are moments for each layer, and where axes of the leaf are batch axes or
+    experts (``ragged_dot``), for each of these, over its own rows. A leaf with several sites has all their rows
+    together. Sites whose weight is computed, feature groups whose moments would be more than 2^26 numbers, and leaves
+    that are summed over in more ways than one are left out.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
@@ -231,7 +237,7 @@ def _rows(site: Site, op: Op) -> _Rows | None:
     if site.weight is None or len(site.activations) != 1 or not BARRED.isdisjoint(site.inside):
         return None
     weight, origin = site.operands[site.weight], op.tags[site.weight].origin
-    if not weight.exact or origin is None or site.groups != 1 or site.kind == "embed":
+    if not weight.exact or origin is None or site.kind == "embed":
         return None
     stacked = tuple(i for i in origin.stacked if weight.leaf_roles[i] == STACKED)
     layers = tuple(origin.shape[i] for i in stacked)
@@ -290,8 +296,17 @@ def _windows(site: Site, op: Op, origin: Origin, *, stacked: tuple[int, ...], sh
     if len(of) != sum(map(len, places)) or math.prod(sizes) != math.prod(origin.shape[a] for a in leaf_axes):
         return None
     order = [*(of[a] for a in leaf_axes), *(i for i in range(len(sizes)) if i not in of.values())]
+    features, apart = site.operands[1].shape[numbers.rhs_spec[0]], stacked
+    if site.groups != 1:
+        out = origin.axes[numbers.rhs_spec[0]]
+        if len(out) != 1 or origin.shape[out[0]] != features or features * math.prod(sizes) ** 2 > _LARGEST:
+            return None
+        apart = (*stacked, *out)
 
     def take(values: Sequence[jax.Array]) -> dict[str, _Sums]:
-        return {site.leaf or "": over_windows(values[0], eqn, _sums, sizes=sizes, order=order)}
+        sums = over_windows(values[0], eqn, _sums, sizes=sizes, order=order)
+        if site.groups != 1:
+            sums = jax.tree.map(lambda x: jnp.repeat(x, features // site.groups, axis=0), sums)
+        return {site.leaf or "": sums}
 
-    return _Rows(stacked, leaf_axes, window, shared, take)
+    return _Rows(apart, leaf_axes, window, shared, take)

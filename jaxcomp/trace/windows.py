@@ -12,7 +12,6 @@ from jax import lax
 from jax.extend import core
 
 from jaxcomp.core.bits import compute_dtype
-from jaxcomp.core.types import Shape
 from jaxcomp.trace.walk import shape_of
 
 _PATCHES = 1 << 24
@@ -33,13 +32,14 @@ def over_windows(
 
     Args:
       x: the convolution's input.
-      eqn: the convolution, of one feature group.
-      take: of rows, ``(windows, n)``.
-      sizes: of the input features and of the window.
+      eqn: the convolution.
+      take: of rows, ``(windows, n)``, or ``(groups, windows, n)`` where there are several feature groups.
+      sizes: of the input features of a group and of the window.
       order: in which of these a row's entries run, the slowest first.
     """
     batch = eqn.params["dimension_numbers"].lhs_spec[0]
-    wide = math.prod(sizes) * math.prod(shape_of(eqn.outvars[0])) // max(_features(eqn), 1)
+    windows = math.prod(shape_of(eqn.outvars[0])) // max(_features(eqn), 1)
+    wide = math.prod(sizes) * int(eqn.params["feature_group_count"]) * windows
     images = x.shape[batch]
     parts = next((k for k in range(1, images) if not images % k and wide // k <= _PATCHES), max(images, 1))
 
@@ -59,8 +59,9 @@ def _features(eqn: core.JaxprEqn) -> int:
 
 
 def _patches(x: jax.Array, eqn: core.JaxprEqn, *, sizes: Sequence[int], order: Sequence[int]) -> jax.Array:
-    """The windows as rows: ``(windows, n)``."""
+    """The windows as rows: ``(windows, n)``, or of each feature group."""
     p = eqn.params
+    groups = int(p["feature_group_count"])
     numbers: lax.ConvDimensionNumbers = p["dimension_numbers"]
     same = {name: p[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
     found = lax.conv_general_dilated_patches(
@@ -71,5 +72,7 @@ def _patches(x: jax.Array, eqn: core.JaxprEqn, *, sizes: Sequence[int], order: S
         **same,
     )
     found = jnp.moveaxis(found, numbers.out_spec[1], -1)
-    count: Shape = (found.size // max(math.prod(sizes), 1),)
-    return jnp.transpose(found.reshape(*count, *sizes), (0, *(i + 1 for i in order))).reshape(*count, -1)
+    count = found.size // max(math.prod(sizes) * groups, 1)
+    split = jnp.moveaxis(found.reshape(count, groups, *sizes), 1, 0)
+    rows = jnp.transpose(split, (0, 1, *(i + 2 for i in order))).reshape(groups, count, math.prod(sizes))
+    return rows[0] if groups == 1 else rows

@@ -123,6 +123,26 @@ def test_windows_of_a_convolution():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("groups", "features"), [(6, 6), (2, 8)], ids=["depthwise", "groups"])
+def test_feature_groups_are_solved_by_their_own_windows(groups, features):
+    def conv(p, x):
+        return lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    params = {"conv": normal(3, 3, 6 // groups, features)}
+    x, held = (jnp.cumsum(jnp.cumsum(normal(8, 12, 12, 6), 1), 2) / 4 for _ in range(2))
+    moments = row_moments(conv)(params, x)
+    for grid, keep in ((Int(3), None), (None, 0.5)):
+        if grid is not None:
+            ours, theirs = gptq(params, moments, grid), jc.quantize(grid, per=Channels(-1)).apply((), params)
+            assert ours["conv"].scale.shape == (1, 1, 1, features)
+        else:
+            prune = jc.prune(keep)
+            ours, theirs = sparsegpt(params, moments, keep), prune.apply(prune.init(params), params)
+        assert error(ours, conv, params, held) < 0.7 * error(theirs, conv, params, held)
+
+
 def test_each_layer_of_a_stack_is_solved_by_its_own_inputs():
     def layers(p, x):
         return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]

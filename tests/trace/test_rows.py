@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxcomp.trace import Moments, row_moments, row_moments_over
+from jaxcomp.trace import Moments, row_moments, row_moments_over, rows
 from jaxcomp.trace import windows as windows_of
 from tests.trace.models import normal
 
@@ -45,6 +45,45 @@ def test_windows_are_whole(spec, monkeypatch):
     assert found.roles(4).names == tuple(
         {"H": "spatial", "W": "spatial", "I": "contracted", "O": "output"}[c] for c in spec
     )
+
+
+@pytest.mark.parametrize(("groups", "features"), [(4, 4), (4, 12), (2, 6)], ids=["depthwise", "multiplier", "groups"])
+@pytest.mark.parametrize("spec", ["HWIO", "OIHW"])
+def test_each_output_feature_of_a_grouped_convolution_has_the_rows_of_its_group(groups, features, spec, monkeypatch):
+    order = ["HWIO".index(c) for c in spec]
+
+    def fn(p, x):
+        return lax.conv_general_dilated(
+            x, p["w"], (2, 2), "VALID", dimension_numbers=("NHWC", spec, "NHWC"), feature_group_count=groups
+        )
+
+    inputs = 4 // groups
+    params, x = {"w": jnp.transpose(normal(1, 3, 3, inputs, features), order)}, normal(2, 4, 7, 7, 4)
+    monkeypatch.setattr(windows_of, "_PATCHES", 400)  # in parts
+    found = row_moments(fn)(params, x)["w"]
+    assert found.apart == (spec.index("O"),)
+    assert found.summed == tuple(spec.index(c) for c in "HWI")
+    assert found.second.shape == (features, 9 * inputs, 9 * inputs)
+    for feature in range(features):
+        first = feature // (features // groups) * inputs
+        wanted = windows(np.asarray(x, np.float64)[..., first : first + inputs], 3, 2)
+        np.testing.assert_allclose(found.second[feature], wanted.T @ wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.first[feature], wanted.sum(0), rtol=1e-4, atol=1e-4)
+        assert float(found.count[feature]) == len(wanted)
+
+
+def test_moments_of_groups_that_would_be_too_large_are_left_out(monkeypatch):
+    def fn(p, x):
+        y = lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+        )
+        return y @ p["head"]
+
+    params = {"w": normal(1, 3, 3, 2, 4), "head": normal(2, 4, 3)}
+    monkeypatch.setattr(rows, "_LARGEST", 4 * 18 * 18 - 1)
+    assert set(row_moments(fn)(params, normal(3, 2, 5, 5, 4))) == {"head"}
+    monkeypatch.setattr(rows, "_LARGEST", 4 * 18 * 18)
+    assert set(row_moments(fn)(params, normal(3, 2, 5, 5, 4))) == {"w", "head"}
 
 
 def test_heads_experts_layers_and_a_leaf_that_layers_share():
