@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxcomp.core.batches import Batch
 from jaxcomp.core.roles import STACKED
-from jaxcomp.core.types import Params, PyTree, Shape
+from jaxcomp.core.types import PyTree, Shape
+from jaxcomp.ptq.growing import Growing
 from jaxcomp.ptq.targets import Exact, Given, Target, gaps, targets_of
 from jaxcomp.trace.cut_specs import Cuts, Scopes
 from jaxcomp.trace.cuts import Block, Blocks, Values, arrays_in, cut
@@ -78,21 +79,23 @@ class Asked(NamedTuple):
     """What is to be compressed.
 
     Fields:
-      known: paths of leaves.
-      held: of those that stay as they are, though they be biases.
+      known: names of leaves.
+      tree: where they are.
+      more: names of those that stay as they are, though they be biases, beside the ones that are compressed already.
     """
 
     known: frozenset[str]
-    held: frozenset[str]
+    tree: Growing
+    more: frozenset[str] = frozenset()
 
 
-def passes_of(fn: Fn, params: Params, batches: Sequence[Batch], asked: Asked, cuts: Cuts) -> list[list[Part]]:
+def passes_of(fn: Fn, batches: Sequence[Batch], asked: Asked, cuts: Cuts) -> list[list[Part]]:
     """The runs of the network, each from its beginning, as parts in order; the last is the last with something to do.
 
     A leaf that several blocks read is compressed in a run of its own, first and by the whole network, as what it gives
     to all of them counts. Where batches of other shapes give other blocks, all leaves are.
     """
-    kinds = [kind_of(batch) for batch in batches]
+    kinds, params = [kind_of(batch) for batch in batches], asked.tree.shapes()
     first = dict(zip(reversed(kinds), reversed(batches), strict=True))
 
     def blocks(cuts: Cuts) -> dict[Hashable, Blocks]:
@@ -100,9 +103,11 @@ def passes_of(fn: Fn, params: Params, batches: Sequence[Batch], asked: Asked, cu
 
     def part(found: Mapping[Hashable, Blocks], n: int, asked: Asked) -> Part:
         each = tuple(found[kind][n] for kind in kinds)
-        number = {path: str(i) for i, path in enumerate(each[0].paths)}
-        known, held = ({number[path] for path in some if path in number} for some in asked)
-        return Part(each, frozenset(held), _stages(each[0].program, known))
+        number = {name: str(i) for i, name in enumerate(each[0].paths)}
+        every = asked.known, asked.tree.compressed | asked.more
+        known, held = ({number[name] for name in some if name in number} for some in every)
+        layers = {i: asked.tree.place(name)[1] for name, i in number.items()}
+        return Part(each, frozenset(held), _stages(each[0].program, known, layers))
 
     found = blocks(cuts)
     orders = [[block.paths for block in some] for some in found.values()]
@@ -114,7 +119,7 @@ def passes_of(fn: Fn, params: Params, batches: Sequence[Batch], asked: Asked, cu
     if several & asked.known:
         passes.append([part(blocks(_WHOLE), 0, asked._replace(known=several & asked.known))])
     if asked.known - several:
-        left = Asked(asked.known - several, asked.held | several)
+        left = asked._replace(known=asked.known - several, more=several)
         parts = [part(found, n, left) for n in range(len(orders[0]))]
         last = max(n for n, one in enumerate(parts) if one.stages)
         passes.append(parts[: last + 1])
@@ -177,10 +182,16 @@ class Compiled:
         return self._found[key]
 
 
-def _stages(program: Program, known: set[str]) -> tuple[Stage, ...]:
-    """In the program's order; the layers of a scan one after the other, each with all its leaves."""
+def _stages(program: Program, known: set[str], apart: Mapping[str, Shape]) -> tuple[Stage, ...]:
+    """In the program's order; the layers of a scan one after the other, each with all its leaves.
+
+    Args:
+      program: of a block.
+      known: numbers of the leaves that are compressed.
+      apart: which layer of its leaf each number is, so that two of one leaf are not compressed at a time.
+    """
     ops = {op.location: op for op in program.flow.ops}
-    found: dict[tuple[Location, int], list[str]] = {}
+    found: dict[tuple[Location, int, Shape], list[str]] = {}
     around: dict[str, tuple[tuple[Location, ...], Shape]] = {}
     for site in sites_of(program):
         if site.leaf not in known or site.leaf in around or site.weight is None:
@@ -192,7 +203,8 @@ def _stages(program: Program, known: set[str]) -> tuple[Stage, ...]:
         around[site.leaf] = (scans, site.layer_steps) if sliced else ((), ())
         value = op.eqn.invars[site.activations[0]] if site.activations else None  # of a table that is looked up, none
         alone = value is None or (scans and not sliced)
-        found.setdefault((site.location[:-1], id(op) if alone else id(value)), []).append(site.leaf)
+        key = site.location[:-1], id(op) if alone else id(value), apart[site.leaf]
+        found.setdefault(key, []).append(site.leaf)
     stages: list[Stage] = []
     for (_, steps), together in groupby(found.values(), key=lambda names: around[names[0]]):
         each = [tuple(names) for names in together]

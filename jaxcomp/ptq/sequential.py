@@ -17,7 +17,9 @@ from jaxcomp.ptq.growing import Growing
 from jaxcomp.ptq.parts import GAP, Asked, Case, Compiled, Part, Stage, begun, passes_of
 from jaxcomp.ptq.targets import Exact, Gap, fitted, shifted
 from jaxcomp.trace.cut_specs import Cuts, Single
+from jaxcomp.trace.program import shapes_of
 from jaxcomp.trace.rows import Moments, chosen_moments, total
+from jaxcomp.trace.unrolling import stacks, unrolled
 from jaxcomp.trace.walk import Fn
 
 OWNER = "sequentially"
@@ -42,8 +44,9 @@ def sequentially(
 
     The network is :func:`~jaxcomp.ptq.cut` into blocks, and a block runs once for each of its leaves and layers, on
     what the block before gave: so the work grows with the depth, not with its square, and what enters a block is kept
-    for all batches. Blocks that are alike are compiled once for each shape of a batch. A scan is in one block, which
-    runs whole for each layer. A leaf that several blocks read, as a tied embedding, goes first, by runs of all.
+    for all batches. Blocks that are alike are compiled once for each shape of a batch. A scan that steps over stacked
+    leaves as they are is written out, so that its layers are blocks; any other is in one block, which runs whole for
+    each layer. A leaf that several blocks read, as a tied embedding, goes first, by runs of all.
 
     With ``targets`` the float network runs beside: before ``method`` gets a leaf ``W``, it is fitted to
 
@@ -90,9 +93,12 @@ def sequentially(
 
     def compressed(params: Params, batches: Iterable[PyTree]) -> Params:
         many = all_batches(OWNER, batches)
-        tree = Growing(params)
-        asked = Asked(frozenset(jax.eval_shape(gather, None, tree.dense(), *many[0])), tree.compressed)
-        passes = passes_of(fn, tree.dense(), many, asked, cuts)
+        shapes = shapes_of(params)
+        wanted = jax.eval_shape(gather, None, shapes, *many[0])
+        apart = {path: n for path, n in stacks(fn)(shapes, *many[0]).items() if n > 1}
+        tree = Growing(params, apart if apart.keys() & wanted.keys() else {})
+        asked = Asked(frozenset(name for path in wanted for name in tree.names(path)), tree)
+        passes = passes_of(unrolled(fn), many, asked, cuts)
         walk = _Walk(tree, method, targets)
         with progress(f"{OWNER}: leaves", sum(len(part.stages) for parts in passes for part in parts)) as advance:
             for parts in passes:
@@ -138,19 +144,20 @@ class _Walk:
 
     def stage(self, part: Part, stage: Stage, seen: Mapping[str, PyTree]) -> None:
         """Puts what the method makes of the leaves of a stage in their places."""
-        layer, paths = stage.layer, {name: part.paths[int(name)] for name in stage.names}
+        layer, names = stage.layer, {number: part.paths[int(number)] for number in stage.names}
+        paths = {number: self.tree.place(name)[0] for number, name in names.items()}
         moments = {name: _at(seen[name], layer) for name in paths}
         targets = self.compiled.of(part, part.blocks[0]).targets
         gaps = {name: jax.tree.map(lambda x: x[layer], seen[GAP + name]) for name in paths if name in targets}
-        leaves = {path: self.tree.given(path, layer) for path in paths.values()}
-        before = {name: self.tree.now(paths[name], layer) for name in gaps}
+        leaves = {path: self.tree.given(names[number], layer) for number, path in paths.items()}
+        before = {name: self.tree.now(names[name], layer) for name in gaps}
         for name, gap in gaps.items():
             leaves[paths[name]] = self.fitted(paths[name], before[name], moments[name], gap)
         new = self.method(leaves, {paths[name]: m for name, m in moments.items()})
         if lost := [path for path in leaves if path not in new]:
             raise ValueError(f"{OWNER}: method gave nothing for {some_paths(lost)}; give a leaf for each.")
         for name, path in paths.items():
-            self.tree.take(path, layer, new[path])
+            self.tree.take(names[name], layer, new[path])
             bias = targets[name][0].bias if name in gaps else None
             if bias is not None and gaps[name].first is not None:
                 shift: NDArray[np.float64] = shifted(moments[name], gaps[name], before[name], dense(new[path]))

@@ -103,11 +103,11 @@ def row_moments(fn: Fn, where: Where = r".*") -> Callable[..., dict[str, Moments
     """:class:`Moments` of the rows that each leaf multiplies in ``fn(params, *args)``, by the leaf's path.
 
     Of a dot, a row runs over the leaf's axes that are summed over, wherever they stand; of a convolution over its whole
-    window and its input features; with feature groups, depthwise ones too, each output feature has the moments of its
-    group's. In a scan over stacked layers there are moments for each layer, and where axes of the leaf are batch axes or
-    experts (``ragged_dot``), for each of these, over its own rows. A leaf with several sites has all their rows
-    together. Sites whose weight is computed, feature groups whose moments would be more than 2^26 numbers, and leaves
-    that are summed over in more ways than one are left out.
+    window and its input features; with feature groups, depthwise ones too, each output feature has its group's moments.
+    In a scan over stacked layers there are moments for each layer, and where axes of the leaf are batch axes or experts
+    (``ragged_dot``), for each of these, over its own rows. A leaf with several sites has all their rows together. Sites
+    whose weight is computed, feature groups whose moments would be more than 2^26 numbers, and leaves that are summed
+    over in more ways than one are left out.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.

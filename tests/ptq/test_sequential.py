@@ -163,3 +163,60 @@ def test_a_block_runs_for_its_own_leaves_alone(monkeypatch):
     assert runs == {2: 2 * 2 * 3, 4: 4 * 2 * 3}
     with pytest.raises(TypeError, match=r"cut: cuts must be Single\(\), Layers\(\) or Scopes\(pattern\), got 3"):
         sequentially(residual, rounded, r"layers/.*", cuts=3)(params, batches)
+
+
+def stacked(p, x, scale):
+    """:func:`residual` with its layers in a scan, each with a bias of its own."""
+
+    def layer(x, w):
+        return x + scale * (jnp.tanh(x @ w["up"] + w["bias"][None]) @ w["down"]), None
+
+    return jax.lax.scan(layer, x, p["layers"])[0] @ p["head"].T
+
+
+def written_out(p, x, scale):
+    """The same in a list of layers."""
+    for w in p["layers"]:
+        x = x + scale * (jnp.tanh(x @ w["up"] + w["bias"][None]) @ w["down"])
+    return x @ p["head"].T
+
+
+@pytest.mark.parametrize("targets", [None, Exact()], ids=str)
+def test_the_layers_of_a_scan_are_blocks_of_their_own(targets, monkeypatch):
+    each = [{**w, "bias": normal(12)} for w in layers(3)]
+    apart = {"layers": each, "head": normal(3, 6)}
+    params = {**apart, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *each)}
+    batches = [(normal(5, 6), jnp.float32(0.5)), (normal(3, 6), jnp.float32(0.7))]
+    looked, before = [], Alike.__init__
+
+    def counting(self, part, block, how):
+        before(self, part, block, how)
+        look = self.look
+        self.look = lambda *given: looked.append(block.paths) or look(*given)
+
+    monkeypatch.setattr(Alike, "__init__", counting)
+    runs = []
+    for fn, tree in ((stacked, params), (written_out, apart)):
+        looked.clear()
+        runs.append(sequentially(fn, rounded, r"layers/.*", targets=targets)(tree, batches))
+        assert max(map(len, looked)) <= 3  # a layer at a time
+        assert len(looked) == 3 * 2 * 2
+    made, want = runs
+    for i, layer in enumerate(want["layers"]):
+        for name, leaf in layer.items():
+            np.testing.assert_allclose(made["layers"][name][i], leaf, rtol=2e-4, atol=2e-5)
+    assert (targets is None) == bool((made["layers"]["bias"] == params["layers"]["bias"]).all())
+
+
+def test_layers_of_a_scan_that_read_one_value_go_one_after_the_other():
+    """What a method is given has one layer of a leaf; the layers of this one all multiply ``x``."""
+    fn = lambda p, x: jax.lax.scan(lambda h, w: (h + x @ w, None), x, p["w"])[0]  # noqa: E731
+    params, given = {"w": normal(3, 4, 4)}, []
+
+    def method(leaves, moments):
+        given.append({path: w.shape for path, w in leaves.items()})
+        return {path: 2 * w for path, w in leaves.items()}
+
+    made = sequentially(fn, method)(params, [normal(5, 4)])
+    assert given == [{"w": (4, 4)}] * 3
+    np.testing.assert_array_equal(made["w"], 2 * params["w"])
