@@ -138,10 +138,10 @@ def score(states: Callable[..., jax.Array], params: Any) -> Score:
 # ---- rows
 
 
-def _solved(method: Callable[[Any, Any], Any], how: Setting) -> Any:
+def _solved(method: Callable[[Any, Any], Any], how: Setting, net: Any = None) -> Any:
     """The kernels in the program's order, each towards what it gave in the float network."""
-    net = network()
-    return sequentially(net.states, method, KERNELS, targets=Exact())(net.params, batches(how.solved))
+    fn, params = net or network()[:2]
+    return sequentially(fn, method, KERNELS, targets=Exact())(params, batches(how.solved))
 
 
 def _distilled(params: Any, how: Setting, student: Any = None) -> Any:
@@ -206,8 +206,8 @@ def _on_integers(bits: int, how: Setting) -> dict[str, Score]:
     if bits == 8:
         cases = {"as it is": (net.states, net.params), "smoothed": (done.fn, done.params)}
         return {name: judged_on_integers(fn, _in_eight(fn, params, data)) for name, (fn, params) in cases.items()}
-    moments = row_moments_over(done.fn, KERNELS)(done.params, [data])
-    weights = gptq(done.params, moments, jc.Int(bits, symmetric=False), per=jc.Groups(64), scale=MSE())
+    given: dict[str, Any] = {"per": jc.Groups(64), "scale": MSE()}
+    weights = _solved(lambda p, m: gptq(p, m, jc.Int(bits, symmetric=False), **given), how, (done.fn, done.params))
     scores = {"smoothed": judged_on_integers(done.fn, weights)}
     weights = _distilled(weights, how, done.fn)
     return scores | {f"smoothed, {how.steps} steps": judged_on_integers(done.fn, jc.pack(weights))}
