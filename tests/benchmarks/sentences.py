@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +81,8 @@ def batches(count: int) -> list[Batch]:
 
 
 def _pieces(tokens: Any, sentences: list[str]) -> Iterator[Callable[[int], list[int]]]:
-    """What gives the next so many tokens, from the beginning of a sentence on."""
-    ahead = iter(sentences)
+    """What gives the next so many tokens, from the beginning of a sentence on; behind the last comes the first."""
+    ahead = cycle(sentences)
 
     def take(count: int) -> list[int]:
         found: list[int] = []
