@@ -19,7 +19,7 @@ from jaxcomp.ptq.targets import Exact, Gap, fitted, shifted
 from jaxcomp.trace.cut_specs import Cuts, Single
 from jaxcomp.trace.program import shapes_of
 from jaxcomp.trace.rows import Moments, chosen_moments, total
-from jaxcomp.trace.unrolling import stacks, unrolled
+from jaxcomp.trace.unrolling import stacks, written_out
 from jaxcomp.trace.walk import Fn
 
 OWNER = "sequentially"
@@ -98,7 +98,7 @@ def sequentially(
         apart = {path: n for path, n in stacks(fn)(shapes, *many[0]).items() if n > 1}
         tree = Growing(params, apart if apart.keys() & wanted.keys() else {})
         asked = Asked(frozenset(name for path in wanted for name in tree.names(path)), tree)
-        passes = passes_of(unrolled(fn), many, asked, cuts)
+        passes = passes_of(written_out(fn), many, asked, cuts)
         walk = _Walk(tree, method, targets)
         with progress(f"{OWNER}: leaves", sum(len(part.stages) for parts in passes for part in parts)) as advance:
             for parts in passes:

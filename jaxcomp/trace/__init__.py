@@ -19,6 +19,7 @@ from jaxcomp.trace.roles import roles
 from jaxcomp.trace.rolling import Rolled, rolled
 from jaxcomp.trace.rows import Moments, row_moments, row_moments_over
 from jaxcomp.trace.sites import Operand, Site, sites
+from jaxcomp.trace.unrolling import Slices, Unrolled, unrolled
 
 __all__ = [
     "A100",
@@ -37,7 +38,9 @@ __all__ = [
     "Range",
     "Rolled",
     "Site",
+    "Slices",
     "Stats",
+    "Unrolled",
     "absmax",
     "activation_name",
     "averaged",
@@ -60,4 +63,5 @@ __all__ = [
     "row_moments_over",
     "sites",
     "trace",
+    "unrolled",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcomp.core.types import Params, PyTree, Shape
+from jaxcomp.core.leaves import dense, is_compressed, method_of
+from jaxcomp.core.paths import leaves_with_paths
+from jaxcomp.core.types import Leaf, Params, PyTree, Shape
 from jaxcomp.trace import nested, walk
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.interpreter import Claim
@@ -18,12 +20,14 @@ from jaxcomp.trace.primitives import CUSTOM_RULE
 from jaxcomp.trace.program import Program, shape_like, trace
 from jaxcomp.trace.walk import Fn, Location
 
+OWNER = "unrolled"
+
 
 class Slices:
-    """What stands in a tree for a leaf whose layers are apart: one array for each index of its first axis.
+    """What stands in a tree for a leaf whose layers are apart: one leaf for each index of its first axis.
 
     Args:
-      layers: arrays, or their shapes, in order.
+      layers: arrays, their shapes, or compressed leaves, in order.
     """
 
     def __init__(self, layers: Iterable[Any]) -> None:
@@ -35,8 +39,8 @@ class Slices:
         return (len(self.layers), *self.layers[0].shape)
 
     def dense(self) -> jax.Array:
-        """The leaf."""
-        return jnp.stack(self.layers)
+        """The leaf as an array."""
+        return jnp.stack([dense(layer) for layer in self.layers])
 
     def __repr__(self) -> str:
         return f"Slices({len(self.layers)} of {self.shape[1:]})"
@@ -68,7 +72,90 @@ def stacks(fn: Fn) -> Callable[..., dict[str, int]]:
     return found
 
 
-def unrolled(fn: Fn) -> Fn:
+class Unrolled:
+    """A network whose stacked layers are leaves of their own.
+
+    Attributes:
+      fn: ``fn(tree, *args)``, of the unrolled tree.
+      layers: the leaves that are apart, by path, and how many layers they have.
+    """
+
+    def __init__(self, fn: Fn, layers: Mapping[str, int]) -> None:
+        self.fn, self.layers = written_out(fn), dict(layers)
+
+    def unroll(self, params: Params) -> Params:
+        """The tree in which :class:`Slices` stand for stacked leaves.
+
+        Raises:
+          TypeError: a compressed leaf whose layers cannot be told apart, such as a packed one.
+        """
+
+        def one(path: str, leaf: Leaf) -> Leaf:
+            if path not in self.layers:
+                return leaf
+            n = self.layers[path]
+            layers = [jax.tree.map(lambda x, i=i: x[min(i, len(x) - 1)], leaf) for i in range(n)]
+            return Slices(_checked(path, layers, leaf.shape[1:], "unroll the arrays, then compress them"))
+
+        named, tree = leaves_with_paths(params, is_leaf=is_compressed)
+        return tree.unflatten([one(path, leaf) for path, leaf in named])
+
+    def roll(self, tree: Params) -> Params:
+        """The tree as it was, from an unrolled one of arrays or leaves that are compressed alike in all layers.
+
+        Raises:
+          TypeError: layers that are compressed in different ways, or so that they cannot be stacked, as packed ones.
+        """
+
+        def one(path: str, leaf: Leaf) -> Leaf:
+            if not _is_slices(leaf):
+                return leaf
+            mend = "compress all layers alike, and pack the tree when it is rolled"
+            if len({jax.tree.structure(layer) for layer in leaf.layers}) > 1:
+                raise TypeError(f"{OWNER}: the layers of {path!r} are compressed in different ways; {mend}.")
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaf.layers)
+            return _checked(path, [stacked], leaf.shape, mend)[0]
+
+        named, treedef = leaves_with_paths(tree, is_leaf=_is_slices)
+        return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+    def __repr__(self) -> str:
+        return f"<Unrolled {', '.join(f'{n} x {path}' for path, n in self.layers.items()) or 'nothing'}>"
+
+
+def unrolled(fn: Fn) -> Callable[..., Unrolled]:
+    """Scans of ``fn(params, *args)`` that step over stacked leaves, written out: each layer has leaves of its own.
+
+    What goes by leaves, or by blocks, then goes by layers: a width or a rank for each, and
+    :func:`~jaxcomp.ptq.reconstruct` layer by layer. The other way round is :func:`~jaxcomp.trace.rolled`.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+
+    Returns:
+      A function of ``(params, *args)``, arrays or their shapes, giving :class:`Unrolled`: ``fn``, of the unrolled tree,
+      and ``unroll`` and ``roll`` from tree to tree.
+
+    >>> fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]
+    >>> params, x = {"layers": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])}, jnp.ones((1, 2))
+    >>> found = unrolled(fn)(params, x)
+    >>> found, [path for path, _ in leaves_with_paths(found.unroll(params))[0]]
+    (<Unrolled 2 x layers>, ['layers/0', 'layers/1'])
+    >>> bool((found.fn(found.unroll(params), x) == fn(params, x)).all())
+    True
+    """
+    return lambda params, *args: Unrolled(fn, stacks(fn)(params, *args))
+
+
+def _checked(path: str, leaves: list[Leaf], shape: Shape, mend: str) -> list[Leaf]:
+    """The leaves, if they are of this shape."""
+    for leaf in leaves:
+        if tuple(leaf.shape) != tuple(shape):
+            raise TypeError(f"{OWNER}: {path!r} is compressed ({method_of(leaf)}), and its layers do not part; {mend}.")
+    return leaves
+
+
+def written_out(fn: Fn) -> Fn:
     """``fn`` of a tree some of whose stacked leaves are :class:`Slices`: the scans over these are written out.
 
     Where such a leaf is read otherwise it is stacked.
@@ -78,20 +165,20 @@ def unrolled(fn: Fn) -> Fn:
 
     >>> fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]
     >>> layers = [jnp.eye(2), 2 * jnp.eye(2)]
-    >>> jaxpr = jax.make_jaxpr(unrolled(fn))({"layers": Slices(layers)}, jnp.ones((1, 2)))
+    >>> jaxpr = jax.make_jaxpr(written_out(fn))({"layers": Slices(layers)}, jnp.ones((1, 2)))
     >>> [e.primitive.name for e in jaxpr.jaxpr.eqns]
     ['dot_general', 'tanh', 'dot_general', 'tanh']
     """
 
     @wraps(fn)
-    def written_out(tree: Params, *args: PyTree) -> PyTree:
+    def run(tree: Params, *args: PyTree) -> PyTree:
         program = trace(fn, jax.tree.map(_whole, tree, is_leaf=_is_slices), *args)
         values = program.flatten(tree, *args)
         apart = [str(i) if _is_slices(value) else None for i, value in enumerate(values)]
         claims = {at: Claim(partial(_in_turn, eqn)) for at, (eqn, _) in _loops(program, apart).items()}
         return evaluate(program, claims, values, to_array=_array).out
 
-    return written_out
+    return run
 
 
 def _is_slices(x: object) -> bool:
