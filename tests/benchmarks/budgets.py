@@ -150,6 +150,7 @@ def row(case: Case, name: str, budget: Any, recover: Recovery | None, folder: Pa
 def draw(rows: list[dict[str, Any]], own: set[str], file: Path) -> None:
     """Accuracy against bytes: ours a line, the recipes points."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     ours = sorted((r for r in rows if r["name"] in own), key=lambda r: r["bytes"])
@@ -158,6 +159,9 @@ def draw(rows: list[dict[str, Any]], own: set[str], file: Path) -> None:
         if r["name"] not in own:
             axes.plot(r["bytes"], r["accuracy"], "s", label=r["name"])
     axes.set(xscale="log", xlabel="bytes of the file", ylabel="accuracy on the test split")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     figure.savefig(file, dpi=150)
 
