@@ -144,23 +144,23 @@ class _Walk:
 
     def stage(self, part: Part, stage: Stage, seen: Mapping[str, PyTree]) -> None:
         """Puts what the method makes of the leaves of a stage in their places."""
-        layer, names = stage.layer, {number: part.paths[int(number)] for number in stage.names}
-        paths = {number: self.tree.place(name)[0] for number, name in names.items()}
-        moments = {name: _at(seen[name], layer) for name in paths}
+        layer, names = stage.layer, {n: part.paths[int(n)] for n in stage.names}
+        paths = {n: self.tree.place(name)[0] for n, name in names.items()}
+        moments = {n: _at(seen[n], layer) for n in names}
         targets = self.compiled.of(part, part.blocks[0]).targets
-        gaps = {name: jax.tree.map(lambda x: x[layer], seen[GAP + name]) for name in paths if name in targets}
-        leaves = {path: self.tree.given(names[number], layer) for number, path in paths.items()}
-        before = {name: self.tree.now(names[name], layer) for name in gaps}
-        for name, gap in gaps.items():
-            leaves[paths[name]] = self.fitted(paths[name], before[name], moments[name], gap)
-        new = self.method(leaves, {paths[name]: m for name, m in moments.items()})
+        gaps = {n: jax.tree.map(lambda x: x[layer], seen[GAP + n]) for n in names if n in targets}
+        leaves = {paths[n]: self.tree.given(name, layer) for n, name in names.items()}
+        before = {n: self.tree.now(names[n], layer) for n in gaps}
+        for n, gap in gaps.items():
+            leaves[paths[n]] = self.fitted(paths[n], before[n], moments[n], gap)
+        new = self.method(leaves, {paths[n]: m for n, m in moments.items()})
         if lost := [path for path in leaves if path not in new]:
             raise ValueError(f"{OWNER}: method gave nothing for {some_paths(lost)}; give a leaf for each.")
-        for name, path in paths.items():
-            self.tree.take(names[name], layer, new[path])
-            bias = targets[name][0].bias if name in gaps else None
-            if bias is not None and gaps[name].first is not None:
-                shift: NDArray[np.float64] = shifted(moments[name], gaps[name], before[name], dense(new[path]))
+        for n, path in paths.items():
+            self.tree.take(names[n], layer, new[path])
+            bias = targets[n][0].bias if n in gaps else None
+            if bias is not None and gaps[n].first is not None:
+                shift: NDArray[np.float64] = shifted(moments[n], gaps[n], before[n], dense(new[path]))
                 self.tree.move(part.paths[int(bias)], shift, layer)
 
     def fitted(self, path: str, leaf: jax.Array, moments: Moments, gap: Gap) -> jax.Array:
