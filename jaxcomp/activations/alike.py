@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.activations.codes import Codes, Value
+from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.float_products import Form, Pair, float_product
 from jaxcomp.core.barriers import made_once
@@ -66,16 +66,12 @@ def _product(x: Value, y: Value, factors: Pair, rest: tuple[Value, ...], *, how:
         factors = first, second
 
     def run(x: Value, y: Value, factors: Pair, rest: tuple[Value, ...]) -> jax.Array:
-        return float_product(how.op, how.form)(_value(x), _value(y), factors, rest)
+        return float_product(how.op, how.form)(array_of(x), array_of(y), factors, rest)
 
     if isinstance(x, Codes) or isinstance(y, Codes):
         # Or a scan over layers keeps the dense weights of all of them for the backward pass, beside their codes.
         run = jax.checkpoint(run, prevent_cse=False)
     return run(x, y, factors, rest)
-
-
-def _value(x: Value) -> jax.Array:
-    return x.dense() if isinstance(x, Codes) else x
 
 
 def _once(f: Factor) -> Factor:

@@ -61,6 +61,11 @@ Value = jax.Array | Codes
 """What stands in a program where a leaf that may have codes came by."""
 
 
+def array_of(value: Value) -> jax.Array:
+    """The array that a value is, or that its codes stand for."""
+    return value.dense() if isinstance(value, Codes) else value
+
+
 def codes_of(leaf: CompressedLeaf, stepped: frozenset[int] = frozenset()) -> Codes | Why:
     """The codes of a compressed leaf, or why it has none; ``stepped`` are axes that a scan steps over.
 
@@ -135,7 +140,7 @@ def joined(op: Op, *values: Value) -> Sequence[Value]:
     boxes = [v for v in values if isinstance(v, Codes)]
     alike = len({(box.zero is None, box.dtype, box.codes.dtype) for box in boxes}) == 1
     if len(boxes) < len(values) or not alike:
-        return op.bind(*(v.dense() if isinstance(v, Codes) else v for v in values))
+        return op.bind(*map(array_of, values))
     axis = op.eqn.params.get("dimension")  # a stack has none: its axis is new
 
     def join(parts: list[jax.Array]) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
-from jaxcomp.activations.codes import Codes, Value
+from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, Names, encode, fake_quantize, float8_codes, scale_blocks
 from jaxcomp.activations.float_products import Form, long_sum, no_codes, value_product
@@ -58,7 +58,7 @@ class Operand(NamedTuple):
 
     def dense(self) -> jax.Array:
         """The value as an array."""
-        return self.value.dense() if isinstance(self.value, Codes) else self.value
+        return array_of(self.value)
 
 
 @dataclass(frozen=True)

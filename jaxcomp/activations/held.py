@@ -17,7 +17,7 @@ from typing import TypeVar
 import jax
 
 from jaxcomp.activations import codes as as_arrays
-from jaxcomp.activations.codes import Codes, Value, codes_of, filled, passing
+from jaxcomp.activations.codes import Codes, Value, array_of, codes_of, filled, passing
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.reasons import Why
 from jaxcomp.activations.thin_claims import stepped_axes
@@ -66,7 +66,7 @@ class Held:
     def dense(self) -> jax.Array:
         """The array here."""
         value = self.array()
-        return value.dense() if isinstance(value, Codes) else value
+        return array_of(value)
 
     @property
     def waits(self) -> bool:

@@ -13,7 +13,7 @@ from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Leaf, Params
 from jaxcomp.trace.program import shape_like
-from jaxcomp.trace.unrolling import Slices
+from jaxcomp.trace.unrolling import Slices, layer_of
 
 Layer = tuple[int, ...]
 
@@ -69,9 +69,7 @@ class Growing:
     def given(self, name: str, layer: Layer) -> Leaf:
         """One layer of a leaf as it was given; what its layers share stays."""
         path, layer = self.place(name, layer)
-        return jax.tree.map(
-            lambda x: x[tuple(min(i, n - 1) for i, n in zip(layer, x.shape, strict=False))], self._given[path]
-        )
+        return layer_of(self._given[path], layer)
 
     def now(self, name: str, layer: Layer) -> jax.Array:
         """One layer of a leaf as it is now, dense."""

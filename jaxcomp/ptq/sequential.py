@@ -96,9 +96,10 @@ def sequentially(
         shapes = shapes_of(params)
         wanted = jax.eval_shape(gather, None, shapes, *many[0])
         apart = {path: n for path, n in stacks(fn)(shapes, *many[0]).items() if n > 1}
-        tree = Growing(params, apart if apart.keys() & wanted.keys() else {})
+        apart = apart if apart.keys() & wanted.keys() else {}
+        tree = Growing(params, apart)
         asked = Asked(frozenset(name for path in wanted for name in tree.names(path)), tree)
-        passes = passes_of(written_out(fn), many, asked, cuts)
+        passes = passes_of(written_out(fn) if apart else fn, many, asked, cuts)
         walk = _Walk(tree, method, targets)
         with progress(f"{OWNER}: leaves", sum(len(part.stages) for parts in passes for part in parts)) as advance:
             for parts in passes:

@@ -93,8 +93,7 @@ class Unrolled:
         def one(path: str, leaf: Leaf) -> Leaf:
             if path not in self.layers:
                 return leaf
-            n = self.layers[path]
-            layers = [jax.tree.map(lambda x, i=i: x[min(i, len(x) - 1)], leaf) for i in range(n)]
+            layers = [layer_of(leaf, (i,)) for i in range(self.layers[path])]
             return Slices(_checked(path, layers, leaf.shape[1:], "unroll the arrays, then compress them"))
 
         named, tree = leaves_with_paths(params, is_leaf=is_compressed)
@@ -145,6 +144,15 @@ def unrolled(fn: Fn) -> Callable[..., Unrolled]:
     True
     """
     return lambda params, *args: Unrolled(fn, stacks(fn)(params, *args))
+
+
+def layer_of(leaf: Leaf, layer: tuple[int, ...]) -> Leaf:
+    """One layer of a stacked leaf, compressed or not; what its layers share stays.
+
+    >>> layer_of(jnp.array([[1, 2], [3, 4]]), (1,)).tolist(), layer_of(jnp.array([[5, 6]]), (1,)).tolist()
+    ([3, 4], [5, 6])
+    """
+    return jax.tree.map(lambda x: x[tuple(min(i, n - 1) for i, n in zip(layer, x.shape, strict=False))], leaf)
 
 
 def _checked(path: str, leaves: list[Leaf], shape: Shape, mend: str) -> list[Leaf]:
