@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxcomp.core.types import DType
-from jaxcomp.kernels import pallas_mosaic, pallas_triton
+from jaxcomp.kernels import llvm_products, pallas_mosaic, pallas_triton
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.weight_only import summable
@@ -33,7 +33,8 @@ class Row(NamedTuple):
 
 
 TABLE = (
-    Row("cpu", ANY, "one", ("sums", "chunks", "whole")),
+    Row("cpu", ANY, "one", ("llvm", "sums", "chunks", "whole")),
+    Row("cpu", ANY, "few", ("llvm", "chunks", "whole")),
     Row("cpu", ANY, ANY, ("chunks", "whole")),
     Row("cuda", "bytes", "one", ("sums", "triton", "whole")),
     Row("cuda", ANY, "one", ("triton", "sums", "whole")),
@@ -114,15 +115,17 @@ FORMS: Mapping[str, Form] = {
     "sums": Form(frozenset({ANY}), _sums),
     "chunks": Form(frozenset({"cpu"}), _chunks),
     "whole": Form(frozenset({ANY}), _whole),
+    "llvm": Form(frozenset({"cpu"}), _kernel(llvm_products.refusal, _FLOATS)),
     "triton": Form(frozenset({"cuda"}), _triton),
     "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
 }
 """The forms of a product of float activations and a packed weight.
 
 "sums": bytes times activations, summed, in XLA's kernels. "chunks": some features dequantized at a time. "whole": all
-of them. "triton", "mosaic": Pallas kernels.
+of them. "llvm": code of our own for the processor that is there, if llvmlite is installed. "triton", "mosaic": Pallas
+kernels.
 """
-UNPROMISED = frozenset({"triton"})
+UNPROMISED = frozenset({"llvm", "triton"})
 """Forms that a kept program holds only where they are asked for."""
 
 
@@ -176,7 +179,7 @@ def forms_of(rows: int, dtype: DType, w: PackedWeight) -> str:
     >>> from jaxcomp.quantization.grids import Int
     >>> w = PackedWeight(jnp.zeros((8, 64), jnp.uint8), jnp.ones((8, 1)), None, Int(4), 128, 128, 128, jnp.float32)
     >>> forms_of(1, jnp.dtype(jnp.bfloat16), w)
-    'sums on cpu and rocm, triton on cuda, mosaic on tpu'
+    'llvm on cpu, triton on cuda, sums on rocm, mosaic on tpu'
     >>> forms_of(100, jnp.dtype(jnp.bfloat16), w)
     'chunks on cpu, whole on cuda, rocm and tpu'
     """

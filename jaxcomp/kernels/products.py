@@ -18,6 +18,7 @@ from jax.interpreters import batching, mlir
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
 from jaxcomp.kernels.forms import BACKENDS, Product, form_of
+from jaxcomp.kernels.llvm_products import llvm_product
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
@@ -49,7 +50,7 @@ def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None, fo
     [21.0, -18.5]
     >>> weight_only(jnp.array([1.0, 10.0]), w, form="mosaic")
     Traceback (most recent call last):
-    ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'sums' runs: ask for it...
+    ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'llvm' runs: ask for it...
     """
     rows = x.reshape(-1, w.length)
     y = _product(rows, w, jax.numpy.dtype(dtype or x.dtype), form)
@@ -92,7 +93,7 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
 
 
 _KERNELS = {"triton": triton_product, "mosaic": mosaic_product}
-_PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole}
+_PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole, "llvm": llvm_product}
 _SUMS: dict[str, Run] = {"cpu": sums_of_bytes}
 
 

@@ -1,8 +1,8 @@
 """Decoding on a CPU with weights alone in codes: four layers of 4096^2, one row, over the float32 products beside them.
 
 ``python -m tests.benchmarks decode``, under ``taskset -c 0`` for one core. Peak memory is counted, not sampled: the
-bytes of arguments, results and temporaries in the compiled program. An exported file that onnxruntime runs
-(MatMulNBits) is the faster answer on a CPU; these rows say what stays in JAX.
+bytes of arguments, results and temporaries in the compiled program. Beside the form that the table of forms chooses,
+the best one in plain jax.numpy, as it runs without llvmlite.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 import jaxcomp as jc
+from jaxcomp.kernels import weight_only
+from jaxcomp.kernels.weight_only import summable
 from tests.benchmarks.gpu_cases import Call, Compiled, Ran, Setting, run_cases
 from tests.benchmarks.gpu_products import GRIDS, LAYERS, layers, our_layers
 from tests.benchmarks.timing import Report, Row
@@ -43,6 +45,7 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
         makers[f"{grid}, materialized"] = partial(Compiled, lambda p, x: layers(jc.materialize(p), x), tree, x)
         makers[f"{grid}, as packed"] = partial(our_layers, tree, x, {}, prepare=False)
         makers[f"{grid}, prepared"] = partial(our_layers, tree, x, {}, prepare=True)
+        makers[f"{grid}, prepared, plain jax.numpy"] = partial(_plain, tree, x)
         aims[f"{grid}, prepared"] = AIMS[grid] if len(x) == 1 else ""
     ran = run_cases(makers, setting, inner=3, rounds=11)
     rows = []
@@ -52,6 +55,19 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
     rows += [_memory(ran, name, aims) for name in makers if name not in (FLOAT, AGAIN)]
     batch, d = x.shape
     return ran.report(f"{LAYERS} layers of {d}^2, float32, batch {batch}", rows, FLOAT)
+
+
+def _plain(tree: Any, x: jax.Array) -> Call:
+    """The layers of a prepared tree in the form without llvmlite."""
+    made = jc.prepare(tree, layers, x)
+
+    def run(tree: Any, x: jax.Array) -> jax.Array:
+        for name in sorted(tree):
+            w = tree[name].weight
+            x = weight_only(x, w, form="sums" if len(x) == 1 and summable(w) else "chunks")
+        return x
+
+    return Compiled(run, made, x)
 
 
 def _memory(ran: Ran, name: str, aims: dict[str, str]) -> Row:

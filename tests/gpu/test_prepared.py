@@ -67,7 +67,7 @@ def test_a_prepared_weight_multiplies_as_the_dense_one(grid, shape, dtype) -> No
     check_product(run(made, None, x), tree, x)
 
 
-@pytest.mark.parametrize("form", ["sums", "chunks", "whole", "triton", "mosaic"])
+@pytest.mark.parametrize("form", ["sums", "chunks", "whole", "llvm", "triton", "mosaic"])
 @pytest.mark.parametrize("shape", [(1, 384, 200), (16, 1024, 512)], ids=str)
 @pytest.mark.parametrize("grid", ["int8", "int4 groups", "int4 groups asymmetric"])
 def test_each_form_of_the_backend_is_right(grid, shape, form) -> None:

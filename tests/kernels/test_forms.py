@@ -62,22 +62,22 @@ def test_what_is_known_of_a_product_decides(change, cuda, tpu) -> None:
 
 
 def test_a_report_says_all_backends_in_one_line() -> None:
-    assert forms_of(1, BF16, WEIGHT) == "sums on cpu and rocm, triton on cuda, mosaic on tpu"
+    assert forms_of(1, BF16, WEIGHT) == "llvm on cpu, triton on cuda, sums on rocm, mosaic on tpu"
     assert forms_of(100, BF16, WEIGHT) == "chunks on cpu, whole on cuda, rocm and tpu"
 
 
 def test_a_form_that_is_not_there_is_named_with_what_runs() -> None:
     x = activations(INT4, jnp.bfloat16)
-    with pytest.raises(ValueError, match="'triton' does not run on cpu here: it is for cuda; 'sums' runs: ask for it"):
+    with pytest.raises(ValueError, match="'triton' does not run on cpu here: it is for cuda; 'llvm' runs: ask for it"):
         weight_only(x, WEIGHT, form="triton")
-    with pytest.raises(ValueError, match="there is no form 'fast'; there are sums, chunks, whole, triton, mosaic, or"):
+    with pytest.raises(
+        ValueError, match="there is no form 'fast'; there are sums, chunks, whole, llvm, triton, mosaic"
+    ):
         weight_only(x, WEIGHT, form="fast")
     three, _ = weight_of(Case(3, 16, 80, 3, 20))
     with pytest.raises(ValueError, match=r"'mosaic' does not run on tpu here: only 4 neighbours .*; 'whole' runs"):
         form_of("tpu", Product(3, BF16, three), "mosaic")
-    with pytest.raises(
-        ValueError, match="'sums' does not run on cpu here: it takes one row, and there are 2; 'chunks'"
-    ):
+    with pytest.raises(ValueError, match="'sums' does not run on cpu here: it takes one row, and there are 2; 'llvm'"):
         weight_only(jnp.concatenate([x, x]), WEIGHT, form="sums")
     with pytest.raises(ValueError, match="it takes bfloat16, float16, float32, and the activations are float64"):
         form_of("cuda", Product(3, jnp.dtype(jnp.float64), WEIGHT, device="some"), "triton")

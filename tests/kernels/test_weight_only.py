@@ -12,6 +12,7 @@ import pytest
 from jaxcomp.kernels import PackedWeight, weight_only
 from jaxcomp.kernels.packing import pack_blocks, unpack_blocks
 from jaxcomp.kernels.weight_only import _forms, chunks, summable, sums, sums_of_bytes, whole
+from jaxcomp.kernels.weight_only import weight_only as plain
 from jaxcomp.quantization import NF4, Int
 from tests.marks import quick
 
@@ -64,7 +65,7 @@ def test_every_form_is_numpys_product_exactly(grid, shape) -> None:
 
     def forms(x, w):
         few = (sums_of_bytes, sums) if x.shape[0] == 1 and summable(w) else ()
-        return [form(x, w) for form in (weight_only, whole, chunks, *few)]
+        return [form(x, w) for form in (weight_only, plain, whole, chunks, *few)]
 
     for rows in (1, 3):
         x = RNG.integers(-64, 65, (rows, length)).astype(np.float32)  # all sums are exact
@@ -130,13 +131,17 @@ def sizes(text):
     return [(kind, int(np.prod([int(n) for n in shape.split(",")]))) for kind, shape in shapes]
 
 
+PLAIN = {1: "sums", 3: "chunks"}
+
+
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(("bits", "group", "rows"), [(8, 128, 1), (8, 1024, 1), (4, 128, 1), (4, 1024, 1), (4, 128, 3)])
-def test_no_dense_weight_is_written(bits, group, rows) -> None:
+def test_no_dense_weight_is_written(bits, group, rows, plain) -> None:
     ws = [packed(1024, 1024, Int(bits), group=group, block=128)[0] for _ in range(3)]
 
     def decode(x, ws):
         for w in ws:
-            x = weight_only(x, w)
+            x = weight_only(x, w, form=PLAIN[rows] if plain else None)
         return x
 
     program = jax.jit(decode).lower(jnp.ones((rows, 1024)), ws).compile()
@@ -144,12 +149,13 @@ def test_no_dense_weight_is_written(bits, group, rows) -> None:
     assert program.memory_analysis().temp_size_in_bytes <= 1 << 20
 
 
+@pytest.mark.parametrize("form", [None, "sums"])
 @pytest.mark.parametrize(("bits", "group"), [(8, 1024), (8, 128), (4, 128)])
-def test_a_loop_over_tokens_makes_no_dense_weight_in_front_of_it(bits, group) -> None:
+def test_a_loop_over_tokens_makes_no_dense_weight_in_front_of_it(bits, group, form) -> None:
     w = packed(1024, 1024, Int(bits), group=group, block=128)[0]
 
     def decode(xs, w):
-        return jax.lax.scan(lambda x, new: (weight_only(x + new, w), x), jnp.zeros_like(xs[0]), xs)
+        return jax.lax.scan(lambda x, new: (weight_only(x + new, w, form=form), x), jnp.zeros_like(xs[0]), xs)
 
     program = jax.jit(decode).lower(jnp.ones((8, 1, 1024)), w).compile()
     assert program.memory_analysis().temp_size_in_bytes <= 1 << 20  # dense it would be 4 MB
