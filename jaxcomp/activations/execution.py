@@ -27,7 +27,7 @@ from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, W
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
-from jaxcomp.kernels.leaves import Prepared
+from jaxcomp.kernels.sparse_leaves import Laid
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -79,7 +79,7 @@ class Around:
     ranges: Mapping[str, Range]
     reasons: Mapping[str, Why]
     record: Record
-    prepared: Mapping[str, Prepared]
+    prepared: Mapping[str, Laid]
     held: Container[str]
     encoded: Memory[Factor] = field(default_factory=lambda: Memory(_encoded))
     faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))

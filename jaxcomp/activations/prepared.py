@@ -19,10 +19,11 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
 from jaxcomp.kernels.forms import forms_of
-from jaxcomp.kernels.leaves import Axes, Prepared, restored, scale_shape, without_first
-from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.leaves import Axes, restored, scale_shape, without_first
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
-from jaxcomp.kernels.products import weight_only
+from jaxcomp.kernels.products import Weight, weight_only
+from jaxcomp.kernels.sparse import SparseWeight
+from jaxcomp.kernels.sparse_leaves import Laid
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -45,7 +46,7 @@ class Carried:
       moves: the layout operations that it came through.
     """
 
-    weight: PackedWeight
+    weight: Weight
     leaf_shape: Shape
     leaf_axes: Axes
     dtype: jnp.dtype
@@ -62,13 +63,14 @@ class Carried:
     def codes(self) -> Codes | jax.Array:
         """The array here in codes; as it is where the codes name levels."""
         w, grid = self.weight, self.weight.grid
-        if not w.is_integer:
+        if grid is None or grid.code_range is None:
             return self.dense()
         shape, axes = self._here()
-        scales = scale_shape(shape, axes, w.group)
+        group, offset = (w.length, None) if isinstance(w, SparseWeight) else (w.group, w.zero)
+        scales = scale_shape(shape, axes, group)
         numbers = restored(w.numbers(), shape, axes)
-        scale, zero = (None if v is None else restored(v, scales, axes) for v in (w.scale, w.zero))
-        low, high = grid.code_range or (0, 0)
+        scale, zero = (None if v is None else restored(v, scales, axes) for v in (w.scale, offset))
+        low, high = grid.code_range
         assert scale is not None
         box = Codes(numbers, scale, zero, w.dtype, high - low if zero is not None else max(-low, high))
         for op in self.moves:
@@ -81,12 +83,12 @@ class Carried:
     def _here(self) -> tuple[Shape, Axes]:
         """The shape and the axes of the leaf, or of the slice of it that a scan has made."""
         shape, axes = self.leaf_shape, self.leaf_axes
-        for _ in range(len(axes[0]) + 2 - self.weight.codes.ndim):
+        for _ in range(len(axes[0]) - self.weight.lead):
             shape, axes = without_first(shape, axes)
         return shape, axes
 
 
-def carried(leaf: Prepared) -> Carried:
+def carried(leaf: Laid) -> Carried:
     """A prepared leaf as a value of the program."""
     return Carried(leaf.weight, leaf.shape, leaf.axes, leaf.dtype)
 
@@ -96,13 +98,13 @@ def in_arrays(value: Value | Carried) -> Value:
     return value.codes() if isinstance(value, Carried) else value
 
 
-def checked(program: Program, params: Params) -> dict[str, Prepared]:
+def checked(program: Program, params: Params) -> dict[str, Laid]:
     """The prepared leaves of a tree, by path.
 
     Raises:
       ValueError: one is prepared for products that this program has not.
     """
-    found = {p: x for p, x in leaves_with_paths(params, is_leaf=is_compressed)[0] if isinstance(x, Prepared)}
+    found = {p: x for p, x in leaves_with_paths(params, is_leaf=is_compressed)[0] if isinstance(x, Laid)}
     wanted = wanted_axes(program) if found else {}
     for path, leaf in found.items():
         check_layout(OWNER, path, leaf, wanted.get(path, []))
@@ -113,7 +115,7 @@ _KEEP = frozenset({"reshape", "squeeze", "transpose", "copy", "copy_p", "name", 
 """Layout operations after which a site still finds its weight as it lies."""
 
 
-def layout_claims(program: Program, leaves: Mapping[str, Prepared]) -> dict[Location, Claim]:
+def layout_claims(program: Program, leaves: Mapping[str, Laid]) -> dict[Location, Claim]:
     """Claims on the layout operations between a prepared leaf and its products."""
     return passing(program, leaves, _moved, in_arrays)
 
@@ -128,7 +130,7 @@ def _moved(op: Op, value: Value | Carried, *rest: jax.Array) -> Sequence[Value |
     return [replace(value, moves=(*value.moves, op), dtype=dtype)]
 
 
-def product_claim(planned: Planned, leaves: Mapping[str, Prepared], record: Record) -> Claim | None:
+def product_claim(planned: Planned, leaves: Mapping[str, Laid], record: Record) -> Claim | None:
     """A claim on a product whose activations stay as they are and whose weight is prepared."""
     leaf = leaves.get(planned.site.leaf or "")
     if leaf is None or not BARRED.isdisjoint(planned.site.inside):
@@ -167,9 +169,9 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
     return run
 
 
-def _product(x: jax.Array, w: PackedWeight, dtype: jnp.dtype) -> jax.Array:
+def _product(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     """``(shared, rows, features)`` of activations ``(shared, rows, length)``."""
     run = partial(weight_only, dtype=dtype)
-    if w.codes.ndim == 2:
+    if not w.lead:
         return run(x[0], w)[None]
     return jax.vmap(run)(x, jax.tree.map(lambda v: v.reshape(-1, *v.shape[-2:]), w))

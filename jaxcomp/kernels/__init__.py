@@ -5,5 +5,16 @@ from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.prepare import prepare
 from jaxcomp.kernels.products import weight_only
+from jaxcomp.kernels.sparse import SparseWeight
+from jaxcomp.kernels.sparse_leaves import PreparedSparse
 
-__all__ = ["KVCache", "PackedWeight", "Prepared", "kv_cache", "prepare", "weight_only"]
+__all__ = [
+    "KVCache",
+    "PackedWeight",
+    "Prepared",
+    "PreparedSparse",
+    "SparseWeight",
+    "kv_cache",
+    "prepare",
+    "weight_only",
+]

@@ -7,14 +7,15 @@ for one backend, :func:`forms_of` for all, in words for a report.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxcomp.core.types import DType
-from jaxcomp.kernels import llvm_products, pallas_mosaic, pallas_triton
+from jaxcomp.kernels import llvm_products, llvm_sparse, pallas_mosaic, pallas_triton
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import summable
 
 BACKENDS = ("cpu", "cuda", "rocm", "tpu")
@@ -33,6 +34,8 @@ class Row(NamedTuple):
 
 
 TABLE = (
+    Row("cpu", "sparse", ANY, ("llvm", "whole")),
+    Row(ANY, "sparse", ANY, ("whole",)),
     Row("cpu", ANY, "one", ("llvm", "sums", "chunks", "whole")),
     Row("cpu", ANY, "few", ("llvm", "chunks", "whole")),
     Row("cpu", ANY, ANY, ("chunks", "whole")),
@@ -44,7 +47,7 @@ TABLE = (
     Row(ANY, ANY, "one", ("sums", "whole")),
     Row(ANY, ANY, ANY, ("whole",)),
 )
-"""First match wins. Types are "bytes", 8 bits with one scale a feature, or "packed"."""
+"""First match wins. Types are "bytes", 8 bits with one scale a feature, "packed", or "sparse", with positions."""
 
 
 class Product(NamedTuple):
@@ -61,7 +64,7 @@ class Product(NamedTuple):
 
     rows: int
     dtype: DType
-    weight: PackedWeight
+    weight: PackedWeight | SparseWeight
     kept: bool = False
     parted: bool = False
     device: str = ""
@@ -75,6 +78,8 @@ class Form(NamedTuple):
 
 
 def _sums(p: Product) -> str | None:
+    if isinstance(p.weight, SparseWeight):
+        return _SPARSE
     if p.rows != 1:
         return f"it takes one row, and there are {p.rows}"
     return None if summable(p.weight) and _is_full(p) else "codes of this weight lie across fields or scales"
@@ -85,6 +90,8 @@ def _whole(p: Product) -> str | None:
 
 
 def _chunks(p: Product) -> str | None:
+    if isinstance(p.weight, SparseWeight):
+        return _SPARSE
     return None if _is_full(p) else "there is nothing to multiply"
 
 
@@ -92,13 +99,18 @@ def _is_full(p: Product) -> bool:
     return 0 not in (p.rows, *p.weight.shape)
 
 
-def _kernel(why: Callable[[PackedWeight], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:
+_SPARSE = "it is for packed codes, and the weight is sparse"
+
+
+def _kernel(why: Callable[[Any], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:
     def refusal(p: Product) -> str | None:
         if p.parted:
             return "the compiler cannot part a kernel over several devices; use jax.shard_map around it"
         if p.dtype not in types:
             return f"it takes {', '.join(sorted(t.name for t in types))}, and the activations are {p.dtype}"
-        return _chunks(p) or why(p.weight)
+        if not _is_full(p):
+            return "there is nothing to multiply"
+        return why(p.weight)
 
     return refusal
 
@@ -107,7 +119,15 @@ def _triton(p: Product) -> str | None:
     """Triton's call has no promise to run later, and it is not lowered but for a known device."""
     if not p.device:
         return "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
-    return _kernel(pallas_triton.refusal, _FLOATS)(p)
+    return _kernel(_packed(pallas_triton.refusal), _FLOATS)(p)
+
+
+def _packed(why: Callable[[PackedWeight], str | None]) -> Callable[[Any], str | None]:
+    return lambda w: _SPARSE if isinstance(w, SparseWeight) else why(w)
+
+
+def _llvm(w: PackedWeight | SparseWeight) -> str | None:
+    return llvm_sparse.refusal(w) if isinstance(w, SparseWeight) else llvm_products.refusal(w)
 
 
 _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
@@ -115,11 +135,11 @@ FORMS: Mapping[str, Form] = {
     "sums": Form(frozenset({ANY}), _sums),
     "chunks": Form(frozenset({"cpu"}), _chunks),
     "whole": Form(frozenset({ANY}), _whole),
-    "llvm": Form(frozenset({"cpu"}), _kernel(llvm_products.refusal, _FLOATS)),
+    "llvm": Form(frozenset({"cpu"}), _kernel(_llvm, _FLOATS)),
     "triton": Form(frozenset({"cuda"}), _triton),
-    "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
+    "mosaic": Form(frozenset({"tpu"}), _kernel(_packed(pallas_mosaic.refusal), _FLOATS - {jnp.dtype(jnp.float16)})),
 }
-"""The forms of a product of float activations and a packed weight.
+"""The forms of a product of float activations and a packed or sparse weight.
 
 "sums": bytes times activations, summed, in XLA's kernels. "chunks": some features dequantized at a time. "whole": all
 of them. "llvm": code of our own for the processor that is there, if llvmlite is installed. "triton", "mosaic": Pallas
@@ -160,7 +180,10 @@ def form_of(backend: str, p: Product, asked: str | None = None) -> str:
 
 
 def _fits(row: Row, backend: str, p: Product) -> bool:
-    types = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
+    if isinstance(p.weight, SparseWeight):
+        types = "sparse"
+    else:
+        types = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
     wanted = (row.backend, row.types, row.shape)
     found = (backend, types, shape_class(p.rows))
     return all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
@@ -173,7 +196,7 @@ def _refusal(name: str, backend: str, p: Product) -> str | None:
     return form.refusal(p)
 
 
-def forms_of(rows: int, dtype: DType, w: PackedWeight) -> str:
+def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> str:
     """The forms of a product by backend, in words.
 
     >>> from jaxcomp.quantization.grids import Int

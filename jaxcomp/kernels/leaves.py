@@ -89,7 +89,7 @@ class Prepared(CompressedLeaf):
 
 
 def restored(x: jax.Array, shape: Shape, axes: Axes) -> jax.Array:
-    """``(*lead, features, length)`` as the array of a leaf of this ``shape``, the inverse of :func:`_laid_out`."""
+    """``(*lead, features, length)`` as the array of a leaf of this ``shape``, the inverse of :func:`laid_out`."""
     order = [axis for part in axes for axis in part]
     return jnp.transpose(x.reshape([shape[i] for i in order]), np.argsort(order).tolist())
 
@@ -116,9 +116,9 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
         shape = list(inner.shape)
         for i, count in zip(summed, blocks, strict=True):
             shape[i] = count
-        return _laid_out(_stretched(v, tuple(shape)), axes)
+        return laid_out(_stretched(v, tuple(shape)), axes)
 
-    codes = _laid_out(stored, axes)
+    codes = laid_out(stored, axes)
     zero, half = inner.zero_point, 2 ** (inner.grid.bits - 1)
     return Prepared(
         codes=_whole_bytes(codes, inner.grid, block),
@@ -139,7 +139,8 @@ def _refusal(leaf: CompressedLeaf) -> str:
     """Why a leaf has no codes that are its values but for scale and zero point; empty where it has."""
     inner = leaf.values if isinstance(leaf, Masked) else leaf
     if not isinstance(inner, Quantized):
-        return f"it is a {type(inner).__name__}, not codes with a scale"
+        kind = f"a {type(inner).__name__}" if isinstance(inner, CompressedLeaf) else "floats under a mask"
+        return f"it is {kind}, not codes with a scale"
     if not inner.grid.proportional or inner.grid.bits < 2:
         return f"a weight on {inner.grid!r} is not its codes times a scale"
     if isinstance(leaf, Masked) and not inner.grid.has_zero:
@@ -182,7 +183,7 @@ def _stretched(v: jax.Array, shape: Shape) -> jax.Array:
     return jnp.broadcast_to(spread(v, shape), shape)
 
 
-def _laid_out(v: jax.Array, axes: Axes) -> jax.Array:
+def laid_out(v: jax.Array, axes: Axes) -> jax.Array:
     """``(*lead, features, summed)`` of an array with a leaf's axes."""
     lead, kept, summed = axes
     moved = jnp.transpose(v, [*lead, *kept, *summed])

@@ -12,13 +12,13 @@ bytes; what is read has not moved between them.
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -39,14 +39,6 @@ _VERSION = (0, 1)
 _USERS, _NEXT, _DONE, _CHUNKS, _OPERAND = 0, 1, 2, 3, 4
 
 
-class Operand(NamedTuple):
-    """A matrix in memory: its address and the numbers of its rows and columns, all int64."""
-
-    data: ir.Value
-    rows: ir.Value
-    columns: ir.Value
-
-
 Chunk = Callable[["ir.IRBuilder", list[Operand], "ir.Value"], None]
 """Writes the code that makes one chunk of the result, the last operand: its number is the last argument."""
 
@@ -60,27 +52,35 @@ def missing() -> str | None:
     return None
 
 
-def call(name: str, chunk: Chunk, rows: int, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
-    """The result of a function of matrices, in the program that is traced; on a CPU alone.
+class Work(NamedTuple):
+    """A function of matrices in chunks.
 
-    Args:
-      name: what the code is kept under: the same name, the same code.
+    Attributes:
+      name: what its code is kept under: the same name, the same code.
       chunk: writes the code of a chunk.
-      rows: how many rows of the second operand a chunk takes.
-      result: its shape and type.
-      operands: matrices.
+      rows: how many rows of one operand a chunk takes.
+      by: which operand that is; the result stands behind the last.
     """
-    target = _registered(name, chunk, rows, len(operands) + 1)
+
+    name: str
+    chunk: Chunk
+    rows: int
+    by: int
+
+
+def call(work: Work, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
+    """The result, of this shape and type, of a function of these matrices, in the program that is traced; on a CPU."""
+    target = _registered(work, len(operands) + 1)
     return jax.ffi.ffi_call(target, result)(*operands)
 
 
 _KEPT: dict[str, Any] = {}
 
 
-def _registered(name: str, chunk: Chunk, rows: int, operands: int) -> str:
-    target = f"jaxcomp_{name}"
+def _registered(work: Work, operands: int) -> str:
+    target = f"jaxcomp_{work.name}"
     if target not in _KEPT:
-        engine = _compiled(_module(chunk, rows, operands))
+        engine = _compiled(_module(work, operands))
         handler = ctypes.c_void_p(engine.get_function_address("handler"))
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
         _KEPT[target] = engine
@@ -118,88 +118,20 @@ def _compiled(module: ir.Module) -> Any:
 # ---- the code around a chunk
 
 
-class Types:
-    """Types and constants by short names."""
-
-    def __init__(self) -> None:
-        from llvmlite import ir
-
-        self.i8, self.i32, self.i64 = (ir.IntType(bits) for bits in (8, 32, 64))
-        self.f32, self.pointer, self.void = ir.FloatType(), ir.PointerType(), ir.VoidType()
-
-    def word(self, value: int) -> ir.Value:
-        """An int64."""
-        return self.i64(value)
-
-
-@contextmanager
-def counted(b: ir.IRBuilder, first: ir.Value, last: ir.Value) -> Iterator[ir.Value]:
-    """A loop: its body sees the numbers from the first to the one before the last."""
-    start, body, done = (b.append_basic_block(x) for x in ("loop", "body", "done"))
-    before = b.block
-    b.branch(start)
-    b.position_at_end(start)
-    number = b.phi(first.type)
-    number.add_incoming(first, before)
-    b.cbranch(b.icmp_signed("<", number, last), body, done)
-    b.position_at_end(body)
-    yield number
-    number.add_incoming(b.add(number, number.type(1)), b.block)
-    b.branch(start)
-    b.position_at_end(done)
-
-
-class _Writer:
-    """Reads and writes words of memory."""
-
-    def __init__(self, b: ir.IRBuilder, t: Types) -> None:
-        self.b, self.t = b, t
-
-    def at(self, base: ir.Value, word: int) -> ir.Value:
-        """The place of a word behind an address, given as an int64 or a pointer."""
-        if base.type == self.t.i64:
-            base = self.b.inttoptr(base, self.t.pointer)
-        return self.b.gep(base, [self.t.word(word)], source_etype=self.t.i64)
-
-    def load(self, base: ir.Value, word: int) -> ir.Value:
-        return self.b.load(self.at(base, word), typ=self.t.i64)
-
-    def store(self, base: ir.Value, word: int, value: ir.Value) -> None:
-        self.b.store(value, self.at(base, word))
-
-    def added(self, base: ir.Value, word: int, by: int) -> ir.Value:
-        """What a word was before so much was added to it, for all threads at once."""
-        return self.b.atomic_rmw("add", self.at(base, word), self.t.word(by), "seq_cst")
-
-    def foreign(self, address: ir.Value, result: ir.Type, *given: ir.Value) -> ir.Value:
-        """Calls a function at an address."""
-        from llvmlite import ir
-
-        kind = ir.FunctionType(result, [x.type for x in given])
-        function = self.b.inttoptr(address, kind.as_pointer())
-        return self.b.call(function, list(given))
-
-    def libc(self, name: str, result: ir.Type, *given: ir.Value) -> ir.Value:
-        """Calls a function of the C library's; Python's own would want its lock where allocations are traced."""
-        library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-        return self.foreign(self.t.word(address or 0), result, *given)
-
-    def left(self, shared: ir.Value) -> None:
-        """One user fewer; the last frees what they share."""
-        before = self.added(shared, _USERS, -1)
-        with self.b.if_then(self.b.icmp_signed("==", before, self.t.word(1))):
-            self.libc("free", self.t.void, shared)
-
-
-def _module(chunk: Chunk, rows: int, operands: int) -> ir.Module:
+def _module(work: Work, operands: int) -> ir.Module:
     from llvmlite import ir
 
     t, module = Types(), ir.Module("jaxcomp")
-    work = _work(module, t, chunk, operands)
-    task = _task(module, t, work)
-    _handler(module, t, work, task, rows, operands)
+    loop = _loop(module, t, work.chunk, operands)
+    _handler(module, t, loop, _task(module, t, loop), work, operands)
     return module
+
+
+def _left(w: Writer, shared: ir.Value) -> None:
+    """One user fewer; the last frees what they share."""
+    before = w.added(shared, _USERS, -1)
+    with w.b.if_then(w.b.icmp_signed("==", before, w.t.word(1))):
+        w.libc("free", w.t.void, shared)
 
 
 def _function(module: ir.Module, name: str, result: ir.Type, *given: ir.Type) -> tuple[ir.Function, ir.IRBuilder]:
@@ -209,10 +141,10 @@ def _function(module: ir.Module, name: str, result: ir.Type, *given: ir.Type) ->
     return function, ir.IRBuilder(function.append_basic_block())
 
 
-def _work(module: ir.Module, t: Types, chunk: Chunk, operands: int) -> ir.Function:
+def _loop(module: ir.Module, t: Types, chunk: Chunk, operands: int) -> ir.Function:
     """Makes chunks until none is left; threads that come late find none, and read nothing but the counters."""
-    work, b = _function(module, "work", t.void, t.pointer)
-    w, shared = _Writer(b, t), work.args[0]
+    loop, b = _function(module, "loop", t.void, t.pointer)
+    w, shared = Writer(b, t), loop.args[0]
     chunks = w.load(shared, _CHUNKS)
     more, body, done = (b.append_basic_block(x) for x in ("more", "body", "done"))
     b.branch(more)
@@ -226,23 +158,23 @@ def _work(module: ir.Module, t: Types, chunk: Chunk, operands: int) -> ir.Functi
     b.branch(more)
     b.position_at_end(done)
     b.ret_void()
-    return work
+    return loop
 
 
-def _task(module: ir.Module, t: Types, work: ir.Function) -> ir.Function:
+def _task(module: ir.Module, t: Types, loop: ir.Function) -> ir.Function:
     """What a thread runs; the last that leaves frees what they share."""
     task, b = _function(module, "task", t.void, t.pointer)
-    w, shared = _Writer(b, t), task.args[0]
-    b.call(work, [shared])
-    w.left(shared)
+    w, shared = Writer(b, t), task.args[0]
+    b.call(loop, [shared])
+    _left(w, shared)
     b.ret_void()
     return task
 
 
-def _handler(module: ir.Module, t: Types, work: ir.Function, task: ir.Function, rows: int, operands: int) -> None:
+def _handler(module: ir.Module, t: Types, loop: ir.Function, task: ir.Function, work: Work, operands: int) -> None:
     """What XLA calls: once to learn for which version it was written, then with operands."""
     handler, b = _function(module, "handler", t.i64, t.pointer)
-    w, frame = _Writer(b, t), handler.args[0]
+    w, frame = Writer(b, t), handler.args[0]
     extension = w.load(frame, _EXTENSION)
     with b.if_then(b.icmp_signed("!=", extension, t.word(0))):
         metadata = w.load(extension, _METADATA)
@@ -257,7 +189,7 @@ def _handler(module: ir.Module, t: Types, work: ir.Function, task: ir.Function, 
         sizes = w.load(buffer, _DIMENSIONS)
         for j, value in enumerate((w.load(buffer, _DATA), w.load(sizes, 0), w.load(sizes, 1))):
             w.store(shared, _OPERAND + 3 * i + j, value)
-    chunks = b.sdiv(b.add(w.load(shared, _OPERAND + 4), t.word(rows - 1)), t.word(rows))
+    chunks = b.sdiv(b.add(w.load(shared, _OPERAND + 3 * work.by + 1), t.word(work.rows - 1)), t.word(work.rows))
     for word, value in ((_USERS, t.word(1)), (_NEXT, t.word(0)), (_DONE, t.word(0)), (_CHUNKS, chunks)):
         w.store(shared, word, value)
 
@@ -265,18 +197,18 @@ def _handler(module: ir.Module, t: Types, work: ir.Function, task: ir.Function, 
     fewer = b.icmp_signed("<", chunks, helpers)
     with counted(b, t.word(0), b.select(fewer, chunks, helpers)):
         _scheduled(w, frame, shared, b.ptrtoint(task, t.i64))
-    b.call(work, [shared])
+    b.call(loop, [shared])
     waiting, ready = b.append_basic_block("waiting"), b.append_basic_block("ready")
     b.branch(waiting)
     b.position_at_end(waiting)
     done = b.load_atomic(w.at(shared, _DONE), "seq_cst", 8, typ=t.i64)
     b.cbranch(b.icmp_signed("<", done, chunks), waiting, ready)
     b.position_at_end(ready)
-    w.left(shared)
+    _left(w, shared)
     b.ret(t.word(0))
 
 
-def _arguments(w: _Writer, *words: ir.Value) -> ir.Value:
+def _arguments(w: Writer, *words: ir.Value) -> ir.Value:
     """A structure of the interface's: its size, no extension, and these words."""
     with w.b.goto_entry_block():
         place = w.b.alloca(w.t.i64, len(words) + 2)
@@ -285,7 +217,7 @@ def _arguments(w: _Writer, *words: ir.Value) -> ir.Value:
     return place
 
 
-def _checked(w: _Writer, api: ir.Value, error: ir.Value) -> ir.Value:
+def _checked(w: Writer, api: ir.Value, error: ir.Value) -> ir.Value:
     """Whether a function of the interface's gave no error; one that it gave is destroyed."""
     wrong = w.b.icmp_signed("!=", error, w.t.word(0))
     with w.b.if_then(wrong):
@@ -293,7 +225,7 @@ def _checked(w: _Writer, api: ir.Value, error: ir.Value) -> ir.Value:
     return w.b.not_(wrong)
 
 
-def _threads(w: _Writer, frame: ir.Value) -> ir.Value:
+def _threads(w: Writer, frame: ir.Value) -> ir.Value:
     """How many threads XLA has for its work; one where it does not say."""
     api, place = w.load(frame, _API), w.b.alloca(w.t.i64)
     w.b.store(w.t.word(1), place)
@@ -303,7 +235,7 @@ def _threads(w: _Writer, frame: ir.Value) -> ir.Value:
     return w.b.load(place, typ=w.t.i64)
 
 
-def _scheduled(w: _Writer, frame: ir.Value, shared: ir.Value, task: ir.Value) -> None:
+def _scheduled(w: Writer, frame: ir.Value, shared: ir.Value, task: ir.Value) -> None:
     """One more thread, if XLA has one."""
     api = w.load(frame, _API)
     w.added(shared, _USERS, 1)

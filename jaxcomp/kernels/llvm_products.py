@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels import llvm_calls
-from jaxcomp.kernels.llvm_calls import Operand, Types, counted
+from jaxcomp.kernels.llvm_calls import Work, call, missing
+from jaxcomp.kernels.llvm_code import Operand, Types, counted
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, reading, short_runs
 
@@ -39,7 +39,7 @@ def refusal(w: PackedWeight) -> str | None:
     """Why the kernel cannot run a weight on the machine that is here; None if it can."""
     if w.scale.dtype != jnp.float32:
         return f"its sums are in float32, and the scale is {w.scale.dtype}"
-    return llvm_calls.missing() or matrix_of_integers(w) or short_runs(w, LEAST)
+    return missing() or matrix_of_integers(w) or short_runs(w, LEAST)
 
 
 def llvm_product(x: jax.Array, w: PackedWeight) -> jax.Array:
@@ -61,7 +61,7 @@ def llvm_product(x: jax.Array, w: PackedWeight) -> jax.Array:
         operands.append(w.zero)
     name = f"weight_only_{w.bits}_{w.block}_{layout.long.group}_{len(operands)}"
     shape = jax.ShapeDtypeStruct((x.shape[0], w.codes.shape[0]), jnp.float32)
-    return llvm_calls.call(name, partial(_chunk, layout), FEATURES, shape, *operands)
+    return call(Work(name, partial(_chunk, layout), FEATURES, by=1), shape, *operands)
 
 
 def _sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:

@@ -73,6 +73,11 @@ class PackedWeight:
         return (*self.codes.shape[:-1], self.length)
 
     @property
+    def lead(self) -> int:
+        """How many axes weights are stacked along."""
+        return self.codes.ndim - 2
+
+    @property
     def padded(self) -> int:
         """The contracted axis with its padding."""
         return -(-self.length // self.block) * self.block

@@ -8,7 +8,9 @@ from jaxcomp.core.leaves import CompressedLeaf, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.kernels.leaves import Axes, Prepared, prepared
+from jaxcomp.kernels.leaves import Axes, prepared
+from jaxcomp.kernels.llvm_calls import missing
+from jaxcomp.kernels.sparse_leaves import Laid, prepared_sparse
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import dot_numbers
@@ -16,7 +18,9 @@ from jaxcomp.trace.program import Program, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
 
 
-def prepare(tree: Params, fn: Callable[..., PyTree], *args: PyTree, **kwargs: PyTree) -> Params:
+def prepare(
+    tree: Params, fn: Callable[..., PyTree], *args: PyTree, sparse: float | None = None, **kwargs: PyTree
+) -> Params:
     """The tree with each quantized leaf that a dot of ``fn(tree, *args)`` multiplies laid out for it.
 
     What a product sums over lies last, codes in bytes in the order in which kernels read them, a scale for each feature
@@ -28,10 +32,13 @@ def prepare(tree: Params, fn: Callable[..., PyTree], *args: PyTree, **kwargs: Py
       tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
       fn: the function that the tree is for, of arrays.
       args, kwargs: its other arguments, or their shapes: arrays, or ``jax.ShapeDtypeStruct``.
+      sparse: compressed leaves of which at least this part is zero, 0.8 say, are kept as their other numbers and where
+        they lie: products on a CPU then cost what is left. In other programs the weight is made whole for each product.
 
     Raises:
       ValueError: no leaf of the tree can be laid out; the message says why of each. Or one is prepared for another
-        function; the message names the site.
+        function; the message names the site. Or leaves are to be sparse, and llvmlite, which compiles their products,
+        is not installed.
 
     >>> import jax, jax.numpy as jnp
     >>> import jaxcomp as jc
@@ -41,16 +48,21 @@ def prepare(tree: Params, fn: Callable[..., PyTree], *args: PyTree, **kwargs: Py
     >>> tree["w"].codes.shape, bool((jc.materialize(tree)["w"] == jc.materialize(params)["w"]).all())
     ((4, 4), True)
     """
+    if sparse is not None:
+        if not 0 < sparse <= 1:
+            raise ValueError(f"prepare: sparse must be a part of a leaf, in (0, 1], got {sparse!r}.")
+        if why := missing():
+            raise ValueError(f"prepare: sparse={sparse} is for products that are compiled here, and {why}.")
     program = trace(fn, shapes_of(tree), *args, **kwargs)
     wanted = wanted_axes(program)
     named, treedef = leaves_with_paths(tree, is_leaf=is_compressed)
     leaves, reasons = [], []
     for path, leaf in named:
-        found = _laid(path, leaf, wanted.get(path, []))
+        found = _laid(path, leaf, wanted.get(path, []), sparse)
         if isinstance(found, str):
             reasons.append(f"{path!r}: {found}")
         leaves.append(leaf if isinstance(found, str) else found)
-    if not any(isinstance(leaf, Prepared) for leaf in leaves):
+    if not any(isinstance(leaf, Laid) for leaf in leaves):
         told = "; ".join(reasons[:_TOLD]) or "it has no compressed leaf"
         raise ValueError(f"prepare: no leaf of this tree can be laid out ({told}); quantize what its dots multiply.")
     return treedef.unflatten(leaves)
@@ -59,9 +71,9 @@ def prepare(tree: Params, fn: Callable[..., PyTree], *args: PyTree, **kwargs: Py
 _TOLD = 5
 
 
-def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]]) -> Leaf | str:
+def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float | None) -> Leaf | str:
     """A leaf laid out, or as it is where it is no compressed one; or why it cannot be."""
-    if isinstance(leaf, Prepared):
+    if isinstance(leaf, Laid):
         check_layout("prepare", path, leaf, wanted)
         return leaf
     if not isinstance(leaf, CompressedLeaf):
@@ -69,10 +81,17 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]]) -> Leaf | str:
     if not wanted:
         return "no dot multiplies it as it is"
     site, axes = wanted[0]
-    return on_any_mesh(prepared)(leaf, axes, site.path)
+    why = ""
+    if sparse is not None:
+        found = prepared_sparse(leaf, axes, site.path, sparse)
+        if not isinstance(found, str):
+            return found
+        why = f"{found}; "
+    packed = on_any_mesh(prepared)(leaf, axes, site.path)
+    return f"{why}{packed}" if isinstance(packed, str) else packed
 
 
-def check_layout(owner: str, path: str, leaf: Prepared, wanted: list[tuple[Site, Axes]]) -> None:
+def check_layout(owner: str, path: str, leaf: Laid, wanted: list[tuple[Site, Axes]]) -> None:
     """Raises ValueError where a leaf was prepared for other products than those that a function has for it."""
     if wanted and all(axes != leaf.axes for _, axes in wanted):
         site, axes = wanted[0]

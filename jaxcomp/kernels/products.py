@@ -19,23 +19,26 @@ from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
 from jaxcomp.kernels.forms import BACKENDS, Product, form_of
 from jaxcomp.kernels.llvm_products import llvm_product
+from jaxcomp.kernels.llvm_sparse import llvm_sparse_product
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
+from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import chunks, in_step, sums, sums_of_bytes, whole
 from jaxcomp.kernels.weight_only import weight_only as plain
 
-Run = Callable[[jax.Array, PackedWeight], jax.Array]
+Weight = PackedWeight | SparseWeight
+Run = Callable[[jax.Array, Any], jax.Array]
 
 
-def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None, form: str | None = None) -> jax.Array:
+def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: str | None = None) -> jax.Array:
     """``x @ values(w).T``, with sums in float32 at least, in the form that the table has for where it runs.
 
     Its gradient is that of the plain forms. Over stacked weights, in ``jax.vmap``, the plain forms run.
 
     Args:
       x: ``(..., length)``, float.
-      w: ``(features, length)``; its values are not rounded to its own type.
+      w: ``(features, length)``, packed or sparse; its values are not rounded to its own type.
       dtype: of the result ``(..., features)``; that of ``x`` if None.
       form: this form of ``jaxcomp.kernels.forms``, and no other.
 
@@ -66,7 +69,7 @@ class _Static(TypedDict):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, w: PackedWeight, dtype: DType, form: str | None) -> jax.Array:
+def _product(x: jax.Array, w: Weight, dtype: DType, form: str | None) -> jax.Array:
     leaves, tree = jax.tree.flatten((x, w))
     return _primitive.bind(*leaves, tree=tree, dtype=dtype, form=form)
 
@@ -88,12 +91,24 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
     if form in _KERNELS:
         assert blocks is not None
         return partial(_KERNELS[form], blocks=blocks)
+    if form == "llvm":
+        return _llvm
     run = _SUMS.get(backend, sums) if form == "sums" else _PLAIN[form]
-    return lambda x, w: run(*in_step(x.astype(w.scale.dtype), w))
+
+    def plain_form(x: jax.Array, w: Weight) -> jax.Array:
+        if isinstance(w, SparseWeight):
+            return whole(x.astype(w.computed), w)
+        return run(*in_step(x.astype(w.scale.dtype), w))
+
+    return plain_form
+
+
+def _llvm(x: jax.Array, w: Weight) -> jax.Array:
+    return llvm_sparse_product(x, w) if isinstance(w, SparseWeight) else llvm_product(x, w)
 
 
 _KERNELS = {"triton": triton_product, "mosaic": mosaic_product}
-_PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole, "llvm": llvm_product}
+_PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole}
 _SUMS: dict[str, Run] = {"cpu": sums_of_bytes}
 
 

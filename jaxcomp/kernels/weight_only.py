@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxcomp.core.types import DType
 from jaxcomp.kernels.packing import FIELDS, PackedWeight
+from jaxcomp.kernels.sparse import SparseWeight
 
 CHUNK = 1 << 17
 """How many weights are dequantized at once on CPU: half a megabyte of float32."""
@@ -24,12 +25,12 @@ SUMMED = 1 << 19
 """How many are cut out of their bytes at once on CPU: half a megabyte."""
 
 
-def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None) -> jax.Array:
+def weight_only(x: jax.Array, w: PackedWeight | SparseWeight, *, dtype: DType | None = None) -> jax.Array:
     """``x @ values(w).T`` with sums in the scale's type, by the form for these shapes on the platform that runs it.
 
     Args:
       x: ``(..., length)``, float.
-      w: ``(features, length)``; its values are not rounded to its own type.
+      w: ``(features, length)``; its values are not rounded to its own type. A sparse one is made whole.
       dtype: of the result ``(..., features)``; that of ``x`` if None.
 
     >>> from dataclasses import replace
@@ -39,8 +40,11 @@ def weight_only(x: jax.Array, w: PackedWeight, *, dtype: DType | None = None) ->
     >>> weight_only(jnp.array([1.0, 10.0]), replace(w, codes=jnp.pad(codes, ((0, 0), (0, 6))))).tolist()
     [21.0, -18.5]
     """
-    rows = x.reshape(-1, w.length).astype(w.scale.dtype)
-    rows, w = in_step(rows, w)
+    rows = x.reshape(-1, w.length)
+    if isinstance(w, SparseWeight):
+        y = whole(rows.astype(w.computed), w)
+        return y.reshape(*x.shape[:-1], w.shape[-2]).astype(dtype or x.dtype)
+    rows, w = in_step(rows.astype(w.scale.dtype), w)
     cpu, other = _forms(rows.shape[0], w)
     y = cpu(rows, w) if cpu is other else lax.platform_dependent(rows, w, cpu=cpu, default=other)
     return y.reshape(*x.shape[:-1], w.shape[-2]).astype(dtype or x.dtype)
@@ -150,7 +154,7 @@ def _by_features(form: Form, most: int, x: jax.Array, w: PackedWeight) -> jax.Ar
     return jnp.concatenate([first, parts[-1][:, count * size - features :]], -1)
 
 
-def whole(x: jax.Array, w: PackedWeight) -> jax.Array:
+def whole(x: jax.Array, w: PackedWeight | SparseWeight) -> jax.Array:
     """The weight is dequantized first."""
     return _dot(x, w.values())
 

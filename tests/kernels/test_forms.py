@@ -15,6 +15,7 @@ from jaxcomp.kernels.blocks import TABLE as BLOCKS
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.forms import BACKENDS, FORMS, TABLE, Product, form_of, forms_of
 from jaxcomp.kernels.products import weight_only
+from jaxcomp.kernels.sparse import SparseWeight, sparse_parts
 from jaxcomp.quantization import NF4
 from tests.kernels.hardware import TRITON, an_h100
 from tests.kernels.weights import Case, activations, weight_of
@@ -23,10 +24,11 @@ BF16 = jnp.dtype(jnp.bfloat16)
 INT4 = Case(1, 64, 256, 4, 128)
 WEIGHT, DENSE = weight_of(INT4)
 INT8, _ = weight_of(Case(1, 64, 256, 8))
+SPARSE = SparseWeight(*map(jnp.asarray, sparse_parts(np.eye(64), np.eye(64))), None, None, 64, jnp.dtype("float32"))
 
 
 def test_every_row_of_the_table_is_reached_and_names_what_there_is() -> None:
-    weights = {"bytes": INT8, "packed": WEIGHT}
+    weights = {"bytes": INT8, "packed": WEIGHT, "sparse": SPARSE}
     found = set()
     for backend in (*BACKENDS, "another"):
         for types, w in weights.items():

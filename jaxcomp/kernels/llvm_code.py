@@ -1,0 +1,90 @@
+"""LLVM code by short names: types, loops, words of memory, calls of functions at an address."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+
+class Operand(NamedTuple):
+    """A matrix in memory: its address and the numbers of its rows and columns, all int64."""
+
+    data: ir.Value
+    rows: ir.Value
+    columns: ir.Value
+
+
+class Types:
+    """Types and constants by short names."""
+
+    def __init__(self) -> None:
+        from llvmlite import ir
+
+        self.i8, self.i32, self.i64 = (ir.IntType(bits) for bits in (8, 32, 64))
+        self.f32, self.pointer, self.void = ir.FloatType(), ir.PointerType(), ir.VoidType()
+
+    def word(self, value: int) -> ir.Value:
+        """An int64."""
+        return self.i64(value)
+
+
+@contextmanager
+def counted(b: ir.IRBuilder, first: ir.Value, last: ir.Value) -> Iterator[ir.Value]:
+    """A loop: its body sees the numbers from the first to the one before the last."""
+    start, body, done = (b.append_basic_block(x) for x in ("loop", "body", "done"))
+    before = b.block
+    b.branch(start)
+    b.position_at_end(start)
+    number = b.phi(first.type)
+    number.add_incoming(first, before)
+    b.cbranch(b.icmp_signed("<", number, last), body, done)
+    b.position_at_end(body)
+    yield number
+    number.add_incoming(b.add(number, number.type(1)), b.block)
+    b.branch(start)
+    b.position_at_end(done)
+
+
+class Writer:
+    """Reads and writes words of memory."""
+
+    def __init__(self, b: ir.IRBuilder, t: Types) -> None:
+        self.b, self.t = b, t
+
+    def at(self, base: ir.Value, word: int) -> ir.Value:
+        """The place of a word behind an address, given as an int64 or a pointer."""
+        if base.type == self.t.i64:
+            base = self.b.inttoptr(base, self.t.pointer)
+        return self.b.gep(base, [self.t.word(word)], source_etype=self.t.i64)
+
+    def load(self, base: ir.Value, word: int) -> ir.Value:
+        """A word behind an address."""
+        return self.b.load(self.at(base, word), typ=self.t.i64)
+
+    def store(self, base: ir.Value, word: int, value: ir.Value) -> None:
+        """Writes a word behind an address."""
+        self.b.store(value, self.at(base, word))
+
+    def added(self, base: ir.Value, word: int, by: int) -> ir.Value:
+        """What a word was before so much was added to it, for all threads at once."""
+        return self.b.atomic_rmw("add", self.at(base, word), self.t.word(by), "seq_cst")
+
+    def foreign(self, address: ir.Value, result: ir.Type, *given: ir.Value) -> ir.Value:
+        """Calls a function at an address."""
+        from llvmlite import ir
+
+        kind = ir.FunctionType(result, [x.type for x in given])
+        function = self.b.inttoptr(address, kind.as_pointer())
+        return self.b.call(function, list(given))
+
+    def libc(self, name: str, result: ir.Type, *given: ir.Value) -> ir.Value:
+        """Calls a function of the C library's; Python's own would want its lock where allocations are traced."""
+        library = ctypes.CDLL("ucrtbase" if os.name == "nt" else None)
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        return self.foreign(self.t.word(address or 0), result, *given)
