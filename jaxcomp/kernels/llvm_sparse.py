@@ -27,6 +27,8 @@ FEATURES = 16
 
 def refusal(w: SparseWeight) -> str | None:
     """Why the kernel cannot run a weight on the machine that is here; None if it can."""
+    if w.lead:
+        return f"the weight is a stack of shape {w.shape}, and the kernel takes one matrix"
     if w.computed != jnp.float32:
         return f"its sums are in float32, and the weight's are {w.computed}"
     return missing() or (None if w.kept.size else "no number of the weight is kept")

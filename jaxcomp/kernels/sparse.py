@@ -29,12 +29,14 @@ MOST = 2**31 - 1
 class SparseWeight:
     """``dense[n, index[k]] == kept[k] * scale[n, 0]`` for ``starts[n] <= k < starts[n + 1]``, and 0 elsewhere.
 
+    Stacked weights have leading axes in front of each of these; those that keep fewer numbers are padded behind them.
+
     Attributes:
-      kept: of the dense type, or int8 codes of a symmetric grid; ``(numbers,)``.
+      kept: of the dense type, or int8 codes of a symmetric grid; ``(*lead, numbers)``.
       index: where along the contracted axis each lies, ascending in a feature: uint16, or int32 on axes longer than
-        65,536; ``(numbers,)``.
-      starts: the first number of each feature, and how many there are in all: int32, ``(features + 1,)``.
-      scale: of codes, in the type of computing: ``(features, 1)``; None where numbers are the values.
+        65,536; ``(*lead, numbers)``.
+      starts: the first number of each feature, and how many there are in all: int32, ``(*lead, features + 1)``.
+      scale: of codes, in the type of computing: ``(*lead, features, 1)``; None where numbers are the values.
       grid: what codes stand for, or None, static.
       length: of the contracted axis, static.
       dtype: the dense array's type, static.
@@ -50,13 +52,13 @@ class SparseWeight:
 
     @property
     def shape(self) -> Shape:
-        """``(features, length)``."""
-        return (self.starts.shape[-1] - 1, self.length)
+        """``(*lead, features, length)``."""
+        return (*self.starts.shape[:-1], self.starts.shape[-1] - 1, self.length)
 
     @property
     def lead(self) -> int:
-        """How many axes weights are stacked along: none."""
-        return 0
+        """How many axes weights are stacked along."""
+        return self.kept.ndim - 1
 
     @property
     def computed(self) -> DType:
@@ -64,9 +66,15 @@ class SparseWeight:
         return compute_dtype(self.dtype) if self.scale is None else self.scale.dtype
 
     def numbers(self) -> jax.Array:
-        """``(features, length)``: the numbers where they belong, zeros elsewhere."""
-        feature = jnp.repeat(jnp.arange(self.shape[0]), jnp.diff(self.starts), total_repeat_length=self.kept.shape[0])
-        return jnp.zeros(self.shape, self.kept.dtype).at[feature, self.index].set(self.kept, unique_indices=True)
+        """``(*lead, features, length)``: the numbers where they belong, zeros elsewhere."""
+
+        def spread(kept: jax.Array, index: jax.Array, starts: jax.Array) -> jax.Array:
+            feature = jnp.searchsorted(starts, jnp.arange(kept.shape[0]), side="right") - 1
+            return jnp.zeros(self.shape[-2:], kept.dtype).at[feature, index].set(kept, mode="drop")  # and the padding
+
+        for _ in range(self.lead):
+            spread = jax.vmap(spread)
+        return spread(self.kept, self.index, self.starts)
 
     def values(self) -> jax.Array:
         """The weight in the type of sums."""
@@ -79,17 +87,25 @@ class SparseWeight:
 
 
 def sparse_parts(dense: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers where a matrix is not 0, their positions and where features start.
+    """The numbers where matrices are not 0, their positions and where features start.
 
     Args:
-      dense: ``(features, length)``; a zero with a sign is kept, for it is not the same bits.
+      dense: ``(*lead, features, length)``; a zero with a sign is kept, for it is not the same bits.
       numbers: of the same shape, what to keep of each.
 
     >>> x = np.array([[0.0, 2.0], [0.0, 0.0], [1.0, 3.0]])
     >>> [v.tolist() for v in sparse_parts(x, x)]
     [[2.0, 1.0, 3.0], [1, 0, 1], [0, 1, 1, 3]]
     """
-    at = (dense != 0) | np.signbit(dense)
-    starts = np.concatenate([[0], np.cumsum(at.sum(1, dtype=np.int64))])
-    kind = np.uint16 if dense.shape[1] <= SHORT else np.int32
-    return numbers[at], np.nonzero(at)[1].astype(kind), starts.astype(np.int32)
+    *lead, features, length = dense.shape
+    at = ((dense != 0) | np.signbit(dense)).reshape(-1, features, length)
+    by_feature = np.cumsum(at.sum(2, dtype=np.int64), 1)
+    most = int(by_feature[:, -1].max(initial=0))
+    kept = np.zeros((len(at), most), numbers.dtype)
+    index = np.zeros((len(at), most), np.uint16 if length <= SHORT else np.int32)
+    for i, matrix in enumerate(numbers.reshape(at.shape)):
+        kept[i, : by_feature[i, -1]] = matrix[at[i]]
+        index[i, : by_feature[i, -1]] = np.nonzero(at[i])[1]
+    starts = np.pad(by_feature, ((0, 0), (1, 0))).astype(np.int32)
+    found = (kept, index, starts)
+    return tuple(v.reshape(*lead, v.shape[-1]) for v in found)  # type: ignore[return-value]

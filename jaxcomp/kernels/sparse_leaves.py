@@ -18,11 +18,12 @@ from jaxcomp.kernels.sparse import MOST, SparseWeight, sparse_parts
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.trace.sites import Site
 
 
 @compressed_leaf(meta=("grid", "length", "dense_dtype", "dense_shape", "axes", "site"))
 class PreparedSparse(CompressedLeaf):
-    """``dense``, its axes in the order of ``axes`` and merged to ``(features, length)``, is ``weight.dense()``.
+    """``dense``, its axes in the order of ``axes`` and merged to ``(*lead, features, length)``, is ``weight.dense()``.
 
     Fields:
       kept, index, starts, scale, grid, length: see :class:`~jaxcomp.kernels.sparse.SparseWeight`.
@@ -49,7 +50,7 @@ class PreparedSparse(CompressedLeaf):
         return f"PreparedSparse {self.kept.dtype if self.grid is None else self.grid.label}"
 
     def details(self) -> tuple[str, ...]:  # noqa: D102
-        return (f"{self.kept.size / self.size:.1%} kept",) if self.size else ()
+        return (f"{self.kept.size / self.size:.1%} kept",)
 
     @property
     def shape(self) -> Shape:  # noqa: D102
@@ -77,15 +78,17 @@ Laid = Prepared | PreparedSparse
 """A leaf laid out for a site."""
 
 
-def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: str, least: float) -> PreparedSparse | str:
+def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: Site, least: float) -> PreparedSparse | str:
     """A leaf of which at least that part is zero as numbers and positions, or why it is not."""
-    if axes[0]:
-        return "its layers are stacked, and each has positions of its own"
+    if len(axes[0]) > len(site.layer_steps):
+        return "both operands of its product have an axis of matrices, as experts do"
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
         return "which of its elements are zero is not known inside jit; prepare outside"
     length, packed = math.prod(leaf.shape[i] for i in axes[2]), leaf.pack()
+    if not leaf.size:
+        return "it is empty"
     values = np.asarray(laid_out(packed.materialize(), axes))
-    zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
+    zeros = 1 - np.count_nonzero(values) / values.size
     if zeros < least:
         return f"{zeros:.1%} of it is zero, {least:.1%} are wanted"
     if values.size - zeros * values.size > MOST:
@@ -93,11 +96,11 @@ def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: str, least: float) -
     coded = _codes_by_feature(packed, axes)
     numbers, scale, grid = (values, None, None) if coded is None else coded
     kept, index, starts = (jnp.asarray(v) for v in sparse_parts(values, numbers))
-    return PreparedSparse(kept, index, starts, scale, grid, length, leaf.dtype, leaf.shape, axes, site)
+    return PreparedSparse(kept, index, starts, scale, grid, length, leaf.dtype, leaf.shape, axes, site.path)
 
 
 def _codes_by_feature(leaf: CompressedLeaf, axes: Axes) -> tuple[np.ndarray, jax.Array, Numbers] | None:
-    """The int8 codes ``(features, length)`` of a leaf whose scales are its features', those, and the grid."""
+    """The int8 codes ``(*lead, features, length)`` of a leaf whose scales are its features', those, and the grid."""
     inner = leaf.values if isinstance(leaf, Masked) else leaf
     if not isinstance(inner, Quantized) or not inner.grid.proportional or inner.grid.code_range is None:
         return None

@@ -187,15 +187,40 @@ def test_less_sparse_leaves_are_packed_and_said() -> None:
         jax.jit(lambda tree: jc.prepare(tree, dense, x, sparse=0.8))(floats)
 
 
-def test_layers_that_are_stacked_say_why() -> None:
-    def scanned(p, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
-    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 16))}
+
+@pytest.mark.parametrize("grid", [None, jc.Int(8)], ids=["floats", "Int8"])
+def test_layers_that_are_stacked_are_padded_to_the_fullest(grid) -> None:
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 16, 16)), jnp.float32).at[1].multiply(9.0)}
+    x = jnp.ones((2, 16))
+    steps = [jc.prune(0.9, scope=jc.Global())] + (
+        [jc.quantize(grid, roles=jc.roles(scanned)(params, x))] if grid else []
+    )
+    compress = jc.chain(*steps)
+    tree = jc.pack(compress.apply(compress.init(params), params))
+    ready = jc.prepare(tree, scanned, x, sparse=0.8)
+    leaf = ready["w"]
+    assert isinstance(leaf, PreparedSparse)
+    assert leaf.kept.shape == (3, int(leaf.starts[1, -1]))
+    assert leaf.starts[0, -1] < leaf.starts[1, -1]
+    assert leaf.materialize().tobytes() == jc.materialize(tree)["w"].tobytes()
+    run = jax.jit(lambda tree, x: quantize_function(scanned, {})(tree, None, x))
+    assert "jaxcomp_sparse" in run.lower(ready, x).as_text()
+    np.testing.assert_allclose(run(ready, x), scanned(jc.materialize(tree), x), rtol=2e-5, atol=2e-5)
+
+
+def test_experts_say_why() -> None:
+    def experts(p, x):
+        return jnp.einsum("ebd,edh->ebh", x, p["w"])
+
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 5))}
     compress = jc.prune(0.9)
     tree = compress.apply(compress.init(params), params)
-    with pytest.raises(ValueError, match="'w': its layers are stacked, and each has positions of its own"):
-        jc.prepare(tree, scanned, jnp.ones((1, 16)), sparse=0.8)
+    with pytest.raises(ValueError, match="'w': both operands of its product have an axis of matrices, as experts do"):
+        jc.prepare(tree, experts, jnp.ones((3, 2, 16)), sparse=0.8)
 
 
 def test_what_is_asked_in_vain_says_what_to_do(monkeypatch) -> None:
