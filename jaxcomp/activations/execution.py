@@ -18,17 +18,27 @@ from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, Names, encode, fake_quantize, float8_codes, scale_blocks
 from jaxcomp.activations.float_products import Form, long_sum, no_codes, value_product
 from jaxcomp.activations.held import Held, as_array, held_product, in_its_turn
-from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal, small_integers
+from jaxcomp.activations.integer_products import (
+    integer_product,
+    nan_rows,
+    prepared_on_left,
+    prepared_on_right,
+    refusal,
+    small_integers,
+)
 from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.memory import Memory
+from jaxcomp.activations.packed_products import packed_forms, packed_pair, packed_product
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
+from jaxcomp.kernels.prepare import site_axes
 from jaxcomp.kernels.sparse_leaves import Laid
 from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.ranges import Range
@@ -112,12 +122,27 @@ class _Product:
             values, waited = self.in_turn(given, side.ranges, self.factor)
             pair = self.factors(values, side.ranges, waited)
             if not isinstance(pair, Why):
-                self.around.record(path, *_done(pair[0]))
-                form = Form(integer_product, self.single(values, pair))
+                done, why = _done(pair[0])
+                multiply, pair, named = self.on_codes(given, pair)
+                self.around.record(path, done, why, named)
+                form = Form(multiply, self.single(values, pair))
                 on_codes = product_with_gradient(op, spec, self.rounded, form)
                 return [on_codes(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
             why = pair
         return [self.fake(side, given, why)]
+
+    def on_codes(
+        self, given: tuple[Value | Carried | Held, ...], pair: tuple[Factor, Factor]
+    ) -> tuple[Callable[[Op, Factor, Factor], jax.Array], tuple[Factor, Factor], str]:
+        """How factors are multiplied, a prepared weight as it lies; those; and the form in words, if one is chosen."""
+        site, op = self.planned.site, self.planned.op
+        leaf, side = self.around.prepared.get(site.leaf or ""), site.weight
+        if leaf is None or side is None or not isinstance(given[side], Carried) or site_axes(site, op) != leaf.axes:
+            return integer_product, pair, ""
+        packed = packed_pair(op, side, given[side], pair)
+        if packed is not None:
+            return packed_product, packed, packed_forms(op, *packed)
+        return (prepared_on_right if side else prepared_on_left), pair, ""
 
     def in_turn(
         self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E]

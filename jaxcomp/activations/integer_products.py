@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import jax
@@ -27,6 +28,7 @@ from jaxcomp.activations.reasons import (
 )
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.reductions import nan_in
+from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import block_reduce, spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
@@ -34,6 +36,9 @@ from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
 
+
+DotNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+"""The axes that a dot sums over and those that both operands share, of each operand."""
 
 _WHOLE = 1.5 * 2.0**23
 """Added to a small integer in float32 it leaves the integer in the last bits."""
@@ -93,6 +98,47 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
 
     ``Σ (a - za) sa (b - zb) sb == sa sb (Σ a b - za Σ b - zb Σ a + n za zb)``, all in int32 up to the rescale.
     """
+    return _product(op, a, b)
+
+
+def prepared_on_left(op: Op, a: Factor, b: Factor) -> jax.Array:
+    """:func:`integer_product` of a dot whose left operand lies with the axes that are summed over last."""
+    return _product(_summed_last(op, 0), _turned(op, 0, a), b)
+
+
+def prepared_on_right(op: Op, a: Factor, b: Factor) -> jax.Array:
+    """:func:`integer_product` of a dot whose right operand lies with the axes that are summed over last."""
+    return _product(_summed_last(op, 1), a, _turned(op, 1, b))
+
+
+def _turned(op: Op, side: int, f: Factor) -> Factor:
+    """A factor as it lies: XLA then cancels the transposition that put its axes where the program has them.
+
+    With both in the program XLA folds them into the product, and its fast product of int8 on CPU is not found any more.
+    """
+    order = _order(op, side)
+    zero = None if f.zero is None else jnp.transpose(f.zero, order)
+    return Factor(jnp.transpose(f.codes, order), jnp.transpose(f.scale, order), zero, f.reach)
+
+
+def _order(op: Op, side: int) -> list[int]:
+    """The axes of an operand: those that both share, those that the result keeps, those that are summed over."""
+    contract, batch = (numbers[side] for numbers in dot_numbers(op.eqn))
+    free = [i for i in range(len(op.shapes[side])) if i not in contract and i not in batch]
+    return [*batch, *free, *contract]
+
+
+def _summed_last(op: Op, side: int) -> Op:
+    """The dot of an operand in that order."""
+    order = _order(op, side)
+    numbers = [[list(axes) for axes in pair] for pair in op.eqn.params["dimension_numbers"]]
+    for pair in numbers:
+        pair[side] = [order.index(i) for i in pair[side]]
+    turned = tuple(tuple(tuple(axes) for axes in pair) for pair in numbers)
+    return replace(op, eqn=op.eqn.replace(params={**op.eqn.params, "dimension_numbers": turned}))
+
+
+def _product(op: Op, a: Factor, b: Factor) -> jax.Array:
     products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": convolution}
     return products[op.name](op, a, b).astype(result_of(op).dtype)
 
@@ -117,7 +163,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
         batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
         numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    (sums,) = op.bind(a.codes, b.codes, dimension_numbers=numbers, preferred_element_type=a.sum_type)
+    sums = _sums(op, a.codes, b.codes, numbers, a.sum_type)
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -134,6 +180,30 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
     axes = tuple(contract[0]), tuple(contract[1])
     y = _rescaled(sums, (a, b), axes, n, placed)
     return y.sum(tuple(range(cut))) if cut else y
+
+
+def _sums(op: Op, a: jax.Array, b: jax.Array, numbers: DotNumbers, kind: DType) -> jax.Array:
+    """The dot of codes. One row of int8 is two on CPU: of one alone XLA makes all of the other operand int32 first."""
+
+    def dot(a: jax.Array, b: jax.Array, numbers: DotNumbers = numbers) -> jax.Array:
+        return op.bind(a, b, dimension_numbers=numbers, preferred_element_type=kind)[0]
+
+    (contract, batch), codes = numbers, (a, b)
+    kept = [math.prod(x.shape) // math.prod(x.shape[i] for i in axes) for x, axes in zip(codes, contract, strict=True)]
+    if a.dtype != jnp.int8 or batch != ((), ()) or 1 not in kept or kept == [1, 1]:
+        return dot(a, b)
+    side = kept.index(1)
+
+    def doubled(*codes: jax.Array) -> jax.Array:
+        one = codes[side][None]
+        two, moved = jnp.concatenate([one, one]), tuple(i + 1 for i in contract[side])
+        if side == 0:
+            sums = dot(two, codes[1], ((moved, contract[1]), batch))
+        else:
+            sums = dot(codes[0], two, ((contract[0], moved), batch))
+        return jax.lax.index_in_dim(sums, 0, 0 if side == 0 else codes[0].ndim - len(contract[0]), keepdims=False)
+
+    return lax.platform_dependent(a, b, cpu=doubled, default=dot)
 
 
 def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]]:

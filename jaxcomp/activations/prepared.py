@@ -149,27 +149,32 @@ def _on_arrays(planned: Planned) -> Callable[..., Sequence[jax.Array]]:
 def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Array]]:
     op, side = planned.op, planned.site.weight
     assert side is not None
-    contract, batch = dot_numbers(op.eqn)
-    other = 1 - side
 
     def run(*values: object) -> Sequence[jax.Array]:
-        value, x = values[side], values[other]
+        value, x = values[side], values[1 - side]
         if not isinstance(value, Carried) or not isinstance(x, jax.Array):
             return _on_arrays(planned)(*values)
-        free = [i for i in range(x.ndim) if i not in contract[other] and i not in batch[other]]
-        moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
-        at = len(batch[other])
-        shared, rows = moved.shape[:at], moved.shape[at : at + len(free)]
-        out = result_of(op)
-        record(planned.site.path, "weight-only", None, forms_of(math.prod(rows), x.dtype, value.weight))
-        y = _product(moved.reshape(math.prod(shared), math.prod(rows), value.weight.length), value.weight, out.dtype)
-        y = y if side == 1 else jnp.swapaxes(y, -1, -2)
-        return [y.reshape(out.shape)]
+        rows = in_rows(op, side, x)
+        record(planned.site.path, "weight-only", None, forms_of(rows.shape[1], x.dtype, value.weight))
+        return [in_result(op, side, product_of_rows(rows, value.weight, result_of(op).dtype))]
 
     return run
 
 
-def _product(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
+def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:
+    """The operand of a dot beside the one on ``side`` as ``(shared, rows, length)``; its axes may be 1 where it is."""
+    contract, batch = (numbers[1 - side] for numbers in dot_numbers(op.eqn))
+    free = [i for i in range(x.ndim) if i not in contract and i not in batch]
+    sizes = [math.prod(x.shape[i] for i in axes) for axes in (batch, free, contract)]
+    return jnp.transpose(x, [*batch, *free, *contract]).reshape(sizes)
+
+
+def in_result(op: Op, side: int, y: jax.Array) -> jax.Array:
+    """``(shared, rows, features)`` as the result of a dot whose weight is on ``side``."""
+    return (y if side == 1 else jnp.swapaxes(y, -1, -2)).reshape(result_of(op).shape)
+
+
+def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     """``(shared, rows, features)`` of activations ``(shared, rows, length)``."""
     run = partial(weight_only, dtype=dtype)
     if not w.lead:

@@ -18,10 +18,11 @@ import jaxcomp as jc
 from jaxcomp.kernels import weight_only
 from jaxcomp.kernels.weight_only import summable
 from tests.benchmarks.gpu_cases import Call, Compiled, Ran, Setting, run_cases
-from tests.benchmarks.gpu_products import GRIDS, LAYERS, layers, our_layers
+from tests.benchmarks.gpu_products import DYNAMIC, GRIDS, LAYERS, layers, our_layers
 from tests.benchmarks.timing import Report, Row
 
 FLOAT, AGAIN = "float32", "float32 again (control)"
+RULES = {".*": DYNAMIC}
 AIMS = {"int8": ">= 1.2", "int4 g128": ">= 1"}
 MEMORY = "<= 2"
 
@@ -46,6 +47,7 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
         makers[f"{grid}, as packed"] = partial(our_layers, tree, x, {}, prepare=False)
         makers[f"{grid}, prepared"] = partial(our_layers, tree, x, {}, prepare=True)
         makers[f"{grid}, prepared, plain jax.numpy"] = partial(_plain, tree, x)
+        makers[f"{grid}, prepared, dynamic int8 activations"] = partial(our_layers, tree, x, RULES, prepare=True)
         aims[f"{grid}, prepared"] = AIMS[grid] if len(x) == 1 else ""
     ran = run_cases(makers, setting, inner=3, rounds=11)
     rows = []

@@ -1,0 +1,72 @@
+"""Products of activations in int8 and packed weights of fewer bits or with scales in groups, as their bytes lie.
+
+Codes are multiplied as floats: a group's sums are integers below 2^24, which float32 holds exactly, and each meets its
+scale. So no code is unpacked into memory, and no product of a group alone is asked of XLA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.factors import EXACT, Factor
+from jaxcomp.activations.prepared import Carried, in_result, in_rows, product_of_rows
+from jaxcomp.kernels.forms import forms_of
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.products import dot_numbers
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "weight"], meta_fields=["reach"])
+@dataclass(frozen=True, kw_only=True)
+class PackedFactor(Factor):
+    """A factor that is a packed weight, too; its codes are made where they are read, as a gradient does."""
+
+    weight: PackedWeight
+
+
+def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
+    """The factors of a dot with the weight on ``side`` as it lies, or None where the product of codes is the better."""
+    w, x = given.weight if isinstance(given, Carried) else None, pair[1 - side]
+    if not isinstance(w, PackedWeight) or not w.is_integer or x.codes.dtype != jnp.int8:
+        return None
+    groups = w.scale.shape[-1]
+    if w.bits == 8 and groups == 1:
+        return None  # int8 by int8 as it is
+    contract = dot_numbers(op.eqn)[0][1 - side]
+    largest = 2**w.bits * x.reach * (w.length if groups == 1 else w.group)
+    if largest >= EXACT or any(x.scale.shape[i] != 1 for i in contract):
+        return None
+    f = pair[side]
+    packed = PackedFactor(codes=f.codes, scale=f.scale, zero=f.zero, reach=f.reach, weight=w)
+    return (x, packed) if side == 1 else (packed, x)
+
+
+def packed_forms(op: Op, a: Factor, b: Factor) -> str:
+    """The forms of their product by backend, in words."""
+    side, x, w = _parts(a, b)
+    return forms_of(in_rows(op, side, x.codes).shape[1], w.scale.dtype, w)
+
+
+def _parts(a: Factor, b: Factor) -> tuple[int, Factor, PackedWeight]:
+    """The side of the packed factor, the other one, and the weight."""
+    side, x, packed = (1, a, b) if isinstance(b, PackedFactor) else (0, b, a)
+    assert isinstance(packed, PackedFactor)
+    return side, x, packed.weight
+
+
+def packed_product(op: Op, a: Factor, b: Factor) -> jax.Array:
+    """The result of a dot of two factors, one of them packed, in the equation's own type."""
+    side, x, w = _parts(a, b)
+    numbers = x.codes.astype(w.scale.dtype)
+    if x.zero is not None:
+        numbers = numbers - jnp.broadcast_to(x.zero, x.scale.shape).astype(w.scale.dtype)
+    y = product_of_rows(in_rows(op, side, numbers), w, w.scale.dtype)
+    contract = dot_numbers(op.eqn)[0][1 - side]
+    shape = tuple(1 if i in contract else n for i, n in enumerate(x.codes.shape))
+    y = y * in_rows(op, side, jnp.broadcast_to(x.scale, shape)).astype(y.dtype)
+    return in_result(op, side, y).astype(result_of(op).dtype)
