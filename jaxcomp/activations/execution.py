@@ -21,10 +21,10 @@ from jaxcomp.activations.held import Held, as_array, held_product, in_its_turn
 from jaxcomp.activations.integer_products import (
     integer_product,
     nan_rows,
-    prepared_on_left,
-    prepared_on_right,
     refusal,
     small_integers,
+    turned_left,
+    turned_right,
 )
 from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.memory import Memory
@@ -134,15 +134,22 @@ class _Product:
     def on_codes(
         self, given: tuple[Value | Carried | Held, ...], pair: tuple[Factor, Factor]
     ) -> tuple[Callable[[Op, Factor, Factor], jax.Array], tuple[Factor, Factor], str]:
-        """How factors are multiplied, a prepared weight as it lies; those; and the form in words, if one is chosen."""
+        """How factors are multiplied; those; and the form in words, if one is chosen.
+
+        A weight that is prepared, or that the program turns before the product, is multiplied as it lies.
+        """
         site, op = self.planned.site, self.planned.op
-        leaf, side = self.around.prepared.get(site.leaf or ""), site.weight
-        if leaf is None or side is None or not isinstance(given[side], Carried) or site_axes(site, op) != leaf.axes:
+        axes, side = site_axes(site, op), site.weight
+        if axes is None or side is None:
+            return integer_product, pair, ""
+        leaf = self.around.prepared.get(site.leaf or "")
+        lies = sorted(a for part in axes for a in part) == [a for part in axes for a in part]
+        if not (lies if leaf is None else axes == leaf.axes):
             return integer_product, pair, ""
         packed = packed_pair(op, side, given[side], pair)
         if packed is not None:
             return packed_product, packed, packed_forms(op, *packed)
-        return (prepared_on_right if side else prepared_on_left), pair, ""
+        return (turned_right if side else turned_left), pair, ""
 
     def in_turn(
         self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E]

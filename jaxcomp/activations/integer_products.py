@@ -101,12 +101,12 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
     return _product(op, a, b)
 
 
-def prepared_on_left(op: Op, a: Factor, b: Factor) -> jax.Array:
+def turned_left(op: Op, a: Factor, b: Factor) -> jax.Array:
     """:func:`integer_product` of a dot whose left operand lies with the axes that are summed over last."""
     return _product(_summed_last(op, 0), _turned(op, 0, a), b)
 
 
-def prepared_on_right(op: Op, a: Factor, b: Factor) -> jax.Array:
+def turned_right(op: Op, a: Factor, b: Factor) -> jax.Array:
     """:func:`integer_product` of a dot whose right operand lies with the axes that are summed over last."""
     return _product(_summed_last(op, 1), a, _turned(op, 1, b))
 

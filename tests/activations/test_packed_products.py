@@ -83,16 +83,23 @@ def test_a_row_that_holds_nan_is_nan_and_no_other() -> None:
     assert np.isfinite(got[[0, 2]]).all()
 
 
+def turned(p, x):
+    return x @ p["w"].T
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 16])
-def test_no_weight_of_int32_is_made(rows, prepared) -> None:
-    """XLA on CPU widens an int8 weight whole for a product of one row, and for one that it turns itself."""
+@pytest.mark.parametrize("fn", [right, turned], ids=lambda fn: fn.__name__)
+def test_no_weight_of_int32_is_made(fn, rows, prepared) -> None:
+    """XLA on CPU widens an int8 weight whole for a product of one row, and for one that the program turns first."""
     params = {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}
-    x = jnp.ones((rows, 1024))
-    tree = jc.pack(jc.quantize(jc.Int(8), roles=jc.roles(right)(params, x)).apply((), params))
-    tree = jc.prepare(tree, right, x) if prepared else tree
-    run = jax.jit(quantize_function(right, {".*": ACTS["dynamic"]}, integer=True)).lower(tree, None, x).compile()
+    x = jax.random.normal(jax.random.key(1), (rows, 1024))
+    tree = jc.pack(jc.quantize(jc.Int(8), roles=jc.roles(fn)(params, x)).apply((), params))
+    ready = jc.prepare(tree, fn, x) if prepared else tree
+    run = jax.jit(quantize_function(fn, {".*": ACTS["dynamic"]}, integer=True)).lower(ready, None, x).compile()
     assert run.memory_analysis().temp_size_in_bytes < 1 << 19
+    fake = jax.jit(quantize_function(fn, {".*": ACTS["dynamic"]}))(tree, None, x)
+    np.testing.assert_allclose(run(ready, None, x), fake, rtol=0, atol=1e-5 * float(jnp.abs(fake).max()))
 
 
 def test_no_weight_in_groups_is_unpacked() -> None:
