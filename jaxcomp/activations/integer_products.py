@@ -189,7 +189,9 @@ def _sums(op: Op, a: jax.Array, b: jax.Array, numbers: DotNumbers, kind: DType) 
         return op.bind(a, b, dimension_numbers=numbers, preferred_element_type=kind)[0]
 
     (contract, batch), codes = numbers, (a, b)
-    kept = [math.prod(x.shape) // math.prod(x.shape[i] for i in axes) for x, axes in zip(codes, contract, strict=True)]
+    kept = [
+        math.prod(n for i, n in enumerate(x.shape) if i not in axes) for x, axes in zip(codes, contract, strict=True)
+    ]
     if a.dtype != jnp.int8 or batch != ((), ()) or 1 not in kept or kept == [1, 1]:
         return dot(a, b)
     side = kept.index(1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from importlib.util import find_spec
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -75,15 +76,17 @@ def call(work: Work, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.
 
 
 _KEPT: dict[str, Any] = {}
+_ONE_BY_ONE = Lock()
 
 
 def _registered(work: Work, operands: int) -> str:
     target = f"jaxcomp_{work.name}"
-    if target not in _KEPT:
-        engine = _compiled(_module(work, operands))
-        handler = ctypes.c_void_p(engine.get_function_address("handler"))
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-        _KEPT[target] = engine
+    with _ONE_BY_ONE:
+        if target not in _KEPT:
+            engine = _compiled(_module(work, operands))
+            handler = ctypes.c_void_p(engine.get_function_address("handler"))
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+            _KEPT[target] = engine
     return target
 
 
@@ -95,7 +98,10 @@ def _machine() -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten()
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM does not know them on every system
+        features = ""
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
 
