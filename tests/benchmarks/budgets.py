@@ -1,6 +1,7 @@
 """``compress`` under budgets beside recipes by hand, on a trained network of the main job: bytes, MACs, accuracy.
 
-Command: ``python -m tests.benchmarks.budgets RUN [--steps 470] [--ratios 4 8 16 32] [--macs 2 4] [--out FOLDER]``
+Command: ``python -m tests.benchmarks.budgets RUN [--steps 470] [--ratios 4 8 16 32] [--macs 2 4] [--out FOLDER]``, and
+``--by-hand NAME...`` for some of the recipes alone.
 
 RUN is the folder of a run such as ``python -m train fashion_mnist --baseline.epochs 2``. All rows are trained again for
 as many steps with the same loss; accuracy is that on the test split, losses are measured on the training split. What
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=470)
     parser.add_argument("--ratios", type=float, nargs="*", default=[4.0, 8.0, 16.0, 32.0])
     parser.add_argument("--macs", type=float, nargs="*", default=[2.0, 4.0])
+    parser.add_argument("--by-hand", nargs="*", metavar="NAME", help="of the recipes: int8, int4, ...; all by default")
     parser.add_argument("--judged", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/budgets"))
     args = parser.parse_args()
@@ -181,7 +183,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     budgets = {f"{x:g}x bytes": x for x in args.ratios} | {f"{x:g}x MACs": {"macs": Smaller(x)} for x in args.macs}
     roles = jc.roles(case.fn)(case.params, case.images(slice(0, 1)))
-    jobs = {name: partial(hand_row, case, name, t, recover) for name, t in by_hand(roles).items()}
+    recipes = by_hand(roles)
+    if unknown := set(args.by_hand or ()) - set(recipes):
+        parser.error(f"no recipe is called {min(unknown)!r}; there are {', '.join(recipes)}")
+    asked = recipes if args.by_hand is None else args.by_hand
+    jobs = {name: partial(hand_row, case, name, recipes[name], recover) for name in asked}
     folder = {name: args.out / name.replace(" ", "_") for name in budgets}
     jobs |= {name: partial(row, case, name, b, recover, folder[name]) for name, b in budgets.items()}
     file = args.out / "rows.json"
