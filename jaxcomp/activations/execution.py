@@ -35,8 +35,8 @@ from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, W
 from jaxcomp.activations.specs import ActSpec, Float8
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
+from jaxcomp.kernels.leaves import Laid
 from jaxcomp.kernels.prepare import site_axes
-from jaxcomp.kernels.sparse_leaves import Laid
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim

@@ -19,11 +19,10 @@ from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
 from jaxcomp.kernels.forms import forms_of
-from jaxcomp.kernels.leaves import Axes, restored, scale_shape, without_first
+from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_first
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import Weight, weight_only
 from jaxcomp.kernels.sparse import SparseWeight
-from jaxcomp.kernels.sparse_leaves import Laid
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from abc import abstractmethod
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxcomp.core.packed import compressed_leaf, unpacked
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.kernels.packing import PackedWeight, pack_blocks
+from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import spread
@@ -28,15 +30,53 @@ Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 product keeps; those that it sums over, in the order in which the other operand has them."""
 
 
-@compressed_leaf(meta=("grid", "length", "group", "block", "dense_dtype", "dense_shape", "axes", "site"))
-class Prepared(CompressedLeaf):
-    """``dense``, its axes in the order of ``axes`` and merged to ``(*lead, features, length)``, is ``weight.dense()``.
+class Laid(CompressedLeaf):
+    """A leaf laid out for the site that multiplies it.
 
-    Fields:
-      codes, scale, zero, grid, length, group, block: see :class:`~jaxcomp.kernels.packing.PackedWeight`.
+    ``dense``, its axes in the order of ``axes`` and merged to ``(*lead, features, length)``, is ``weight.dense()``.
+
+    Fields of all:
       dense_dtype, dense_shape: of the array, static.
       axes: how its axes lie, static, see :data:`Axes`.
       site: the path of the site that it was laid out for, static.
+    """
+
+    dense_dtype: DType
+    dense_shape: Shape
+    axes: Axes
+    site: str
+
+    made_by: ClassVar[str] = "prepare"
+
+    @property
+    @abstractmethod
+    def weight(self) -> PackedWeight | SparseWeight:
+        """As kernels take it."""
+
+    @property
+    def shape(self) -> Shape:  # noqa: D102
+        return self.dense_shape
+
+    @property
+    def dtype(self) -> DType:  # noqa: D102
+        return self.dense_dtype
+
+    def materialize(self) -> jax.Array:
+        """The array, bit for bit that of the leaf it was made of."""
+        return restored(self.weight.dense(), self.dense_shape, self.axes)
+
+    def pack(self) -> Self:
+        """Itself: it is packed."""
+        return self
+
+
+@compressed_leaf(meta=("grid", "length", "group", "block", "dense_dtype", "dense_shape", "axes", "site"))
+class Prepared(Laid):
+    """Codes in bytes in the order in which kernels read them.
+
+    Fields:
+      codes, scale, zero, grid, length, group, block: see :class:`~jaxcomp.kernels.packing.PackedWeight`.
+      dense_dtype, dense_shape, axes, site: see :class:`Laid`.
     """
 
     codes: jax.Array
@@ -51,8 +91,6 @@ class Prepared(CompressedLeaf):
     axes: Axes
     site: str
 
-    made_by: ClassVar[str] = "prepare"
-
     @property
     def method(self) -> str:  # noqa: D102
         return f"Prepared {self.grid.label}"
@@ -65,27 +103,11 @@ class Prepared(CompressedLeaf):
         return self.grid.bits
 
     @property
-    def shape(self) -> Shape:  # noqa: D102
-        return self.dense_shape
-
-    @property
-    def dtype(self) -> DType:  # noqa: D102
-        return self.dense_dtype
-
-    @property
     def weight(self) -> PackedWeight:
         """The codes as kernels take them."""
         return PackedWeight(
             self.codes, self.scale, self.zero, self.grid, self.length, self.group, self.block, self.dense_dtype
         )
-
-    def materialize(self) -> jax.Array:
-        """The array, bit for bit that of the leaf it was made of."""
-        return restored(self.weight.dense(), self.dense_shape, self.axes)
-
-    def pack(self) -> Prepared:
-        """Itself: it is packed."""
-        return self
 
 
 def restored(x: jax.Array, shape: Shape, axes: Axes) -> jax.Array:

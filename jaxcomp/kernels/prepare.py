@@ -8,9 +8,9 @@ from jaxcomp.core.leaves import CompressedLeaf, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.kernels.leaves import Axes, prepared
+from jaxcomp.kernels.leaves import Axes, Laid, prepared
 from jaxcomp.kernels.llvm_calls import missing
-from jaxcomp.kernels.sparse_leaves import Laid, prepared_sparse
+from jaxcomp.kernels.sparse_leaves import prepared_sparse
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.products import dot_numbers

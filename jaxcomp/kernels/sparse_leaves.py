@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxcomp.core.leaves import CompressedLeaf, dense
 from jaxcomp.core.packed import compressed_leaf, unpacked
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.core.wrappers import Masked
-from jaxcomp.kernels.leaves import Axes, Prepared, laid_out, restored
+from jaxcomp.kernels.leaves import Axes, Laid, laid_out
 from jaxcomp.kernels.sparse import MOST, SparseWeight, sparse_parts
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized
@@ -22,14 +21,12 @@ from jaxcomp.trace.sites import Site
 
 
 @compressed_leaf(meta=("grid", "length", "dense_dtype", "dense_shape", "axes", "site"))
-class PreparedSparse(CompressedLeaf):
-    """``dense``, its axes in the order of ``axes`` and merged to ``(*lead, features, length)``, is ``weight.dense()``.
+class PreparedSparse(Laid):
+    """The numbers that are not zero, and where they lie.
 
     Fields:
       kept, index, starts, scale, grid, length: see :class:`~jaxcomp.kernels.sparse.SparseWeight`.
-      dense_dtype, dense_shape: of the array, static.
-      axes: how its axes lie, static, see :data:`Axes`.
-      site: the path of the site that it was laid out for, static.
+      dense_dtype, dense_shape, axes, site: see :class:`~jaxcomp.kernels.leaves.Laid`.
     """
 
     kept: jax.Array
@@ -43,8 +40,6 @@ class PreparedSparse(CompressedLeaf):
     axes: Axes
     site: str
 
-    made_by: ClassVar[str] = "prepare"
-
     @property
     def method(self) -> str:  # noqa: D102
         return f"PreparedSparse {self.kept.dtype if self.grid is None else self.grid.label}"
@@ -53,29 +48,9 @@ class PreparedSparse(CompressedLeaf):
         return (f"{self.kept.size / self.size:.1%} kept",)
 
     @property
-    def shape(self) -> Shape:  # noqa: D102
-        return self.dense_shape
-
-    @property
-    def dtype(self) -> DType:  # noqa: D102
-        return self.dense_dtype
-
-    @property
     def weight(self) -> SparseWeight:
         """The numbers as kernels take them."""
         return SparseWeight(self.kept, self.index, self.starts, self.scale, self.grid, self.length, self.dense_dtype)
-
-    def materialize(self) -> jax.Array:
-        """The array, bit for bit that of the leaf it was made of."""
-        return restored(self.weight.dense(), self.dense_shape, self.axes)
-
-    def pack(self) -> PreparedSparse:
-        """Itself: it is packed."""
-        return self
-
-
-Laid = Prepared | PreparedSparse
-"""A leaf laid out for a site."""
 
 
 def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: Site, least: float) -> PreparedSparse | str:
