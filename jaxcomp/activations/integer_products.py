@@ -98,17 +98,18 @@ def integer_product(op: Op, a: Factor, b: Factor) -> jax.Array:
 
     ``Σ (a - za) sa (b - zb) sb == sa sb (Σ a b - za Σ b - zb Σ a + n za zb)``, all in int32 up to the rescale.
     """
-    return _product(op, a, b)
+    products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": convolution}
+    return products[op.name](op, a, b).astype(result_of(op).dtype)
 
 
 def turned_left(op: Op, a: Factor, b: Factor) -> jax.Array:
     """:func:`integer_product` of a dot whose left operand lies with the axes that are summed over last."""
-    return _product(_summed_last(op, 0), _turned(op, 0, a), b)
+    return integer_product(_summed_last(op, 0), _turned(op, 0, a), b)
 
 
 def turned_right(op: Op, a: Factor, b: Factor) -> jax.Array:
     """:func:`integer_product` of a dot whose right operand lies with the axes that are summed over last."""
-    return _product(_summed_last(op, 1), a, _turned(op, 1, b))
+    return integer_product(_summed_last(op, 1), a, _turned(op, 1, b))
 
 
 def _turned(op: Op, side: int, f: Factor) -> Factor:
@@ -136,11 +137,6 @@ def _summed_last(op: Op, side: int) -> Op:
         pair[side] = [order.index(i) for i in pair[side]]
     turned = tuple(tuple(tuple(axes) for axes in pair) for pair in numbers)
     return replace(op, eqn=op.eqn.replace(params={**op.eqn.params, "dimension_numbers": turned}))
-
-
-def _product(op: Op, a: Factor, b: Factor) -> jax.Array:
-    products = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": convolution}
-    return products[op.name](op, a, b).astype(result_of(op).dtype)
 
 
 def _summed(op: Op) -> list[tuple[int, int]]:
