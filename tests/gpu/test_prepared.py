@@ -105,7 +105,11 @@ def test_no_dense_weight_is_written(grid, rows) -> None:
     assert memory.temp_size_in_bytes <= 2_000_000
 
 
-@pytest.mark.parametrize("grid", [jc.Int(8), jc.Int(4), E4M3], ids=str)
+CACHES = {jc.Int(8): 0.03, jc.Int(4): 0.3, E4M3: 0.06}
+"""How far attention to a cache is from that to floats at most: three bits of mantissa round by up to a sixteenth."""
+
+
+@pytest.mark.parametrize("grid", CACHES, ids=str)
 def test_a_cache_in_codes_is_read_as_the_dense_one(grid) -> None:
     from jaxcomp.kernels import kv_cache
 
@@ -118,7 +122,7 @@ def test_a_cache_in_codes_is_read_as_the_dense_one(grid) -> None:
     assert_same_bits(whole, split)
     got = np.asarray(jax.jit(lambda c, q: c.attend(q, 299))(whole, q), np.float64)
     near = np.asarray(jax.nn.dot_product_attention(q, k, v), np.float64)
-    assert np.linalg.norm(got - near) <= (0.03 if grid.bits == 8 else 0.3) * np.linalg.norm(near)
+    assert np.linalg.norm(got - near) <= CACHES[grid] * np.linalg.norm(near)
     host = jax.devices("cpu")[0]
     there = np.asarray(jax.jit(lambda c, q: c.attend(q, 299))(*jax.device_put((whole, q), host)), np.float64)
     np.testing.assert_allclose(got, there, rtol=0, atol=2.0**-9 * np.abs(there).max())
