@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax import lax
 
 import jaxcomp as jc
 from jaxcomp.activations import LSQ, PACT, Act, Backward, Dynamic, quantize_function, ranges_of
+from jaxcomp.activations.demands import NotOnIntegers
 from jaxcomp.core import Groups
 from jaxcomp.trace.calibrate import calibrate
 from jaxcomp.trace.program import trace
@@ -93,7 +96,11 @@ def test_gradients_equal_those_of_the_fake_mode(case):
     fn, w, x = CASES[name]
     p, act = {"w": w}, ACTS[kind]
     ranges, weights = narrowed(fn, p, x), weights_of(4, p)
-    real, fake = (jax.jit(gradients(fn, act, weights, integer, x, ranges))(p) for integer in (True, False))
+    # The table's scales lie on what its second product sums over.
+    said = pytest.warns(NotOnIntegers, match="16 scales") if name == "tied table" else nullcontext()
+    with said:
+        real = jax.jit(gradients(fn, act, weights, True, x, ranges))(p)
+    fake = jax.jit(gradients(fn, act, weights, False, x, ranges))(p)
     close(real, fake)
     assert all(np.any(g != 0) for g in jax.tree.leaves(real[1][0]))
     learns = kind in ("LSQ", "PACT")
