@@ -143,8 +143,8 @@ class _Product:
         if axes is None or side is None:
             return integer_product, pair, ""
         leaf = self.around.prepared.get(site.leaf or "")
-        lies = sorted(a for part in axes for a in part) == [a for part in axes for a in part]
-        if not (lies if leaf is None else axes == leaf.axes):
+        order = [axis for part in axes for axis in part]
+        if order != sorted(order) if leaf is None else axes != leaf.axes:
             return integer_product, pair, ""
         packed = packed_pair(op, side, given[side], pair)
         if packed is not None:

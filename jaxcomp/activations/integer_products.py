@@ -31,14 +31,11 @@ from jaxcomp.core.reductions import nan_in
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import block_reduce, spread
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.products import by_rows, dot_numbers, groups_of
+from jaxcomp.trace.products import DotNumbers, by_rows, dot_axes, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
 
-
-DotNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
-"""The axes that a dot sums over and those that both operands share, of each operand."""
 
 _WHOLE = 1.5 * 2.0**23
 """Added to a small integer in float32 it leaves the integer in the last bits."""
@@ -124,9 +121,7 @@ def _turned(op: Op, side: int, f: Factor) -> Factor:
 
 def _order(op: Op, side: int) -> list[int]:
     """The axes of an operand: those that both share, those that the result keeps, those that are summed over."""
-    contract, batch = (numbers[side] for numbers in dot_numbers(op.eqn))
-    free = [i for i in range(len(op.shapes[side])) if i not in contract and i not in batch]
-    return [*batch, *free, *contract]
+    return [axis for part in dot_axes(op.eqn, side) for axis in part]
 
 
 def _summed_last(op: Op, side: int) -> Op:

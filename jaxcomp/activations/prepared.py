@@ -26,7 +26,7 @@ from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
-from jaxcomp.trace.products import dot_numbers
+from jaxcomp.trace.products import dot_axes
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location
 
@@ -162,10 +162,9 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
 
 def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:
     """The operand of a dot beside the one on ``side`` as ``(shared, rows, length)``; its axes may be 1 where it is."""
-    contract, batch = (numbers[1 - side] for numbers in dot_numbers(op.eqn))
-    free = [i for i in range(x.ndim) if i not in contract and i not in batch]
-    sizes = [math.prod(x.shape[i] for i in axes) for axes in (batch, free, contract)]
-    return jnp.transpose(x, [*batch, *free, *contract]).reshape(sizes)
+    parts = dot_axes(op.eqn, 1 - side)
+    sizes = [math.prod(x.shape[i] for i in part) for part in parts]
+    return jnp.transpose(x, [axis for part in parts for axis in part]).reshape(sizes)
 
 
 def in_result(op: Op, side: int, y: jax.Array) -> jax.Array:

@@ -71,15 +71,18 @@ class Product(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A way to run a product: on which backends, and why it cannot run one there; None if it can."""
+    """A way to run a product: on which backends, and why it cannot run one there; None if it can.
+
+    It takes packed weights, or any weight: sparse ones too.
+    """
 
     backends: frozenset[str]
     refusal: Callable[[Product], str | None]
+    any_weight: bool = False
 
 
 def _sums(p: Product) -> str | None:
-    if isinstance(p.weight, SparseWeight):
-        return _SPARSE
+    assert isinstance(p.weight, PackedWeight)
     if p.rows != 1:
         return f"it takes one row, and there are {p.rows}"
     return None if summable(p.weight) and _is_full(p) else "codes of this weight lie across fields or scales"
@@ -90,16 +93,11 @@ def _whole(p: Product) -> str | None:
 
 
 def _chunks(p: Product) -> str | None:
-    if isinstance(p.weight, SparseWeight):
-        return _SPARSE
     return None if _is_full(p) else "there is nothing to multiply"
 
 
 def _is_full(p: Product) -> bool:
     return 0 not in (p.rows, *p.weight.shape)
-
-
-_SPARSE = "it is for packed codes, and the weight is sparse"
 
 
 def _kernel(why: Callable[[Any], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:
@@ -108,9 +106,7 @@ def _kernel(why: Callable[[Any], str | None], types: frozenset[DType]) -> Callab
             return "the compiler cannot part a kernel over several devices; use jax.shard_map around it"
         if p.dtype not in types:
             return f"it takes {', '.join(sorted(t.name for t in types))}, and the activations are {p.dtype}"
-        if not _is_full(p):
-            return "there is nothing to multiply"
-        return why(p.weight)
+        return _chunks(p) or why(p.weight)
 
     return refusal
 
@@ -119,11 +115,7 @@ def _triton(p: Product) -> str | None:
     """Triton's call has no promise to run later, and it is not lowered but for a known device."""
     if not p.device:
         return "no GPU is known here: jax.sharding.use_abstract_mesh with an AbstractDevice names one"
-    return _kernel(_packed(pallas_triton.refusal), _FLOATS)(p)
-
-
-def _packed(why: Callable[[PackedWeight], str | None]) -> Callable[[Any], str | None]:
-    return lambda w: _SPARSE if isinstance(w, SparseWeight) else why(w)
+    return _kernel(pallas_triton.refusal, _FLOATS)(p)
 
 
 def _llvm(w: PackedWeight | SparseWeight) -> str | None:
@@ -134,10 +126,10 @@ _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 FORMS: Mapping[str, Form] = {
     "sums": Form(frozenset({ANY}), _sums),
     "chunks": Form(frozenset({"cpu"}), _chunks),
-    "whole": Form(frozenset({ANY}), _whole),
-    "llvm": Form(frozenset({"cpu"}), _kernel(_llvm, _FLOATS)),
+    "whole": Form(frozenset({ANY}), _whole, any_weight=True),
+    "llvm": Form(frozenset({"cpu"}), _kernel(_llvm, _FLOATS), any_weight=True),
     "triton": Form(frozenset({"cuda"}), _triton),
-    "mosaic": Form(frozenset({"tpu"}), _kernel(_packed(pallas_mosaic.refusal), _FLOATS - {jnp.dtype(jnp.float16)})),
+    "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
 }
 """The forms of a product of float activations and a packed or sparse weight.
 
@@ -193,6 +185,8 @@ def _refusal(name: str, backend: str, p: Product) -> str | None:
     form = FORMS[name]
     if not form.backends & {ANY, backend}:
         return f"it is for {', '.join(sorted(form.backends))}"
+    if isinstance(p.weight, SparseWeight) and not form.any_weight:
+        return "it is for packed codes, and the weight is sparse"
     return form.refusal(p)
 
 

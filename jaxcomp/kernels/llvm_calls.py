@@ -40,8 +40,8 @@ _VERSION = (0, 1)
 _USERS, _NEXT, _DONE, _CHUNKS, _OPERAND = 0, 1, 2, 3, 4
 
 
-Chunk = Callable[["ir.IRBuilder", list[Operand], "ir.Value"], None]
-"""Writes the code that makes one chunk of the result, the last operand: its number is the last argument."""
+Chunk = Callable[["ir.IRBuilder", list[Operand], "ir.Value", "ir.Value"], None]
+"""Writes the code that makes a chunk of the result, the last operand: from one row of an operand to before another."""
 
 
 def missing() -> str | None:
@@ -128,7 +128,7 @@ def _module(work: Work, operands: int) -> ir.Module:
     from llvmlite import ir
 
     t, module = Types(), ir.Module("jaxcomp")
-    loop = _loop(module, t, work.chunk, operands)
+    loop = _loop(module, t, work, operands)
     _handler(module, t, loop, _task(module, t, loop), work, operands)
     return module
 
@@ -147,7 +147,7 @@ def _function(module: ir.Module, name: str, result: ir.Type, *given: ir.Type) ->
     return function, ir.IRBuilder(function.append_basic_block())
 
 
-def _loop(module: ir.Module, t: Types, chunk: Chunk, operands: int) -> ir.Function:
+def _loop(module: ir.Module, t: Types, work: Work, operands: int) -> ir.Function:
     """Makes chunks until none is left; threads that come late find none, and read nothing but the counters."""
     loop, b = _function(module, "loop", t.void, t.pointer)
     w, shared = Writer(b, t), loop.args[0]
@@ -159,7 +159,9 @@ def _loop(module: ir.Module, t: Types, chunk: Chunk, operands: int) -> ir.Functi
     b.cbranch(b.icmp_signed("<", number, chunks), body, done)
     b.position_at_end(body)
     found = [Operand(*(w.load(shared, _OPERAND + 3 * i + j) for j in range(3))) for i in range(operands)]
-    chunk(b, found, number)
+    first, rows = b.mul(number, t.word(work.rows)), found[work.by].rows
+    last = b.add(first, t.word(work.rows))
+    work.chunk(b, found, first, b.select(b.icmp_signed("<", last, rows), last, rows))
     w.added(shared, _DONE, 1)
     b.branch(more)
     b.position_at_end(done)

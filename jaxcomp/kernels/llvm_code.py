@@ -34,6 +34,20 @@ class Types:
         return self.i64(value)
 
 
+def element(b: ir.IRBuilder, matrix: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
+    """The place of the element of a matrix with this index, row after row."""
+    return b.gep(b.inttoptr(matrix.data, Types().pointer), [index], source_etype=kind)
+
+
+def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
+    """A number in all places of a vector."""
+    from llvmlite import ir
+
+    i32 = ir.IntType(32)
+    one = b.insert_element(ir.Constant(ir.VectorType(value.type, width), ir.Undefined), value, i32(0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, width), [0] * width))
+
+
 @contextmanager
 def counted(b: ir.IRBuilder, first: ir.Value, last: ir.Value) -> Iterator[ir.Value]:
     """A loop: its body sees the numbers from the first to the one before the last."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, reading, short_runs
 
@@ -80,13 +80,9 @@ class _Layout(NamedTuple):
     lowest: float
 
 
-def _chunk(layout: _Layout, b: ir.IRBuilder, operands: list[Operand], at: ir.Value) -> None:
+def _chunk(layout: _Layout, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some features of all rows: four rows at a time, then those that are left, one by one."""
-    x, codes = operands[:2]
-    t = Types()
-    first = b.mul(at, t.word(FEATURES))
-    last = b.add(first, t.word(FEATURES))
-    last = b.select(b.icmp_signed("<", last, codes.rows), last, codes.rows)
+    x, t = operands[0], Types()
     panels = b.sdiv(x.rows, t.word(PANEL))
     with counted(b, t.word(0), panels) as panel:
         top = b.mul(panel, t.word(PANEL))
@@ -210,7 +206,7 @@ class _Tile:
 
     def _wide_scales(self, group: ir.Value) -> list[ir.Value]:
         """Vectors, one a feature."""
-        return [self._wide(self._scale(feature, group)) for feature in self.features]
+        return [everywhere(self.b, self._scale(feature, group), self.width) for feature in self.features]
 
     def _scale(self, feature: ir.Value, group: ir.Value) -> ir.Value:
         return self.b.load(self._at(self.scale, feature, group, self.t.f32), typ=self.t.f32)
@@ -231,18 +227,12 @@ class _Tile:
 
     def _at(self, matrix: Operand, row: ir.Value, column: ir.Value, kind: ir.Type) -> ir.Value:
         index = self.b.add(self.b.mul(row, matrix.columns), column)
-        return self.b.gep(self.b.inttoptr(matrix.data, self.t.pointer), [index], source_etype=kind)
+        return element(self.b, matrix, index, kind)
 
     def _each(self, value: int) -> ir.Value:
         from llvmlite import ir
 
         return ir.Constant(self.ints, [value] * self.width)
-
-    def _wide(self, value: ir.Value) -> ir.Value:
-        from llvmlite import ir
-
-        one = self.b.insert_element(ir.Constant(self.floats, ir.Undefined), value, self.t.i32(0))
-        return self.b.shuffle_vector(one, one, ir.Constant(self.ints, [0] * self.width))
 
     def _fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """One operation where the processor has it, else two."""

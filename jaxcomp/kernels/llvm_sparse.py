@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
 from jaxcomp.kernels.sparse import SparseWeight
 
 if TYPE_CHECKING:
@@ -57,14 +57,17 @@ def llvm_sparse_product(x: jax.Array, w: SparseWeight) -> jax.Array:
     return y if w.scale is None else y * w.scale.T
 
 
-def _chunk(panel: int, coded: bool, short: bool, b: ir.IRBuilder, operands: list[Operand], at: ir.Value) -> None:
+def _chunk(
+    panel: int,
+    coded: bool,
+    short: bool,
+    b: ir.IRBuilder,
+    operands: list[Operand],
+    first: ir.Value,
+    last: ir.Value,
+) -> None:
     """Some rows of the result: features of one panel after another."""
-    t = Types()
-    starts, out = operands[3:]
-    first = b.mul(at, t.word(FEATURES))
-    last = b.add(first, t.word(FEATURES))
-    last = b.select(b.icmp_signed("<", last, out.rows), last, out.rows)
-    features = b.sub(starts.columns, t.word(1))
+    features = b.sub(operands[3].columns, Types().word(1))
     with counted(b, first, last) as row:
         _Sum(panel, coded, short, b, operands).write(b.sdiv(row, features), b.srem(row, features), row)
 
@@ -98,26 +101,15 @@ class _Sum:
             if self.coded:
                 number = b.sitofp(b.sext(number, t.i32), t.f32)
             x = self._loaded(self.x, b.mul(b.add(top, column), t.word(self.panel)), self.floats)
-            product = b.fmul(self._wide(number), x, flags=("contract",))
+            wide = number if self.panel == 1 else everywhere(b, number, self.panel)
+            product = b.fmul(wide, x, flags=("contract",))
             flags = ("reassoc", "contract")
             b.store(b.fadd(b.load(total, typ=self.floats), product, flags=flags), total)
-        place = self._at(self.out, b.mul(row, t.word(self.panel)), t.f32)
+        place = element(b, self.out, b.mul(row, t.word(self.panel)), t.f32)
         b.store(b.load(total, typ=self.floats), place, align=4)
-
-    def _at(self, operand: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
-        return self.b.gep(self.b.inttoptr(operand.data, self.t.pointer), [index], source_etype=kind)
 
     def _loaded(self, operand: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
         """The number with this index, or a vector of floats that begins there."""
         wide = kind == self.floats
-        place = self._at(operand, index, self.t.f32 if wide else kind)
+        place = element(self.b, operand, index, self.t.f32 if wide else kind)
         return self.b.load(place, typ=kind, align=4 if wide else None)
-
-    def _wide(self, value: ir.Value) -> ir.Value:
-        from llvmlite import ir
-
-        if self.panel == 1:
-            return value
-        one = self.b.insert_element(ir.Constant(self.floats, ir.Undefined), value, self.t.i32(0))
-        zeros = ir.Constant(ir.VectorType(self.t.i32, self.panel), [0] * self.panel)
-        return self.b.shuffle_vector(one, one, zeros)

@@ -73,6 +73,11 @@ class PackedWeight:
         return (*self.codes.shape[:-1], self.length)
 
     @property
+    def computed(self) -> DType:
+        """The type of sums."""
+        return self.scale.dtype
+
+    @property
     def lead(self) -> int:
         """How many axes weights are stacked along."""
         return self.codes.ndim - 2

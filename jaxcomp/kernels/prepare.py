@@ -13,7 +13,7 @@ from jaxcomp.kernels.llvm_calls import missing
 from jaxcomp.kernels.sparse_leaves import prepared_sparse
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import BARRED
-from jaxcomp.trace.products import dot_numbers
+from jaxcomp.trace.products import dot_axes
 from jaxcomp.trace.program import Program, shapes_of, trace
 from jaxcomp.trace.sites import Site, sites_of
 
@@ -120,10 +120,8 @@ def site_axes(site: Site, op: Op) -> Axes | None:
     origin = op.tags[site.weight].origin
     if origin is None or not site.operands[site.weight].exact:
         return None
-    contract, batch = dot_numbers(op.eqn)
-    summed, shared = contract[site.weight], batch[site.weight]
-    free = [i for i in range(len(origin.axes)) if i not in summed and i not in shared]
-    lead, kept, last = (tuple(a for i in part for a in origin.axes[i]) for part in (shared, free, summed))
+    parts = dot_axes(op.eqn, site.weight)
+    lead, kept, last = (tuple(a for i in part for a in origin.axes[i]) for part in parts)
     lead = (*origin.stacked, *lead)
     named = [*lead, *kept, *last]
     single = tuple(a for a, n in enumerate(origin.shape) if a not in named)  # axes of one element, on no axis here

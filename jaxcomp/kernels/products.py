@@ -94,13 +94,7 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
     if form == "llvm":
         return _llvm
     run = _SUMS.get(backend, sums) if form == "sums" else _PLAIN[form]
-
-    def plain_form(x: jax.Array, w: Weight) -> jax.Array:
-        if isinstance(w, SparseWeight):
-            return whole(x.astype(w.computed), w)
-        return run(*in_step(x.astype(w.scale.dtype), w))
-
-    return plain_form
+    return lambda x, w: run(*in_step(x.astype(w.computed), w))
 
 
 def _llvm(x: jax.Array, w: Weight) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,32 +41,31 @@ def weight_only(x: jax.Array, w: PackedWeight | SparseWeight, *, dtype: DType | 
     >>> weight_only(jnp.array([1.0, 10.0]), replace(w, codes=jnp.pad(codes, ((0, 0), (0, 6))))).tolist()
     [21.0, -18.5]
     """
-    rows = x.reshape(-1, w.length)
-    if isinstance(w, SparseWeight):
-        y = whole(rows.astype(w.computed), w)
-        return y.reshape(*x.shape[:-1], w.shape[-2]).astype(dtype or x.dtype)
-    rows, w = in_step(rows.astype(w.scale.dtype), w)
+    rows = x.reshape(-1, w.length).astype(w.computed)
+    rows, w = in_step(rows, w)
     cpu, other = _forms(rows.shape[0], w)
     y = cpu(rows, w) if cpu is other else lax.platform_dependent(rows, w, cpu=cpu, default=other)
     return y.reshape(*x.shape[:-1], w.shape[-2]).astype(dtype or x.dtype)
 
 
-def in_step(x: jax.Array, w: PackedWeight) -> tuple[jax.Array, PackedWeight]:
+def in_step(x: jax.Array, w: PackedWeight | SparseWeight) -> tuple[jax.Array, PackedWeight | SparseWeight]:
     """Activations and a weight that comes with them.
 
     In a loop over tokens the weight is the same in each step, and XLA would convert its codes in front of the loop, all
     of them, to a dense array.
     """
+    if isinstance(w, SparseWeight):
+        return x, w  # made whole in front of the loop, if at all
     x, codes = lax.optimization_barrier((x, w.codes))
     return x, replace(w, codes=codes)
 
 
-Form = Callable[[jax.Array, PackedWeight], jax.Array]
+Form = Callable[[jax.Array, Any], jax.Array]
 
 
-def _forms(rows: int, w: PackedWeight) -> tuple[Form, Form]:
+def _forms(rows: int, w: PackedWeight | SparseWeight) -> tuple[Form, Form]:
     """The form on CPU and the one elsewhere."""
-    if 0 in (rows, *w.shape):
+    if isinstance(w, SparseWeight) or 0 in (rows, *w.shape):
         return whole, whole
     return (sums_of_bytes, sums) if rows == 1 and summable(w) else (chunks, whole)
 

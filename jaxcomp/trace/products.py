@@ -50,6 +50,13 @@ def dot_numbers(eqn: core.JaxprEqn) -> DotNumbers:
     return numbers
 
 
+def dot_axes(eqn: core.JaxprEqn, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The axes of an operand of a dot: those that both share, those that it keeps, those that are summed over."""
+    summed, shared = (numbers[side] for numbers in dot_numbers(eqn))
+    kept = tuple(i for i in range(len(shape_of(eqn.invars[side]))) if i not in summed and i not in shared)
+    return tuple(shared), kept, tuple(summed)
+
+
 class ByRows(NamedTuple):
     """A ragged dot of a matrix's rows, each by one group's matrix: the axes that it sums over, and that of the groups.
 
