@@ -140,7 +140,7 @@ class _Product:
         """
         site, op = self.planned.site, self.planned.op
         axes, side = site_axes(site, op), site.weight
-        if axes is None or side is None:
+        if site.kind != "dot" or axes is None or side is None:
             return integer_product, pair, ""
         leaf = self.around.prepared.get(site.leaf or "")
         order = [axis for part in axes for axis in part]

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.activations import codes as as_arrays
 from jaxcomp.activations.avals import result_of
@@ -18,11 +19,12 @@ from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
-from jaxcomp.kernels.forms import forms_of
+from jaxcomp.kernels.forms import Images, forms_of
 from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_first
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
-from jaxcomp.kernels.products import Weight, weight_only
+from jaxcomp.kernels.products import Weight, convolution, weight_only
 from jaxcomp.kernels.sparse import SparseWeight
+from jaxcomp.kernels.windows import window_of
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -153,11 +155,24 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
         value, x = values[side], values[1 - side]
         if not isinstance(value, Carried) or not isinstance(x, jax.Array):
             return _on_arrays(planned)(*values)
+        if op.name == "conv_general_dilated":
+            return [_convolved(planned, x, value.weight, record)]
         rows = in_rows(op, side, x)
         record(planned.site.path, "weight-only", None, forms_of(rows.shape[1], x.dtype, value.weight))
         return [in_result(op, side, product_of_rows(rows, value.weight, result_of(op).dtype))]
 
     return run
+
+
+def _convolved(planned: Planned, x: jax.Array, w: Weight, record: Record) -> jax.Array:
+    op, numbers = planned.op, planned.op.eqn.params["dimension_numbers"]
+    assert isinstance(w, SparseWeight)
+    images = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    window, result = window_of(op), result_of(op)
+    given = Images(images.shape, window)
+    record(planned.site.path, "weight-only", None, forms_of(given.windows, x.dtype, w, given))
+    y = convolution(images, w, window, dtype=result.dtype)
+    return jnp.transpose(y, np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])).tolist())
 
 
 def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:

@@ -6,17 +6,19 @@ for one backend, :func:`forms_of` for all, in words for a report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcomp.core.types import DType
-from jaxcomp.kernels import llvm_products, llvm_sparse, pallas_mosaic, pallas_triton
+from jaxcomp.core.types import DType, Shape
+from jaxcomp.kernels import llvm_convolution, llvm_products, llvm_sparse, pallas_mosaic, pallas_triton
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import summable
+from jaxcomp.kernels.windows import Window
 
 BACKENDS = ("cpu", "cuda", "rocm", "tpu")
 """Those that the table names; another is served by the rows for all."""
@@ -50,6 +52,18 @@ TABLE = (
 """First match wins. Types are "bytes", 8 bits with one scale a feature, "packed", or "sparse", with positions."""
 
 
+class Images(NamedTuple):
+    """What a sparse kernel convolves: the images' shape, channels last, and how it goes."""
+
+    shape: Shape
+    window: Window
+
+    @property
+    def windows(self) -> int:
+        """Rows of the result."""
+        return math.prod(self.window.result(self.shape, 1))
+
+
 class Product(NamedTuple):
     """What a form is chosen by.
 
@@ -60,6 +74,7 @@ class Product(NamedTuple):
       kept: whether the program is to be kept, as jax.export does: then only what jax promises to run later serves.
       parted: whether the compiler parts it over several devices, which it cannot do to a kernel.
       device: the kind of the device that it is for, or "" where that is not known.
+      images: of a convolution, whose rows are windows.
     """
 
     rows: int
@@ -68,6 +83,7 @@ class Product(NamedTuple):
     kept: bool = False
     parted: bool = False
     device: str = ""
+    images: Images | None = None
 
 
 class Form(NamedTuple):
@@ -118,8 +134,9 @@ def _triton(p: Product) -> str | None:
     return _kernel(pallas_triton.refusal, _FLOATS)(p)
 
 
-def _llvm(w: PackedWeight | SparseWeight) -> str | None:
-    return llvm_sparse.refusal(w) if isinstance(w, SparseWeight) else llvm_products.refusal(w)
+def _llvm(p: Product) -> str | None:
+    why = _kernel(llvm_sparse.refusal if isinstance(p.weight, SparseWeight) else llvm_products.refusal, _FLOATS)(p)
+    return why or (None if p.images is None else llvm_convolution.refusal(*p.images))
 
 
 _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
@@ -127,7 +144,7 @@ FORMS: Mapping[str, Form] = {
     "sums": Form(frozenset({ANY}), _sums),
     "chunks": Form(frozenset({"cpu"}), _chunks),
     "whole": Form(frozenset({ANY}), _whole, any_weight=True),
-    "llvm": Form(frozenset({"cpu"}), _kernel(_llvm, _FLOATS), any_weight=True),
+    "llvm": Form(frozenset({"cpu"}), _llvm, any_weight=True),
     "triton": Form(frozenset({"cuda"}), _triton),
     "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
 }
@@ -190,8 +207,8 @@ def _refusal(name: str, backend: str, p: Product) -> str | None:
     return form.refusal(p)
 
 
-def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> str:
-    """The forms of a product by backend, in words.
+def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight, images: Images | None = None) -> str:
+    """The forms of a product, or of a convolution of images, by backend, in words.
 
     >>> from jaxcomp.quantization.grids import Int
     >>> w = PackedWeight(jnp.zeros((8, 64), jnp.uint8), jnp.ones((8, 1)), None, Int(4), 128, 128, 128, jnp.float32)
@@ -202,7 +219,7 @@ def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> str:
     """
     found: dict[str, list[str]] = {}
     for backend in BACKENDS:
-        found.setdefault(form_of(backend, Product(rows, dtype, w, device=ANY)), []).append(backend)
+        found.setdefault(form_of(backend, Product(rows, dtype, w, device=ANY, images=images)), []).append(backend)
     if len(found) == 1:
         return next(iter(found))
     listed = {

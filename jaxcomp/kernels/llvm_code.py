@@ -48,6 +48,26 @@ def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
     return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, width), [0] * width))
 
 
+def turned(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The columns of a square of numbers given by its rows, as many vectors of as many, a power of two."""
+    from llvmlite import ir
+
+    n, step = len(rows), 1
+    kind = ir.VectorType(ir.IntType(32), n)
+    while step < n:
+        at = range(n)
+        # Of rows i and i + step, blocks of this size change places: the second of the one, the first of the other.
+        first = ir.Constant(kind, [j if not j & step else n + j - step for j in at])
+        second = ir.Constant(kind, [j + step if not j & step else n + j for j in at])
+        made = list(rows)
+        for i in at:
+            if not i & step:
+                made[i] = b.shuffle_vector(rows[i], rows[i + step], first)
+                made[i + step] = b.shuffle_vector(rows[i], rows[i + step], second)
+        rows, step = made, 2 * step
+    return rows
+
+
 @contextmanager
 def counted(b: ir.IRBuilder, first: ir.Value, last: ir.Value) -> Iterator[ir.Value]:
     """A loop: its body sees the numbers from the first to the one before the last."""

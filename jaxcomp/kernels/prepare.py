@@ -26,7 +26,8 @@ def prepare(
     What a product sums over lies last, codes in bytes in the order in which kernels read them, a scale for each feature
     and group. ``materialize`` gives the same bits as before, and ``quantize_function(fn, rules)`` runs the leaf as it
     lies: a product whose activations no rule rounds on the packed bytes, without the dense weight. Done once, for one
-    function; what is no quantized leaf, or is multiplied by no dot, stays as it is.
+    function; what is no quantized leaf, or is multiplied by no dot, stays as it is. Sparse leaves may be kernels of
+    convolutions, too.
 
     Args:
       tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
@@ -79,7 +80,7 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
     if not isinstance(leaf, CompressedLeaf):
         return leaf
     if not wanted:
-        return "no dot multiplies it as it is"
+        return "no dot and no convolution multiplies it as it is"
     site, axes = wanted[0]
     why = ""
     if sparse is not None:
@@ -87,6 +88,8 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
         if not isinstance(found, str):
             return found
         why = f"{found}; "
+    if site.kind == "conv":
+        return f"{why}it is the kernel of a convolution, which sparse= alone prepares"
     packed = on_any_mesh(prepared)(leaf, axes, site.path)
     return f"{why}{packed}" if isinstance(packed, str) else packed
 
@@ -103,7 +106,7 @@ def check_layout(owner: str, path: str, leaf: Laid, wanted: list[tuple[Site, Axe
 
 
 def wanted_axes(program: Program) -> dict[str, list[tuple[Site, Axes]]]:
-    """By a leaf's path the dots that multiply it as it is, moved or cast at most, and how each wants its axes."""
+    """By a leaf's path what multiplies it as it is, moved or cast at most, and how each wants its axes."""
     found: dict[str, list[tuple[Site, Axes]]] = {}
     ops = {op.location: op for op in program.flow.ops}
     for site in sites_of(program):
@@ -114,13 +117,18 @@ def wanted_axes(program: Program) -> dict[str, list[tuple[Site, Axes]]]:
 
 
 def site_axes(site: Site, op: Op) -> Axes | None:
-    """How a dot wants the axes of its weight's leaf; None where it is no dot of a leaf with activations."""
-    if site.kind != "dot" or site.weight is None or len(site.activations) != 1:
+    """How a dot or a convolution wants the axes of its weight's leaf; None where it is none of a leaf and activations.
+
+    Of a kernel, which is the right operand, elements are summed over before channels.
+    """
+    if site.kind not in ("dot", "conv") or site.weight is None or len(site.activations) != 1:
         return None
     origin = op.tags[site.weight].origin
     if origin is None or not site.operands[site.weight].exact:
         return None
-    parts = dot_axes(op.eqn, site.weight)
+    parts = dot_axes(op.eqn, site.weight) if site.kind == "dot" else _kernel_axes(op, site.weight)
+    if parts is None:
+        return None
     lead, kept, last = (tuple(a for i in part for a in origin.axes[i]) for part in parts)
     lead = (*origin.stacked, *lead)
     named = [*lead, *kept, *last]
@@ -128,3 +136,9 @@ def site_axes(site: Site, op: Op) -> Axes | None:
     if len(set(named)) != len(named) or any(origin.shape[a] != 1 for a in single):
         return None
     return lead, (*kept, *single), last
+
+
+def _kernel_axes(op: Op, side: int) -> Axes | None:
+    numbers, batches = op.eqn.params["dimension_numbers"], op.eqn.params["batch_group_count"]
+    outputs, inputs, *elements = numbers.rhs_spec
+    return None if side == 0 or batches != 1 else ((), (outputs,), (*elements, inputs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 from jax.extend.core import Primitive
@@ -17,7 +17,8 @@ from jax.interpreters import batching, mlir
 
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
-from jaxcomp.kernels.forms import BACKENDS, Product, form_of
+from jaxcomp.kernels.forms import BACKENDS, Images, Product, form_of
+from jaxcomp.kernels.llvm_convolution import llvm_convolution
 from jaxcomp.kernels.llvm_products import llvm_product
 from jaxcomp.kernels.llvm_sparse import llvm_sparse_product
 from jaxcomp.kernels.packing import PackedWeight
@@ -26,6 +27,7 @@ from jaxcomp.kernels.pallas_triton import triton_product
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import chunks, in_step, sums, sums_of_bytes, whole
 from jaxcomp.kernels.weight_only import weight_only as plain
+from jaxcomp.kernels.windows import Window
 
 Weight = PackedWeight | SparseWeight
 Run = Callable[[jax.Array, Any], jax.Array]
@@ -56,38 +58,83 @@ def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: st
     ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'llvm' runs: ask for it...
     """
     rows = x.reshape(-1, w.length)
-    y = _product(rows, w, jax.numpy.dtype(dtype or x.dtype), form)
+    y = _product(rows, w, _Asked(jax.numpy.dtype(dtype or x.dtype), form))
     return y.reshape(*x.shape[:-1], w.shape[-2])
 
 
-class _Static(TypedDict):
-    """What the primitive knows beside arrays: how they make operands, the result's type, and the form asked for."""
+def convolution(
+    x: jax.Array, w: SparseWeight, window: Window, *, dtype: DType | None = None, form: str | None = None
+) -> jax.Array:
+    """The convolution by ``values(w)``, in the form that the table has for where it runs, as :func:`weight_only` is.
 
-    tree: PyTree
+    Args:
+      x: ``(images, *spatial, channels)``, float.
+      w: ``(features, length)``; along ``length`` the elements of the kernel before the channels of a group.
+      window: how the kernel goes.
+      dtype: of the result ``(images, *windows, features)``; that of ``x`` if None.
+      form: this form of ``jaxcomp.kernels.forms``, and no other.
+
+    Raises:
+      ValueError: as :func:`weight_only` does.
+
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from jaxcomp.kernels.sparse import sparse_parts
+    >>> kernel = np.array([[1.0, 0.0, 10.0]], np.float32)  # of one feature, three elements, one channel
+    >>> w = SparseWeight(*map(jnp.asarray, sparse_parts(kernel, kernel)), None, None, 3, jnp.dtype("float32"))
+    >>> window = Window((3,), strides=(1,), padding=((1, 1),), dilation=(1,), base=(1,), groups=1)
+    >>> convolution(jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1), w, window).reshape(-1).tolist()
+    [20.0, 31.0, 2.0]
+    """
+    return _product(x, w, _Asked(jax.numpy.dtype(dtype or x.dtype), form, window))
+
+
+class _Asked(NamedTuple):
+    """The result's type, the form asked for, and the windows of a convolution."""
+
     dtype: DType
     form: str | None
+    window: Window | None = None
+
+    def plain(self, x: jax.Array, w: Weight) -> jax.Array:
+        """The product in the plain forms."""
+        if self.window is None:
+            return plain(x, w, dtype=self.dtype)
+        assert isinstance(w, SparseWeight)
+        return _whole_convolution(x, w, self.window).astype(self.dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, w: Weight, dtype: DType, form: str | None) -> jax.Array:
+class _Static(TypedDict):
+    """What the primitive knows beside arrays: how they make operands, and what is asked."""
+
+    tree: PyTree
+    asked: _Asked
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: Weight, asked: _Asked) -> jax.Array:
     leaves, tree = jax.tree.flatten((x, w))
-    return _primitive.bind(*leaves, tree=tree, dtype=dtype, form=form)
+    return _primitive.bind(*leaves, tree=tree, asked=asked)
 
 
 @_product.defjvp
-def _product_jvp(dtype: DType, form: str | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    _, tangent = jax.jvp(partial(plain, dtype=dtype), primals, tangents)
-    return _product(*primals, dtype, form), tangent
+def _product_jvp(asked: _Asked, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    _, tangent = jax.jvp(asked.plain, primals, tangents)
+    return _product(*primals, asked), tangent
 
 
-def run_of(form: str, backend: str, blocks: Blocks | None = None) -> Run:
+def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window | None = None) -> Run:
     """The function of a form: ``(rows, length)`` by a weight to ``(rows, features)``, of any float type.
 
     Args:
       form: its name.
       backend: where it will run.
       blocks: for a kernel.
+      window: of a convolution, which is of images by a sparse kernel.
     """
+    if window is not None:
+        convolve = llvm_convolution if form == "llvm" else _whole_convolution
+        return lambda x, w: convolve(x, w, window)
     if form in _KERNELS:
         assert blocks is not None
         return partial(_KERNELS[form], blocks=blocks)
@@ -101,6 +148,10 @@ def _llvm(x: jax.Array, w: Weight) -> jax.Array:
     return llvm_sparse_product(x, w) if isinstance(w, SparseWeight) else llvm_product(x, w)
 
 
+def _whole_convolution(x: jax.Array, w: SparseWeight, window: Window) -> jax.Array:
+    return window.convolved(x.astype(w.computed), w.values())
+
+
 _KERNELS = {"triton": triton_product, "mosaic": mosaic_product}
 _PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole}
 _SUMS: dict[str, Run] = {"cpu": sums_of_bytes}
@@ -110,8 +161,9 @@ _primitive = Primitive("weight_only")
 
 
 def _abstract(*avals: jax.core.ShapedArray, **static: Unpack[_Static]) -> jax.core.ShapedArray:
-    x, w = jax.tree.unflatten(static["tree"], avals)
-    return jax.core.ShapedArray((x.shape[0], w.shape[-2]), static["dtype"])
+    (x, w), asked = jax.tree.unflatten(static["tree"], avals), static["asked"]
+    shape = (x.shape[0], w.shape[-2]) if asked.window is None else asked.window.result(x.shape, w.shape[-2])
+    return jax.core.ShapedArray(shape, asked.dtype)
 
 
 @cache
@@ -127,19 +179,19 @@ def _batched(
     leaves: Sequence[jax.Array], axes: Sequence[int | None], **static: Unpack[_Static]
 ) -> tuple[jax.Array, int]:
     """More rows where only the activations are batched; else the plain forms."""
-    x, tree = leaves[0], static["tree"]
+    x, tree, asked = leaves[0], static["tree"], static["asked"]
     if axes[0] is not None and all(axis is None for axis in axes[1:]):
         x = jax.numpy.moveaxis(x, axes[0], 0)
-        y = _primitive.bind(x.reshape(-1, x.shape[-1]), *leaves[1:], **static)
-        return y.reshape(*x.shape[:-1], -1), 0
-    if static["form"] is not None:
+        y = _primitive.bind(x.reshape(-1, *x.shape[2:]), *leaves[1:], **static)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+    if asked.form is not None:
         raise ValueError(
-            f"weight_only: the form {static['form']!r} does not run under vmap over weights; leave the form to the"
+            f"weight_only: the form {asked.form!r} does not run under vmap over weights; leave the form to the"
             " table, or map over the weights with jax.lax.map."
         )
 
     def run(*parts: jax.Array) -> jax.Array:
-        return plain(*jax.tree.unflatten(tree, parts), dtype=static["dtype"])
+        return asked.plain(*jax.tree.unflatten(tree, parts))
 
     return jax.vmap(run, tuple(axes))(*leaves), 0
 
@@ -155,12 +207,14 @@ def _rule(backend: str) -> Callable[..., Any]:
         module = ctx.module_context
 
         def run(*leaves: jax.Array) -> jax.Array:
-            x, w = jax.tree.unflatten(static["tree"], leaves)
+            (x, w), asked = jax.tree.unflatten(static["tree"], leaves), static["asked"]
             kept = getattr(module.lowering_parameters, "for_export", False)
-            p = Product(x.shape[0], x.dtype, w, kept=kept, parted=_parted(module.axis_context), device=device)
-            form = form_of(backend, p, static["form"])
+            images = None if asked.window is None else Images(x.shape, asked.window)
+            rows = x.shape[0] if images is None else images.windows
+            p = Product(rows, x.dtype, w, kept, _parted(module.axis_context), device, images)
+            form = form_of(backend, p, asked.form)
             blocks = blocks_for(form, device, p.rows) if form in _KERNELS else None
-            return run_of(form, backend, blocks)(x, w).astype(static["dtype"])
+            return run_of(form, backend, blocks, asked.window)(x, w).astype(asked.dtype)
 
         return mlir.lower_fun(run, multiple_results=False)(ctx, *values)
 

@@ -50,7 +50,7 @@ ON_A_DEVICE = (
 """Those that want an accelerator, packages that cannot be declared, trained networks, or much memory: by name only."""
 TOY = ("gpu", "decode", "sparse", "coding", "column_solver", "sentences", "growth")
 """Those that also run at toy size, which shows that they run and no more."""
-SECTIONED = ("gpu", "mixed_precision", "sentences", "growth")
+SECTIONED = ("gpu", "sparse", "mixed_precision", "sentences", "growth")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"
 
 
