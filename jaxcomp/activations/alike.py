@@ -38,7 +38,7 @@ class Alike:
     def _key(self) -> Hashable:
         eqn = self.op.eqn
         types = tuple(v.aval for v in (*eqn.invars, *eqn.outvars))
-        return eqn.primitive, tuple(sorted(eqn.params.items())), types, eqn.ctx, self.form, self.once
+        return type(self.op), eqn.primitive, tuple(sorted(eqn.params.items())), types, eqn.ctx, self.form, self.once
 
     def __hash__(self) -> int:
         return hash(self._key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import NamedTuple, cast
 
@@ -33,7 +33,9 @@ from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
+from jaxcomp.kernels.grouped import GroupedOp, grouped
 from jaxcomp.trace.evaluator import evaluate
+from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED, JOINS
 from jaxcomp.trace.program import Program, shapes_of, trace
@@ -141,6 +143,8 @@ class Call:
         params, adapters = apart(self.params)
         factors = kept_factors(program, params, mode.gradients.spec is not None)
         planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
+        if mode.gradients.spec is None:  # whose products are looked for in JAX's own gradients
+            planned = [replace(p, op=grouped(p.op)) if type(p.op) is Op else p for p in planned]
         prepared = checked(program, params)
         looked_up = tables(program, planned, params)
         kept: dict[str, Kept] = {
@@ -156,7 +160,7 @@ class Call:
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims |= held_layouts(program, waiting)
-        claims = {**thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
+        claims = {**_group_claims(planned), **thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
         joined_up = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in joined_up}
         values = program.flatten(tree, *self.args, **self.kwargs)
@@ -164,6 +168,16 @@ class Call:
             claims = with_adapters(program, planned, claims, adapters=adapters, to_array=_dense)
             values = put_beside(program, values, adapters)
         return evaluate(program, claims, values, to_array=_dense).out
+
+
+def _group_claims(planned: Iterable[Planned]) -> dict[Location, Claim]:
+    """Claims on convolutions of which nothing else is asked."""
+    found = [p for p in planned if isinstance(p.op, GroupedOp) and BARRED.isdisjoint(p.site.inside)]
+    return {p.site.location: Claim(partial(_on_arrays, p.op)) for p in found}
+
+
+def _on_arrays(op: Op, *values: Leaf | Kept | Codes | Held) -> list[jax.Array]:
+    return op.bind(*(_dense(v) for v in values))
 
 
 Kept = ThinFactors | Carried | Table

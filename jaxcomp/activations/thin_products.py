@@ -16,6 +16,7 @@ from jax import lax
 from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.thin_values import ThinFactors, ThinValue, row_of
 from jaxcomp.factorization.leaves import Depthwise, LowRank, Separable, Tucker
+from jaxcomp.kernels import grouped
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import by_rows
@@ -180,7 +181,7 @@ def _laid(w: ThinFactors, kernel: jax.Array) -> jax.Array:
 
 
 def _bind(op: Op, x: jax.Array, kernel: jax.Array, **params: object) -> jax.Array:
-    return nested.bind(op.eqn, (x, kernel), params)[0].astype(x.dtype)
+    return grouped.bind(op.eqn, (x, kernel), params)[0].astype(x.dtype)
 
 
 def _on_features(op: Op, x: jax.Array, axis: int, m: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from jaxcomp.kernels.forms import BACKENDS, Images, Product, form_of
 from jaxcomp.kernels.llvm_convolution import llvm_convolution
 from jaxcomp.kernels.llvm_products import llvm_product
 from jaxcomp.kernels.llvm_sparse import llvm_sparse_product
+from jaxcomp.kernels.lowering import is_kept, is_parted
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
@@ -204,14 +205,12 @@ def _rule(backend: str) -> Callable[..., Any]:
 
     def lower(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> object:
         device = device_kind(backend)
-        module = ctx.module_context
 
         def run(*leaves: jax.Array) -> jax.Array:
             (x, w), asked = jax.tree.unflatten(static["tree"], leaves), static["asked"]
-            kept = getattr(module.lowering_parameters, "for_export", False)
             images = None if asked.window is None else Images(x.shape, asked.window)
             rows = x.shape[0] if images is None else images.windows
-            p = Product(rows, x.dtype, w, kept, _parted(module.axis_context), device, images)
+            p = Product(rows, x.dtype, w, is_kept(ctx), is_parted(ctx), device, images)
             form = form_of(backend, p, asked.form)
             blocks = blocks_for(form, device, p.rows) if form in _KERNELS else None
             return run_of(form, backend, blocks, asked.window)(x, w).astype(asked.dtype)
@@ -235,11 +234,3 @@ def device_kind(backend: str) -> str:
         return jax.local_devices(backend=backend)[0].device_kind
     except RuntimeError:
         return ""
-
-
-def _parted(axes: object) -> bool:
-    """Whether the compiler parts the program over devices, beyond what is mapped by hand."""
-    mesh = getattr(axes, "mesh", None)
-    if mesh is None:
-        return getattr(axes, "num_devices", 1) != 1
-    return mesh.size > 1 and set(mesh.axis_names) != set(getattr(axes, "manual_axes", ()))

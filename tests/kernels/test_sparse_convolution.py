@@ -21,6 +21,7 @@ from jaxcomp.kernels.products import convolution
 from jaxcomp.kernels.sparse import sparse_parts
 from jaxcomp.kernels.windows import Planes, Window
 from jaxcomp.quantization import Int
+from tests.kernels.images import by_numpy, images
 from tests.marks import quick
 
 pytest.importorskip("llvmlite")
@@ -42,42 +43,6 @@ def weight(w: Window, features: int, channels: int, *, kept=0.4, coded=False, dt
     scales = jnp.asarray(scale, jnp.float32) if coded else None
     made = SparseWeight(*parts, scales, Int(8) if coded else None, shape[1], jnp.dtype(dtype))
     return made, (numbers * scale).reshape(features, *w.kernel, -1)
-
-
-def images(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(-3, 4, shape).astype(np.float64)
-
-
-def by_numpy(x: np.ndarray, kernel: np.ndarray, w: Window) -> np.ndarray:
-    """The sums, window by window."""
-    rank, (count, *spatial, channels) = len(w.kernel), x.shape
-    spread = np.zeros((count, *((n - 1) * b + 1 for n, b in zip(spatial, w.base, strict=True)), channels))
-    spread[(slice(None), *(slice(None, None, b) for b in w.base))] = x
-    for axis, pair in enumerate(w.padding, 1):
-        cut = tuple(
-            slice(max(0, -pair[0]), spread.shape[a] - max(0, -pair[1])) if a == axis else slice(None)
-            for a in range(rank + 2)
-        )
-        spread = np.pad(
-            spread[cut], [(max(0, pair[0]), max(0, pair[1])) if a == axis else (0, 0) for a in range(rank + 2)]
-        )
-    reach = [(k - 1) * d + 1 for k, d in zip(w.kernel, w.dilation, strict=True)]
-    out = [max(0, (n - r) // s + 1) for n, r, s in zip(spread.shape[1:-1], reach, w.strides, strict=True)]
-    features, own = kernel.shape[0], channels // w.groups
-    y = np.zeros((count, *out, features))
-    for at in np.ndindex(*out):
-        part = spread[
-            (
-                slice(None),
-                *(slice(i * s, i * s + r, d) for i, s, r, d in zip(at, w.strides, reach, w.dilation, strict=True)),
-            )
-        ]
-        for f in range(features):
-            group = f * w.groups // features
-            y[(slice(None), *at, f)] = (
-                (part[..., group * own : (group + 1) * own] * kernel[f]).reshape(count, -1).sum(1)
-            )
-    return y
 
 
 SAME = ((1, 1), (1, 1))
