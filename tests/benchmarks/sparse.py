@@ -69,7 +69,7 @@ def networks(setting: Setting) -> Iterator[Report]:
         folded = jc.fold_batch_norm(apply)(variables, np.ones((1, 28, 28, 1), np.float32))
         x = jax.random.normal(jax.random.key(1), (images, 28, 28, 1))
         with TemporaryDirectory() as folder:
-            peers = {ONNX: partial(_in_onnxruntime, Path(folder), folded.fn, folded.params, x)}
+            peers = {ONNX: partial(in_onnxruntime, Path(folder), folded.fn, folded.params, x)}
             title = f"ResNet-18 of width {width}, {images} images"
             yield compared(setting, title, folded.fn, folded.params, x, peers)
 
@@ -100,7 +100,8 @@ def _prepared(compress: jc.Transform, fn: Callable[..., Any], params: Any, x: ja
     return Compiled(jc.quantize_function(fn, {}, integer=True), tree, None, x)
 
 
-def _in_onnxruntime(folder: Path, fn: Callable[..., Any], params: Any, x: jax.Array) -> Call:
+def in_onnxruntime(folder: Path, fn: Callable[..., Any], params: Any, x: jax.Array) -> Call:
+    """The float program, on one thread."""
     to_onnx(folder / "float.onnx", fn, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
     ran, given = session(folder / "float.onnx"), {"input": np.asarray(x)}
     return lambda: jnp.asarray(ran.run(None, given)[0])
