@@ -33,7 +33,7 @@ from jaxcomp.core.leaves import dense, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
-from jaxcomp.kernels.grouped import GroupedOp, grouped
+from jaxcomp.kernels.grouped import GroupedOp, form_of, grouped
 from jaxcomp.trace.evaluator import evaluate
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
@@ -160,7 +160,12 @@ class Call:
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims |= held_layouts(program, waiting)
-        claims = {**_group_claims(planned), **thin_products(planned), **claims, **thin_layouts(program, factors.kept)}
+        claims = {
+            **_group_claims(planned, record),
+            **thin_products(planned),
+            **claims,
+            **thin_layouts(program, factors.kept),
+        }
         joined_up = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in joined_up}
         values = program.flatten(tree, *self.args, **self.kwargs)
@@ -170,14 +175,15 @@ class Call:
         return evaluate(program, claims, values, to_array=_dense).out
 
 
-def _group_claims(planned: Iterable[Planned]) -> dict[Location, Claim]:
+def _group_claims(planned: Iterable[Planned], record: Record) -> dict[Location, Claim]:
     """Claims on convolutions of which nothing else is asked."""
+
+    def run(p: Planned, *values: Leaf | Kept | Codes | Held) -> list[jax.Array]:
+        record(p.site.path, "exact", p.why, form_of(p.op))
+        return p.op.bind(*(_dense(v) for v in values))
+
     found = [p for p in planned if isinstance(p.op, GroupedOp) and BARRED.isdisjoint(p.site.inside)]
-    return {p.site.location: Claim(partial(_on_arrays, p.op)) for p in found}
-
-
-def _on_arrays(op: Op, *values: Leaf | Kept | Codes | Held) -> list[jax.Array]:
-    return op.bind(*(_dense(v) for v in values))
+    return {p.site.location: Claim(partial(run, p)) for p in found}
 
 
 Kept = ThinFactors | Carried | Table

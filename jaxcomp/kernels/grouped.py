@@ -53,6 +53,18 @@ def grouped(op: Op) -> Op:
     return GroupedOp(**{f.name: getattr(op, f.name) for f in fields(op)}) if op.name == CONVOLUTION else op
 
 
+def form_of(op: Op) -> str:
+    """The forms of a convolution that is bound so by backend, in words; empty where it has JAX's own everywhere."""
+    fast = op.eqn.params["feature_group_count"] > 1 and _few(op.shapes[1], op.eqn.params)
+    return "shifts on cpu, own on cuda, rocm and tpu" if fast else ""
+
+
+def _few(kernel: Shape, params: Mapping[str, Any]) -> bool:
+    """Whether a convolution is a sum of few shifted images."""
+    outputs, inputs, *_ = params["dimension_numbers"].rhs_spec
+    return kernel[inputs] <= CHANNELS and math.prod(kernel) // max(kernel[outputs], 1) <= TERMS
+
+
 def bind(eqn: core.JaxprEqn, values: Sequence[Value], params: Mapping[str, object]) -> list[jax.Array]:
     """A convolution with some of its parameters replaced: the primitive of this module if it has groups of floats."""
     given: dict[str, Any] = {**eqn.params, **params}
@@ -158,10 +170,8 @@ def _own(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
 
 
 def _for_cpu(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
-    outputs, inputs, *_ = params["dimension_numbers"].rhs_spec
-    few = kernel.shape[inputs] <= CHANNELS and kernel.size // max(kernel.shape[outputs], 1) <= TERMS
     there = x.size and kernel.size and jax.eval_shape(partial(_own, **params), x, kernel).size
-    run = shifted if few and there else _own
+    run = shifted if there and _few(kernel.shape, params) else _own
     return run(x, kernel, **params).astype(params["preferred_element_type"] or x.dtype)
 
 

@@ -16,7 +16,7 @@ from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcomp as jc
-from jaxcomp.activations import quantize_function
+from jaxcomp.activations import coverage, quantize_function
 from jaxcomp.activations.function import factored
 from jaxcomp.activations.specs import Act
 from jaxcomp.factorization import CP
@@ -234,6 +234,9 @@ def test_it_is_read_as_the_convolution_that_it_is() -> None:
     run = partial(lambda f, p, x: f(p, None, x), quantize_function(mobile, {}))
     assert jc.cost(run)(p, x).macs == jc.cost(mobile)(p, x).macs
     assert [s.path for s in jc.sites(run)(p, x)] == [s.path for s in jc.sites(mobile)(p, x)]
+    forms = {row.path: row.form for row in coverage(mobile, {})(p, x).rows}
+    assert {path for path, form in forms.items() if form} == {"block_0/w", "block_1/w"}
+    assert forms["block_0/w"] == "shifts on cpu, own on cuda, rocm and tpu"
 
 
 def test_factors_that_are_depthwise_run_so_too() -> None:
@@ -244,3 +247,28 @@ def test_factors_that_are_depthwise_run_so_too() -> None:
     run = jax.jit(factored(fn))
     assert not grouped_convolutions(run.lower(tree, x).as_text())
     np.testing.assert_allclose(run(tree, x), fn(jc.materialize(tree), x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_reads_programs_reads_it_too() -> None:
+    p, x = blocks()
+    run = partial(lambda f, p, x: f(p, None, x), quantize_function(mobile, {}))
+    ranges, wanted = (jc.activations.ranges_of(jc.calibrate(fn)(p, x)) for fn in (run, mobile))
+    assert ranges.keys() == wanted.keys()
+    for name, found in ranges.items():
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-5)
+    rules = {".*": Act(8)}
+    got, own = (jax.jit(partial(quantize_function(fn, rules), p, wanted))(x) for fn in (run, mobile))
+    np.testing.assert_allclose(got, own, rtol=1e-4, atol=1e-4)
+    fewer = jc.plan(jc.channel_groups(run)(p, x), p, sparsity=0.5)
+    assert fewer.widths == jc.plan(jc.channel_groups(mobile)(p, x), p, sparsity=0.5).widths
+    small = fewer.take(p)
+    assert small["block_0"]["w"].shape[-1] == 6
+    np.testing.assert_allclose(
+        jc.shrink(run, fewer)(small, x), jc.shrink(mobile, fewer)(small, x), rtol=1e-5, atol=1e-5
+    )
+    pruned = jc.prune(0.8)
+    tree = pruned.apply(pruned.init(p), p)
+    ready = jc.prepare(tree, run, x, sparse=0.7)
+    np.testing.assert_allclose(
+        quantize_function(run, {})(ready, None, x), mobile(jc.materialize(tree), x), rtol=1e-4, atol=1e-4
+    )
