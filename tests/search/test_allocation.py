@@ -3,7 +3,9 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.optimize
 
 import jaxcomp as jc
 from jaxcomp.search import Infeasible, Option, Plan, Table, Unit, allocate, frontier
@@ -182,3 +184,24 @@ def test_tables_say_what_is_wrong_with_them():
         Option("x", costs={"n": math.nan})
     with pytest.raises(ValueError, match="'a' stand twice among the units"):
         Table((Unit("a", (), (Option("x"),)), Unit("a", (), (Option("x"),))))
+
+
+def test_an_answer_of_the_solver_that_breaks_a_tie_is_not_taken(monkeypatch):
+    """scipy's milp may call what breaks a constraint optimal (scipy issue 24141)."""
+    table = random_table(1, units=4, options=3, tied=(0, 2))
+    budgets = {"a": 1e3, "b": 1e3}
+    wanted, solve, calls = allocate(table, budgets), scipy.optimize.milp, []
+
+    def once_wrong(objective, **given):
+        done = solve(objective, **given)
+        calls.append(done)
+        if len(calls) == 1:
+            first = len(table.units[0].options)
+            chosen = np.argmax(done.x[:first])
+            done.x[:first] = np.roll(done.x[:first], 1)  # the first unit alone takes another option
+            assert np.argmax(done.x[:first]) != chosen
+        return done
+
+    monkeypatch.setattr(scipy.optimize, "milp", once_wrong)
+    assert allocate(table, budgets).loss == wanted.loss
+    assert len(calls) > 1
