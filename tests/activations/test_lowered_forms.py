@@ -126,11 +126,12 @@ def convolutions(text):
 def test_what_is_lowered_for_each_platform(name, act):
     q, tree, ranges, x = integers(CONVS[name], act)
     for platform, text in zip(PLATFORMS, lowered(q, tree, ranges, x), strict=True):
+        if platform == "cpu" and "depthwise" in name:
+            assert not convolutions(text)  # shifted images are summed
+            continue
         ((kind, into, users),) = convolutions(text)
         if platform == "cuda" and name in LACKING:
             assert (kind, into) == ("bf16", "f32")
-        elif platform == "cpu" and "depthwise" in name:
-            assert (kind, into) == ("f32", "f32")
         else:
             assert (kind, into) == ("i8", "i32")
             if platform == "cuda":
