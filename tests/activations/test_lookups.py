@@ -18,6 +18,7 @@ from tests.marks import quick
 ROWS, WIDTH = 5000, 64
 TABLE = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
 TOKENS = jnp.array([[0, 4999], [3, 7000]])
+ROLES = jc.roles(lambda p, t: p["w"][t])({"w": TABLE}, TOKENS)
 GRIDS = {
     "int8, a scale a row": jc.quantize(jc.Int(8), per=jc.Channels(0)),
     "int8, one scale": jc.quantize(jc.Int(8), per=jc.Tensor()),
@@ -27,8 +28,8 @@ GRIDS = {
     "int3": jc.quantize(jc.Int(3), per=jc.Channels(0)),
     "e4m3": jc.quantize(E4M3, per=jc.Channels(0)),
     "nf4": jc.quantize(NF4(), per=jc.Groups(32, -1)),
-    "mx": jc.recipes.mx(),
-    "nvfp4": jc.recipes.nvfp4(),
+    "mx": jc.recipes.mx(roles=ROLES),
+    "nvfp4": jc.recipes.nvfp4(roles=ROLES),
 }
 LOOKUPS = {
     "index": lambda p, t: p["w"][t],
