@@ -24,7 +24,7 @@ from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_fi
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import Weight, convolution, weight_only
 from jaxcomp.kernels.sparse import SparseWeight
-from jaxcomp.kernels.windows import window_of
+from jaxcomp.kernels.windows import channels_last, window_of
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -167,12 +167,12 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
 def _convolved(planned: Planned, x: jax.Array, w: Weight, record: Record) -> jax.Array:
     op, numbers = planned.op, planned.op.eqn.params["dimension_numbers"]
     assert isinstance(w, SparseWeight)
-    images = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    images = jnp.transpose(x, channels_last(numbers.lhs_spec))
     window, result = window_of(op), result_of(op)
     given = Images(images.shape, window)
     record(planned.site.path, "weight-only", None, forms_of(given.windows, x.dtype, w, given))
     y = convolution(images, w, window, dtype=result.dtype)
-    return jnp.transpose(y, np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])).tolist())
+    return jnp.transpose(y, np.argsort(channels_last(numbers.out_spec)).tolist())
 
 
 def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:

@@ -174,3 +174,8 @@ class Planes:
         first = jnp.asarray(np.where(there, total, -1).astype(np.int32).reshape(-1, 1, steps))
         images = jnp.arange(self.images, dtype=jnp.int32).reshape(1, -1, 1) * size
         return jnp.where(first < 0, -1, first + images).reshape(first.shape[0], -1)
+
+
+def channels_last(spec: Sequence[int]) -> tuple[int, ...]:
+    """The order of an operand's axes, as a convolution numbers them, that has images first and channels last."""
+    return spec[0], *spec[2:], spec[1]
