@@ -234,7 +234,7 @@ ROWS: dict[str, Aim] = {
     "w8a8": Aim("W8A8, ranges held", 0.997, partial(_on_integers, 8)),
     "w4a8": Aim("W4A8, groups of 64, ranges held", 0.985, partial(_on_integers, 4), Setting(rate=1e-4)),
     "nm": Aim("2:4", 0.92, partial(_pruned, jc.NM(2, 4)), Setting(steps=1000, rate=3e-4)),
-    "half": Aim("50% of elements", 0.96, partial(_pruned, 0.5), Setting(steps=1500, rate=3e-4)),
+    "half": Aim("50% of elements", 0.96, partial(_pruned, 0.5), Setting(steps=2800, rate=3e-4)),
     "eighth": Aim("an eighth of heads and hidden units removed", 0.97, partial(_fewer, 1 / 8), Setting(steps=600)),
     "quarter": Aim("a quarter of heads and hidden units removed", 0.93, partial(_fewer, 1 / 4), Setting(steps=600)),
 }
