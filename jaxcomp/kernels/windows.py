@@ -40,8 +40,9 @@ class Window:
     def windows(self, spatial: Sequence[int]) -> Shape:
         """How many windows an image has along each axis."""
         found = []
-        for n, k, s, (low, high), d, b in zip(spatial, *self._each(), strict=True):
-            padded = (max(n - 1, -1) * b + 1 if n else 0) + low + high
+        each = self.kernel, self.strides, self.padding, self.dilation, self.base
+        for n, k, s, (low, high), d, b in zip(spatial, *each, strict=True):
+            padded = ((n - 1) * b + 1 if n else 0) + low + high
             found.append(max(0, (padded - (k - 1) * d - 1) // s + 1))
         return tuple(found)
 
@@ -63,9 +64,6 @@ class Window:
             feature_group_count=self.groups,
             preferred_element_type=kernel.dtype,
         )
-
-    def _each(self) -> tuple[Sequence, ...]:
-        return self.kernel, self.strides, self.padding, self.dilation, self.base
 
 
 def window_of(op: Op) -> Window:
