@@ -192,4 +192,14 @@ def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     run = partial(weight_only, dtype=dtype)
     if not w.lead:
         return run(x[0], w)[None]
-    return jax.vmap(run)(x, jax.tree.map(lambda v: v.reshape(-1, *v.shape[-2:]), w))
+    apart = jax.tree.map(lambda v: v.reshape(-1, *v.shape[w.lead :]), w)
+    at_once = jax.vmap(run)
+    if not isinstance(w, SparseWeight):
+        return at_once(x, apart)
+
+    def in_turn(x: jax.Array, w: Weight) -> jax.Array:
+        """A kernel takes one matrix."""
+        return jax.lax.map(lambda both: run(*both), (x, w))
+
+    result: jax.Array = jax.lax.platform_dependent(x, apart, cpu=in_turn, default=at_once)
+    return result

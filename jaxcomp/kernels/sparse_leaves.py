@@ -55,8 +55,6 @@ class PreparedSparse(Laid):
 
 def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: Site, least: float) -> PreparedSparse | str:
     """A leaf of which at least that part is zero as numbers and positions, or why it is not."""
-    if len(axes[0]) > len(site.layer_steps):
-        return "both operands of its product have an axis of matrices, as experts do"
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
         return "which of its elements are zero is not known inside jit; prepare outside"
     length, packed = math.prod(leaf.shape[i] for i in axes[2]), leaf.pack()

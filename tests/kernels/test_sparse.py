@@ -212,15 +212,32 @@ def test_layers_that_are_stacked_are_padded_to_the_fullest(grid) -> None:
     np.testing.assert_allclose(run(ready, x), scanned(jc.materialize(tree), x), rtol=2e-5, atol=2e-5)
 
 
-def test_experts_say_why() -> None:
-    def experts(p, x):
-        return jnp.einsum("ebd,edh->ebh", x, p["w"])
+def experts(p, x):
+    return jnp.einsum("ebd,edh->ebh", jnp.einsum("bd,edh->ebh", x, p["in"]), p["out"])
 
-    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 5))}
-    compress = jc.prune(0.9)
-    tree = compress.apply(compress.init(params), params)
-    with pytest.raises(ValueError, match="'w': both operands of its product have an axis of matrices, as experts do"):
-        jc.prepare(tree, experts, jnp.ones((3, 2, 16)), sparse=0.8)
+
+@pytest.mark.parametrize("grid", [None, jc.Int(8)], ids=["floats", "Int8"])
+def test_experts_are_multiplied_in_turn(grid) -> None:
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(3, 16, 16)), jnp.float32) for name in ("in", "out")}
+    x = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
+    steps = [jc.prune(0.9, scope=jc.Global())] + (
+        [jc.quantize(grid, roles=jc.roles(experts)(params, x))] if grid else []
+    )
+    compress = jc.chain(*steps)
+    tree = jc.pack(compress.apply(compress.init(params), params))
+    ready = jc.prepare(tree, experts, x, sparse=0.8)
+    assert all(isinstance(leaf, PreparedSparse) for leaf in ready.values())
+    run = jax.jit(lambda tree, x: quantize_function(experts, {})(tree, None, x))
+    assert "jaxcomp_sparse" in run.lower(ready, x).as_text()
+    np.testing.assert_allclose(run(ready, x), experts(jc.materialize(tree), x), rtol=2e-5, atol=2e-5)
+    own, ours = (
+        jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x)
+        for f in (partial(experts, jc.materialize(tree)), partial(run, ready))
+    )
+    np.testing.assert_allclose(ours, own, rtol=1e-4, atol=1e-4)
+    elsewhere = run.trace(ready, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "jaxcomp_sparse" not in elsewhere
 
 
 def test_what_is_asked_in_vain_says_what_to_do(monkeypatch) -> None:
