@@ -19,8 +19,10 @@ from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
+from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.forms import Images, forms_of
 from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_first
+from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import Weight, convolution, weight_only
 from jaxcomp.kernels.sparse import SparseWeight
@@ -194,11 +196,11 @@ def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
         return run(x[0], w)[None]
     apart = jax.tree.map(lambda v: v.reshape(-1, *v.shape[w.lead :]), w)
     at_once = jax.vmap(run)
-    if not isinstance(w, SparseWeight):
+    if isinstance(w, PackedWeight) and shape_class(x.shape[1]) == MANY:
         return at_once(x, apart)
 
     def in_turn(x: jax.Array, w: Weight) -> jax.Array:
-        """A kernel takes one matrix."""
+        """For kernels, which take one matrix."""
         return jax.lax.map(lambda both: run(*both), (x, w))
 
     result: jax.Array = jax.lax.platform_dependent(x, apart, cpu=in_turn, default=at_once)

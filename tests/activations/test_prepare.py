@@ -90,7 +90,7 @@ def test_a_prepared_tree_is_the_tree(fn, grid) -> None:
     assert same(jc.prepare(jc.pack(tree), fn, x), tree)
     assert jc.pack(ready)["w" if "w" in ready else "up" if "up" in ready else "q"].codes.dtype in ("uint8", "int8")
     run = jax.jit(lambda tree, x: quantize_function(fn, {})(tree, None, x))
-    np.testing.assert_allclose(run(ready, x), fn(jc.materialize(tree), x), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(run(ready, x), fn(jc.materialize(tree), x), rtol=2e-5, atol=2e-4)  # of sums up to 50
     report = coverage(fn, {})(ready, x)
     assert [row.done for row in report.rows] == ["weight-only"] * len(report.rows)
     assert all(row.form for row in report.rows)

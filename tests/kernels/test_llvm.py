@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import export
 
+import jaxcomp as jc
 from jaxcomp.kernels import llvm_calls, llvm_products, weight_only
 from jaxcomp.kernels.forms import Product, form_of, forms_of
 from jaxcomp.kernels.llvm_products import FEATURES, PANEL, refusal
@@ -144,3 +145,21 @@ def test_what_it_cannot_read_it_names() -> None:
     assert "the scale is float64" in refusal(replace(w, scale=jax.ShapeDtypeStruct((16, 4), jnp.float64)))
     assert form_of("cpu", Product(llvm_products.PANEL, jnp.dtype(jnp.float32), w)) == "chunks"
     assert form_of("cpu", Product(100, jnp.dtype(jnp.float32), weight_of(CASES["one row"])[0])) == "chunks"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_experts_are_multiplied_in_turn(rows) -> None:
+    def experts(p, x):
+        return jnp.einsum("ebd,edh->ebh", x, p["w"])
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 64, 16)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(3, rows, 64)), jnp.float32)
+    tree = jc.pack(jc.quantize(jc.Int(4), per=jc.Groups(32, 1)).apply((), params))
+    ready = jc.prepare(tree, experts, x)
+    run = jax.jit(lambda tree, x: jc.quantize_function(experts, {})(tree, None, x))
+    assert "jaxcomp_" in run.lower(ready, x).as_text()
+    assert "jaxcomp_" not in run.trace(ready, x).lower(lowering_platforms=("tpu",)).as_text()
+    np.testing.assert_allclose(run(ready, x), experts(jc.materialize(tree), x), rtol=1e-5, atol=1e-4)
+    many = jnp.ones((3, 100, 64))
+    np.testing.assert_allclose(run(ready, many), experts(jc.materialize(tree), many), rtol=1e-5, atol=1e-4)
