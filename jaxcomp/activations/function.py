@@ -35,7 +35,6 @@ from jaxcomp.core.placement import on_any_mesh
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.kernels.grouped import GroupedOp, form_of, grouped
 from jaxcomp.trace.evaluator import evaluate
-from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED, JOINS
 from jaxcomp.trace.program import Program, shapes_of, trace
@@ -142,9 +141,10 @@ class Call:
         program = self.program
         params, adapters = apart(self.params)
         factors = kept_factors(program, params, mode.gradients.spec is not None)
-        planned = [thinned(p, factors, integer=mode.integer, record=record) for p in self.planned]
+        planned = list(self.planned)
         if mode.gradients.spec is None:  # whose products are looked for in JAX's own gradients
-            planned = [replace(p, op=grouped(p.op)) if type(p.op) is Op else p for p in planned]
+            planned = [replace(p, op=grouped(p.op)) for p in planned]
+        planned = [thinned(p, factors, integer=mode.integer, record=record) for p in planned]
         prepared = checked(program, params)
         looked_up = tables(program, planned, params)
         kept: dict[str, Kept] = {

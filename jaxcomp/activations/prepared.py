@@ -157,7 +157,7 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
         value, x = values[side], values[1 - side]
         if not isinstance(value, Carried) or not isinstance(x, jax.Array):
             return _on_arrays(planned)(*values)
-        if op.name == "conv_general_dilated":
+        if planned.site.kind == "conv":
             return [_convolved(planned, x, value.weight, record)]
         rows = in_rows(op, side, x)
         record(planned.site.path, "weight-only", None, forms_of(rows.shape[1], x.dtype, value.weight))

@@ -39,6 +39,11 @@ def element(b: ir.IRBuilder, matrix: Operand, index: ir.Value, kind: ir.Type) ->
     return b.gep(b.inttoptr(matrix.data, Types().pointer), [index], source_etype=kind)
 
 
+def loaded(b: ir.IRBuilder, matrix: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
+    """The number there."""
+    return b.load(element(b, matrix, index, kind), typ=kind)
+
+
 def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
     """A number in all places of a vector."""
     from llvmlite import ir

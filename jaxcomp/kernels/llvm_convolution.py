@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, loaded, turned
+from jaxcomp.kernels.llvm_kept import Kept
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.windows import Planes, Window
 
@@ -64,15 +65,14 @@ def llvm_convolution(x: jax.Array, w: SparseWeight, window: Window) -> jax.Array
     fill = Work("planes", _filled, STEPS // TURNED, by=1)
     laid = call(fill, jax.ShapeDtypeStruct((rows, planes.length), jnp.float32), flat, sources)
 
-    kept = w.kept if w.kept.dtype == jnp.int8 else w.kept.astype(jnp.float32)
+    kept = Kept.of(w)
     targets, whole = planes.targets(panel), -(-features // TURNED) * TURNED
     tasks = _tasks(features, targets.shape[0], max(1, STEPS // panel))
-    name = f"convolution_{kept.dtype.name}_{w.index.dtype.name}_{panel}"
-    work = Work(name, partial(_summed, panel, kept.dtype == jnp.int8, w.index.dtype == jnp.uint16), 1, by=7)
+    work = Work(f"convolution_{kept}_{panel}", partial(_summed, panel, kept), 1, by=7)
     windows = planes.images * math.prod(planes.windows)
     result = jax.ShapeDtypeStruct((windows, whole), jnp.float32)
     offsets, bases = (jnp.asarray(v)[None] for v in (planes.offsets(), planes.bases(features)))
-    y = call(work, result, laid, kept[None], w.index[None], w.starts[None], offsets, bases, targets, tasks)
+    y = call(work, result, laid, *kept.operands(w), offsets, bases, targets, tasks)
     y = y[:, :features] if w.scale is None else y[:, :features] * w.scale.T
     return y.reshape(window.result(x.shape, features))
 
@@ -101,7 +101,7 @@ def _filled(b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.
     zeros = _zeros(b, wide)
     with counted(b, first, last) as row:
         step = b.mul(row, t.word(TURNED))
-        read = [_loaded(b, sources, b.add(step, t.word(i)), t.i32) for i in range(TURNED)]
+        read = [loaded(b, sources, b.add(step, t.word(i)), t.i32) for i in range(TURNED)]
         with counted(b, t.word(0), b.sdiv(x.columns, t.word(TURNED))) as part:
             channel = b.mul(part, t.word(TURNED))
             numbers = []
@@ -114,40 +114,24 @@ def _filled(b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.
                 b.store(vector, element(b, out, b.add(plane, step), t.f32), align=4)
 
 
-def _summed(
-    panel: int,
-    coded: bool,
-    short: bool,
-    b: ir.IRBuilder,
-    operands: list[Operand],
-    first: ir.Value,
-    last: ir.Value,
-) -> None:
+def _summed(panel: int, kept: Kept, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some tasks: sums of a few features and panels, turned to features last where they are windows."""
-    from llvmlite import ir
-
-    x, kept, index, starts, offsets, bases, targets, tasks, out = operands
+    x, *numbers, offsets, bases, targets, tasks, out = operands
     t, features = Types(), bases.columns
-    place = ir.IntType(16) if short else t.i32
     with b.goto_entry_block():
         block = Operand(b.ptrtoint(b.alloca(t.f32, FEATURES * panel), t.i64), t.word(FEATURES), t.word(panel))
     with counted(b, first, last) as task:
         low, start, stop = (
-            b.sext(_loaded(b, tasks, b.add(b.mul(task, t.word(3)), t.word(i)), t.i32), t.i64) for i in range(3)
+            b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(3)), t.word(i)), t.i32), t.i64) for i in range(3)
         )
         high = b.add(low, t.word(FEATURES))
         high = b.select(b.icmp_signed("<", high, features), high, features)
         with counted(b, start, stop) as number:
             with counted(b, low, high) as feature:
-                at = b.add(b.sext(_loaded(b, bases, feature, t.i32), t.i64), b.mul(number, t.word(panel)))
-                edges = [b.sext(_loaded(b, starts, b.add(feature, t.word(i)), t.i32), t.i64) for i in range(2)]
+                at = b.add(b.sext(loaded(b, bases, feature, t.i32), t.i64), b.mul(number, t.word(panel)))
                 sums = _Sums(b, panel)
-                with counted(b, *edges) as k:
-                    column = b.zext(_loaded(b, index, k, place), t.i64)
-                    value = _loaded(b, kept, k, t.i8 if coded else t.f32)
-                    if coded:
-                        value = b.sitofp(b.sext(value, t.i32), t.f32)
-                    run = b.add(at, b.sext(_loaded(b, offsets, column, t.i32), t.i64))
+                with kept.each(b, numbers, feature) as (position, value):
+                    run = b.add(at, b.sext(loaded(b, offsets, position, t.i32), t.i64))
                     sums.add(value, element(b, x, run, t.f32))
                 sums.store(element(b, block, b.mul(b.sub(feature, low), t.word(panel)), t.f32))
             parts = b.sdiv(b.add(b.sub(high, low), t.word(TURNED - 1)), t.word(TURNED))
@@ -178,7 +162,7 @@ def _put(
         ]
         first = b.add(b.mul(number, t.word(panel)), step)
         for i, vector in enumerate(turned(b, numbers)):
-            window = _loaded(b, targets, b.add(first, t.word(i)), t.i32)
+            window = loaded(b, targets, b.add(first, t.word(i)), t.i32)
             place = b.add(b.add(b.mul(b.sext(window, t.i64), out.columns), low), row)
             there = b.select(b.icmp_signed(">=", window, t.i32(0)), element(b, out, place, t.f32), nowhere)
             b.store(vector, there, align=4)
@@ -212,10 +196,6 @@ class _Sums:
 
     def _at(self, place: ir.Value, i: int) -> ir.Value:
         return self.b.gep(place, [Types().word(i * self.width)], source_etype=Types().f32)
-
-
-def _loaded(b: ir.IRBuilder, operand: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
-    return b.load(element(b, operand, index, kind), typ=kind)
 
 
 def _zeros(b: ir.IRBuilder, wide: ir.Type) -> ir.Value:

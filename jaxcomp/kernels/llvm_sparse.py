@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
+from jaxcomp.kernels.llvm_kept import Kept
 from jaxcomp.kernels.sparse import SparseWeight
 
 if TYPE_CHECKING:
@@ -48,68 +49,32 @@ def llvm_sparse_product(x: jax.Array, w: SparseWeight) -> jax.Array:
     panel = next((size for size in PANELS if rows <= size), PANELS[-1])
     beside = jnp.pad(x.astype(jnp.float32), ((0, -rows % panel), (0, 0))).reshape(-1, panel, w.length)
     columns = beside.swapaxes(1, 2).reshape(-1, panel)
-    kept = w.kept if w.kept.dtype == jnp.int8 else w.kept.astype(jnp.float32)
-    name = f"sparse_{kept.dtype.name}_{w.index.dtype.name}_{panel}"
+    kept = Kept.of(w)
     shape = jax.ShapeDtypeStruct((beside.shape[0] * features, panel), jnp.float32)
-    work = Work(name, partial(_chunk, panel, kept.dtype == jnp.int8, w.index.dtype == jnp.uint16), FEATURES, by=4)
-    y = call(work, shape, columns, kept[None], w.index[None], w.starts[None])
+    work = Work(f"sparse_{kept}_{panel}", partial(_chunk, panel, kept), FEATURES, by=4)
+    y = call(work, shape, columns, *kept.operands(w))
     y = y.reshape(-1, features, panel).swapaxes(1, 2).reshape(-1, features)[:rows]
     return y if w.scale is None else y * w.scale.T
 
 
-def _chunk(
-    panel: int,
-    coded: bool,
-    short: bool,
-    b: ir.IRBuilder,
-    operands: list[Operand],
-    first: ir.Value,
-    last: ir.Value,
-) -> None:
+def _chunk(panel: int, kept: Kept, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some rows of the result: features of one panel after another."""
-    features = b.sub(operands[3].columns, Types().word(1))
+    from llvmlite import ir
+
+    t, (x, *numbers, out) = Types(), operands
+    floats = t.f32 if panel == 1 else ir.VectorType(t.f32, panel)
+    features = b.sub(numbers[2].columns, t.word(1))
+    length = b.sdiv(x.rows, b.sdiv(out.rows, features))
+    with b.goto_entry_block():
+        total = b.alloca(floats)
     with counted(b, first, last) as row:
-        _Sum(panel, coded, short, b, operands).write(b.sdiv(row, features), b.srem(row, features), row)
-
-
-class _Sum:
-    """Writes the code of the products of one feature and the rows of a panel."""
-
-    def __init__(self, panel: int, coded: bool, short: bool, b: ir.IRBuilder, operands: list[Operand]) -> None:
-        from llvmlite import ir
-
-        self.panel, self.coded, self.b, self.t = panel, coded, b, Types()
-        self.place = ir.IntType(16) if short else self.t.i32
-        self.floats = self.t.f32 if panel == 1 else ir.VectorType(self.t.f32, panel)
-        self.x, self.kept, self.index, self.starts, self.out = operands
-
-    def write(self, group: ir.Value, feature: ir.Value, row: ir.Value) -> None:
-        """Of a panel, a feature, and the row of the result that holds their sums."""
-        from llvmlite import ir
-
-        b, t = self.b, self.t
-        with b.goto_entry_block():
-            total = b.alloca(self.floats)
-        b.store(ir.Constant(self.floats, 0.0 if self.panel == 1 else None), total)
-        edges = [self._loaded(self.starts, b.add(feature, t.word(i)), t.i32) for i in range(2)]
-        first, last = (b.sext(edge, t.i64) for edge in edges)
-        length = b.sdiv(self.x.rows, b.sdiv(self.out.rows, b.sub(self.starts.columns, t.word(1))))
-        top = b.mul(group, length)
-        with counted(b, first, last) as k:
-            column = b.zext(self._loaded(self.index, k, self.place), t.i64)
-            number = self._loaded(self.kept, k, t.i8 if self.coded else t.f32)
-            if self.coded:
-                number = b.sitofp(b.sext(number, t.i32), t.f32)
-            x = self._loaded(self.x, b.mul(b.add(top, column), t.word(self.panel)), self.floats)
-            wide = number if self.panel == 1 else everywhere(b, number, self.panel)
-            product = b.fmul(wide, x, flags=("contract",))
+        b.store(ir.Constant(floats, 0.0 if panel == 1 else None), total)
+        top = b.mul(b.sdiv(row, features), length)
+        with kept.each(b, numbers, b.srem(row, features)) as (position, number):
+            place = element(b, x, b.mul(b.add(top, position), t.word(panel)), t.f32)
+            wide = number if panel == 1 else everywhere(b, number, panel)
+            product = b.fmul(wide, b.load(place, typ=floats, align=4), flags=("contract",))
             flags = ("reassoc", "contract")
-            b.store(b.fadd(b.load(total, typ=self.floats), product, flags=flags), total)
-        place = element(b, self.out, b.mul(row, t.word(self.panel)), t.f32)
-        b.store(b.load(total, typ=self.floats), place, align=4)
-
-    def _loaded(self, operand: Operand, index: ir.Value, kind: ir.Type) -> ir.Value:
-        """The number with this index, or a vector of floats that begins there."""
-        wide = kind == self.floats
-        place = element(self.b, operand, index, self.t.f32 if wide else kind)
-        return self.b.load(place, typ=kind, align=4 if wide else None)
+            b.store(b.fadd(b.load(total, typ=floats), product, flags=flags), total)
+        place = element(b, out, b.mul(row, t.word(panel)), t.f32)
+        b.store(b.load(total, typ=floats), place, align=4)

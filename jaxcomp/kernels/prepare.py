@@ -84,7 +84,7 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
     site, axes = wanted[0]
     why = ""
     if sparse is not None:
-        found = prepared_sparse(leaf, axes, site, sparse)
+        found = prepared_sparse(leaf, axes, site.path, sparse)
         if not isinstance(found, str):
             return found
         why = f"{found}; "

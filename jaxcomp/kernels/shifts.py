@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -38,7 +38,8 @@ def shifted(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     weights = _by_elements(kernel, groups, params).astype(dtype)
     total: jax.Array | None = None
     x = lax.optimization_barrier(x.astype(dtype))  # or XLA makes it anew for each element
-    for element, image in enumerate(_shifts(x, kernel.shape, params)):
+    x, sizes = jnp.transpose(x, channels_last(numbers.lhs_spec)), [kernel.shape[i] for i in numbers.rhs_spec[2:]]
+    for element, image in enumerate(_shifts(x, sizes, params)):
         parts = image.reshape(*image.shape[:-1], groups, own)
         for channel in range(own):
             weight = weights[element, channel].reshape(*[1] * (image.ndim - 1), groups, -1)
@@ -49,13 +50,11 @@ def shifted(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     return jnp.transpose(y, np.argsort(channels_last(numbers.out_spec)).tolist())
 
 
-def _shifts(x: jax.Array, kernel: Shape, params: dict[str, Any]) -> list[jax.Array]:
-    """For each element of the kernel what it meets: ``(images, *windows, channels)``."""
-    numbers = params["dimension_numbers"]
-    x = jnp.transpose(x, channels_last(numbers.lhs_spec))
+def _shifts(x: jax.Array, sizes: Sequence[int], params: dict[str, Any]) -> list[jax.Array]:
+    """What each element of a kernel of these sizes meets, ``(images, *windows, channels)``, of images as they lie."""
     edges = [(low, high, hole - 1) for (low, high), hole in zip(params["padding"], params["lhs_dilation"], strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    sizes, steps, strides = [kernel[i] for i in numbers.rhs_spec[2:]], params["rhs_dilation"], params["window_strides"]
+    steps, strides = params["rhs_dilation"], params["window_strides"]
     reach = [(n - 1) * step for n, step in zip(sizes, steps, strict=True)]
     spans = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
     found = []
@@ -77,14 +76,13 @@ def kernel_gradient(x: jax.Array, g: jax.Array, *, kernel: Shape, **params: Any)
     """Of the kernel, whose shape is given: image after image, which a cache holds; in the type of sums."""
     numbers, groups, dtype = params["dimension_numbers"], params["feature_group_count"], _type_of_sums(x, params)
     outputs, inputs, *elements = numbers.rhs_spec
-    own, made = kernel[inputs], kernel[outputs] // groups
+    own, made, sizes = kernel[inputs], kernel[outputs] // groups, [kernel[i] for i in elements]
     x, g = (jnp.transpose(v, channels_last(spec)) for v, spec in ((x, numbers.lhs_spec), (g, numbers.out_spec)))
-    last = {**params, "dimension_numbers": _last(numbers, len(elements))}
 
     def added(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         image, result = (v[None].astype(dtype) for v in one)
         result = result.reshape(-1, groups, made)
-        parts = [v.reshape(-1, groups, own) for v in _shifts(image, kernel_last, last)]
+        parts = [v.reshape(-1, groups, own) for v in _shifts(image, sizes, params)]
         if own == 1 and made <= PLANES:
             sums = [jnp.stack([(v[..., 0] * result[..., i]).sum(0) for i in range(made)], -1)[None] for v in parts]
         else:
@@ -92,17 +90,9 @@ def kernel_gradient(x: jax.Array, g: jax.Array, *, kernel: Shape, **params: Any)
             sums = [jnp.einsum("gpc,gpm->cgm", jnp.swapaxes(v, 0, 1), across) for v in parts]
         return total + jnp.stack(sums), None
 
-    kernel_last = (*(kernel[i] for i in elements), own, kernel[outputs])
-    start = jnp.zeros((math.prod(kernel_last[:-2]), own, groups, made), dtype)
-    total = lax.scan(added, start, (x, g))[0].reshape(kernel_last)
+    start = jnp.zeros((math.prod(sizes), own, groups, made), dtype)
+    total = lax.scan(added, start, (x, g))[0].reshape(*sizes, own, kernel[outputs])
     return jnp.transpose(total, np.argsort((*elements, inputs, outputs)).tolist())
-
-
-def _last(numbers: lax.ConvDimensionNumbers, rank: int) -> lax.ConvDimensionNumbers:
-    """Those of images and a kernel with channels last."""
-    spatial = tuple(range(1, rank + 1))
-    images, kernel = (0, rank + 1, *spatial), (rank + 1, rank, *range(rank))
-    return lax.ConvDimensionNumbers(images, kernel, images)
 
 
 def _type_of_sums(x: jax.Array, params: dict[str, Any]) -> DType:

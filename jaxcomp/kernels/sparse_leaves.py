@@ -17,7 +17,6 @@ from jaxcomp.kernels.sparse import MOST, SparseWeight, sparse_parts
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized
 from jaxcomp.quantization.numerics.affine import spread
-from jaxcomp.trace.sites import Site
 
 
 @compressed_leaf(meta=("grid", "length", "dense_dtype", "dense_shape", "axes", "site"))
@@ -53,7 +52,7 @@ class PreparedSparse(Laid):
         return SparseWeight(self.kept, self.index, self.starts, self.scale, self.grid, self.length, self.dense_dtype)
 
 
-def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: Site, least: float) -> PreparedSparse | str:
+def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: str, least: float) -> PreparedSparse | str:
     """A leaf of which at least that part is zero as numbers and positions, or why it is not."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
         return "which of its elements are zero is not known inside jit; prepare outside"
@@ -69,7 +68,7 @@ def prepared_sparse(leaf: CompressedLeaf, axes: Axes, site: Site, least: float) 
     coded = _codes_by_feature(packed, axes)
     numbers, scale, grid = (values, None, None) if coded is None else coded
     kept, index, starts = (jnp.asarray(v) for v in sparse_parts(values, numbers))
-    return PreparedSparse(kept, index, starts, scale, grid, length, leaf.dtype, leaf.shape, axes, site.path)
+    return PreparedSparse(kept, index, starts, scale, grid, length, leaf.dtype, leaf.shape, axes, site)
 
 
 def _codes_by_feature(leaf: CompressedLeaf, axes: Axes) -> tuple[np.ndarray, jax.Array, Numbers] | None:

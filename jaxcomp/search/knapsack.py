@@ -68,6 +68,7 @@ class Knapsack:
         """The variables that are 1, whose sums were checked, and the bound in the objective's unit."""
         from scipy.optimize import Bounds, milp
 
+        ties = self._ties(len(objective))
         for _ in range(_ROUNDS):
             done = milp(
                 objective,
@@ -81,17 +82,17 @@ class Knapsack:
                     raise ValueError(f"allocate: no choice was found in {self.seconds:g} seconds; allow more seconds.")
                 return None
             at = self._rounded(done.x)
-            if self._serves(at):
+            if self._serves(at, ties):
                 bound = done.mip_dual_bound
                 return at, float(objective[at].sum()) if bound is None else float(bound)
             self.forbidden.append(tuple(at))  # within the solver's tolerance, and not in fact
         raise ValueError(f"allocate: {_ROUNDS} choices exceed a budget or break a tie by rounding; change it a little.")
 
-    def _serves(self, at: list[int]) -> bool:
+    def _serves(self, at: list[int], ties: list[np.ndarray]) -> bool:
         """Whether a choice keeps budgets and ties: the solver does not always do what it says (scipy issue 24141)."""
         chosen = np.isin(np.arange(len(self.flat)), at).astype(float)
         within = (sum_of([self.flat[i][1] for i in at], name) <= limit for name, limit in self.budgets.items())
-        return all(within) and all(row @ chosen == 0 for row in self._ties(len(self.flat)))
+        return all(within) and all(row @ chosen == 0 for row in ties)
 
     def _rounded(self, x: np.ndarray) -> list[int]:
         return [int(np.flatnonzero(self.owner == i)[np.argmax(x[self.owner == i])]) for i in range(len(self.units))]

@@ -1,14 +1,26 @@
-"""Images of small integers, and their convolutions window by window."""
+"""Images of small integers, windows over them, and their convolutions window by window."""
 
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
 
 from jaxcomp.kernels.windows import Window
 
 
 def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).integers(-3, 4, shape).astype(np.float64)
+
+
+@st.composite
+def geometries(draw, fewest_groups: int):
+    """Windows, the shape of images, and a number of features."""
+    rank, small = draw(st.integers(1, 2)), st.integers(1, 3)
+    each = [draw(st.tuples(small, small, st.integers(-1, 3), st.integers(-1, 3), small, small)) for _ in range(rank)]
+    kernel, strides, low, high, dilation, base = zip(*each, strict=True)
+    groups = draw(st.integers(fewest_groups, 3))
+    w = Window(kernel, strides, tuple(zip(low, high, strict=True)), dilation, base, groups)
+    return w, (draw(small), *(draw(st.integers(1, 6)) for _ in range(rank)), groups * draw(small)), groups * draw(small)
 
 
 def by_numpy(x: np.ndarray, kernel: np.ndarray, w: Window) -> np.ndarray:

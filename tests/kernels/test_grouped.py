@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -23,7 +22,7 @@ from jaxcomp.factorization import CP
 from jaxcomp.kernels import grouped
 from jaxcomp.kernels.windows import Window
 from jaxcomp.trace import nested
-from tests.kernels.images import by_numpy, images
+from tests.kernels.images import by_numpy, geometries, images
 from tests.marks import quick
 
 
@@ -125,19 +124,8 @@ def test_maps_of_products_and_of_gradients(axes) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
-@st.composite
-def geometries(draw):
-    small = st.integers(1, 3)
-    rank = draw(st.integers(1, 2))
-    each = [draw(st.tuples(small, small, st.integers(-1, 3), st.integers(-1, 3), small, small)) for _ in range(rank)]
-    kernel, strides, low, high, dilation, base = zip(*each, strict=True)
-    groups = draw(st.integers(2, 3))
-    w = Window(kernel, strides, tuple(zip(low, high, strict=True)), dilation, base, groups)
-    return w, (draw(small), *(draw(st.integers(1, 6)) for _ in range(rank)), groups * draw(small)), groups * draw(small)
-
-
 @settings(max_examples=8)
-@given(geometries())
+@given(geometries(2))
 def test_any_windows(case) -> None:
     w, shape, features = case
     kernel = images(features, *w.kernel, shape[-1] // w.groups)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax import export, lax
 
 import jaxcomp as jc
@@ -21,7 +20,7 @@ from jaxcomp.kernels.products import convolution
 from jaxcomp.kernels.sparse import sparse_parts
 from jaxcomp.kernels.windows import Planes, Window
 from jaxcomp.quantization import Int
-from tests.kernels.images import by_numpy, images
+from tests.kernels.images import by_numpy, geometries, images
 from tests.marks import quick
 
 pytest.importorskip("llvmlite")
@@ -81,20 +80,8 @@ def test_it_is_exact_where_sums_are(name, coded) -> None:
         assert got.tolist() == wanted.tolist()
 
 
-@st.composite
-def geometries(draw):
-    rank = draw(st.integers(1, 2))
-    small = st.integers(1, 3)
-    each = [draw(st.tuples(small, small, st.integers(-1, 3), st.integers(-1, 3), small, small)) for _ in range(rank)]
-    kernel, strides, low, high, dilation, base = zip(*each, strict=True)
-    groups = draw(small)
-    w = Window(kernel, strides, tuple(zip(low, high, strict=True)), dilation, base, groups)
-    shape = (draw(small), *(draw(st.integers(1, 6)) for _ in range(rank)), groups * draw(small))
-    return w, shape, groups * draw(small)
-
-
 @settings(max_examples=25)
-@given(geometries())
+@given(geometries(1))
 def test_any_windows(case) -> None:
     w, shape, features = case
     kernel, dense = weight(w, features, shape[-1])
