@@ -1,7 +1,7 @@
-"""Products of activations in int8 and packed weights of fewer bits or with scales in groups, as their bytes lie.
+"""Products of activations in int8 and packed weights, as their bytes lie: no code is unpacked into memory.
 
-Codes are multiplied as floats: a group's sums are integers below 2^24, which float32 holds exactly, and each meets its
-scale. So no code is unpacked into memory, and no product of a group alone is asked of XLA.
+Each group's sums of products of codes meet its scale. Where a backend has no form that sums integers, codes are
+multiplied as floats: a group's sums are below 2^24, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.factors import EXACT, Factor
 from jaxcomp.activations.prepared import Carried, in_result, in_rows, product_of_rows
+from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.forms import forms_of
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.trace.flow import Op
@@ -34,12 +35,13 @@ def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -
     w, x = given.weight if isinstance(given, Carried) else None, pair[1 - side]
     if not isinstance(w, PackedWeight) or not w.is_integer or x.codes.dtype != jnp.int8:
         return None
-    groups = w.scale.shape[-1]
+    contract, groups = dot_numbers(op.eqn)[0][1 - side], w.scale.shape[-1]
+    if any(x.scale.shape[i] != 1 for i in contract):
+        return None
     if w.bits == 8 and groups == 1:
-        return None  # int8 by int8 as it is
-    contract = dot_numbers(op.eqn)[0][1 - side]
-    largest = 2**w.bits * x.reach * (w.length if groups == 1 else w.group)
-    if largest >= EXACT or any(x.scale.shape[i] != 1 for i in contract):
+        if shape_class(in_rows(op, side, x.codes).shape[1]) == MANY:
+            return None  # XLA's own product is as fast
+    elif 2**w.bits * x.reach * (w.length if groups == 1 else w.group) >= EXACT:
         return None
     f = pair[side]
     packed = PackedFactor(codes=f.codes, scale=f.scale, zero=f.zero, reach=f.reach, weight=w)
@@ -49,7 +51,8 @@ def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -
 def packed_forms(op: Op, a: Factor, b: Factor) -> str:
     """The forms of their product by backend, in words."""
     side, x, w = _parts(a, b)
-    return forms_of(in_rows(op, side, x.codes).shape[1], w.scale.dtype, w)
+    numbers = in_rows(op, side, _numbers(x))
+    return forms_of(numbers.shape[1], numbers.dtype, w)
 
 
 def _parts(a: Factor, b: Factor) -> tuple[int, Factor, PackedWeight]:
@@ -59,13 +62,17 @@ def _parts(a: Factor, b: Factor) -> tuple[int, Factor, PackedWeight]:
     return side, x, packed.weight
 
 
+def _numbers(x: Factor) -> jax.Array:
+    """What the scales multiply: int8, or int16 where codes have a zero point."""
+    if x.zero is None:
+        return x.codes
+    return x.codes.astype(jnp.int16) - jnp.broadcast_to(x.zero, x.scale.shape).astype(jnp.int16)
+
+
 def packed_product(op: Op, a: Factor, b: Factor) -> jax.Array:
     """The result of a dot of two factors, one of them packed, in the equation's own type."""
     side, x, w = _parts(a, b)
-    numbers = x.codes.astype(w.scale.dtype)
-    if x.zero is not None:
-        numbers = numbers - jnp.broadcast_to(x.zero, x.scale.shape).astype(w.scale.dtype)
-    y = product_of_rows(in_rows(op, side, numbers), w, w.scale.dtype)
+    y = product_of_rows(in_rows(op, side, _numbers(x)), w, w.scale.dtype)
     contract = dot_numbers(op.eqn)[0][1 - side]
     shape = tuple(1 if i in contract else n for i, n in enumerate(x.codes.shape))
     y = y * in_rows(op, side, jnp.broadcast_to(x.scale, shape)).astype(y.dtype)

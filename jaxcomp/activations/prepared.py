@@ -195,8 +195,8 @@ def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     if not w.lead:
         return run(x[0], w)[None]
     apart = jax.tree.map(lambda v: v.reshape(-1, *v.shape[w.lead :]), w)
-    at_once = jax.vmap(run)
-    if isinstance(w, PackedWeight) and shape_class(x.shape[1]) == MANY:
+    at_once, floats = jax.vmap(run), jnp.issubdtype(x.dtype, jnp.floating)
+    if floats and isinstance(w, PackedWeight) and shape_class(x.shape[1]) == MANY:
         return at_once(x, apart)
 
     def in_turn(x: jax.Array, w: Weight) -> jax.Array:

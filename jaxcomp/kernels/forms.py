@@ -1,4 +1,4 @@
-"""One table: the form in which a product of floats and a packed weight runs, by backend, types and class of shape.
+"""One table: the form in which a product of activations and a packed weight runs, by backend, types and class of shape.
 
 The first form of the first row that fits, and that can run the product, is the one that runs. :func:`form_of` answers
 for one backend, :func:`forms_of` for all, in words for a report.
@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcomp.core.types import DType, Shape
-from jaxcomp.kernels import llvm_convolution, llvm_products, llvm_sparse, pallas_mosaic, pallas_triton
+from jaxcomp.kernels import (
+    llvm_convolution,
+    llvm_integers,
+    llvm_products,
+    llvm_sparse,
+    pallas_mosaic,
+    pallas_triton,
+)
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.sparse import SparseWeight
@@ -36,6 +43,8 @@ class Row(NamedTuple):
 
 
 TABLE = (
+    Row("cpu", "codes", ANY, ("integers",)),
+    Row(ANY, "codes by bytes", ANY, ("dot",)),
     Row("cpu", "sparse", ANY, ("llvm", "whole")),
     Row(ANY, "sparse", ANY, ("whole",)),
     Row("cpu", ANY, "one", ("llvm", "sums", "chunks", "whole")),
@@ -49,7 +58,8 @@ TABLE = (
     Row(ANY, ANY, "one", ("sums", "whole")),
     Row(ANY, ANY, ANY, ("whole",)),
 )
-"""First match wins. Types are "bytes", 8 bits with one scale a feature, "packed", or "sparse", with positions."""
+"""First match wins. Types are of the weight "bytes", 8 bits with one scale a feature, "packed", or "sparse", with
+positions; of the activations "codes", integers, and of both "codes by bytes"."""
 
 
 class Images(NamedTuple):
@@ -69,7 +79,7 @@ class Product(NamedTuple):
 
     Attributes:
       rows: of activations.
-      dtype: theirs.
+      dtype: theirs: a float type, or int8 or int16 of codes.
       weight: what multiplies them, arrays or their shapes.
       kept: whether the program is to be kept, as jax.export does: then only what jax promises to run later serves.
       parted: whether the compiler parts it over several devices, which it cannot do to a kernel.
@@ -84,6 +94,16 @@ class Product(NamedTuple):
     parted: bool = False
     device: str = ""
     images: Images | None = None
+
+    @property
+    def in_codes(self) -> bool:
+        """Whether the activations are integers."""
+        return jnp.issubdtype(self.dtype, jnp.integer)
+
+    @property
+    def floats(self) -> DType:
+        """The type in which a form of floats is given them."""
+        return self.weight.computed if self.in_codes else self.dtype
 
 
 class Form(NamedTuple):
@@ -116,12 +136,19 @@ def _is_full(p: Product) -> bool:
     return 0 not in (p.rows, *p.weight.shape)
 
 
+def _dot(p: Product) -> str | None:
+    if not p.in_codes or "codes by bytes" not in _types(p):
+        return "it takes codes of activations, and weights of 8 bits with a scale a feature"
+    return None if _is_full(p) else "there is nothing to multiply"
+
+
 def _kernel(why: Callable[[Any], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:
     def refusal(p: Product) -> str | None:
         if p.parted:
             return "the compiler cannot part a kernel over several devices; use jax.shard_map around it"
-        if p.dtype not in types:
-            return f"it takes {', '.join(sorted(t.name for t in types))}, and the activations are {p.dtype}"
+        given = p.dtype if types == _CODES else p.floats
+        if given not in types:
+            return f"it takes {', '.join(sorted(t.name for t in types))}, and the activations are {given}"
         return _chunks(p) or why(p.weight)
 
     return refusal
@@ -140,26 +167,30 @@ def _llvm(p: Product) -> str | None:
 
 
 _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+_CODES = frozenset(map(jnp.dtype, (jnp.int8, jnp.int16)))
 FORMS: Mapping[str, Form] = {
     "sums": Form(frozenset({ANY}), _sums),
     "chunks": Form(frozenset({"cpu"}), _chunks),
     "whole": Form(frozenset({ANY}), _whole, any_weight=True),
     "llvm": Form(frozenset({"cpu"}), _llvm, any_weight=True),
+    "integers": Form(frozenset({"cpu"}), _kernel(llvm_integers.refusal, _CODES)),
+    "dot": Form(frozenset({ANY}), _dot),
     "triton": Form(frozenset({"cuda"}), _triton),
     "mosaic": Form(frozenset({"tpu"}), _kernel(pallas_mosaic.refusal, _FLOATS - {jnp.dtype(jnp.float16)})),
 }
-"""The forms of a product of float activations and a packed or sparse weight.
+"""The forms of a product of activations and a packed or sparse weight.
 
 "sums": bytes times activations, summed, in XLA's kernels. "chunks": some features dequantized at a time. "whole": all
-of them. "llvm": code of our own for the processor that is there, if llvmlite is installed. "triton", "mosaic": Pallas
-kernels.
+of them. "llvm": code of our own for the processor that is there, if llvmlite is installed; "integers": the same for
+activations in codes, whose products are summed as integers. "dot": XLA's product of int8 by int8. "triton", "mosaic":
+Pallas kernels. All but "integers" and "dot" take codes of activations as floats.
 """
-UNPROMISED = frozenset({"llvm", "triton"})
+UNPROMISED = frozenset({"llvm", "integers", "triton"})
 """Forms that a kept program holds only where they are asked for."""
 
 
 def form_of(backend: str, p: Product, asked: str | None = None) -> str:
-    """The form in which a product of float activations and a packed weight runs.
+    """The form in which a product of activations and a packed weight runs.
 
     Args:
       backend: "cpu", "cuda", "rocm", "tpu", or another.
@@ -189,13 +220,17 @@ def form_of(backend: str, p: Product, asked: str | None = None) -> str:
 
 
 def _fits(row: Row, backend: str, p: Product) -> bool:
+    wanted, found = (row.backend, row.shape), (backend, shape_class(p.rows))
+    return row.types in _types(p) and all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _types(p: Product) -> tuple[str, ...]:
+    """All names that the table has for the types of a product."""
     if isinstance(p.weight, SparseWeight):
-        types = "sparse"
+        weight = "sparse"
     else:
-        types = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
-    wanted = (row.backend, row.types, row.shape)
-    found = (backend, types, shape_class(p.rows))
-    return all(a in (ANY, b) for a, b in zip(wanted, found, strict=True))
+        weight = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
+    return (ANY, weight, "codes", f"codes by {weight}") if p.in_codes else (ANY, weight)
 
 
 def _refusal(name: str, backend: str, p: Product) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +52,17 @@ def missing() -> str | None:
     if ctypes.sizeof(ctypes.c_void_p) != 8:
         return "it is for processors of 64 bits"
     return None
+
+
+@cache
+def features() -> frozenset[str]:
+    """What the processor that is here can do, in LLVM's words."""
+    from llvmlite import binding as llvm
+
+    try:
+        return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+    except RuntimeError:  # LLVM does not know them on every system
+        return frozenset()
 
 
 class Work(NamedTuple):
@@ -98,12 +110,10 @@ def _machine() -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    try:
-        features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # LLVM does not know them on every system
-        features = ""
     target = llvm.Target.from_default_triple()
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=",".join(f"+{name}" for name in sorted(features())), opt=3
+    )
 
 
 def _compiled(module: ir.Module) -> Any:

@@ -53,6 +53,15 @@ def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
     return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, width), [0] * width))
 
 
+def halves(b: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
+    """The first and the second half of a vector."""
+    from llvmlite import ir
+
+    n = vector.type.count // 2
+    kind = ir.VectorType(ir.IntType(32), n)
+    return [b.shuffle_vector(vector, vector, ir.Constant(kind, list(range(at, at + n)))) for at in (0, n)]
+
+
 def turned(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     """The columns of a square of numbers given by its rows, as many vectors of as many, a power of two."""
     from llvmlite import ir

@@ -1,4 +1,4 @@
-"""The product of float activations and a packed weight, in the form that its platform has: chosen when it is lowered.
+"""The product of activations and a packed weight, in the form that its platform has: chosen when it is lowered.
 
 One program lowered for several platforms holds the form of each. ``jax.lax.platform_dependent`` cannot serve: lowered
 for several platforms at once it lowers each branch for all of them, and a Pallas call has no lowering for CPU. A
@@ -19,6 +19,7 @@ from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
 from jaxcomp.kernels.forms import BACKENDS, Images, Product, form_of
 from jaxcomp.kernels.llvm_convolution import llvm_convolution
+from jaxcomp.kernels.llvm_integers import llvm_integer_product
 from jaxcomp.kernels.llvm_products import llvm_product
 from jaxcomp.kernels.llvm_sparse import llvm_sparse_product
 from jaxcomp.kernels.lowering import is_kept, is_parted
@@ -26,7 +27,7 @@ from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
 from jaxcomp.kernels.sparse import SparseWeight
-from jaxcomp.kernels.weight_only import chunks, in_step, sums, sums_of_bytes, whole
+from jaxcomp.kernels.weight_only import chunks, dot_of_bytes, in_step, sums, sums_of_bytes, whole
 from jaxcomp.kernels.weight_only import weight_only as plain
 from jaxcomp.kernels.windows import Window
 
@@ -40,9 +41,9 @@ def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: st
     Its gradient is that of the plain forms. Over stacked weights, in ``jax.vmap``, the plain forms run.
 
     Args:
-      x: ``(..., length)``, float.
+      x: ``(..., length)``, float; or codes of activations, int8 or int16 of 255 at most, by a packed weight.
       w: ``(features, length)``, packed or sparse; its values are not rounded to its own type.
-      dtype: of the result ``(..., features)``; that of ``x`` if None.
+      dtype: of the result ``(..., features)``; if None that of ``x``, or for codes that of the sums.
       form: this form of ``jaxcomp.kernels.forms``, and no other.
 
     Raises:
@@ -59,7 +60,8 @@ def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: st
     ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'llvm' runs: ask for it...
     """
     rows = x.reshape(-1, w.length)
-    y = _product(rows, w, _Asked(jax.numpy.dtype(dtype or x.dtype), form))
+    floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    y = _product(rows, w, _Asked(jax.numpy.dtype(dtype or (x.dtype if floating else w.computed)), form))
     return y.reshape(*x.shape[:-1], w.shape[-2])
 
 
@@ -125,7 +127,7 @@ def _product_jvp(asked: _Asked, primals: tuple, tangents: tuple) -> tuple[jax.Ar
 
 
 def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window | None = None) -> Run:
-    """The function of a form: ``(rows, length)`` by a weight to ``(rows, features)``, of any float type.
+    """The function of a form: ``(rows, length)`` by a weight to ``(rows, features)``, of any float type, or codes.
 
     Args:
       form: its name.
@@ -136,9 +138,12 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window
     if window is not None:
         convolve = llvm_convolution if form == "llvm" else _whole_convolution
         return lambda x, w: convolve(x, w, window)
+    if form in _CODES:
+        return _CODES[form]
     if form in _KERNELS:
         assert blocks is not None
-        return partial(_KERNELS[form], blocks=blocks)
+        kernel = partial(_KERNELS[form], blocks=blocks)
+        return lambda x, w: kernel(_floats(x, w), w)
     if form == "llvm":
         return _llvm
     run = _SUMS.get(backend, sums) if form == "sums" else _PLAIN[form]
@@ -149,10 +154,16 @@ def _llvm(x: jax.Array, w: Weight) -> jax.Array:
     return llvm_sparse_product(x, w) if isinstance(w, SparseWeight) else llvm_product(x, w)
 
 
+def _floats(x: jax.Array, w: Weight) -> jax.Array:
+    """Activations, those in codes as floats."""
+    return x if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.astype(w.computed)
+
+
 def _whole_convolution(x: jax.Array, w: SparseWeight, window: Window) -> jax.Array:
     return window.convolved(x.astype(w.computed), w.values())
 
 
+_CODES: dict[str, Run] = {"integers": llvm_integer_product, "dot": dot_of_bytes}
 _KERNELS = {"triton": triton_product, "mosaic": mosaic_product}
 _PLAIN: dict[str, Run] = {"chunks": chunks, "whole": whole}
 _SUMS: dict[str, Run] = {"cpu": sums_of_bytes}

@@ -154,6 +154,24 @@ def _by_features(form: Form, most: int, x: jax.Array, w: PackedWeight) -> jax.Ar
     return jnp.concatenate([first, parts[-1][:, count * size - features :]], -1)
 
 
+def dot_of_bytes(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """Codes of activations, int8 or int16 of 255 at most, by bytes with a scale a feature: int8 by int8 into int32.
+
+    Numbers of 9 bits are their half and their last bit, two rows of int8; one row of int8 is two as well, for XLA on
+    CPU (jax 0.12) makes an int32 array of the whole weight for one.
+    """
+    halved = x.dtype != jnp.int8
+    parts = [(x >> 1).astype(jnp.int8), (x & 1).astype(jnp.int8)] if halved else [x, *[x] * (len(x) == 1)]
+    numbers = w.codes[:, : w.length]
+    rows = lax.dot_general(
+        jnp.concatenate(parts), numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    ).reshape(len(parts), len(x), -1)
+    totals = (2 * rows[0] + rows[1] if halved else rows[0]).astype(w.scale.dtype)
+    if w.zero is not None:
+        totals = totals - x.astype(jnp.int32).sum(-1, keepdims=True).astype(totals.dtype) * w.zero[None, :, 0]
+    return totals * w.scale[None, :, 0]
+
+
 def whole(x: jax.Array, w: PackedWeight | SparseWeight) -> jax.Array:
     """The weight is dequantized first."""
     return _dot(x, w.values())

@@ -1,4 +1,4 @@
-"""Decoding on a CPU with weights alone in codes: four layers of 4096^2, one row, over the float32 products beside them.
+"""Decoding on a CPU with weights in codes: four layers of 4096^2, over the float32 products beside them.
 
 ``python -m tests.benchmarks decode``, under ``taskset -c 0`` for one core. Peak memory is counted, not sampled: the
 bytes of arguments, results and temporaries in the compiled program. Beside the form that the table of forms chooses,
@@ -15,26 +15,31 @@ import jax
 import numpy as np
 
 import jaxcomp as jc
+from jaxcomp.activations import Dynamic
 from jaxcomp.kernels import weight_only
+from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.weight_only import summable
 from tests.benchmarks.gpu_cases import Call, Compiled, Ran, Setting, run_cases
 from tests.benchmarks.gpu_products import DYNAMIC, GRIDS, LAYERS, layers, our_layers
 from tests.benchmarks.timing import Report, Row
 
 FLOAT, AGAIN = "float32", "float32 again (control)"
-RULES = {".*": DYNAMIC}
+RULES = {
+    "dynamic int8 activations": DYNAMIC,
+    "dynamic int8 activations, asymmetric": jc.Act(8, range=Dynamic()),
+}
 AIMS = {"int8": ">= 1.2", "int4 g128": ">= 1"}
 MEMORY = "<= 2"
 
 
 def run(*, toy: bool = False) -> Iterator[Report]:
-    """The reports: one row, and sixteen."""
+    """The reports: one row, sixteen, and a prompt's 256 with what is prepared alone."""
     setting = Setting.lasting(3600, toy=toy)
     d = setting.pick(4096, 256)
     keys = jax.random.split(jax.random.key(1), LAYERS)
     params = {f"l{i}": jax.random.normal(k, (d, d)) / np.sqrt(d).astype(np.float32) for i, k in enumerate(keys)}
     trees = {name: jax.jit(lambda p, t=t: jc.pack(t.apply((), p)))(params) for name, t in GRIDS.items()}
-    for batch in (1, 16):
+    for batch in (1, 16, 256):
         yield decoded(setting, params, trees, jax.random.normal(jax.random.key(2), (batch, d)))
 
 
@@ -42,14 +47,17 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
     """Each way to run the codes: multiplied out by hand, by ``quantize_function``, and that of a prepared tree."""
     makers: dict[str, Callable[[], Call]] = {name: partial(Compiled, layers, params, x) for name in (FLOAT, AGAIN)}
     aims: dict[str, str] = {}
+    prompt = shape_class(len(x)) == MANY
     for grid, tree in trees.items():
-        makers[f"{grid}, materialized"] = partial(Compiled, lambda p, x: layers(jc.materialize(p), x), tree, x)
-        makers[f"{grid}, as packed"] = partial(our_layers, tree, x, {}, prepare=False)
+        if not prompt:
+            makers[f"{grid}, materialized"] = partial(Compiled, lambda p, x: layers(jc.materialize(p), x), tree, x)
+            makers[f"{grid}, as packed"] = partial(our_layers, tree, x, {}, prepare=False)
+            makers[f"{grid}, prepared, plain jax.numpy"] = partial(_plain, tree, x)
         makers[f"{grid}, prepared"] = partial(our_layers, tree, x, {}, prepare=True)
-        makers[f"{grid}, prepared, plain jax.numpy"] = partial(_plain, tree, x)
-        makers[f"{grid}, prepared, dynamic int8 activations"] = partial(our_layers, tree, x, RULES, prepare=True)
+        for name, rule in RULES.items():
+            makers[f"{grid}, prepared, {name}"] = partial(our_layers, tree, x, {".*": rule}, prepare=True)
         aims[f"{grid}, prepared"] = AIMS[grid] if len(x) == 1 else ""
-    ran = run_cases(makers, setting, inner=3, rounds=11)
+    ran = run_cases(makers, setting, inner=1 if prompt else 3, rounds=5 if prompt else 11)
     rows = []
     for name in makers:
         if name != FLOAT:

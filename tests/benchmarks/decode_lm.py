@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 
 import jaxcomp as jc
-from jaxcomp.activations import quantize_function
+from jaxcomp.activations import Dynamic, quantize_function
+from jaxcomp.core.layouts import Tokens
 from jaxcomp.kernels import prepare
 from tests.benchmarks.timing import Report, Row, measure
 from tests.kernels.language_model import LanguageModel, four_bits
 
 FLOAT, CONTROL = "float32 weights and cache", "float32 again (control)"
+INTEGERS = "4-bit weights, dynamic int8 activations, int8 cache"
+RULES = {".*/kernel": jc.Act(8, symmetric=True, range=Dynamic(), per=Tokens())}
 MODEL = LanguageModel(vocabulary=8192, dim=768, layers=4, heads=12, shared=4)
 GROUP = 64
 
@@ -48,8 +51,8 @@ class FloatCache:
 class Decoder:
     """A compiled step of one token at a fixed position; its donated caches go in and out."""
 
-    def __init__(self, tree: Any, caches: Any, at: int) -> None:
-        run = quantize_function(MODEL.apply, {})
+    def __init__(self, tree: Any, caches: Any, at: int, rules: Any) -> None:
+        run = quantize_function(MODEL.apply, rules, integer=True)
         batch = jax.tree.leaves(caches)[0].shape[0]
         token, start = jnp.zeros((batch, 1), jnp.int32), jnp.int32(at)
 
@@ -94,10 +97,14 @@ def decoding(*, batch: int, tokens: int, capacity: int, rounds: int) -> Report:
         "float32 weights, int8 cache": (params, codes(keys=jc.Int(8))),
         "4-bit weights, float32 cache": (small, jax.tree.map(jnp.copy, floats)),
         "4-bit weights, int8 cache": (small, codes(keys=jc.Int(8))),
+        INTEGERS: (small, codes(keys=jc.Int(8))),
         "4-bit weights, int4 cache": (small, codes(keys=jc.Int(4), values=jc.Int(4, symmetric=False))),
         "4-bit weights, float8 cache": (small, codes(keys=jc.quantization.E4M3)),
     }
-    cases = {name: Decoder(tree, filled(empty, tokens), tokens) for name, (tree, empty) in kinds.items()}
+    rules = {INTEGERS: RULES}
+    cases = {
+        name: Decoder(tree, filled(empty, tokens), tokens, rules.get(name, {})) for name, (tree, empty) in kinds.items()
+    }
     timings = measure({**cases}, rounds=rounds, warm=True)
     base = cases[FLOAT]
     rows: list[Row] = []

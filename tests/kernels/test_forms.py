@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxcomp.quantization import NF4
 from tests.kernels.hardware import TRITON, an_h100
 from tests.kernels.weights import Case, activations, weight_of
 
-BF16 = jnp.dtype(jnp.bfloat16)
+BF16, INT = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8)
 INT4 = Case(1, 64, 256, 4, 128)
 WEIGHT, DENSE = weight_of(INT4)
 INT8, _ = weight_of(Case(1, 64, 256, 8))
@@ -29,18 +30,19 @@ SPARSE = SparseWeight(*map(jnp.asarray, sparse_parts(np.eye(64), np.eye(64))), N
 
 def test_every_row_of_the_table_is_reached_and_names_what_there_is() -> None:
     weights = {"bytes": INT8, "packed": WEIGHT, "sparse": SPARSE}
+    given = [(types, w, BF16) for types, w in weights.items()]
+    given += [("codes", WEIGHT, INT), ("codes by bytes", INT8, INT)]
     found = set()
-    for backend in (*BACKENDS, "another"):
-        for types, w in weights.items():
-            for rows in (1, 16, 100):
-                p = Product(rows, BF16, w, device="some")
-                row = next(
-                    row
-                    for row in TABLE
-                    if all(a in ("*", b) for a, b in zip(row[:3], (backend, types, shape_class(rows)), strict=True))
-                )
-                assert form_of(backend, p) == row.forms[0]
-                found.add(row)
+    for backend, (types, w, dtype), rows in product((*BACKENDS, "another"), given, (1, 16, 100)):
+        p = Product(rows, dtype, w, device="some")
+        names = {"*", types, "codes", "bytes"} if types == "codes by bytes" else {"*", types}
+        row = next(
+            row
+            for row in TABLE
+            if row.types in names and row.backend in ("*", backend) and row.shape in ("*", shape_class(rows))
+        )
+        assert form_of(backend, p) == row.forms[0]
+        found.add(row)
     assert found == set(TABLE)
     assert {form for row in found for form in row.forms} == set(FORMS)
     assert {form for form, _, _ in BLOCKS} == {"triton", "mosaic"}
@@ -66,6 +68,8 @@ def test_what_is_known_of_a_product_decides(change, cuda, tpu) -> None:
 def test_a_report_says_all_backends_in_one_line() -> None:
     assert forms_of(1, BF16, WEIGHT) == "llvm on cpu, triton on cuda, sums on rocm, mosaic on tpu"
     assert forms_of(100, BF16, WEIGHT) == "chunks on cpu, whole on cuda, rocm and tpu"
+    assert forms_of(1, INT, WEIGHT) == "integers on cpu, triton on cuda, sums on rocm, mosaic on tpu"
+    assert forms_of(1, INT, INT8) == "integers on cpu, dot on cuda, rocm and tpu"
 
 
 def test_a_form_that_is_not_there_is_named_with_what_runs() -> None:
@@ -73,7 +77,7 @@ def test_a_form_that_is_not_there_is_named_with_what_runs() -> None:
     with pytest.raises(ValueError, match="'triton' does not run on cpu here: it is for cuda; 'llvm' runs: ask for it"):
         weight_only(x, WEIGHT, form="triton")
     with pytest.raises(
-        ValueError, match="there is no form 'fast'; there are sums, chunks, whole, llvm, triton, mosaic"
+        ValueError, match="there is no form 'fast'; there are sums, chunks, whole, llvm, integers, dot, triton"
     ):
         weight_only(x, WEIGHT, form="fast")
     three, _ = weight_of(Case(3, 16, 80, 3, 20))
@@ -81,6 +85,10 @@ def test_a_form_that_is_not_there_is_named_with_what_runs() -> None:
         form_of("tpu", Product(3, BF16, three), "mosaic")
     with pytest.raises(ValueError, match="'sums' does not run on cpu here: it takes one row, and there are 2; 'llvm'"):
         weight_only(jnp.concatenate([x, x]), WEIGHT, form="sums")
+    with pytest.raises(ValueError, match="'integers' does not run on cpu here: it takes int16, int8, and the activ"):
+        weight_only(x, WEIGHT, form="integers")
+    with pytest.raises(ValueError, match="'dot' does not run on cpu here: it takes codes of activations, and weights"):
+        weight_only(x, WEIGHT, form="dot")
     with pytest.raises(ValueError, match="it takes bfloat16, float16, float32, and the activations are float64"):
         form_of("cuda", Product(3, jnp.dtype(jnp.float64), WEIGHT, device="some"), "triton")
 

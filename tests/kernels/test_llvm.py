@@ -13,9 +13,10 @@ import pytest
 from jax import export
 
 import jaxcomp as jc
-from jaxcomp.kernels import llvm_calls, llvm_products, weight_only
+from jaxcomp.kernels import llvm_calls, weight_only
 from jaxcomp.kernels.forms import Product, form_of, forms_of
-from jaxcomp.kernels.llvm_products import FEATURES, PANEL, refusal
+from jaxcomp.kernels.llvm_products import refusal
+from jaxcomp.kernels.llvm_tiles import FEATURES, PANEL
 from jaxcomp.quantization import NF4
 from tests.kernels.weights import Case, activations, weight_of
 from tests.marks import quick
@@ -143,7 +144,7 @@ def test_what_it_cannot_read_it_names() -> None:
     assert "NF4 codes name levels" in refusal(replace(w, grid=NF4()))
     assert "a stack of shape (1, 16, 80)" in refusal(jax.tree.map(lambda v: v[None], w))
     assert "the scale is float64" in refusal(replace(w, scale=jax.ShapeDtypeStruct((16, 4), jnp.float64)))
-    assert form_of("cpu", Product(llvm_products.PANEL, jnp.dtype(jnp.float32), w)) == "chunks"
+    assert form_of("cpu", Product(PANEL, jnp.dtype(jnp.float32), w)) == "chunks"
     assert form_of("cpu", Product(100, jnp.dtype(jnp.float32), weight_of(CASES["one row"])[0])) == "chunks"
 
 

@@ -1,0 +1,158 @@
+"""The product of activations in codes and a packed weight on a CPU: integers multiplied as integers, in LLVM code.
+
+Products of codes are summed in pairs as the processor does it: of bytes into 16 bits, as often as these hold it, or of
+16 bits into 32. The sums of a run of codes with one scale are exact, become floats, and meet the scale.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.kernels.llvm_calls import Work, call, features, missing
+from jaxcomp.kernels.llvm_code import halves
+from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.runs import Run, matrix_of_integers, reading, short_runs
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+LEAST = 16
+"""Neighbouring codes that share bytes and scales: as many as make a short vector of sums."""
+MOST = 32
+"""As many as a vector of bytes takes."""
+
+
+def refusal(w: PackedWeight) -> str | None:
+    """Why the kernel cannot run a weight on the machine that is here; None if it can."""
+    if w.scale.dtype != jnp.float32:
+        return f"its sums are in float32, and the scale is {w.scale.dtype}"
+    return missing() or matrix_of_integers(w) or short_runs(w, LEAST)
+
+
+def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """``x @ values(w).T``: sums of integers, one rounding for each scale they meet.
+
+    Args:
+      x: ``(rows, length)``, int8, or int16 of 255 at most.
+      w: ``(features, length)``, that :func:`refusal` lets through.
+
+    Returns:
+      ``(rows, features)``, float32.
+    """
+    here = "avx2" in features()
+    narrow = x.dtype == jnp.int8 and w.bits < 8 and here
+    x = x if narrow else x.astype(jnp.int16)
+    read = reading(w, MOST)
+    layout = Layout(read, read, lowest_of(w), _Bytes if narrow else _Words)
+    operands = operands_of(x, w)
+    name = f"integers_{x.dtype}_{here}_{w.bits}_{w.block}_{read.group}_{len(operands)}"
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.codes.shape[0]), jnp.float32)
+    return call(Work(name, partial(chunk, layout), FEATURES, by=1), shape, *operands)
+
+
+class _Integers(Tile):
+    """Codes and activations are integers, summed in 32 bits."""
+
+    together = 1
+
+    @property
+    def kind(self) -> ir.Type:
+        from llvmlite import ir
+
+        return ir.VectorType(self.t.i32, self.width)
+
+    def parts(self, block: ir.Value, runs: list[Run]) -> dict[Cell, ir.Value]:
+        sums = dict.fromkeys(self.cells(), self.kind(None))
+        self.summed(block, runs, sums)
+        return sums
+
+    def plus(self, total: ir.Value, part: ir.Value) -> ir.Value:
+        return self.b.add(total, part)
+
+    def number(self, total: ir.Value) -> ir.Value:
+        name = f"llvm.vector.reduce.add.v{self.width}i32"
+        return self.b.sitofp(self.intrinsic(name, self.t.i32, total), self.t.f32)
+
+    def float_of(self, part: ir.Value) -> ir.Value:
+        return self.b.sitofp(part, self.floats)
+
+    def loaded(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+        return self.data(block, offset, feature)
+
+    @abstractmethod
+    def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
+        """Adds the products of runs to vectors of sums."""
+
+    def numbers(self, row: ir.Value, column: ir.Value, kind: ir.Type, count: int) -> ir.Value:
+        """Activations from a column on."""
+        from llvmlite import ir
+
+        place = self.at(self.x, row, column, kind)
+        return self.b.load(place, typ=ir.VectorType(kind, count), align=kind.width // 8)
+
+    def pairs(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Products of integers of 16 bits, added up by two into as many sums as there are."""
+        b = self.b
+        if "avx2" in features():
+            name = "llvm.x86.avx2.pmadd.wd" if self.width == 8 else "llvm.x86.sse2.pmadd.wd"
+            return self.intrinsic(name, self.kind, x, y)
+        parts = [[b.sext(part, self.kind) for part in halves(b, v)] for v in (x, y)]
+        return b.add(*(b.mul(*both) for both in zip(*parts, strict=True)))
+
+
+class _Words(_Integers):
+    """Both in 16 bits."""
+
+    @staticmethod
+    def places(length: int) -> int:
+        return 8
+
+    def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
+        from llvmlite import ir
+
+        b, words = self.b, ir.VectorType(ir.IntType(16), 16)
+        held: dict[tuple[int, int], ir.Value] = {}
+        for run in runs:
+            codes = [self.code(block, run, j, held) for j in range(len(self.features))]
+            parts = [[code] if code.type.count == 16 else halves(b, code) for code in codes]
+            for at in range(len(parts[0])):
+                column = b.add(self.column(block, run), self.t.word(16 * at))
+                xs = [self.numbers(row, column, words.element, 16) for row in self.rows]
+                for j, part in enumerate(parts):
+                    y = (b.sext if self.read.bits == 8 else b.zext)(part[at], words)
+                    for i, x in enumerate(xs):
+                        sums[i, j] = b.add(sums[i, j], self.pairs(x, y))
+
+
+class _Bytes(_Integers):
+    """Both in bytes, the codes from 0 on; their products are added up in 16 bits while these hold them."""
+
+    @staticmethod
+    def places(length: int) -> int:
+        return length // 4
+
+    def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
+        from llvmlite import ir
+
+        b, words = self.b, ir.VectorType(ir.IntType(16), self.read.length // 2)
+        name = "llvm.x86.avx2.pmadd.ub.sw" if words.count == 16 else "llvm.x86.ssse3.pmadd.ub.sw.128"
+        ones = ir.Constant(words, [1] * words.count)
+        held: dict[tuple[int, int], ir.Value] = {}
+        at_once = (2**15 - 1) // (2 * (2**self.read.bits - 1) * 128)
+        for start in range(0, len(runs), at_once):
+            short: dict[Cell, ir.Value] = {}
+            for run in runs[start : start + at_once]:
+                codes = [self.code(block, run, j, held) for j in range(len(self.features))]
+                column = self.column(block, run)
+                xs = [self.numbers(row, column, self.t.i8, self.read.length) for row in self.rows]
+                for i, j in self.cells():
+                    pairs = self.intrinsic(name, words, codes[j], xs[i])
+                    short[i, j] = b.add(short[i, j], pairs) if (i, j) in short else pairs
+            for cell, value in short.items():
+                sums[cell] = b.add(sums[cell], self.pairs(value, ones))

@@ -1,0 +1,264 @@
+"""LLVM code of the product of some rows and a packed weight, tile by tile: what is the same for floats and integers.
+
+One feature after another: vectors of bytes are cut into codes and multiplied by the activations of up to four rows;
+each group's sums meet its scale as vectors, and are added up once, at the end of the feature. Only packed bytes are
+read, and nothing is written but the result.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.runs import Reading, Run
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+PANEL = 4
+"""Rows of activations that meet a code while it lies in a register."""
+FEATURES = 16
+"""Of a chunk, what a thread takes at a time."""
+
+Cell = tuple[int, int]
+"""A row and a feature of a tile."""
+
+
+class Layout(NamedTuple):
+    """How codes are read for one row and for more, what code 0 is below 0, and the tiles."""
+
+    long: Reading
+    short: Reading
+    lowest: float
+    kind: type[Tile]
+
+
+def lowest_of(w: PackedWeight) -> float:
+    """What code 0 is below 0."""
+    return 0.0 if w.bits == 8 else 2.0 ** (w.bits - 1)
+
+
+def operands_of(x: jax.Array, w: PackedWeight) -> list[jax.Array]:
+    """What the code is given: activations to the end of the last block, codes, scales, and where codes are off by
+    something the sums of activations by group ``(rows, groups)`` and the zero points.
+    """
+    operands = [jnp.pad(x, ((0, 0), (0, w.padded - w.length))), w.codes, w.scale]
+    if w.zero is not None or lowest_of(w):
+        operands.append(_sums_by_group(x.astype(jnp.float32), w))
+    if w.zero is not None:
+        operands.append(w.zero)
+    return operands
+
+
+def _sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:
+    groups = w.scale.shape[-1]
+    if groups == 1:
+        return x.sum(-1, keepdims=True)
+    return jnp.pad(x, ((0, 0), (0, groups * w.group - w.length))).reshape(len(x), groups, -1).sum(-1)
+
+
+def chunk(layout: Layout, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
+    """Some features of all rows: four rows at a time, then those that are left, one by one."""
+    x, t = operands[0], Types()
+    panels = b.sdiv(x.rows, t.word(PANEL))
+    with counted(b, t.word(0), panels) as panel:
+        top = b.mul(panel, t.word(PANEL))
+        rows = [b.add(top, t.word(i)) for i in range(PANEL)]
+        _tiles(layout.kind(layout.short, layout.lowest, b, operands, rows), layout.kind.together, first, last)
+    with counted(b, b.mul(panels, t.word(PANEL)), x.rows) as row:
+        _tiles(layout.kind(layout.long, layout.lowest, b, operands, [row]), 1, first, last)
+
+
+def _tiles(tile: Tile, size: int, first: ir.Value, last: ir.Value) -> None:
+    """All features of a chunk, so many at a time; the last one again where they do not fill a tile."""
+    b, t = tile.b, tile.t
+    count = b.sdiv(b.add(b.sub(last, first), t.word(size - 1)), t.word(size))
+    most = b.sub(last, t.word(1))
+    with counted(b, t.word(0), count) as number:
+        features = [b.add(b.add(first, b.mul(number, t.word(size))), t.word(i)) for i in range(size)]
+        tile.write([b.select(b.icmp_signed("<", feature, most), feature, most) for feature in features])
+
+
+class Tile(ABC):
+    """Writes the code of the products of some rows and some features.
+
+    Attributes:
+      together: features that share the activations that lie in registers.
+    """
+
+    together: ClassVar[int]
+
+    def __init__(
+        self,
+        read: Reading,
+        lowest: float,
+        b: ir.IRBuilder,
+        operands: list[Operand],
+        rows: list[ir.Value],
+    ) -> None:
+        from llvmlite import ir
+
+        self.read, self.lowest, self.b, self.t = read, lowest, b, Types()
+        self.x, self.codes, self.scale, *self.sums, self.out = operands
+        self.rows = rows
+        self.features: list[ir.Value] = []
+        self.width = self.places(read.length)
+        self.floats = ir.VectorType(self.t.f32, self.width)
+        self.bytes = ir.VectorType(self.t.i8, read.length)
+
+    @staticmethod
+    @abstractmethod
+    def places(length: int) -> int:
+        """How many sums a run of codes is added to."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> ir.Type:
+        """Of a vector of sums of codes times activations."""
+
+    @abstractmethod
+    def parts(self, block: ir.Value, runs: list[Run]) -> dict[Cell, ir.Value]:
+        """Such vectors: each begins anew, so that one need not wait for another."""
+
+    @abstractmethod
+    def plus(self, total: ir.Value, part: ir.Value) -> ir.Value:
+        """Both of this kind."""
+
+    @abstractmethod
+    def number(self, total: ir.Value) -> ir.Value:
+        """The sum of such a vector, a float."""
+
+    @abstractmethod
+    def float_of(self, part: ir.Value) -> ir.Value:
+        """Such a vector in floats."""
+
+    @abstractmethod
+    def loaded(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+        """Bytes of a block as the vector that codes are cut out of."""
+
+    def write(self, features: list[ir.Value]) -> None:
+        """All of it for these features."""
+        b, t, read = self.b, self.t, self.read
+        self.features = features
+        cells, single = self.cells(), read.group is None
+        kept = self.kind if single else self.floats
+        with b.goto_entry_block():
+            totals = {cell: b.alloca(kept) for cell in cells}
+            shifts = {cell: b.alloca(t.f32) for cell in cells}
+        for cell in cells:
+            b.store(kept(None), totals[cell])
+            b.store(t.f32(0.0), shifts[cell])
+        blocks = b.sdiv(self.codes.columns, t.word(read.size))
+        with counted(b, t.word(0), blocks) as block:
+            for key, runs in read.by_scale():
+                parts = self.parts(block, runs)
+                scales = [] if single else self._wide_scales(self._group(block, key))
+                for cell, part in parts.items():
+                    total = b.load(totals[cell], typ=kept)
+                    total = self.plus(total, part) if single else self.fma(scales[cell[1]], self.float_of(part), total)
+                    b.store(total, totals[cell])
+        if self.sums:
+            with counted(b, t.word(0), self.scale.columns) as group:
+                self._shifted(group, shifts)
+        for i, j in cells:
+            total = b.load(totals[i, j], typ=kept)
+            if single:
+                value = b.fmul(self.number(total), self._scale(self.features[j], t.word(0)))
+            else:
+                value = self.added(total)
+            value = b.fadd(value, b.load(shifts[i, j], typ=t.f32))
+            b.store(value, self.at(self.out, self.rows[i], self.features[j], t.f32))
+
+    def cells(self) -> list[Cell]:
+        """By their places in the tile."""
+        return [(i, j) for j in range(len(self.features)) for i in range(len(self.rows))]
+
+    def column(self, block: ir.Value, run: Run) -> ir.Value:
+        """The place of a run's first code along the contracted axis."""
+        return self.b.add(self.b.mul(block, self.t.word(self.read.block)), self.t.word(run.start))
+
+    def code(self, block: ir.Value, run: Run, j: int, held: dict[tuple[int, int], ir.Value]) -> ir.Value:
+        """The codes of a run, from 0 on; bytes that two runs share are loaded once."""
+        b, code = self.b, None
+        for part in run.parts:
+            if (part.offset, j) not in held:
+                held[part.offset, j] = self.loaded(block, part.offset, self.features[j])
+            field = held[part.offset, j]
+            if self.read.bits < 8:
+                field = b.and_(b.lshr(field, _each(field, part.shift)), _each(field, 2**part.width - 1))
+                field = b.shl(field, _each(field, part.place))
+            code = field if code is None else b.or_(code, field)
+        return code
+
+    def data(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+        """Bytes of a block."""
+        b, t = self.b, self.t
+        column = b.add(b.mul(block, t.word(self.read.size)), t.word(offset))
+        return b.load(self.at(self.codes, feature, column, t.i8), typ=self.bytes, align=1)
+
+    def _group(self, block: ir.Value, key: int) -> ir.Value:
+        """The scale of a block's codes with this key; the last one where all is padding."""
+        b, t, read = self.b, self.t, self.read
+        assert read.group is not None
+        unit = math.gcd(read.group, read.block)
+        index = b.add(b.mul(block, t.word(read.block // unit)), t.word(key))
+        group = b.sdiv(index, t.word(read.group // unit))
+        last = b.sub(self.scale.columns, t.word(1))
+        return b.select(b.icmp_signed("<", group, last), group, last)
+
+    def _wide_scales(self, group: ir.Value) -> list[ir.Value]:
+        """Vectors, one a feature."""
+        return [everywhere(self.b, self._scale(feature, group), self.width) for feature in self.features]
+
+    def _scale(self, feature: ir.Value, group: ir.Value) -> ir.Value:
+        return self.b.load(self.at(self.scale, feature, group, self.t.f32), typ=self.t.f32)
+
+    def _shifted(self, group: ir.Value, shifts: dict[Cell, ir.Value]) -> None:
+        """Adds what a group's codes are off by, times the sum of the activations."""
+        b, t = self.b, self.t
+        for j, feature in enumerate(self.features):
+            off = t.f32(-self.lowest)
+            if len(self.sums) > 1:
+                off = b.fsub(off, b.load(self.at(self.sums[1], feature, group, t.f32), typ=t.f32))
+            off = b.fmul(off, self._scale(feature, group))
+            for i, row in enumerate(self.rows):
+                total = b.load(self.at(self.sums[0], row, group, t.f32), typ=t.f32)
+                b.store(self.fma(off, total, b.load(shifts[i, j], typ=t.f32)), shifts[i, j])
+
+    # ---- vectors
+
+    def at(self, matrix: Operand, row: ir.Value, column: ir.Value, kind: ir.Type) -> ir.Value:
+        """The place of an element."""
+        index = self.b.add(self.b.mul(row, matrix.columns), column)
+        return element(self.b, matrix, index, kind)
+
+    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """One operation where the processor has it, else two."""
+        kind = "f32" if x.type == self.t.f32 else f"v{self.width}f32"
+        return self.intrinsic(f"llvm.fmuladd.{kind}", x.type, x, y, z)
+
+    def added(self, x: ir.Value) -> ir.Value:
+        """The sum of a vector of floats, in any order."""
+        name = f"llvm.vector.reduce.fadd.v{self.width}f32"
+        return self.intrinsic(name, self.t.f32, self.t.f32(0.0), x, flags=("reassoc",))
+
+    def intrinsic(self, name: str, result: ir.Type, *given: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
+        """One of LLVM's own."""
+        from llvmlite import ir
+
+        kind = ir.FunctionType(result, [x.type for x in given])
+        found = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        return self.b.call(found, given, fastmath=flags)
+
+
+def _each(like: ir.Value, value: int) -> ir.Value:
+    """A number in all places of a vector of this kind."""
+    from llvmlite import ir
+
+    return ir.Constant(like.type, [value] * like.type.count)
