@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
-from jaxcomp.core.types import DType
+from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.core.types import DType, PyTree, Shape
+from jaxcomp.kernels.llvm_attention import llvm_attention, refusal
+from jaxcomp.kernels.lowering import is_kept, is_parted
 from jaxcomp.kernels.rows import CodedRows
+from jaxcomp.trace.primitives import ATTENTION
 
 CACHED = 1 << 19
 """Bytes of dequantized keys that a block aims at: what a core's second-level cache holds beside the values."""
@@ -49,23 +57,131 @@ class Sums(NamedTuple):
     out: jax.Array
 
 
-def attend_rows(
-    q: jax.Array, keys: CodedRows, values: CodedRows, *, reach: Reach, scale: float, block: int, layer: jax.Array | None
-) -> jax.Array:
-    """``softmax(q · keys * scale) · values``, the keys' and values' scales outside both products.
+class How(NamedTuple):
+    """What attention knows beside arrays.
+
+    Fields:
+      scale: of the scores.
+      block: how many tokens are read at once.
+      window: see :class:`Reach`.
+    """
+
+    scale: float
+    block: int
+    window: int | None
+
+
+class Given(NamedTuple):
+    """What attention is of.
+
+    Fields:
+      q: ``(batch, heads, sharing, queries, width)``; ``sharing`` query heads read one head of keys.
+      keys, values: ``([layers,] batch, heads, tokens, width)``.
+      last, mask: see :class:`Reach`.
+      layer: which of the layers, or None where there is no such axis.
+    """
+
+    q: jax.Array
+    keys: CodedRows
+    values: CodedRows
+    last: jax.Array
+    mask: jax.Array | None
+    layer: jax.Array | None
+
+
+class _Static(TypedDict):
+    """What the primitive knows beside arrays: how they make operands, what is done, and that in JAX's operations."""
+
+    tree: PyTree
+    how: How
+    jaxpr: ClosedJaxpr
+
+
+def attend_rows(given: Given, how: How) -> jax.Array:
+    """``softmax(q · keys * scale) · values``, ``(batch, heads, sharing, queries, width of values)``.
+
+    A few queries to integers meet the bytes in one pass in code of our own on a CPU, if llvmlite is installed; else a
+    block of tokens after the other becomes floats. A query that sees nothing gives 0.
+    """
+    leaves, tree = jax.tree.flatten(given)
+    if explicit_mesh(leaves) is not None:
+        return _plain(given, how)
+    body = _body(tree, how, tuple((x.shape, x.dtype) for x in leaves))
+    return _primitive.bind(*leaves, tree=tree, how=how, jaxpr=body)[0]
+
+
+@cache
+def _body(tree: PyTree, how: How, kinds: tuple[tuple[Shape, DType], ...]) -> ClosedJaxpr:
+    """What readers of programs see, and what runs where there is no kernel; one for all that are alike."""
+    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax.make_jaxpr(lambda *leaves: [_plain(jax.tree.unflatten(tree, leaves), how)])(*leaves)
+
+
+def _kernel(given: Given, how: How) -> jax.Array:
+    """In one pass."""
+    reach = Reach(given.last, how.window, given.mask)
+    tokens = given.keys.codes.shape[-2]
+    seen = reach.seen(jnp.arange(tokens, dtype=jnp.int32), jnp.int32(0))[:, 0, 0]
+    bounds = _blocks(reach, 1, tokens)
+    return llvm_attention(given.q.astype(jnp.float32) * how.scale, given.keys, given.values, seen, bounds, given.layer)
+
+
+_primitive = Primitive(ATTENTION)
+_primitive.multiple_results = True
+
+
+@cache
+def _jitted(tree: PyTree, how: How) -> Callable[..., list[jax.Array]]:
+    return jax.jit(lambda *leaves: [attend_rows(jax.tree.unflatten(tree, leaves), how)])
+
+
+def _run(*leaves: jax.Array, **static: Unpack[_Static]) -> list[jax.Array]:
+    return jaxpr_as_fun(static["jaxpr"])(*leaves)
+
+
+def _derived(primals: Sequence[jax.Array], tangents: Sequence[Any], **static: Unpack[_Static]) -> Any:
+    return jax.jvp(partial(_run, **static), primals, [ad.instantiate_zeros(t) for t in tangents])
+
+
+def _batched(
+    leaves: Sequence[jax.Array], axes: Sequence[int | None], **static: Unpack[_Static]
+) -> tuple[list[jax.Array], list[int]]:
+    return jax.vmap(partial(_run, **static), tuple(axes))(*leaves), [0]
+
+
+def _on_cpu(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Any:
+    given: Given = jax.tree.unflatten(static["tree"], ctx.avals_in)
+    why = refusal(given.q.shape[2] * given.q.shape[3], given.q.dtype, given.keys, given.values)
+    if why or is_kept(ctx) or is_parted(ctx):
+        return _elsewhere(ctx, *values, **static)
+
+    def run(*leaves: jax.Array) -> list[jax.Array]:
+        return [_kernel(jax.tree.unflatten(static["tree"], leaves), static["how"])]
+
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+
+
+def _elsewhere(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Any:
+    return mlir.lower_fun(partial(_run, **static), multiple_results=True)(ctx, *values)
+
+
+_primitive.def_abstract_eval(lambda *avals, **static: static["jaxpr"].out_avals)
+_primitive.def_impl(lambda *leaves, **static: _jitted(static["tree"], static["how"])(*leaves))
+ad.primitive_jvps[_primitive] = _derived
+batching.primitive_batchers[_primitive] = _batched
+mlir.register_lowering(_primitive, _on_cpu, platform="cpu")
+mlir.register_lowering(_primitive, _elsewhere)
+
+
+def _plain(given: Given, how: How) -> jax.Array:
+    """A block of tokens after the other, the keys' and values' scales outside both products.
 
     ``q · k == (q · numbers - zero * sum(q)) * s``, and ``sum_t p_t v_t`` is the sum of ``p_t s_t`` times the numbers,
     less that of ``p_t s_t z_t``: what is multiplied are the numbers, and only a block of them is ever held as floats.
-    Blocks that nobody sees are not read. A query that sees nothing gives 0.
-
-    Args:
-      q: ``(batch, heads, sharing, queries, width)``; ``sharing`` query heads read one head of keys.
-      keys, values: ``([layers,] batch, heads, tokens, width)``.
-      reach: which keys are seen.
-      scale: of the scores.
-      block: how many tokens are read at once.
-      layer: which of the layers, or None where there is no such axis.
+    Blocks that nobody sees are not read.
     """
+    q, keys, values, layer = given.q, given.keys, given.values, given.layer
+    reach, scale, block = Reach(given.last, how.window, given.mask), how.scale, how.block
     tokens, kind = keys.codes.shape[-2], operand_type(q.dtype)
     sums_type = keys.scale.dtype
     totals, q = jnp.sum(q.astype(sums_type), -1, keepdims=True), q.astype(kind)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxcomp.core.errors import count_known
 from jaxcomp.core.specs import check_positive, is_integer
 from jaxcomp.core.types import DType, Shape
-from jaxcomp.kernels.attention import Reach, attend_rows, block_size, place
+from jaxcomp.kernels.attention import Given, How, attend_rows, block_size, place
 from jaxcomp.kernels.rows import CodedRows, blank_rows, checked_grid, no_gradient
 from jaxcomp.quantization.grids import Grid, Int
 
@@ -111,10 +111,10 @@ class KVCache:
         size = min(block or block_size(self.keys, batch, heads), self.capacity)
         last = jnp.atleast_1d(start)[:, None] + (jnp.arange(count, dtype=jnp.int32)[None] if causal else -1)
         last = jnp.broadcast_to(last, (last.shape[0], count))
-        reach = Reach(last, window, self._mask(mask, (batch, count, self.capacity)))
+        hidden = self._mask(mask, (batch, count, self.capacity))
         grouped = jnp.transpose(no_gradient("attend", q).reshape(batch, count, heads, -1, q.shape[-1]), (0, 2, 3, 1, 4))
         by = float(q.shape[-1] ** -0.5 if scale is None else scale)
-        out = attend_rows(grouped, self.keys, self.values, reach=reach, scale=by, block=size, layer=layer)
+        out = attend_rows(Given(grouped, self.keys, self.values, last, hidden, layer), How(by, size, window))
         lost = (last >= self.capacity) | (last < (0 if causal else -1))
         out = jnp.where(lost[:, None, None, :, None], jnp.nan, out).astype(q.dtype)
         return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, count, q.shape[2], -1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,8 +82,11 @@ class Work(NamedTuple):
 
 
 def call(work: Work, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
-    """The result, of this shape and type, of a function of these matrices, in the program that is traced; on a CPU."""
-    target = _registered(work, len(operands) + 1)
+    """The result, of this shape and type, of a function of these matrices, in the program that is traced; on a CPU.
+
+    An operand of more axes than two is a matrix whose rows are all but the last.
+    """
+    target = _registered(work, (*(x.ndim for x in operands), len(result.shape)))
     return jax.ffi.ffi_call(target, result)(*operands)
 
 
@@ -91,11 +94,13 @@ _KEPT: dict[str, Any] = {}
 _ONE_BY_ONE = Lock()
 
 
-def _registered(work: Work, operands: int) -> str:
+def _registered(work: Work, axes: tuple[int, ...]) -> str:
     target = f"jaxcomp_{work.name}"
+    if set(axes) != {2}:
+        target += f"_{''.join(map(str, axes))}"
     with _ONE_BY_ONE:
         if target not in _KEPT:
-            engine = _compiled(_module(work, operands))
+            engine = _compiled(_module(work, axes))
             handler = ctypes.c_void_p(engine.get_function_address("handler"))
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
             _KEPT[target] = engine
@@ -134,12 +139,12 @@ def _compiled(module: ir.Module) -> Any:
 # ---- the code around a chunk
 
 
-def _module(work: Work, operands: int) -> ir.Module:
+def _module(work: Work, axes: tuple[int, ...]) -> ir.Module:
     from llvmlite import ir
 
     t, module = Types(), ir.Module("jaxcomp")
-    loop = _loop(module, t, work, operands)
-    _handler(module, t, loop, _task(module, t, loop), work, operands)
+    loop = _loop(module, t, work, len(axes))
+    _handler(module, t, loop, _task(module, t, loop), work, axes)
     return module
 
 
@@ -189,7 +194,9 @@ def _task(module: ir.Module, t: Types, loop: ir.Function) -> ir.Function:
     return task
 
 
-def _handler(module: ir.Module, t: Types, loop: ir.Function, task: ir.Function, work: Work, operands: int) -> None:
+def _handler(
+    module: ir.Module, t: Types, loop: ir.Function, task: ir.Function, work: Work, axes: tuple[int, ...]
+) -> None:
     """What XLA calls: once to learn for which version it was written, then with operands."""
     handler, b = _function(module, "handler", t.i64, t.pointer)
     w, frame = Writer(b, t), handler.args[0]
@@ -200,12 +207,12 @@ def _handler(module: ir.Module, t: Types, loop: ir.Function, task: ir.Function, 
             b.store(t.i32(version), b.inttoptr(b.add(metadata, t.word(place)), t.pointer))
         b.ret(t.word(0))
 
-    shared = w.libc("malloc", t.pointer, t.word(8 * (_OPERAND + 3 * operands)))
-    buffers = [w.load(w.load(frame, _OPERANDS), i) for i in range(operands - 1)]
+    shared = w.libc("malloc", t.pointer, t.word(8 * (_OPERAND + 3 * len(axes))))
+    buffers = [w.load(w.load(frame, _OPERANDS), i) for i in range(len(axes) - 1)]
     buffers.append(w.load(w.load(frame, _RESULTS), 0))
-    for i, buffer in enumerate(buffers):
-        sizes = w.load(buffer, _DIMENSIONS)
-        for j, value in enumerate((w.load(buffer, _DATA), w.load(sizes, 0), w.load(sizes, 1))):
+    for i, (buffer, count) in enumerate(zip(buffers, axes, strict=True)):
+        *lead, columns = (w.load(w.load(buffer, _DIMENSIONS), axis) for axis in range(count))
+        for j, value in enumerate((w.load(buffer, _DATA), reduce(b.mul, lead), columns)):
             w.store(shared, _OPERAND + 3 * i + j, value)
     chunks = b.sdiv(b.add(w.load(shared, _OPERAND + 3 * work.by + 1), t.word(work.rows - 1)), t.word(work.rows))
     for word, value in ((_USERS, t.word(1)), (_NEXT, t.word(0)), (_DONE, t.word(0)), (_CHUNKS, chunks)):

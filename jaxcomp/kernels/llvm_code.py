@@ -53,6 +53,21 @@ def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
     return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, width), [0] * width))
 
 
+def intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, *given: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
+    """Calls one of LLVM's own functions."""
+    from llvmlite import ir
+
+    kind = ir.FunctionType(result, [x.type for x in given])
+    found = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    return b.call(found, given, fastmath=flags)
+
+
+def added(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """The sum of a vector of floats, in any order."""
+    name, one = f"llvm.vector.reduce.fadd.v{vector.type.count}f32", vector.type.element
+    return intrinsic(b, name, one, one(0.0), vector, flags=("reassoc",))
+
+
 def halves(b: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
     """The first and the second half of a vector."""
     from llvmlite import ir

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
-from jaxcomp.kernels.llvm_code import halves
+from jaxcomp.kernels.llvm_code import halves, intrinsic
 from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Run, matrix_of_integers, reading, short_runs
@@ -77,7 +77,7 @@ class _Integers(Tile):
 
     def number(self, total: ir.Value) -> ir.Value:
         name = f"llvm.vector.reduce.add.v{self.width}i32"
-        return self.b.sitofp(self.intrinsic(name, self.t.i32, total), self.t.f32)
+        return self.b.sitofp(intrinsic(self.b, name, self.t.i32, total), self.t.f32)
 
     def float_of(self, part: ir.Value) -> ir.Value:
         return self.b.sitofp(part, self.floats)
@@ -101,7 +101,7 @@ class _Integers(Tile):
         b = self.b
         if "avx2" in features():
             name = "llvm.x86.avx2.pmadd.wd" if self.width == 8 else "llvm.x86.sse2.pmadd.wd"
-            return self.intrinsic(name, self.kind, x, y)
+            return intrinsic(self.b, name, self.kind, x, y)
         parts = [[b.sext(part, self.kind) for part in halves(b, v)] for v in (x, y)]
         return b.add(*(b.mul(*both) for both in zip(*parts, strict=True)))
 
@@ -152,7 +152,7 @@ class _Bytes(_Integers):
                 column = self.column(block, run)
                 xs = [self.numbers(row, column, self.t.i8, self.read.length) for row in self.rows]
                 for i, j in self.cells():
-                    pairs = self.intrinsic(name, words, codes[j], xs[i])
+                    pairs = intrinsic(self.b, name, words, codes[j], xs[i])
                     short[i, j] = b.add(short[i, j], pairs) if (i, j) in short else pairs
             for cell, value in short.items():
                 sums[cell] = b.add(sums[cell], self.pairs(value, ones))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, missing
+from jaxcomp.kernels.llvm_code import added
 from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Run, matrix_of_integers, reading, short_runs
@@ -75,7 +76,7 @@ class _Floats(Tile):
         return self.b.fadd(total, part)
 
     def number(self, total: ir.Value) -> ir.Value:
-        return self.added(total)
+        return added(self.b, total)
 
     def float_of(self, part: ir.Value) -> ir.Value:
         return part

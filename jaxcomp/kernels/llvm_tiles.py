@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
+from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, intrinsic
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PANEL = 4
 """Rows of activations that meet a code while it lies in a register."""
+SLOTS = 4
+"""Sums of one row and feature that are kept apart, so that a group need not wait for the one before."""
 FEATURES = 16
 """Of a chunk, what a thread takes at a time."""
 
@@ -89,7 +92,7 @@ class Tile(ABC):
     """Writes the code of the products of some rows and some features.
 
     Attributes:
-      together: features that share the activations that lie in registers.
+      together: features that share the activations of a panel that lie in registers.
     """
 
     together: ClassVar[int]
@@ -146,32 +149,34 @@ class Tile(ABC):
         """All of it for these features."""
         b, t, read = self.b, self.t, self.read
         self.features = features
-        cells, single = self.cells(), read.group is None
+        cells, single, by_scale = self.cells(), read.group is None, read.by_scale()
         kept = self.kind if single else self.floats
+        slots = min(SLOTS, len(by_scale)) if len(cells) == 1 else 1
         with b.goto_entry_block():
-            totals = {cell: b.alloca(kept) for cell in cells}
+            totals = {cell: [b.alloca(kept) for _ in range(slots)] for cell in cells}
             shifts = {cell: b.alloca(t.f32) for cell in cells}
         for cell in cells:
-            b.store(kept(None), totals[cell])
+            for place in totals[cell]:
+                b.store(kept(None), place)
             b.store(t.f32(0.0), shifts[cell])
         blocks = b.sdiv(self.codes.columns, t.word(read.size))
         with counted(b, t.word(0), blocks) as block:
-            for key, runs in read.by_scale():
+            for number, (key, runs) in enumerate(by_scale):
                 parts = self.parts(block, runs)
                 scales = [] if single else self._wide_scales(self._group(block, key))
                 for cell, part in parts.items():
-                    total = b.load(totals[cell], typ=kept)
+                    place = totals[cell][number % slots]
+                    total = b.load(place, typ=kept)
                     total = self.plus(total, part) if single else self.fma(scales[cell[1]], self.float_of(part), total)
-                    b.store(total, totals[cell])
+                    b.store(total, place)
         if self.sums:
             with counted(b, t.word(0), self.scale.columns) as group:
                 self._shifted(group, shifts)
         for i, j in cells:
-            total = b.load(totals[i, j], typ=kept)
-            if single:
-                value = b.fmul(self.number(total), self._scale(self.features[j], t.word(0)))
-            else:
-                value = self.added(total)
+            each = [b.load(place, typ=kept) for place in totals[i, j]]
+            total = reduce(b.fadd, each) if slots > 1 else each[0]
+            scale = self._scale(self.features[j], t.word(0)) if single else None
+            value = added(b, total) if scale is None else b.fmul(self.number(total), scale)
             value = b.fadd(value, b.load(shifts[i, j], typ=t.f32))
             b.store(value, self.at(self.out, self.rows[i], self.features[j], t.f32))
 
@@ -241,20 +246,7 @@ class Tile(ABC):
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """One operation where the processor has it, else two."""
         kind = "f32" if x.type == self.t.f32 else f"v{self.width}f32"
-        return self.intrinsic(f"llvm.fmuladd.{kind}", x.type, x, y, z)
-
-    def added(self, x: ir.Value) -> ir.Value:
-        """The sum of a vector of floats, in any order."""
-        name = f"llvm.vector.reduce.fadd.v{self.width}f32"
-        return self.intrinsic(name, self.t.f32, self.t.f32(0.0), x, flags=("reassoc",))
-
-    def intrinsic(self, name: str, result: ir.Type, *given: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
-        """One of LLVM's own."""
-        from llvmlite import ir
-
-        kind = ir.FunctionType(result, [x.type for x in given])
-        found = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
-        return self.b.call(found, given, fastmath=flags)
+        return intrinsic(self.b, f"llvm.fmuladd.{kind}", x.type, x, y, z)
 
 
 def _each(like: ir.Value, value: int) -> ir.Value:

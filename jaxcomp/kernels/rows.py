@@ -14,6 +14,7 @@ from jaxcomp.core.leaves import CompressedLeaf
 from jaxcomp.core.packed import compressed_leaf
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.kernels.packing import FIELDS, pack_blocks, unpack_blocks
+from jaxcomp.kernels.runs import Run, runs_of
 from jaxcomp.quantization.grids import Grid
 from jaxcomp.quantization.numerics.affine import dequantize, in_type
 from jaxcomp.quantization.numerics.ranges import absmax_range
@@ -70,6 +71,17 @@ class CodedRows(CompressedLeaf):
         if self.grid.code_range is None:
             return self.grid.loaded(raw, self.scale.dtype)
         return raw.astype(jnp.int8) + jnp.int8(low) if self.grid.bits < 8 else raw.astype(jnp.int16)
+
+    @property
+    def lowest(self) -> int:
+        """What code 0 stands for; of a table it is a name."""
+        return _lowest(self.grid)
+
+    def runs(self, length: int) -> tuple[Run, ...] | None:
+        """How a vector of integers is read, in runs of so many codes; None where it is not."""
+        if self.grid.code_range is None or self.width % length:
+            return None
+        return runs_of(self.grid.bits, _block(self.grid, self.width), length)
 
     def offsets(self) -> jax.Array | None:
         """The zero points in the scale's type."""

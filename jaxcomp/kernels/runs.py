@@ -102,15 +102,28 @@ def reading(w: PackedWeight, most: int = 128) -> Reading:
     group = w.group if w.scale.shape[-1] > 1 else None
     length = w.block * math.gcd(*FIELDS[w.bits]) // 8
     length = math.gcd(most, length if group is None else math.gcd(length, group))
-    runs = (Run(start, _parts(w, start)) for start in range(0, w.block, length))
-    ordered = tuple(sorted(runs, key=lambda run: (run.parts[0].offset, run.start)))
-    return Reading(w.bits, w.block, w.block * w.bits // 8, group, w.scale.shape[-1], length, ordered)
+    runs = runs_of(w.bits, w.block, length)
+    assert runs is not None
+    return Reading(w.bits, w.block, w.block * w.bits // 8, group, w.scale.shape[-1], length, runs)
 
 
-def _parts(w: PackedWeight, start: int) -> tuple[Part, ...]:
+def runs_of(bits: int, block: int, length: int) -> tuple[Run, ...] | None:
+    """The runs of so many codes of a packed block, those of the same bytes beside each other; None if it has none.
+
+    >>> runs = runs_of(4, 16, 8)
+    >>> [(run.start, run.parts[0].offset, run.parts[0].shift) for run in runs]
+    [(0, 0, 0), (8, 0, 4)]
+    """
+    if (block * math.gcd(*FIELDS[bits]) // 8) % length:
+        return None
+    runs = (Run(start, _parts(bits, block, start)) for start in range(0, block, length))
+    return tuple(sorted(runs, key=lambda run: (run.parts[0].offset, run.start)))
+
+
+def _parts(bits: int, block: int, start: int) -> tuple[Part, ...]:
     parts, first, place = [], 0, 0
-    for width in FIELDS[w.bits]:
-        size = w.block * width // 8
+    for width in FIELDS[bits]:
+        size = block * width // 8
         parts.append(Part(first + start % size, width * (start // size), width, place))
         first, place = first + size, place + width
     return tuple(parts)

@@ -7,6 +7,8 @@ def _named(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+ATTENTION = "attend_rows"
+"""Of queries to a cache of codes (:mod:`jaxcomp.kernels.attention`): a call that a backend may run in one piece."""
 CALLS = frozenset(
     {
         "jit",
@@ -18,6 +20,7 @@ CALLS = frozenset(
         "checkpoint",
         "custom_jvp_call",
         "custom_vjp_call",
+        ATTENTION,
     }
 )
 """Equations that run one inner jaxpr, their parameter ``jaxpr`` or ``call_jaxpr``, on exactly their operands."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp.kernels import KVCache, kv_cache
 from jaxcomp.quantization import E4M3, E5M2, NF4, Blocked, Int, Log
+from tests.kernels.attention import Seen, oracle
 from tests.marks import quick
 
 BATCH, TOKENS, HEADS, WIDTH = 2, 23, 2, 6
@@ -36,39 +37,11 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
 
 APPEND = jax.jit(KVCache.append)
 ATTEND = jax.jit(KVCache.attend, static_argnames=("causal", "window", "scale", "block"))
-DENSE = jax.jit(lambda rows: rows.materialize())
 
 
 def filled(count: int = TOKENS, **options: Any) -> tuple[KVCache, jax.Array, jax.Array]:
     k, v = normal(BATCH, count, HEADS, WIDTH, seed=1), 3 * normal(BATCH, count, HEADS, WIDTH, seed=2) + 1
     return APPEND(kv_cache(SHAPE, **options), k, v, 0), k, v
-
-
-class Seen(NamedTuple):
-    """What the oracle is told of the queries."""
-
-    start: Any
-    causal: bool = True
-    window: int | None = None
-    mask: Any = None
-
-
-def oracle(cache: KVCache, q: jax.Array, seen: Seen) -> np.ndarray:
-    """Softmax attention in long double on what the cache stands for, query by query."""
-    keys, values = (np.asarray(DENSE(x), np.longdouble) for x in (cache.keys, cache.values))
-    batch, count, heads, width = q.shape
-    start = np.broadcast_to(np.asarray(seen.start), (batch,))
-    out = np.zeros((batch, count, heads, values.shape[-1]), np.longdouble)
-    for b, i, h in np.ndindex(batch, count, heads):
-        last = int(start[b]) + i if seen.causal else int(start[b]) - 1
-        at = [t for t in range(last + 1) if seen.window is None or t > last - seen.window]
-        at = [t for t in at if seen.mask is None or np.broadcast_to(seen.mask, (batch, count, TOKENS))[b, i, t]]
-        if at:
-            shared = h // (heads // keys.shape[1])
-            scores = keys[b, shared, at] @ np.asarray(q[b, i, h], np.longdouble) / np.sqrt(np.longdouble(width))
-            p = np.exp(scores - scores.max())
-            out[b, i, h] = p / p.sum() @ values[b, shared, at]
-    return out
 
 
 # What it holds
