@@ -2,13 +2,16 @@
 
 ``python -m tests.benchmarks decode``, under ``taskset -c 0`` for one core. Peak memory is counted, not sampled: the
 bytes of arguments, results and temporaries in the compiled program. Beside the form that the table of forms chooses,
-the best one in plain jax.numpy, as it runs without llvmlite.
+the best one in plain jax.numpy, as it runs without llvmlite, and the file that onnxruntime runs on one thread, which
+rounds activations to int8 by itself where weights are in 4 bits.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +19,16 @@ import numpy as np
 
 import jaxcomp as jc
 from jaxcomp.activations import Dynamic
+from jaxcomp.export import to_onnx
 from jaxcomp.kernels import weight_only
 from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.weight_only import summable
+from tests.benchmarks.export_onnx import session
 from tests.benchmarks.gpu_cases import Call, Compiled, Ran, Setting, run_cases
 from tests.benchmarks.gpu_products import DYNAMIC, GRIDS, LAYERS, layers, our_layers
 from tests.benchmarks.timing import Report, Row
 
-FLOAT, AGAIN = "float32", "float32 again (control)"
+FLOAT, AGAIN, OTHER = "float32", "float32 again (control)", "onnxruntime"
 RULES = {
     "dynamic int8 activations": DYNAMIC,
     "dynamic int8 activations, asymmetric": jc.Act(8, range=Dynamic()),
@@ -57,12 +62,14 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
         for name, rule in RULES.items():
             makers[f"{grid}, prepared, {name}"] = partial(our_layers, tree, x, {".*": rule}, prepare=True)
         aims[f"{grid}, prepared"] = AIMS[grid] if len(x) == 1 else ""
+        makers[f"{OTHER}, {grid}"] = partial(_in_onnxruntime, tree, x)
     ran = run_cases(makers, setting, inner=1 if prompt else 3, rounds=5 if prompt else 11)
     rows = []
     for name in makers:
         if name != FLOAT:
             rows.append(ran.speed(name, FLOAT, target=aims.get(name, ""), compared=name != AGAIN))
-    rows += [_memory(ran, name, aims) for name in makers if name not in (FLOAT, AGAIN)]
+    ours = [name for name in makers if name not in (FLOAT, AGAIN) and not name.startswith(OTHER)]
+    rows += [_memory(ran, name, aims) for name in ours]
     batch, d = x.shape
     return ran.report(f"{LAYERS} layers of {d}^2, float32, batch {batch}", rows, FLOAT)
 
@@ -78,6 +85,16 @@ def _plain(tree: Any, x: jax.Array) -> Call:
         return x
 
     return Compiled(run, made, x)
+
+
+def _in_onnxruntime(tree: Any, x: jax.Array) -> Call:
+    """The layers of a packed tree as a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layers.onnx"
+        to_onnx(path, layers, tree, x)
+        ran = session(path)
+    given = {"input": np.asarray(x)}
+    return lambda: ran.run(None, given)[0]
 
 
 def _memory(ran: Ran, name: str, aims: dict[str, str]) -> Row:
