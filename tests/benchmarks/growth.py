@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
+from tests.benchmarks import by_hand
 from tests.benchmarks.timing import Report, Row
 
 LARGEST = float(os.environ.get("JAXCOMP_GROWTH", "1e8"))
@@ -218,6 +219,9 @@ def figures(layers: int, kind: str) -> dict[str, float]:
 
     lowered = timed("float trace", lambda: step(fn).lower(params, x))
     timed("float compile", lowered.compile)
+    if kind == "scanned":
+        run, of = by_hand.scanned(layers)
+        timed("by hand compile", step(run).lower(params, of, x).compile)
     if kind == "rolled":
         loop = timed("plan", lambda: jc.trace.rolled(fn)(params, x))
         params, fn = jax.eval_shape(loop.roll, params), loop.fn
@@ -241,6 +245,9 @@ def layers(*, toy: bool = False) -> Iterator[Report]:
             ratio = f["compile"] / f["float compile"]
             detail = f"compile {f['compile']:.2f} s, float {f['float compile']:.2f} s"
             rows.append(Row(f"compile, {n} layers", ratio, ratio, ratio, detail, aim if n == 100 else ""))
+            if kind == "scanned":
+                least = f["by hand compile"] / f["float compile"]
+                rows.append(Row("  the same rounded by hand", least, least, least, f"{f['by hand compile']:.2f} s"))
             own = f["trace"] + f["plan"]
             detail = f"trace {f['trace']:.2f} s, float {f['float trace']:.2f} s; plan {f['plan']:.2f} s"
             rows.append(Row(f"trace and plan in seconds, {n} layers", own, own, own, detail, "<= 10" * (n == 100)))
