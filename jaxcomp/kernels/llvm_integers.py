@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
-from jaxcomp.kernels.llvm_code import halves, intrinsic
-from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of
+from jaxcomp.kernels.llvm_code import Operand, element, everywhere, halves, intrinsic
+from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, padded
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.runs import Run, matrix_of_integers, reading, short_runs
+from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, reading, short_runs
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -39,21 +40,39 @@ def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:
     """``x @ values(w).T``: sums of integers, one rounding for each scale they meet.
 
     Args:
-      x: ``(rows, length)``, int8, or int16 of 255 at most.
+      x: ``(rows, length)``, int8, or int16 of 255 at most; fastest where those of a row are 255 apart at most, as
+        codes of 8 bits less a zero point are.
       w: ``(features, length)``, that :func:`refusal` lets through.
 
     Returns:
       ``(rows, features)``, float32.
     """
-    here = "avx2" in features()
-    narrow = x.dtype == jnp.int8 and w.bits < 8 and here
-    x = x if narrow else x.astype(jnp.int16)
+    if w.bits == 8 or "avx2" not in features():
+        return _product(_Words, x.astype(jnp.int16), w)
+    if x.dtype == jnp.int8:
+        return _product(_Bytes, x, w)
+    # Codes less their zero point: bytes, but for what is added to all of a row.
+    low, high = (end(x, -1, keepdims=True).astype(jnp.int32) for end in (jnp.min, jnp.max))
+    near = (high - low < 256).all()
+
+    def shifted(x: jax.Array, w: PackedWeight, low: jax.Array) -> jax.Array:
+        offset = low + 128
+        return _product(_Shifted, x, w, (x.astype(jnp.int32) - offset).astype(jnp.int8), offset)
+
+    return lax.cond(near, shifted, lambda x, w, _: _product(_Words, x, w), x, w, low)
+
+
+def _product(kind: type[_Integers], x: jax.Array, w: PackedWeight, *given: jax.Array) -> jax.Array:
+    """In tiles of a kind, which are given the activations in their place."""
     read = reading(w, MOST)
-    layout = Layout(read, read, lowest_of(w), _Bytes if narrow else _Words)
+    layout = Layout(read, read, lowest_of(w), kind)
     operands = operands_of(x, w)
-    name = f"integers_{x.dtype}_{here}_{w.bits}_{w.block}_{read.group}_{len(operands)}"
+    if given:
+        operands = [padded(given[0], w), *given[1:], *operands[1:]]
+    widened = "" if "avx2" in features() else "_plain"
+    name = f"integers_{kind.__name__}{widened}_{w.bits}_{w.block}_{read.group}_{len(operands)}"
     shape = jax.ShapeDtypeStruct((x.shape[0], w.codes.shape[0]), jnp.float32)
-    return call(Work(name, partial(chunk, layout), FEATURES, by=1), shape, *operands)
+    return call(Work(name, partial(chunk, layout), FEATURES, by=max(1, len(given))), shape, *operands)
 
 
 class _Integers(Tile):
@@ -149,10 +168,39 @@ class _Bytes(_Integers):
             short: dict[Cell, ir.Value] = {}
             for run in runs[start : start + at_once]:
                 codes = [self.code(block, run, j, held) for j in range(len(self.features))]
-                column = self.column(block, run)
-                xs = [self.numbers(row, column, self.t.i8, self.read.length) for row in self.rows]
-                for i, j in self.cells():
+                xs = self.beside(run, self.column(block, run))
+                for i, j in sums:
                     pairs = intrinsic(self.b, name, words, codes[j], xs[i])
                     short[i, j] = b.add(short[i, j], pairs) if (i, j) in short else pairs
             for cell, value in short.items():
                 sums[cell] = b.add(sums[cell], self.pairs(value, ones))
+
+    def beside(self, run: Run, column: ir.Value) -> list[ir.Value]:
+        """What the codes of a run meet."""
+        return [self.numbers(row, column, self.t.i8, self.read.length) for row in self.rows]
+
+
+class _Shifted(_Bytes):
+    """Activations that are bytes and a number that is added to all of a row, the second operand."""
+
+    def __init__(
+        self, read: Reading, lowest: float, b: ir.IRBuilder, operands: list[Operand], rows: list[ir.Value]
+    ) -> None:
+        x, self.offsets, *rest = operands
+        super().__init__(read, lowest, b, [x, *rest], rows)
+
+    def beside(self, run: Run, column: ir.Value) -> list[ir.Value]:
+        from llvmlite import ir
+
+        one = ir.Constant(ir.VectorType(self.t.i8, self.read.length), [1] * self.read.length)
+        return [*super().beside(run, column), one]
+
+    def parts(self, block: ir.Value, runs: list[Run]) -> dict[Cell, ir.Value]:
+        b, count = self.b, len(self.rows)
+        last = [(count, j) for j in range(len(self.features))]
+        sums = dict.fromkeys([*self.cells(), *last], self.kind(None))
+        self.summed(block, runs, sums)
+        for i, j in self.cells():
+            offset = b.load(element(b, self.offsets, self.rows[i], self.t.i32), typ=self.t.i32)
+            sums[i, j] = b.add(sums[i, j], b.mul(everywhere(b, offset, self.width), sums[count, j]))
+        return {cell: sums[cell] for cell in self.cells()}

@@ -51,12 +51,17 @@ def operands_of(x: jax.Array, w: PackedWeight) -> list[jax.Array]:
     """What the code is given: activations to the end of the last block, codes, scales, and where codes are off by
     something the sums of activations by group ``(rows, groups)`` and the zero points.
     """
-    operands = [jnp.pad(x, ((0, 0), (0, w.padded - w.length))), w.codes, w.scale]
+    operands = [padded(x, w), w.codes, w.scale]
     if w.zero is not None or lowest_of(w):
         operands.append(_sums_by_group(x.astype(jnp.float32), w))
     if w.zero is not None:
         operands.append(w.zero)
     return operands
+
+
+def padded(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """Activations to the end of the last block."""
+    return jnp.pad(x, ((0, 0), (0, w.padded - w.length)))
 
 
 def _sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:
