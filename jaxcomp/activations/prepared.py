@@ -19,10 +19,8 @@ from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
-from jaxcomp.kernels.blocks import MANY, shape_class
-from jaxcomp.kernels.forms import Images, forms_of
+from jaxcomp.kernels.forms import Images, forms_of, runs_in_turn
 from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_first
-from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import Weight, convolution, weight_only
 from jaxcomp.kernels.sparse import SparseWeight
@@ -195,8 +193,8 @@ def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     if not w.lead:
         return run(x[0], w)[None]
     apart = jax.tree.map(lambda v: v.reshape(-1, *v.shape[w.lead :]), w)
-    at_once, floats = jax.vmap(run), jnp.issubdtype(x.dtype, jnp.floating)
-    if floats and isinstance(w, PackedWeight) and shape_class(x.shape[1]) == MANY:
+    at_once = jax.vmap(run)
+    if not runs_in_turn(x.shape[1], x.dtype, w):
         return at_once(x, apart)
 
     def in_turn(x: jax.Array, w: Weight) -> jax.Array:

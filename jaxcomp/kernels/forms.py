@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxcomp.core.types import DType, Shape
@@ -21,7 +22,7 @@ from jaxcomp.kernels import (
     pallas_mosaic,
     pallas_triton,
 )
-from jaxcomp.kernels.blocks import shape_class
+from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import summable
@@ -242,6 +243,20 @@ def _refusal(name: str, backend: str, p: Product) -> str | None:
     return form.refusal(p)
 
 
+def runs_in_turn(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> bool:
+    """Whether stacked weights are multiplied one after another on a CPU, whose forms take one matrix.
+
+    Floats by packed codes for many rows are not: XLA's product of all at once is as fast.
+    """
+    floats = jnp.issubdtype(dtype, jnp.floating)
+    return w.lead > 0 and not (floats and isinstance(w, PackedWeight) and shape_class(rows) == MANY)
+
+
+def _first(w: PackedWeight | SparseWeight) -> PackedWeight | SparseWeight:
+    """Of stacked weights the shapes of one."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[w.lead :], v.dtype), w)
+
+
 def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight, images: Images | None = None) -> str:
     """The forms of a product, or of a convolution of images, by backend, in words.
 
@@ -254,7 +269,8 @@ def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight, images: Im
     """
     found: dict[str, list[str]] = {}
     for backend in BACKENDS:
-        found.setdefault(form_of(backend, Product(rows, dtype, w, device=ANY, images=images)), []).append(backend)
+        each = w if backend != "cpu" or not runs_in_turn(rows, dtype, w) else _first(w)
+        found.setdefault(form_of(backend, Product(rows, dtype, each, device=ANY, images=images)), []).append(backend)
     if len(found) == 1:
         return next(iter(found))
     listed = {

@@ -162,5 +162,24 @@ def test_experts_are_multiplied_in_turn(rows) -> None:
     assert "jaxcomp_" in run.lower(ready, x).as_text()
     assert "jaxcomp_" not in run.trace(ready, x).lower(lowering_platforms=("tpu",)).as_text()
     np.testing.assert_allclose(run(ready, x), experts(jc.materialize(tree), x), rtol=1e-5, atol=1e-4)
+    report = jc.coverage(experts, {})(ready, x)
+    assert report.rows[0].form == "llvm on cpu, whole on cuda, rocm and tpu"
     many = jnp.ones((3, 100, 64))
     np.testing.assert_allclose(run(ready, many), experts(jc.materialize(tree), many), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_experts_of_rounded_activations_are_multiplied_in_turn(rows, symmetric) -> None:
+    def experts(p, x):
+        return jnp.einsum("ebd,edh->ebh", x, p["w"])
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 64, 16)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(3, rows, 64)), jnp.float32)
+    tree = jc.pack(jc.quantize(jc.Int(4), per=jc.Groups(32, 1)).apply((), params))
+    ready, rules = jc.prepare(tree, experts, x), {".*": jc.Act(8, symmetric=symmetric, range=jc.activations.Dynamic())}
+    run = jax.jit(lambda tree, x: jc.quantize_function(experts, rules, integer=True)(tree, None, x))
+    assert "jaxcomp_integers" in run.lower(ready, x).as_text()
+    np.testing.assert_allclose(run(ready, x), run(tree, x), rtol=1e-5, atol=1e-4)
+    assert jc.coverage(experts, rules, integer=True)(ready, x).rows[0].form.startswith("integers on cpu, ")
