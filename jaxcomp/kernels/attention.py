@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from jaxcomp.core.meshes import explicit_mesh
-from jaxcomp.core.types import DType, PyTree, Shape
+from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.llvm_attention import llvm_attention, refusal
 from jaxcomp.kernels.lowering import is_kept, is_parted
 from jaxcomp.kernels.rows import CodedRows
@@ -106,15 +106,14 @@ def attend_rows(given: Given, how: How) -> jax.Array:
     leaves, tree = jax.tree.flatten(given)
     if explicit_mesh(leaves) is not None:
         return _plain(given, how)
-    body = _body(tree, how, tuple((x.shape, x.dtype) for x in leaves))
+    body = _in_jax(tree, how).trace(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)).jaxpr
     return _primitive.bind(*leaves, tree=tree, how=how, jaxpr=body)[0]
 
 
 @cache
-def _body(tree: PyTree, how: How, kinds: tuple[tuple[Shape, DType], ...]) -> ClosedJaxpr:
-    """What readers of programs see, and what runs where there is no kernel; one for all that are alike."""
-    leaves = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
-    return jax.make_jaxpr(lambda *leaves: [_plain(jax.tree.unflatten(tree, leaves), how)])(*leaves)
+def _in_jax(tree: PyTree, how: How) -> Any:
+    """What readers of programs see, and what runs where there is no kernel; traced once for all that are alike."""
+    return jax.jit(lambda *leaves: [_plain(jax.tree.unflatten(tree, leaves), how)])
 
 
 def _kernel(given: Given, how: How) -> jax.Array:

@@ -55,14 +55,19 @@ def missing() -> str | None:
 
 
 @cache
-def features() -> frozenset[str]:
-    """What the processor that is here can do, in LLVM's words."""
+def _known() -> dict[str, bool]:
+    """What LLVM knows that the processor that is here can do, and what it cannot: its name may promise more."""
     from llvmlite import binding as llvm
 
     try:
-        return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+        return dict(llvm.get_host_cpu_features())
     except RuntimeError:  # LLVM does not know them on every system
-        return frozenset()
+        return {}
+
+
+def features() -> frozenset[str]:
+    """What the processor that is here can do, in LLVM's words."""
+    return frozenset(name for name, has in _known().items() if has)
 
 
 class Work(NamedTuple):
@@ -115,10 +120,9 @@ def _machine() -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    words = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(_known().items()))
     target = llvm.Target.from_default_triple()
-    return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=",".join(f"+{name}" for name in sorted(features())), opt=3
-    )
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=words, opt=3)
 
 
 def _compiled(module: ir.Module) -> Any:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing
+from jaxcomp.kernels.llvm_calls import Work, call, features
 from jaxcomp.kernels.llvm_code import Operand, element, everywhere, halves, intrinsic
-from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, padded
+from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, padded, unreadable
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, reading, short_runs
+from jaxcomp.kernels.runs import Reading, Run, reading
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -31,9 +31,7 @@ MOST = 32
 
 def refusal(w: PackedWeight) -> str | None:
     """Why the kernel cannot run a weight on the machine that is here; None if it can."""
-    if w.scale.dtype != jnp.float32:
-        return f"its sums are in float32, and the scale is {w.scale.dtype}"
-    return missing() or matrix_of_integers(w) or short_runs(w, LEAST)
+    return unreadable(w, LEAST)
 
 
 def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_calls import Work, call, missing
+from jaxcomp.kernels.llvm_calls import Work, call
 from jaxcomp.kernels.llvm_code import added
-from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of
+from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, unreadable
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.runs import Run, matrix_of_integers, reading, short_runs
+from jaxcomp.kernels.runs import Run, reading
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -23,9 +23,7 @@ LEAST = 8
 
 def refusal(w: PackedWeight) -> str | None:
     """Why the kernel cannot run a weight on the machine that is here; None if it can."""
-    if w.scale.dtype != jnp.float32:
-        return f"its sums are in float32, and the scale is {w.scale.dtype}"
-    return missing() or matrix_of_integers(w) or short_runs(w, LEAST)
+    return unreadable(w, LEAST)
 
 
 def llvm_product(x: jax.Array, w: PackedWeight) -> jax.Array:

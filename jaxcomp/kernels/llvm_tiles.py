@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.kernels.llvm_calls import missing
 from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, intrinsic
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.runs import Reading, Run
+from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, short_runs
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -40,6 +41,18 @@ class Layout(NamedTuple):
     short: Reading
     lowest: float
     kind: type[Tile]
+
+
+def unreadable(w: PackedWeight, least: int) -> str | None:
+    """Why no tiles can be made of a weight on the machine that is here; None if they can.
+
+    Args:
+      w: the weight.
+      least: neighbouring codes that must share bytes and scales.
+    """
+    if w.scale.dtype != jnp.float32:
+        return f"its sums are in float32, and the scale is {w.scale.dtype}"
+    return missing() or matrix_of_integers(w) or short_runs(w, least)
 
 
 def lowest_of(w: PackedWeight) -> float:

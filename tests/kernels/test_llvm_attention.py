@@ -196,3 +196,17 @@ def test_a_gradient_is_refused_as_before() -> None:
     cache, q = case.cache(), case.asks()
     with pytest.raises(TypeError, match="a cache of codes has no gradient"):
         jax.grad(lambda q: attended(cache, q, case.seen).sum())(q)
+
+
+def test_what_runs_elsewhere_is_traced_once_and_at_the_precision_that_is_asked_for() -> None:
+    case = Case((1, 64, 1, 8))
+    cache, q = case.cache(), case.asks()
+
+    def body() -> Any:
+        program = jax.make_jaxpr(lambda cache, q: cache.attend(q, 3))(cache, q)
+        return next(eqn.params["jaxpr"] for eqn in program.eqns if eqn.primitive.name == "attend_rows")
+
+    assert body() is body()
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in str(body())
+    assert "HIGHEST" not in str(body())
