@@ -18,6 +18,7 @@ from jaxcomp.kernels.llvm_calls import Work, call, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, intrinsic, loaded, turned
 from jaxcomp.kernels.rows import CodedRows
 from jaxcomp.kernels.runs import Run
+from jaxcomp.quantization.numerics.levels import Minifloat
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -49,8 +50,10 @@ def refusal(queries: int, dtype: DType, keys: CodedRows, values: CodedRows) -> s
     if keys.codes.shape[-2] % WIDE:
         return f"it takes {WIDE} tokens at a time, and there is room for {keys.codes.shape[-2]}"
     for rows in (keys, values):
+        if rows.grid.code_range is None and rows.grid.minifloat is None:
+            return f"the codes of {rows.method} are neither integers nor floats, but names of levels"
         if rows.runs(WIDE) is None:
-            return f"{rows.method} of width {rows.width} are no integers whose neighbours fill vectors of {WIDE}"
+            return f"the codes of {rows.method} of width {rows.width} do not lie in runs of {WIDE}"
     return None
 
 
@@ -89,20 +92,32 @@ def llvm_attention(
 
 
 class _Codes(NamedTuple):
-    """How vectors are read: the bits of a code, the runs of a vector, what code 0 is below 0, and zero points."""
+    """How vectors are read.
+
+    Fields:
+      bits: of a code.
+      width: of a vector.
+      signed: whether a code is an int8.
+      lowest: what code 0 is below 0.
+      zeros: whether there are zero points.
+      minifloat: what codes mean that are bit patterns.
+      runs: of a vector.
+    """
 
     bits: int
     width: int
     signed: bool
     lowest: int
     zeros: bool
+    minifloat: Minifloat | None
     runs: tuple[Run, ...]
 
     @classmethod
     def of(cls, rows: CodedRows) -> _Codes:
-        runs, signed = rows.runs(WIDE), rows.codes.dtype == jnp.int8
+        runs, signed, grid = rows.runs(WIDE), rows.codes.dtype == jnp.int8, rows.grid
         assert runs is not None
-        return cls(rows.grid.bits, rows.width, signed, 0 if signed else -rows.lowest, rows.zero is not None, runs)
+        lowest, zeros = 0 if signed else -rows.lowest, rows.zero is not None
+        return cls(grid.bits, rows.width, signed, lowest, zeros, grid.minifloat, runs)
 
     @property
     def shifted(self) -> bool:
@@ -123,8 +138,12 @@ class _Shape(NamedTuple):
     @property
     def name(self) -> str:
         """A name of all of it."""
-        codes = [f"{c.bits}_{c.width}_{int(c.signed)}{int(c.zeros)}_{c.lowest}" for c in (self.keys, self.values)]
-        return "_".join([*codes, str(self.sharing), str(self.queries), str(self.heads), str(int(self.by_row))])
+        codes = [
+            (c.bits, c.width, int(c.signed), c.lowest, int(c.zeros), *(c.minifloat or ()))
+            for c in (self.keys, self.values)
+        ]
+        parts = [*codes, (self.sharing, self.queries, self.heads, int(self.by_row))]
+        return "__".join("_".join(map(str, part)) for part in parts)
 
 
 def _heads(shape: _Shape, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
@@ -370,7 +389,17 @@ class _Panel:
                 each = [ir.Constant(ints, [n] * WIDE) for n in (part.shift, 2**part.width - 1, part.place)]
                 field = b.shl(b.and_(b.lshr(field, each[0]), each[1]), each[2])
             code = field if code is None else b.or_(code, field)
-        return b.sitofp(code, self.floats)
+        return b.sitofp(code, self.floats) if how.minifloat is None else self._of_bits(code, how.minifloat)
+
+    def _of_bits(self, code: ir.Value, kind: Minifloat) -> ir.Value:
+        """Minifloats by their bit patterns; those without a leading one are integers times a power of two."""
+        b, (bits, mantissa, bias) = self.b, kind
+        size = b.and_(code, _all(2 ** (bits - 1) - 1))
+        normal = b.add(b.shl(size, _all(23 - mantissa)), _all((127 - bias) << 23))
+        small = b.fmul(b.sitofp(size, self.floats), everywhere(b, self.t.f32(2.0 ** (1 - bias - mantissa)), WIDE))
+        value = b.select(b.icmp_signed("<", size, _all(2**mantissa)), b.bitcast(small, normal.type), normal)
+        sign = b.shl(b.lshr(code, _all(bits - 1)), _all(31))
+        return b.bitcast(b.or_(value, sign), self.floats)
 
     # ---- numbers
 

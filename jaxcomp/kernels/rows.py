@@ -78,8 +78,8 @@ class CodedRows(CompressedLeaf):
         return _lowest(self.grid)
 
     def runs(self, length: int) -> tuple[Run, ...] | None:
-        """How a vector of integers is read, in runs of so many codes; None where it is not."""
-        if self.grid.code_range is None or self.width % length:
+        """How the codes of a vector are read, in runs of so many; None where they do not lie in such."""
+        if self.width % length:
             return None
         return runs_of(self.grid.bits, _block(self.grid, self.width), length)
 

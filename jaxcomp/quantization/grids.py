@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxcomp.core.specs import Spec, check_bits
 from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import affine_scale, dequantize, in_steps, scale_for, spread
-from jaxcomp.quantization.numerics.levels import table_codes, to_table
+from jaxcomp.quantization.numerics.levels import Minifloat, table_codes, to_table
 from jaxcomp.quantization.numerics.rounding import round_with
 from jaxcomp.quantization.scales import AbsMax, MeanAbs, ScaleRule
 
@@ -70,6 +70,11 @@ class Numbers(Spec, ABC):
     @property
     def code_range(self) -> tuple[int, int] | None:
         """The lowest and the highest number where they are integers and ``decode`` is linear in them; else None."""
+        return None
+
+    @property
+    def minifloat(self) -> Minifloat | None:
+        """What codes mean where they are the bit patterns of small floats; else None."""
         return None
 
 

@@ -177,12 +177,12 @@ class Float(LevelGrid, ScaleGrid):
         return 0
 
     @property
-    def _kind(self) -> Minifloat:
+    def minifloat(self) -> Minifloat:  # noqa: D102
         return Minifloat(self.bits, self.mantissa, self.offset)
 
     def nearest(self, x: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True) -> jax.Array:
         """The nearest level, ties to even; ``noise`` and ``clipped`` as in :meth:`encode`."""
-        return to_minifloat(x, self._kind, self.levels, noise=noise, clipped=clipped)
+        return to_minifloat(x, self.minifloat, self.levels, noise=noise, clipped=clipped)
 
     def encode(
         self,
@@ -195,7 +195,7 @@ class Float(LevelGrid, ScaleGrid):
     ) -> jax.Array:
         """The level nearest to ``w / scale``."""
         steps = in_steps(w, scale)
-        return to_minifloat(steps, self._kind, self.levels, noise=noise, clipped=clipped, to_even=False)
+        return to_minifloat(steps, self.minifloat, self.levels, noise=noise, clipped=clipped, to_even=False)
 
     def encode_to_even(  # noqa: D102
         self, w: jax.Array, scale: jax.Array, *, noise: jax.Array | None = None, clipped: bool = True
@@ -204,10 +204,10 @@ class Float(LevelGrid, ScaleGrid):
 
     def stored(self, numbers: jax.Array) -> tuple[jax.Array, int]:
         """The bit pattern."""
-        return minifloat_codes(numbers, self._kind), 0
+        return minifloat_codes(numbers, self.minifloat), 0
 
     def loaded(self, stored: jax.Array, dtype: DType) -> jax.Array:  # noqa: D102
-        return minifloat_values(stored.astype(jnp.uint8), self._kind, dtype)
+        return minifloat_values(stored.astype(jnp.uint8), self.minifloat, dtype)
 
     def scales_of(self, top: jax.Array, elements: Grid) -> tuple[jax.Array, jax.Array]:
         """``top / elements.top`` rounded on this grid, under one scale with which the largest of them is its top.

@@ -14,7 +14,7 @@ from jax import export
 
 from jaxcomp.kernels import KVCache, kv_cache, llvm_calls
 from jaxcomp.kernels.llvm_attention import BLOCK, MOST, refusal
-from jaxcomp.quantization import E4M3, Int
+from jaxcomp.quantization import E2M1, E2M3, E4M3, E5M2, NF4, Int
 from tests.kernels.attention import Seen, oracle
 from tests.marks import quick
 
@@ -79,9 +79,11 @@ CASES = {
         (2, 136, 2, 32), 3, 1, Seen(130), {"keys": Int(4), "values": Int(4, symmetric=False)}
     ),
     "asymmetric bytes": Case((1, 136, 2, 8), 1, 1, Seen(100), {"keys": Int(8, symmetric=False)}),
+    "float8": Case((1, 136, 2, 16), 3, 1, Seen(100), {"keys": E4M3, "values": E5M2}),
+    "floats of 4 and 6 bits": Case((1, 72, 1, 32), 2, 1, Seen(70), {"keys": E2M1, "values": E2M3}),
     "3 and 6 bits": Case((1, 72, 1, 64), 2, 1, Seen(70), {"keys": Int(3), "values": Int(6)}),
 }
-NAMES = ("one query", "rows of different lengths", "a mask", "a window", "4 bits, asymmetric values")
+NAMES = ("one query", "rows of different lengths", "a mask", "a window", "4 bits, asymmetric values", "float8")
 
 
 @pytest.mark.parametrize("name", quick(CASES, *NAMES))
@@ -109,6 +111,21 @@ def test_queries_of_fewer_bits(dtype) -> None:
     assert got.dtype == dtype
     wanted = np.asarray(oracle(cache, q, case.seen), np.float64)
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("grid", [E4M3, E5M2, E2M3, Int(8), Int(8, symmetric=False), Int(4)], ids=lambda g: g.label)
+def test_every_code_is_the_number_that_it_stands_for(grid) -> None:
+    """Of one token that is seen the value comes back as it is."""
+    numbers = (
+        np.asarray(grid.levels) if grid.code_range is None else np.arange(grid.code_range[0], grid.code_range[1] + 1)
+    )
+    x = np.resize(numbers, (-(-len(numbers) // 16) * 16,)).astype(np.float32)
+    cache = kv_cache((1, 64, 1, 8), values=grid, value_width=len(x))
+    cache = cache.append(jnp.ones((1, 1, 1, 8)), jnp.asarray(x)[None, None, None], 0)
+    got = ran(cache, jnp.ones((1, 1, 1, 8)), Seen(0))[0, 0, 0]
+    wanted = np.asarray(cache.values.materialize()[0, 0, 0], np.float64)
+    assert (np.abs(got - wanted) <= 2.0**-22 * np.abs(wanted).max() * (grid.code_range is not None)).all()
+    assert len(set(wanted.tolist())) >= len(numbers) - 1
 
 
 def test_what_is_not_finite_is_nan_where_it_is_seen_and_nowhere_else() -> None:
@@ -183,8 +200,8 @@ def test_what_it_cannot_run_it_names(monkeypatch) -> None:
     assert why() is None
     assert "it takes 16 queries that share a head, and there are 17" in why(queries=17)
     assert "8 tokens at a time, and there is room for 63" in why((1, 63, 1, 16))
-    assert "of width 12 are no integers whose neighbours fill vectors of 8" in why((1, 64, 1, 12))
-    assert "CodedRows float8_e4m3fn of width 16" in why(keys=E4M3) or "of width 16 are no integers" in why(keys=E4M3)
+    assert "the codes of CodedRows int8 of width 12 do not lie in runs of 8" in why((1, 64, 1, 12))
+    assert "the codes of CodedRows NF4 are neither integers nor floats, but names of levels" in why(keys=NF4())
     with jax.enable_x64(True):
         assert "sums are in float32" in why(dtype=jnp.dtype("float64"))
     monkeypatch.setattr(llvm_calls, "PACKAGE", "llvmlite_that_is_not_there")
