@@ -85,10 +85,18 @@ def llvm_attention(
         # As they lie: what is reshaped is a copy to XLA where tokens are appended in place before.
         operands += [rows.codes, rows.scale, *([] if rows.zero is None else [rows.zero])]
     operands.append(jnp.where(seen, 0.0, -jnp.inf).astype(jnp.float32).reshape(-1, tokens))
-    operands.append(jnp.stack([*bounds, jnp.int32(0) if layer is None else layer])[None].astype(jnp.int32))
+    operands.append(jnp.stack([*bounds, _there(keys, layer)])[None].astype(jnp.int32))
     result = jax.ShapeDtypeStruct((operands[0].shape[0], values.width), jnp.float32)
     work = Work(f"attention_{shape.name}", partial(_heads, shape), sharing * queries, by=0)
     return call(work, result, *operands).reshape(batch, heads, sharing, queries, -1)
+
+
+def _there(rows: CodedRows, layer: jax.Array | None) -> jax.Array:
+    """The layer, or the nearest that is there, as ``lax.dynamic_slice`` takes it."""
+    if layer is None:
+        return jnp.int32(0)
+    layers = rows.codes.shape[0]
+    return jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
 
 
 class _Codes(NamedTuple):

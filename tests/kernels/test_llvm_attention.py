@@ -152,6 +152,8 @@ def test_layers_of_a_stacked_cache() -> None:
     assert CALL in run.lower(stacked, jnp.int32(1)).as_text()
     np.testing.assert_allclose(run(stacked, jnp.int32(1)), oracle(one, q, Seen(60)).astype(np.float64), atol=1e-5)
     assert (run(stacked, jnp.int32(2)) == 0).all()
+    for beyond, nearest in ((9, 2), (-2, 1), (-9, 0)):
+        assert (run(stacked, jnp.int32(beyond)) == run(stacked, jnp.int32(nearest))).all()
 
     def step(x, cache):
         return x, cache.attend(q, 60)
