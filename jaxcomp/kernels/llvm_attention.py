@@ -29,8 +29,8 @@ BLOCK = 64
 """Tokens between two looks at the largest score."""
 PANEL = 4
 """Queries that meet a code while it lies in a register."""
-MOST = 16
-"""Queries that share a head; more are faster as products of matrices."""
+MOST, MOST_OF_FLOATS = 16, 8
+"""Queries that share a head of integers and of minifloats; more are faster as products of matrices."""
 
 
 def refusal(queries: int, dtype: DType, keys: CodedRows, values: CodedRows) -> str | None:
@@ -43,8 +43,9 @@ def refusal(queries: int, dtype: DType, keys: CodedRows, values: CodedRows) -> s
     """
     if why := missing():
         return why
-    if not 0 < queries <= MOST:
-        return f"it takes {MOST} queries that share a head, and there are {queries}"
+    most = MOST_OF_FLOATS if keys.grid.minifloat or values.grid.minifloat else MOST
+    if not 0 < queries <= most:
+        return f"it takes {most} queries that share a head, and there are {queries}"
     if dtype.itemsize > 4 or keys.scale.dtype != jnp.float32:
         return f"its sums are in float32, and queries are {dtype}, scales {keys.scale.dtype}"
     if keys.codes.shape[-2] % WIDE:

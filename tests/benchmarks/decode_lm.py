@@ -7,17 +7,18 @@ one core. The float32 cache beside is one of arrays, read whole by ``jax.nn.dot_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 import jaxcomp as jc
 from jaxcomp.activations import Dynamic, quantize_function
 from jaxcomp.core.layouts import Tokens
-from jaxcomp.kernels import prepare
+from jaxcomp.kernels import KVCache, prepare
 from tests.benchmarks.timing import Report, Row, measure
 from tests.kernels.language_model import LanguageModel, four_bits
 
@@ -119,7 +120,38 @@ def decoding(*, batch: int, tokens: int, capacity: int, rounds: int) -> Report:
     return Report(title, f"{FLOAT} ({base.words(timings.median(FLOAT))})", rows, timings.notes())
 
 
+def attending(cache: KVCache, queries: int, *, start: int, rounds: int) -> Iterator[Row]:
+    """Attention alone to a full cache, over the blocks of tokens that a program holds which is kept."""
+    batch, heads, _, width = cache.keys.shape
+    q = jax.random.normal(jax.random.key(3), (batch, queries, 3 * heads, width))
+    run = jax.jit(lambda cache, q: cache.attend(q, start))
+    blocks = jax.jit(export.export(run)(cache, q).call)
+    cases = {"blocks": lambda: blocks(cache, q), "again": lambda: blocks(cache, q), "one pass": lambda: run(cache, q)}
+    timings = measure(cases, rounds=rounds, warm=True, inner=5)
+    name = f"{cache.keys.grid.label}, batch {batch}, {start + queries} tokens, {3 * queries} queries a head"
+    for case, words in (("again", f"{name}: control"), ("one pass", name)):
+        row = timings.speed_row(case, "blocks", factor=1.0, detail=f"{timings.median(case) * 1e3:.2f} ms")
+        yield replace(row, name=words)
+
+
+def attention() -> Report:
+    """In several sizes."""
+    rows: list[Row] = []
+    for grid in (jc.Int(8), jc.Int(4), jc.quantization.E4M3):
+        for batch, start, capacity, queries in (
+            (1, 3000, 4096, 1),
+            (8, 1000, 1024, 1),
+            (1, 3000, 4096, 2),
+            (1, 3000, 4096, 5),
+        ):
+            empty = jc.kernels.kv_cache((batch, capacity, MODEL.shared, MODEL.width), keys=grid)
+            (cache,) = filled((empty,), capacity)
+            rows += attending(cache, queries, start=start, rounds=9)
+    return Report("attention to a cache of codes: speed", "blocks of tokens", rows, [jax.devices()[0].device_kind])
+
+
 def run() -> Iterator[Report]:
     """The reports."""
+    yield attention()
     yield decoding(batch=1, tokens=3000, capacity=4096, rounds=15)
     yield decoding(batch=8, tokens=1000, capacity=1024, rounds=9)

@@ -201,6 +201,7 @@ def test_what_it_cannot_run_it_names(monkeypatch) -> None:
 
     assert why() is None
     assert "it takes 16 queries that share a head, and there are 17" in why(queries=17)
+    assert "it takes 8 queries that share a head, and there are 9" in why(queries=9, keys=E4M3)
     assert "8 tokens at a time, and there is room for 63" in why((1, 63, 1, 16))
     assert "the codes of CodedRows int8 of width 12 do not lie in runs of 8" in why((1, 64, 1, 12))
     assert "the codes of CodedRows NF4 are neither integers nor floats, but names of levels" in why(keys=NF4())
