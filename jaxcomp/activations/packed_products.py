@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.factors import EXACT, Factor
-from jaxcomp.activations.prepared import Carried, in_result, in_rows, product_of_rows
+from jaxcomp.activations.prepared import Carried, in_result, in_rows, product_of_rows, row_count
 from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.forms import forms_of
 from jaxcomp.kernels.packing import PackedWeight
@@ -39,7 +39,7 @@ def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -
     if any(x.scale.shape[i] != 1 for i in contract):
         return None
     if w.bits == 8 and groups == 1:
-        if shape_class(in_rows(op, side, x.codes).shape[1]) == MANY:
+        if shape_class(row_count(op, side, x.codes.shape)) == MANY:
             return None  # XLA's own product is as fast
     elif 2**w.bits * x.reach * (w.length if groups == 1 else w.group) >= EXACT:
         return None
@@ -51,8 +51,7 @@ def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -
 def packed_forms(op: Op, a: Factor, b: Factor) -> str:
     """The forms of their product by backend, in words."""
     side, x, w = _parts(a, b)
-    numbers = in_rows(op, side, _numbers(x))
-    return forms_of(numbers.shape[1], numbers.dtype, w)
+    return forms_of(row_count(op, side, x.codes.shape), jnp.dtype(jnp.int8 if x.zero is None else jnp.int16), w)
 
 
 def _parts(a: Factor, b: Factor) -> tuple[int, Factor, PackedWeight]:

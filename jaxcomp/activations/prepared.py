@@ -182,6 +182,11 @@ def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:
     return jnp.transpose(x, [axis for part in parts for axis in part]).reshape(sizes)
 
 
+def row_count(op: Op, side: int, shape: Shape) -> int:
+    """How many rows an operand of this shape has there."""
+    return math.prod(shape[i] for i in dot_axes(op.eqn, 1 - side)[1])
+
+
 def in_result(op: Op, side: int, y: jax.Array) -> jax.Array:
     """``(shared, rows, features)`` as the result of a dot whose weight is on ``side``."""
     return (y if side == 1 else jnp.swapaxes(y, -1, -2)).reshape(result_of(op).shape)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.llvm_attention import llvm_attention, refusal
-from jaxcomp.kernels.lowering import is_kept, is_parted
+from jaxcomp.kernels.lowering import lower_by
 from jaxcomp.kernels.rows import CodedRows
 from jaxcomp.trace.primitives import ATTENTION
 
@@ -148,28 +148,18 @@ def _batched(
     return jax.vmap(partial(_run, **static), tuple(axes))(*leaves), [0]
 
 
-def _on_cpu(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Any:
-    given: Given = jax.tree.unflatten(static["tree"], ctx.avals_in)
-    why = refusal(given.q.shape[2] * given.q.shape[3], given.q.dtype, given.keys, given.values)
-    if why or is_kept(ctx) or is_parted(ctx):
-        return _elsewhere(ctx, *values, **static)
-
-    def run(*leaves: jax.Array) -> list[jax.Array]:
-        return [_kernel(jax.tree.unflatten(static["tree"], leaves), static["how"])]
-
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *values)
-
-
-def _elsewhere(ctx: mlir.LoweringRuleContext, *values: object, **static: Unpack[_Static]) -> Any:
-    return mlir.lower_fun(partial(_run, **static), multiple_results=True)(ctx, *values)
+def _for_cpu(*leaves: jax.Array, **static: Unpack[_Static]) -> list[jax.Array]:
+    given: Given = jax.tree.unflatten(static["tree"], leaves)
+    if refusal(given.q.shape[2] * given.q.shape[3], given.q.dtype, given.keys, given.values):
+        return _run(*leaves, **static)
+    return [_kernel(given, static["how"])]
 
 
 _primitive.def_abstract_eval(lambda *avals, **static: static["jaxpr"].out_avals)
 _primitive.def_impl(lambda *leaves, **static: _jitted(static["tree"], static["how"])(*leaves))
 ad.primitive_jvps[_primitive] = _derived
 batching.primitive_batchers[_primitive] = _batched
-mlir.register_lowering(_primitive, _on_cpu, platform="cpu")
-mlir.register_lowering(_primitive, _elsewhere)
+lower_by(_primitive, _run, _for_cpu)
 
 
 def _plain(given: Given, how: How) -> jax.Array:

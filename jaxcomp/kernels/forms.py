@@ -104,7 +104,12 @@ class Product(NamedTuple):
     @property
     def floats(self) -> DType:
         """The type in which a form of floats is given them."""
-        return self.weight.computed if self.in_codes else self.dtype
+        return floats_of(self.dtype, self.weight)
+
+
+def floats_of(dtype: DType, w: PackedWeight | SparseWeight) -> DType:
+    """The type of activations as floats: their own, or of codes that of the weight's sums."""
+    return w.computed if jnp.issubdtype(dtype, jnp.integer) else dtype
 
 
 class Form(NamedTuple):
@@ -140,7 +145,7 @@ def _is_full(p: Product) -> bool:
 def _dot(p: Product) -> str | None:
     if not p.in_codes or "codes by bytes" not in _types(p):
         return "it takes codes of activations, and weights of 8 bits with a scale a feature"
-    return None if _is_full(p) else "there is nothing to multiply"
+    return _chunks(p)
 
 
 def _kernel(why: Callable[[Any], str | None], types: frozenset[DType]) -> Callable[[Product], str | None]:

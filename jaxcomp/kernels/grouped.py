@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxcomp.core.meshes import spread
 from jaxcomp.core.types import Shape
-from jaxcomp.kernels.lowering import is_kept, is_parted
+from jaxcomp.kernels.lowering import lower_by
 from jaxcomp.kernels.shifts import TERMS, few_shifts, kernel_gradient, shifted
 from jaxcomp.trace import nested
 from jaxcomp.trace.evaluator import rewrite
@@ -112,14 +112,9 @@ def _defined(primitive: Primitive, own: Callable[..., jax.Array], cpu: Callable[
         found = jax.eval_shape(partial(own, **params), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
         return jax.core.ShapedArray(found.shape, found.dtype)
 
-    def lower(ctx: mlir.LoweringRuleContext, *values: object, **params: Any) -> Any:
-        run = own if is_kept(ctx) or is_parted(ctx) else cpu
-        return mlir.lower_fun(partial(run, **params), multiple_results=False)(ctx, *values)
-
     primitive.def_impl(lambda *values, **params: jitted(**params)(*values))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(own, multiple_results=False))
-    mlir.register_lowering(primitive, lower, platform="cpu")
+    lower_by(primitive, own, cpu)
 
 
 _defined(_convolution, _own, _for_cpu)

@@ -65,6 +65,7 @@ def _known() -> dict[str, bool]:
         return {}
 
 
+@cache
 def features() -> frozenset[str]:
     """What the processor that is here can do, in LLVM's words."""
     return frozenset(name for name, has in _known().items() if has)

@@ -7,16 +7,16 @@ Products of codes are summed in pairs as the processor does it: of bytes into 16
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcomp.kernels.llvm_calls import Work, call, features
+from jaxcomp.kernels.llvm_calls import features
 from jaxcomp.kernels.llvm_code import Operand, element, everywhere, halves, intrinsic
-from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, padded, unreadable
+from jaxcomp.kernels.llvm_numbers import constant
+from jaxcomp.kernels.llvm_tiles import Cell, Layout, Tile, lowest_of, operands_of, padded, product, unreadable
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run, reading
 
@@ -68,9 +68,7 @@ def _product(kind: type[_Integers], x: jax.Array, w: PackedWeight, *given: jax.A
     if given:
         operands = [padded(given[0], w), *given[1:], *operands[1:]]
     widened = "" if "avx2" in features() else "_plain"
-    name = f"integers_{kind.__name__}{widened}_{w.bits}_{w.block}_{read.group}_{len(operands)}"
-    shape = jax.ShapeDtypeStruct((x.shape[0], w.codes.shape[0]), jnp.float32)
-    return call(Work(name, partial(chunk, layout), FEATURES, by=max(1, len(given))), shape, *operands)
+    return product(f"integers_{kind.__name__}{widened}", layout, *operands, codes=max(1, len(given)))
 
 
 class _Integers(Tile):
@@ -99,8 +97,8 @@ class _Integers(Tile):
     def float_of(self, part: ir.Value) -> ir.Value:
         return self.b.sitofp(part, self.floats)
 
-    def loaded(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
-        return self.data(block, offset, feature)
+    def loaded(self, block: ir.Value, feature: ir.Value, offset: int) -> ir.Value:
+        return self.data(block, feature, offset)
 
     @abstractmethod
     def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
@@ -134,9 +132,9 @@ class _Words(_Integers):
         from llvmlite import ir
 
         b, words = self.b, ir.VectorType(ir.IntType(16), 16)
-        held: dict[tuple[int, int], ir.Value] = {}
+        codes_of = self.codes_of(block)
         for run in runs:
-            codes = [self.code(block, run, j, held) for j in range(len(self.features))]
+            codes = [codes_of(run, j) for j in range(len(self.features))]
             parts = [[code] if code.type.count == 16 else halves(b, code) for code in codes]
             for at in range(len(parts[0])):
                 column = b.add(self.column(block, run), self.t.word(16 * at))
@@ -159,13 +157,12 @@ class _Bytes(_Integers):
 
         b, words = self.b, ir.VectorType(ir.IntType(16), self.read.length // 2)
         name = "llvm.x86.avx2.pmadd.ub.sw" if words.count == 16 else "llvm.x86.ssse3.pmadd.ub.sw.128"
-        ones = ir.Constant(words, [1] * words.count)
-        held: dict[tuple[int, int], ir.Value] = {}
+        ones, codes_of = constant(words, 1), self.codes_of(block)
         at_once = (2**15 - 1) // (2 * (2**self.read.bits - 1) * 128)
         for start in range(0, len(runs), at_once):
             short: dict[Cell, ir.Value] = {}
             for run in runs[start : start + at_once]:
-                codes = [self.code(block, run, j, held) for j in range(len(self.features))]
+                codes = [codes_of(run, j) for j in range(len(self.features))]
                 xs = self.beside(run, self.column(block, run))
                 for i, j in sums:
                     pairs = intrinsic(self.b, name, words, codes[j], xs[i])
@@ -188,10 +185,7 @@ class _Shifted(_Bytes):
         super().__init__(read, lowest, b, [x, *rest], rows)
 
     def beside(self, run: Run, column: ir.Value) -> list[ir.Value]:
-        from llvmlite import ir
-
-        one = ir.Constant(ir.VectorType(self.t.i8, self.read.length), [1] * self.read.length)
-        return [*super().beside(run, column), one]
+        return [*super().beside(run, column), constant(self.bytes, 1)]
 
     def parts(self, block: ir.Value, runs: list[Run]) -> dict[Cell, ir.Value]:
         b, count = self.b, len(self.rows)

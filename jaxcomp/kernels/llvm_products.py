@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_calls import Work, call
 from jaxcomp.kernels.llvm_code import added
-from jaxcomp.kernels.llvm_tiles import FEATURES, Cell, Layout, Tile, chunk, lowest_of, operands_of, unreadable
+from jaxcomp.kernels.llvm_numbers import fma
+from jaxcomp.kernels.llvm_tiles import Cell, Layout, Tile, lowest_of, operands_of, product, unreadable
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Run, reading
 
@@ -37,10 +36,7 @@ def llvm_product(x: jax.Array, w: PackedWeight) -> jax.Array:
       ``(rows, features)``, float32.
     """
     layout = Layout(reading(w, 16), reading(w, 8), lowest_of(w), _Floats)
-    operands = operands_of(x.astype(jnp.float32), w)
-    name = f"weight_only_{w.bits}_{w.block}_{layout.long.group}_{len(operands)}"
-    shape = jax.ShapeDtypeStruct((x.shape[0], w.codes.shape[0]), jnp.float32)
-    return call(Work(name, partial(chunk, layout), FEATURES, by=1), shape, *operands)
+    return product("weight_only", layout, *operands_of(x.astype(jnp.float32), w))
 
 
 class _Floats(Tile):
@@ -59,15 +55,15 @@ class _Floats(Tile):
     def parts(self, block: ir.Value, runs: list[Run]) -> dict[Cell, ir.Value]:
         b = self.b
         parts = dict.fromkeys(self.cells(), self.kind(None))
-        held: dict[tuple[int, int], ir.Value] = {}
+        codes = self.codes_of(block)
         for run in runs:
             column = self.column(block, run)
             places = [self.at(self.x, row, column, self.t.f32) for row in self.rows]
             xs = [b.load(place, typ=self.floats, align=4) for place in places]
             for j in range(len(self.features)):
-                numbers = b.sitofp(self.code(block, run, j, held), self.floats)
+                numbers = b.sitofp(codes(run, j), self.floats)
                 for i, x in enumerate(xs):
-                    parts[i, j] = self.fma(numbers, x, parts[i, j])
+                    parts[i, j] = fma(b, numbers, x, parts[i, j])
         return parts
 
     def plus(self, total: ir.Value, part: ir.Value) -> ir.Value:
@@ -79,8 +75,8 @@ class _Floats(Tile):
     def float_of(self, part: ir.Value) -> ir.Value:
         return part
 
-    def loaded(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+    def loaded(self, block: ir.Value, feature: ir.Value, offset: int) -> ir.Value:
         from llvmlite import ir
 
         extend = self.b.sext if self.read.bits == 8 else self.b.zext
-        return extend(self.data(block, offset, feature), ir.VectorType(self.t.i32, self.width))
+        return extend(self.data(block, feature, offset), ir.VectorType(self.t.i32, self.width))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_calls import missing
-from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, intrinsic
+from jaxcomp.kernels.llvm_calls import Work, call, missing
+from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere
+from jaxcomp.kernels.llvm_numbers import code_of, fma
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, short_runs
+from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, once, short_runs
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -84,7 +86,24 @@ def _sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, groups * w.group - w.length))).reshape(len(x), groups, -1).sum(-1)
 
 
-def chunk(layout: Layout, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
+def product(name: str, layout: Layout, *operands: jax.Array, codes: int = 1) -> jax.Array:
+    """``(rows, features)`` in float32 of operands as the layout's tiles take them.
+
+    Args:
+      name: of the tiles.
+      layout: theirs.
+      operands: activations first.
+      codes: which of them the codes are.
+    """
+    read = layout.long
+    work = Work(
+        f"{name}_{read.bits}_{read.block}_{read.group}_{len(operands)}", partial(_chunk, layout), FEATURES, by=codes
+    )
+    shape = (operands[0].shape[0], operands[codes].shape[0])
+    return call(work, jax.ShapeDtypeStruct(shape, jnp.float32), *operands)
+
+
+def _chunk(layout: Layout, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some features of all rows: four rows at a time, then those that are left, one by one."""
     x, t = operands[0], Types()
     panels = b.sdiv(x.rows, t.word(PANEL))
@@ -160,7 +179,7 @@ class Tile(ABC):
         """Such a vector in floats."""
 
     @abstractmethod
-    def loaded(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+    def loaded(self, block: ir.Value, feature: ir.Value, offset: int) -> ir.Value:
         """Bytes of a block as the vector that codes are cut out of."""
 
     def write(self, features: list[ir.Value]) -> None:
@@ -185,7 +204,7 @@ class Tile(ABC):
                 for cell, part in parts.items():
                     place = totals[cell][number % slots]
                     total = b.load(place, typ=kept)
-                    total = self.plus(total, part) if single else self.fma(scales[cell[1]], self.float_of(part), total)
+                    total = self.plus(total, part) if single else fma(b, scales[cell[1]], self.float_of(part), total)
                     b.store(total, place)
         if self.sums:
             with counted(b, t.word(0), self.scale.columns) as group:
@@ -206,20 +225,12 @@ class Tile(ABC):
         """The place of a run's first code along the contracted axis."""
         return self.b.add(self.b.mul(block, self.t.word(self.read.block)), self.t.word(run.start))
 
-    def code(self, block: ir.Value, run: Run, j: int, held: dict[tuple[int, int], ir.Value]) -> ir.Value:
-        """The codes of a run, from 0 on; bytes that two runs share are loaded once."""
-        b, code = self.b, None
-        for part in run.parts:
-            if (part.offset, j) not in held:
-                held[part.offset, j] = self.loaded(block, part.offset, self.features[j])
-            field = held[part.offset, j]
-            if self.read.bits < 8:
-                field = b.and_(b.lshr(field, _each(field, part.shift)), _each(field, 2**part.width - 1))
-                field = b.shl(field, _each(field, part.place))
-            code = field if code is None else b.or_(code, field)
-        return code
+    def codes_of(self, block: ir.Value) -> Callable[[Run, int], ir.Value]:
+        """The codes of a run and a feature, from 0 on; bytes that two runs share are loaded once."""
+        loads = [once(partial(self.loaded, block, feature)) for feature in self.features]
+        return lambda run, j: code_of(self.b, run, self.read.bits, loads[j])
 
-    def data(self, block: ir.Value, offset: int, feature: ir.Value) -> ir.Value:
+    def data(self, block: ir.Value, feature: ir.Value, offset: int) -> ir.Value:
         """Bytes of a block."""
         b, t = self.b, self.t
         column = b.add(b.mul(block, t.word(self.read.size)), t.word(offset))
@@ -252,23 +263,9 @@ class Tile(ABC):
             off = b.fmul(off, self._scale(feature, group))
             for i, row in enumerate(self.rows):
                 total = b.load(self.at(self.sums[0], row, group, t.f32), typ=t.f32)
-                b.store(self.fma(off, total, b.load(shifts[i, j], typ=t.f32)), shifts[i, j])
-
-    # ---- vectors
+                b.store(fma(b, off, total, b.load(shifts[i, j], typ=t.f32)), shifts[i, j])
 
     def at(self, matrix: Operand, row: ir.Value, column: ir.Value, kind: ir.Type) -> ir.Value:
         """The place of an element."""
         index = self.b.add(self.b.mul(row, matrix.columns), column)
         return element(self.b, matrix, index, kind)
-
-    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """One operation where the processor has it, else two."""
-        kind = "f32" if x.type == self.t.f32 else f"v{self.width}f32"
-        return intrinsic(self.b, f"llvm.fmuladd.{kind}", x.type, x, y, z)
-
-
-def _each(like: ir.Value, value: int) -> ir.Value:
-    """A number in all places of a vector of this kind."""
-    from llvmlite import ir
-
-    return ir.Constant(like.type, [value] * like.type.count)

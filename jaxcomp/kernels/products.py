@@ -17,7 +17,7 @@ from jax.interpreters import batching, mlir
 
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
-from jaxcomp.kernels.forms import BACKENDS, Images, Product, form_of
+from jaxcomp.kernels.forms import BACKENDS, Images, Product, floats_of, form_of
 from jaxcomp.kernels.llvm_convolution import llvm_convolution
 from jaxcomp.kernels.llvm_integers import llvm_integer_product
 from jaxcomp.kernels.llvm_products import llvm_product
@@ -60,8 +60,7 @@ def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: st
     ValueError: weight_only: the form 'mosaic' does not run on cpu here: it is for tpu; 'llvm' runs: ask for it...
     """
     rows = x.reshape(-1, w.length)
-    floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
-    y = _product(rows, w, _Asked(jax.numpy.dtype(dtype or (x.dtype if floating else w.computed)), form))
+    y = _product(rows, w, _Asked(jax.numpy.dtype(dtype or floats_of(x.dtype, w)), form))
     return y.reshape(*x.shape[:-1], w.shape[-2])
 
 
@@ -143,7 +142,7 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window
     if form in _KERNELS:
         assert blocks is not None
         kernel = partial(_KERNELS[form], blocks=blocks)
-        return lambda x, w: kernel(_floats(x, w), w)
+        return lambda x, w: kernel(x.astype(floats_of(x.dtype, w)), w)
     if form == "llvm":
         return _llvm
     run = _SUMS.get(backend, sums) if form == "sums" else _PLAIN[form]
@@ -152,11 +151,6 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window
 
 def _llvm(x: jax.Array, w: Weight) -> jax.Array:
     return llvm_sparse_product(x, w) if isinstance(w, SparseWeight) else llvm_product(x, w)
-
-
-def _floats(x: jax.Array, w: Weight) -> jax.Array:
-    """Activations, those in codes as floats."""
-    return x if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x.astype(w.computed)
 
 
 def _whole_convolution(x: jax.Array, w: SparseWeight, window: Window) -> jax.Array:

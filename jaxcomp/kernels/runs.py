@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxcomp.kernels.packing import FIELDS, PackedWeight
 
+V = TypeVar("V")
 Ref = Any
 """What a kernel reads and writes; jax has no public type for it."""
 
@@ -148,11 +149,11 @@ def short_runs(w: PackedWeight, least: int) -> str | None:
     )
 
 
-def once(load: Callable[[int], jax.Array]) -> Callable[[int], jax.Array]:
+def once(load: Callable[[int], V]) -> Callable[[int], V]:
     """``load``, called once for each offset: what two runs read is held."""
-    held: dict[int, jax.Array] = {}
+    held: dict[int, V] = {}
 
-    def loaded(offset: int) -> jax.Array:
+    def loaded(offset: int) -> V:
         if offset not in held:
             held[offset] = load(offset)
         return held[offset]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax import export
 
 from jaxcomp.kernels import KVCache, kv_cache, llvm_calls
-from jaxcomp.kernels.llvm_attention import BLOCK, MOST, refusal
+from jaxcomp.kernels.llvm_attention import MOST, refusal
+from jaxcomp.kernels.llvm_heads import BLOCK
 from jaxcomp.quantization import E2M1, E2M3, E4M3, E5M2, NF4, Int
 from tests.kernels.attention import Seen, oracle
 from tests.marks import quick
