@@ -6,7 +6,7 @@ multiplied as floats: a group's sums are below 2^24, which float32 holds exactly
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -69,10 +69,16 @@ def _numbers(x: Factor) -> jax.Array:
 
 
 def packed_product(op: Op, a: Factor, b: Factor) -> jax.Array:
-    """The result of a dot of two factors, one of them packed, in the equation's own type."""
+    """The result of a dot of two factors, one of them packed, in the equation's own type.
+
+    A weight with one scale a feature gives the bits of the product of codes: sums meet both scales at once.
+    """
     side, x, w = _parts(a, b)
-    y = product_of_rows(in_rows(op, side, _numbers(x)), w, w.scale.dtype)
     contract = dot_numbers(op.eqn)[0][1 - side]
     shape = tuple(1 if i in contract else n for i, n in enumerate(x.codes.shape))
-    y = y * in_rows(op, side, jnp.broadcast_to(x.scale, shape)).astype(y.dtype)
+    scale = in_rows(op, side, jnp.broadcast_to(x.scale, shape)).astype(w.scale.dtype)
+    if w.scale.shape[-1] == 1:
+        scale = scale * w.scale.reshape(-1, 1, w.shape[-2])
+        w = replace(w, scale=jnp.ones_like(w.scale))
+    y = product_of_rows(in_rows(op, side, _numbers(x)), w, w.scale.dtype) * scale
     return in_result(op, side, y).astype(result_of(op).dtype)

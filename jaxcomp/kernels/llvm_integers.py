@@ -75,6 +75,7 @@ class _Integers(Tile):
     """Codes and activations are integers, summed in 32 bits."""
 
     together = 1
+    exact = True
 
     @property
     def kind(self) -> ir.Type:
@@ -90,9 +91,19 @@ class _Integers(Tile):
     def plus(self, total: ir.Value, part: ir.Value) -> ir.Value:
         return self.b.add(total, part)
 
-    def number(self, total: ir.Value) -> ir.Value:
-        name = f"llvm.vector.reduce.add.v{self.width}i32"
-        return self.b.sitofp(intrinsic(self.b, name, self.t.i32, total), self.t.f32)
+    def number(self, total: ir.Value, cell: Cell) -> ir.Value:
+        b, t, (row, feature) = self.b, self.t, cell
+        number = intrinsic(b, f"llvm.vector.reduce.add.v{self.width}i32", t.i32, total)
+        if self.sums:
+            off = t.i32(int(self.lowest))
+            if len(self.sums) > 1:
+                off = b.add(off, self._integer(self.sums[1], self.features[feature]))
+            number = b.sub(number, b.mul(off, self._integer(self.sums[0], self.rows[row])))
+        return b.sitofp(number, t.f32)
+
+    def _integer(self, column: Operand, row: ir.Value) -> ir.Value:
+        """One of a column of floats that are small integers."""
+        return self.b.fptosi(self.b.load(self.at(column, row, self.t.word(0), self.t.f32), typ=self.t.f32), self.t.i32)
 
     def float_of(self, part: ir.Value) -> ir.Value:
         return self.b.sitofp(part, self.floats)

@@ -69,7 +69,7 @@ class _Floats(Tile):
     def plus(self, total: ir.Value, part: ir.Value) -> ir.Value:
         return self.b.fadd(total, part)
 
-    def number(self, total: ir.Value) -> ir.Value:
+    def number(self, total: ir.Value, cell: Cell) -> ir.Value:
         return added(self.b, total)
 
     def float_of(self, part: ir.Value) -> ir.Value:

@@ -130,9 +130,11 @@ class Tile(ABC):
 
     Attributes:
       together: features that share the activations of a panel that lie in registers.
+      exact: whether codes of one scale are summed without rounding.
     """
 
     together: ClassVar[int]
+    exact: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -171,8 +173,8 @@ class Tile(ABC):
         """Both of this kind."""
 
     @abstractmethod
-    def number(self, total: ir.Value) -> ir.Value:
-        """The sum of such a vector, a float."""
+    def number(self, total: ir.Value, cell: Cell) -> ir.Value:
+        """The sum of such a vector, a float; if tiles are exact of what codes stand for, less their zero points."""
 
     @abstractmethod
     def float_of(self, part: ir.Value) -> ir.Value:
@@ -206,14 +208,13 @@ class Tile(ABC):
                     total = b.load(place, typ=kept)
                     total = self.plus(total, part) if single else fma(b, scales[cell[1]], self.float_of(part), total)
                     b.store(total, place)
-        if self.sums:
+        if self.sums and not (single and self.exact):
             with counted(b, t.word(0), self.scale.columns) as group:
                 self._shifted(group, shifts)
         for i, j in cells:
             each = [b.load(place, typ=kept) for place in totals[i, j]]
             total = reduce(b.fadd, each) if slots > 1 else each[0]
-            scale = self._scale(self.features[j], t.word(0)) if single else None
-            value = added(b, total) if scale is None else b.fmul(self.number(total), scale)
+            value = b.fmul(self.number(total, (i, j)), self.scale_at(j)) if single else added(b, total)
             value = b.fadd(value, b.load(shifts[i, j], typ=t.f32))
             b.store(value, self.at(self.out, self.rows[i], self.features[j], t.f32))
 
@@ -249,6 +250,10 @@ class Tile(ABC):
     def _wide_scales(self, group: ir.Value) -> list[ir.Value]:
         """Vectors, one a feature."""
         return [everywhere(self.b, self._scale(feature, group), self.width) for feature in self.features]
+
+    def scale_at(self, j: int) -> ir.Value:
+        """The only scale of a feature."""
+        return self._scale(self.features[j], self.t.word(0))
 
     def _scale(self, feature: ir.Value, group: ir.Value) -> ir.Value:
         return self.b.load(self.at(self.scale, feature, group, self.t.f32), typ=self.t.f32)
