@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomp.activations.factors import EXACT, Factor, total
-from jaxcomp.core.types import DType
+from jaxcomp.core.types import DType, Shape
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
 
@@ -107,25 +107,29 @@ def _holding(x: Factor) -> DType:
 
 def _run(op: Op, form: Form, x: Factor, kernel: Factor) -> jax.Array:
     """``Σ (a - za) sa b sb == sa sb (Σ a b - za Σ b)``."""
-    numbers, factors = op.eqn.params["dimension_numbers"], (x, kernel)
-    specs = numbers.lhs_spec, numbers.rhs_spec
-
-    def placed(v: jax.Array, side: int) -> jax.Array:
-        """In the result's axes: images of the one, features of the other."""
-        v = spread(v, factors[side].codes.shape)
-        shape = [1] * v.ndim
-        shape[numbers.out_spec[side]] = v.shape[specs[side][0]]
-        return v.reshape(shape)
-
-    scale = placed(x.scale, 0) * placed(kernel.scale, 1)
+    numbers, scale = op.eqn.params["dimension_numbers"], scale_of(op, x, kernel)
     if form.floats is not None:
         x = Factor(_differences(x).astype(form.floats), x.scale, None, x.reach)
         kernel = Factor(kernel.codes.astype(form.floats), kernel.scale, None, kernel.reach)
     sums = _sums(op, form, x, kernel)
     if x.zero is not None:
-        share = placed(x.zero, 0) * placed(total(kernel.codes, tuple(numbers.rhs_spec[1:])), 1)
+        totals = total(kernel.codes, tuple(numbers.rhs_spec[1:]))
+        share = _placed(op, 0, x.zero, x.codes.shape) * _placed(op, 1, totals, kernel.codes.shape)
         sums = sums - share.astype(sums.dtype)
     return sums.astype(scale.dtype) * scale
+
+
+def scale_of(op: Op, x: Factor, kernel: Factor) -> jax.Array:
+    """What the sums of products of codes are multiplied by, in the result's axes."""
+    return _placed(op, 0, x.scale, x.codes.shape) * _placed(op, 1, kernel.scale, kernel.codes.shape)
+
+
+def _placed(op: Op, side: int, v: jax.Array, shape: Shape) -> jax.Array:
+    """What an operand of this shape has one of an image, or of a feature, in the result's axes."""
+    numbers, v = op.eqn.params["dimension_numbers"], spread(v, shape)
+    placed = [1] * v.ndim
+    placed[numbers.out_spec[side]] = v.shape[(numbers.lhs_spec, numbers.rhs_spec)[side][0]]
+    return v.reshape(placed)
 
 
 def _differences(x: Factor) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxcomp.activations.reasons import UNQUANTIZED, Why
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params
-from jaxcomp.kernels.leaves import Prepared
+from jaxcomp.kernels.leaves import Laid
 from jaxcomp.kernels.sparse_leaves import PreparedSparse
 from jaxcomp.quantization.learned import Learned
 from jaxcomp.quantization.leaves import Quantized
@@ -58,7 +58,7 @@ def unmet(planned: tuple[Planned, ...], seen: Seen, params: Params) -> dict[str,
 
 def _is_quantized(leaf: object) -> bool:
     """Whether it holds codes of a grid, or will: under a mask, or in factors, too."""
-    coded = Quantized | Prepared | PreparedSparse | Learned
+    coded = Quantized | Laid | Learned
     found = (x for x in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, coded)) if isinstance(x, coded))
     return any(not isinstance(x, PreparedSparse) or x.grid is not None for x in found)
 

@@ -19,11 +19,12 @@ from jaxcomp.activations.reasons import Record
 from jaxcomp.core.leaves import is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.types import Params, Shape
-from jaxcomp.kernels.forms import Images, forms_of, runs_in_turn
+from jaxcomp.kernels.forms import Images, Weight, forms_of, runs_in_turn
 from jaxcomp.kernels.leaves import Axes, Laid, restored, scale_shape, without_first
+from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
-from jaxcomp.kernels.products import Weight, convolution, weight_only
-from jaxcomp.kernels.sparse import SparseWeight
+from jaxcomp.kernels.products import Matrix, convolution, weight_only
 from jaxcomp.kernels.windows import channels_last, window_of
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
@@ -67,7 +68,7 @@ class Carried:
         if grid is None or grid.code_range is None:
             return self.dense()
         shape, axes = self._here()
-        group, offset = (w.length, None) if isinstance(w, SparseWeight) else (w.group, w.zero)
+        group, offset = (w.group, w.zero) if isinstance(w, PackedWeight) else (w.length, None)
         scales = scale_shape(shape, axes, group)
         numbers = restored(w.numbers(), shape, axes)
         scale, zero = (None if v is None else restored(v, scales, axes) for v in (w.scale, offset))
@@ -157,6 +158,7 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
             return _on_arrays(planned)(*values)
         if planned.site.kind == "conv":
             return [_convolved(planned, x, value.weight, record)]
+        assert not isinstance(value.weight, PanelWeight)
         rows = in_rows(op, side, x)
         record(planned.site.path, "weight-only", None, forms_of(rows.shape[1], x.dtype, value.weight))
         return [in_result(op, side, product_of_rows(rows, value.weight, result_of(op).dtype))]
@@ -166,7 +168,7 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
 
 def _convolved(planned: Planned, x: jax.Array, w: Weight, record: Record) -> jax.Array:
     op, numbers = planned.op, planned.op.eqn.params["dimension_numbers"]
-    assert isinstance(w, SparseWeight)
+    assert not isinstance(w, PackedWeight)
     images = jnp.transpose(x, channels_last(numbers.lhs_spec))
     window, result = window_of(op), result_of(op)
     given = Images(images.shape, window)
@@ -192,7 +194,7 @@ def in_result(op: Op, side: int, y: jax.Array) -> jax.Array:
     return (y if side == 1 else jnp.swapaxes(y, -1, -2)).reshape(result_of(op).shape)
 
 
-def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
+def product_of_rows(x: jax.Array, w: Matrix, dtype: jnp.dtype) -> jax.Array:
     """``(shared, rows, features)`` of activations ``(shared, rows, length)``."""
     run = partial(weight_only, dtype=dtype)
     if not w.lead:
@@ -202,7 +204,7 @@ def product_of_rows(x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
     if not runs_in_turn(x.shape[1], x.dtype, w):
         return at_once(x, apart)
 
-    def in_turn(x: jax.Array, w: Weight) -> jax.Array:
+    def in_turn(x: jax.Array, w: Matrix) -> jax.Array:
         """For kernels, which take one matrix."""
         return jax.lax.map(lambda both: run(*both), (x, w))
 

@@ -3,6 +3,8 @@
 from jaxcomp.kernels.cache import KVCache, kv_cache
 from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.panel_leaves import PreparedKernel
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.prepare import prepare
 from jaxcomp.kernels.products import weight_only
 from jaxcomp.kernels.sparse import SparseWeight
@@ -11,7 +13,9 @@ from jaxcomp.kernels.sparse_leaves import PreparedSparse
 __all__ = [
     "KVCache",
     "PackedWeight",
+    "PanelWeight",
     "Prepared",
+    "PreparedKernel",
     "PreparedSparse",
     "SparseWeight",
     "kv_cache",

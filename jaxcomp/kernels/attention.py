@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching
+from jax.extend.core import ClosedJaxpr
 
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.llvm_attention import llvm_attention, refusal
-from jaxcomp.kernels.lowering import lower_by
+from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.rows import CodedRows
 from jaxcomp.trace.primitives import ATTENTION
 
@@ -125,41 +124,20 @@ def _kernel(given: Given, how: How) -> jax.Array:
     return llvm_attention(given.q.astype(jnp.float32) * how.scale, given.keys, given.values, seen, bounds, given.layer)
 
 
-_primitive = Primitive(ATTENTION)
-_primitive.multiple_results = True
-
-
 @cache
 def _jitted(tree: PyTree, how: How) -> Callable[..., list[jax.Array]]:
     return jax.jit(lambda *leaves: [attend_rows(jax.tree.unflatten(tree, leaves), how)])
 
 
-def _run(*leaves: jax.Array, **static: Unpack[_Static]) -> list[jax.Array]:
-    return jaxpr_as_fun(static["jaxpr"])(*leaves)
-
-
-def _derived(primals: Sequence[jax.Array], tangents: Sequence[Any], **static: Unpack[_Static]) -> Any:
-    return jax.jvp(partial(_run, **static), primals, [ad.instantiate_zeros(t) for t in tangents])
-
-
-def _batched(
-    leaves: Sequence[jax.Array], axes: Sequence[int | None], **static: Unpack[_Static]
-) -> tuple[list[jax.Array], list[int]]:
-    return jax.vmap(partial(_run, **static), tuple(axes))(*leaves), [0]
-
-
 def _for_cpu(*leaves: jax.Array, **static: Unpack[_Static]) -> list[jax.Array]:
     given: Given = jax.tree.unflatten(static["tree"], leaves)
     if refusal(given.q.shape[2] * given.q.shape[3], given.q.dtype, given.keys, given.values):
-        return _run(*leaves, **static)
+        return run_call(*leaves, **static)
     return [_kernel(given, static["how"])]
 
 
-_primitive.def_abstract_eval(lambda *avals, **static: static["jaxpr"].out_avals)
+_primitive = call_in_one_piece(ATTENTION, _for_cpu)
 _primitive.def_impl(lambda *leaves, **static: _jitted(static["tree"], static["how"])(*leaves))
-ad.primitive_jvps[_primitive] = _derived
-batching.primitive_batchers[_primitive] = _batched
-lower_by(_primitive, _run, _for_cpu)
 
 
 def _plain(given: Given, how: How) -> jax.Array:

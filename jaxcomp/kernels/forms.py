@@ -17,6 +17,7 @@ from jaxcomp.core.types import DType, Shape
 from jaxcomp.kernels import (
     llvm_convolution,
     llvm_integers,
+    llvm_panels,
     llvm_products,
     llvm_sparse,
     pallas_mosaic,
@@ -24,10 +25,13 @@ from jaxcomp.kernels import (
 )
 from jaxcomp.kernels.blocks import MANY, shape_class
 from jaxcomp.kernels.packing import PackedWeight
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import summable
 from jaxcomp.kernels.windows import Window
 
+Weight = PackedWeight | SparseWeight | PanelWeight
+"""What multiplies activations: a matrix, or the kernel of a convolution."""
 BACKENDS = ("cpu", "cuda", "rocm", "tpu")
 """Those that the table names; another is served by the rows for all."""
 ANY = "*"
@@ -48,6 +52,8 @@ TABLE = (
     Row(ANY, "codes by bytes", ANY, ("dot",)),
     Row("cpu", "sparse", ANY, ("llvm", "whole")),
     Row(ANY, "sparse", ANY, ("whole",)),
+    Row("cpu", "panels", ANY, ("llvm", "whole")),
+    Row(ANY, "panels", ANY, ("whole",)),
     Row("cpu", ANY, "one", ("llvm", "sums", "chunks", "whole")),
     Row("cpu", ANY, "few", ("llvm", "chunks", "whole")),
     Row("cpu", ANY, ANY, ("chunks", "whole")),
@@ -59,12 +65,12 @@ TABLE = (
     Row(ANY, ANY, "one", ("sums", "whole")),
     Row(ANY, ANY, ANY, ("whole",)),
 )
-"""First match wins. Types are of the weight "bytes", 8 bits with one scale a feature, "packed", or "sparse", with
-positions; of the activations "codes", integers, and of both "codes by bytes"."""
+"""First match wins. Types are of the weight "bytes", 8 bits with one scale a feature, "packed", "sparse", with
+positions, or "panels", of features; of the activations "codes", integers, and of both "codes by bytes"."""
 
 
 class Images(NamedTuple):
-    """What a sparse kernel convolves: the images' shape, channels last, and how it goes."""
+    """What a kernel convolves: the images' shape, channels last, and how it goes."""
 
     shape: Shape
     window: Window
@@ -90,7 +96,7 @@ class Product(NamedTuple):
 
     rows: int
     dtype: DType
-    weight: PackedWeight | SparseWeight
+    weight: Weight
     kept: bool = False
     parted: bool = False
     device: str = ""
@@ -107,7 +113,7 @@ class Product(NamedTuple):
         return floats_of(self.dtype, self.weight)
 
 
-def floats_of(dtype: DType, w: PackedWeight | SparseWeight) -> DType:
+def floats_of(dtype: DType, w: Weight) -> DType:
     """The type of activations as floats: their own, or of codes that of the weight's sums."""
     return w.computed if jnp.issubdtype(dtype, jnp.integer) else dtype
 
@@ -115,7 +121,7 @@ def floats_of(dtype: DType, w: PackedWeight | SparseWeight) -> DType:
 class Form(NamedTuple):
     """A way to run a product: on which backends, and why it cannot run one there; None if it can.
 
-    It takes packed weights, or any weight: sparse ones too.
+    It takes packed weights, or any weight.
     """
 
     backends: frozenset[str]
@@ -168,8 +174,17 @@ def _triton(p: Product) -> str | None:
 
 
 def _llvm(p: Product) -> str | None:
-    why = _kernel(llvm_sparse.refusal if isinstance(p.weight, SparseWeight) else llvm_products.refusal, _FLOATS)(p)
-    return why or (None if p.images is None else llvm_convolution.refusal(*p.images))
+    why = _kernel(_LLVM[type(p.weight)], _FLOATS)(p)
+    if why or p.images is None or not isinstance(p.weight, SparseWeight):
+        return why
+    return llvm_convolution.refusal(*p.images)
+
+
+_LLVM: Mapping[type, Callable[[Any], str | None]] = {
+    PackedWeight: llvm_products.refusal,
+    SparseWeight: llvm_sparse.refusal,
+    PanelWeight: llvm_panels.refusal,
+}
 
 
 _FLOATS = frozenset(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
@@ -232,10 +247,10 @@ def _fits(row: Row, backend: str, p: Product) -> bool:
 
 def _types(p: Product) -> tuple[str, ...]:
     """All names that the table has for the types of a product."""
-    if isinstance(p.weight, SparseWeight):
-        weight = "sparse"
-    else:
+    if isinstance(p.weight, PackedWeight):
         weight = "bytes" if p.weight.bits == 8 and p.weight.scale.shape[-1] == 1 else "packed"
+    else:
+        weight = "sparse" if isinstance(p.weight, SparseWeight) else "panels"
     return (ANY, weight, "codes", f"codes by {weight}") if p.in_codes else (ANY, weight)
 
 
@@ -243,12 +258,13 @@ def _refusal(name: str, backend: str, p: Product) -> str | None:
     form = FORMS[name]
     if not form.backends & {ANY, backend}:
         return f"it is for {', '.join(sorted(form.backends))}"
-    if isinstance(p.weight, SparseWeight) and not form.any_weight:
-        return "it is for packed codes, and the weight is sparse"
+    if not isinstance(p.weight, PackedWeight) and not form.any_weight:
+        kind = "sparse" if isinstance(p.weight, SparseWeight) else "the kernel of a convolution"
+        return f"it is for packed matrices, and the weight is {kind}"
     return form.refusal(p)
 
 
-def runs_in_turn(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> bool:
+def runs_in_turn(rows: int, dtype: DType, w: Weight) -> bool:
     """Whether stacked weights are multiplied one after another on a CPU, whose forms take one matrix.
 
     Floats by packed codes for many rows are not: XLA's product of all at once is as fast.
@@ -257,12 +273,12 @@ def runs_in_turn(rows: int, dtype: DType, w: PackedWeight | SparseWeight) -> boo
     return w.lead > 0 and not (floats and isinstance(w, PackedWeight) and shape_class(rows) == MANY)
 
 
-def _first(w: PackedWeight | SparseWeight) -> PackedWeight | SparseWeight:
+def _first(w: Weight) -> Weight:
     """Of stacked weights the shapes of one."""
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[w.lead :], v.dtype), w)
 
 
-def forms_of(rows: int, dtype: DType, w: PackedWeight | SparseWeight, images: Images | None = None) -> str:
+def forms_of(rows: int, dtype: DType, w: Weight, images: Images | None = None) -> str:
     """The forms of a product, or of a convolution of images, by backend, in words.
 
     >>> from jaxcomp.quantization.grids import Int

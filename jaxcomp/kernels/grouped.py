@@ -70,8 +70,10 @@ def _own(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
 
 def _for_cpu(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     there = x.size and kernel.size and jax.eval_shape(partial(_own, **params), x, kernel).size
-    run = shifted if there and few_shifts(kernel.shape, params) else _own
-    return run(x, kernel, **params).astype(params["preferred_element_type"] or x.dtype)
+    if not there or not few_shifts(kernel.shape, params):
+        return _own(x, kernel, **params).astype(params["preferred_element_type"] or x.dtype)
+    # Once: XLA would cut a kernel out of its packed bytes anew for each window that it meets.
+    return shifted(x, lax.optimization_barrier(kernel), **params).astype(params["preferred_element_type"] or x.dtype)
 
 
 def _own_gradient(x: jax.Array, g: jax.Array, *, kernel: Shape, **params: Any) -> jax.Array:

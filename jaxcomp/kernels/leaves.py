@@ -15,6 +15,7 @@ from jaxcomp.core.packed import compressed_leaf, unpacked
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.core.wrappers import Masked
 from jaxcomp.kernels.packing import PackedWeight, pack_blocks
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.quantization.grids import Numbers
 from jaxcomp.quantization.leaves import Quantized
@@ -50,7 +51,7 @@ class Laid(CompressedLeaf):
 
     @property
     @abstractmethod
-    def weight(self) -> PackedWeight | SparseWeight:
+    def weight(self) -> PackedWeight | SparseWeight | PanelWeight:
         """As kernels take it."""
 
     @property
@@ -118,13 +119,13 @@ def restored(x: jax.Array, shape: Shape, axes: Axes) -> jax.Array:
 
 def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
     """A quantized leaf, masked or not, laid out for a site, or why it cannot be."""
-    why = _refusal(leaf)
+    why = no_codes(leaf)
     if why:
         return why
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)
     assert isinstance(inner, Quantized)
     inner = inner.pack()
-    stored = _raw(inner, None if mask is None else unpacked(mask))
+    stored = raw_codes(inner, None if mask is None else unpacked(mask))
     summed = axes[2]
     sizes = [inner.shape[i] for i in summed]
     length = math.prod(sizes)
@@ -157,7 +158,7 @@ def prepared(leaf: CompressedLeaf, axes: Axes, site: str) -> Prepared | str:
     )
 
 
-def _refusal(leaf: CompressedLeaf) -> str:
+def no_codes(leaf: CompressedLeaf) -> str:
     """Why a leaf has no codes that are its values but for scale and zero point; empty where it has."""
     inner = leaf.values if isinstance(leaf, Masked) else leaf
     if not isinstance(inner, Quantized):
@@ -170,7 +171,7 @@ def _refusal(leaf: CompressedLeaf) -> str:
     return "" if inner.size else "it is empty"
 
 
-def _raw(leaf: Quantized, mask: jax.Array | None) -> jax.Array:
+def raw_codes(leaf: Quantized, mask: jax.Array | None) -> jax.Array:
     """Codes from 0 on of a packed leaf, uint8, with that of 0 where the mask hides."""
     codes = unpacked(leaf.codes)
     lowest = leaf.grid.code_range is not None and leaf.grid.code_range[0] != 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
+import jax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 
 def is_kept(ctx: mlir.LoweringRuleContext) -> bool:
@@ -40,3 +41,38 @@ def lower_by(primitive: Primitive, own: Callable[..., Any], cpu: Callable[..., A
 
     mlir.register_lowering(primitive, mlir.lower_fun(own, multiple_results=several))
     mlir.register_lowering(primitive, on_cpu, platform="cpu")
+
+
+def call_in_one_piece(name: str, cpu: Callable[..., list[jax.Array]]) -> Primitive:
+    """A primitive that calls its parameter ``jaxpr``, a closed one, on its operands; a CPU may have a form of its own.
+
+    Readers of programs look into it, and where it is differentiated, mapped or run at once, the jaxpr is.
+
+    Args:
+      name: the primitive's, one of ``jaxcomp.trace.primitives.PIECES``.
+      cpu: gives the same results of the same operands and parameters.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(lambda *avals, **params: params["jaxpr"].out_avals)
+    primitive.def_impl(run_call)
+    ad.primitive_jvps[primitive] = _derived
+    batching.primitive_batchers[primitive] = _batched
+    lower_by(primitive, run_call, cpu)
+    return primitive
+
+
+def run_call(*operands: jax.Array, jaxpr: ClosedJaxpr, **params: Any) -> list[jax.Array]:
+    """What such a primitive gives, in JAX's own operations."""
+    return jaxpr_as_fun(jaxpr)(*operands)
+
+
+def _derived(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
+    return jax.jvp(partial(run_call, **params), primals, [ad.instantiate_zeros(t) for t in tangents])
+
+
+def _batched(
+    operands: Sequence[jax.Array], axes: Sequence[int | None], **params: Any
+) -> tuple[list[jax.Array], list[int]]:
+    results = jax.vmap(partial(run_call, **params), tuple(axes))(*operands)
+    return results, [0] * len(results)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from jaxcomp.core.leaves import CompressedLeaf, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
+from jaxcomp.core.roles import CONTRACTED
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.kernels.leaves import Axes, Laid, prepared
 from jaxcomp.kernels.llvm_calls import missing
+from jaxcomp.kernels.panel_leaves import PreparedKernel, prepared_kernel
 from jaxcomp.kernels.sparse_leaves import prepared_sparse
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import BARRED
@@ -89,9 +92,22 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
             return found
         why = f"{found}; "
     if site.kind == "conv":
-        return f"{why}it is the kernel of a convolution, which sparse= alone prepares"
-    packed = on_any_mesh(prepared)(leaf, axes, site.path)
+        packed: Laid | str = on_any_mesh(_kernel)(leaf, axes, site)
+    else:
+        packed = on_any_mesh(prepared)(leaf, axes, site.path)
     return f"{why}{packed}" if isinstance(packed, str) else packed
+
+
+def _kernel(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | str:
+    """A leaf laid out for a convolution, or why it is not."""
+    if why := missing():
+        return f"it is the kernel of a convolution, whose code is compiled here, and {why}"
+    if site.groups > 1:
+        return "it is the kernel of a convolution in groups"
+    assert site.weight is not None
+    kernel = site.operands[site.weight]
+    channels = math.prod(n for n, role in zip(kernel.shape, kernel.roles, strict=True) if role == CONTRACTED)
+    return prepared_kernel(leaf, axes, site.path, channels)
 
 
 def check_layout(owner: str, path: str, leaf: Laid, wanted: list[tuple[Site, Axes]]) -> None:

@@ -17,25 +17,28 @@ from jax.interpreters import batching, mlir
 
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.blocks import Blocks, blocks_for
-from jaxcomp.kernels.forms import BACKENDS, Images, Product, floats_of, form_of
+from jaxcomp.kernels.forms import BACKENDS, Images, Product, Weight, floats_of, form_of
 from jaxcomp.kernels.llvm_convolution import llvm_convolution
 from jaxcomp.kernels.llvm_integers import llvm_integer_product
+from jaxcomp.kernels.llvm_panels import llvm_panel_product
 from jaxcomp.kernels.llvm_products import llvm_product
 from jaxcomp.kernels.llvm_sparse import llvm_sparse_product
 from jaxcomp.kernels.lowering import is_kept, is_parted
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.pallas_mosaic import mosaic_product
 from jaxcomp.kernels.pallas_triton import triton_product
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.weight_only import chunks, dot_of_bytes, in_step, sums, sums_of_bytes, whole
 from jaxcomp.kernels.weight_only import weight_only as plain
 from jaxcomp.kernels.windows import Window
 
-Weight = PackedWeight | SparseWeight
+Matrix = PackedWeight | SparseWeight
+Kernel = SparseWeight | PanelWeight
 Run = Callable[[jax.Array, Any], jax.Array]
 
 
-def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: str | None = None) -> jax.Array:
+def weight_only(x: jax.Array, w: Matrix, *, dtype: DType | None = None, form: str | None = None) -> jax.Array:
     """``x @ values(w).T``, with sums in float32 at least, in the form that the table has for where it runs.
 
     Its gradient is that of the plain forms. Over stacked weights, in ``jax.vmap``, the plain forms run.
@@ -65,7 +68,7 @@ def weight_only(x: jax.Array, w: Weight, *, dtype: DType | None = None, form: st
 
 
 def convolution(
-    x: jax.Array, w: SparseWeight, window: Window, *, dtype: DType | None = None, form: str | None = None
+    x: jax.Array, w: Kernel, window: Window, *, dtype: DType | None = None, form: str | None = None
 ) -> jax.Array:
     """The convolution by ``values(w)``, in the form that the table has for where it runs, as :func:`weight_only` is.
 
@@ -101,8 +104,8 @@ class _Asked(NamedTuple):
     def plain(self, x: jax.Array, w: Weight) -> jax.Array:
         """The product in the plain forms."""
         if self.window is None:
+            assert not isinstance(w, PanelWeight)
             return plain(x, w, dtype=self.dtype)
-        assert isinstance(w, SparseWeight)
         return _whole_convolution(x, w, self.window).astype(self.dtype)
 
 
@@ -132,10 +135,10 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window
       form: its name.
       backend: where it will run.
       blocks: for a kernel.
-      window: of a convolution, which is of images by a sparse kernel.
+      window: of a convolution, which is of images by a sparse kernel or one in panels.
     """
     if window is not None:
-        convolve = llvm_convolution if form == "llvm" else _whole_convolution
+        convolve = _llvm_convolution if form == "llvm" else _whole_convolution
         return lambda x, w: convolve(x, w, window)
     if form in _CODES:
         return _CODES[form]
@@ -149,11 +152,15 @@ def run_of(form: str, backend: str, blocks: Blocks | None = None, window: Window
     return lambda x, w: run(*in_step(x.astype(w.computed), w))
 
 
-def _llvm(x: jax.Array, w: Weight) -> jax.Array:
+def _llvm(x: jax.Array, w: Matrix) -> jax.Array:
     return llvm_sparse_product(x, w) if isinstance(w, SparseWeight) else llvm_product(x, w)
 
 
-def _whole_convolution(x: jax.Array, w: SparseWeight, window: Window) -> jax.Array:
+def _llvm_convolution(x: jax.Array, w: Kernel, window: Window) -> jax.Array:
+    return llvm_convolution(x, w, window) if isinstance(w, SparseWeight) else llvm_panel_product(x, w, window)
+
+
+def _whole_convolution(x: jax.Array, w: Weight, window: Window) -> jax.Array:
     return window.convolved(x.astype(w.computed), w.values())
 
 

@@ -50,6 +50,23 @@ class Window:
         """Of images of this shape."""
         return (shape[0], *self.windows(shape[1:-1]), features)
 
+    def sources(self, spatial: Sequence[int]) -> np.ndarray:
+        """``(windows, taps)``: which pixel of an image each element of the kernel meets, -1 for a zero; int32.
+
+        >>> Window((3,), strides=(2,), padding=((1, 1),), dilation=(1,), base=(1,), groups=1).sources([4]).tolist()
+        [[-1, 0, 1], [1, 2, 3]]
+        """
+        rank, windows = len(self.kernel), self.windows(spatial)
+        found, there = np.zeros([1] * 2 * rank, np.int32), np.ones([1] * 2 * rank, bool)
+        for axis, n in enumerate(spatial):
+            base, low, taps = self.base[axis], self.padding[axis][0], np.arange(self.kernel[axis]) * self.dilation[axis]
+            at = np.add.outer(np.arange(windows[axis]) * self.strides[axis] - low, taps)
+            shape = [1] * 2 * rank
+            shape[axis], shape[rank + axis] = at.shape
+            met = ((at >= 0) & (at % base == 0) & (at // base < n)).reshape(shape)
+            found, there = found * n + (at // base).reshape(shape), there & met
+        return np.where(there, found, -1).astype(np.int32).reshape(math.prod(windows), math.prod(self.kernel))
+
     def convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The convolution by a dense kernel ``(features, length)``, its elements before the channels of a group."""
         axes = "".join(chr(ord("a") + i) for i in range(len(self.kernel)))

@@ -14,7 +14,7 @@ from jaxcomp.core import meshes
 from jaxcomp.core.types import PyTree
 from jaxcomp.trace import layouts, nested, walk
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.primitives import ATTENTION, CALLS, CUSTOM_RULE
+from jaxcomp.trace.primitives import CALLS, CUSTOM_RULE, PIECES
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, Value
 
@@ -83,7 +83,7 @@ class Opened(NamedTuple):
 
 Reopen = Callable[["Evaluator", Opened], Outcome]
 """Runs an equation whose inner jaxprs are evaluated anew; see ``control_flow.reopen``."""
-INLINED = (CALLS - CUSTOM_RULE - {ATTENTION}) | {"scan"}
+INLINED = (CALLS - CUSTOM_RULE - PIECES) | {"scan"}
 
 
 class Evaluator:

@@ -8,7 +8,11 @@ def _named(names: str) -> frozenset[str]:
 
 
 ATTENTION = "attend_rows"
-"""Of queries to a cache of codes (:mod:`jaxcomp.kernels.attention`): a call that a backend may run in one piece."""
+"""Of queries to a cache of codes (:mod:`jaxcomp.kernels.attention`)."""
+CODED_CONVOLUTION = "convolve_codes"
+"""Of images in codes by a prepared kernel (:mod:`jaxcomp.activations.panel_products`)."""
+PIECES = frozenset({ATTENTION, CODED_CONVOLUTION})
+"""Calls that a backend may run in one piece."""
 CALLS = frozenset(
     {
         "jit",
@@ -20,7 +24,7 @@ CALLS = frozenset(
         "checkpoint",
         "custom_jvp_call",
         "custom_vjp_call",
-        ATTENTION,
+        *PIECES,
     }
 )
 """Equations that run one inner jaxpr, their parameter ``jaxpr`` or ``call_jaxpr``, on exactly their operands."""

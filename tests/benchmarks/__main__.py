@@ -36,6 +36,7 @@ NAMES = (
     "decode_lm",
     "sparse",
     "grouped",
+    "integer_networks",
     "export_onnx",
 )
 ON_A_DEVICE = (
@@ -49,7 +50,7 @@ ON_A_DEVICE = (
     "growth",
 )
 """Those that want an accelerator, packages that cannot be declared, trained networks, or much memory: by name only."""
-TOY = ("gpu", "decode", "sparse", "grouped", "coding", "column_solver", "sentences", "growth")
+TOY = ("gpu", "decode", "sparse", "grouped", "integer_networks", "coding", "column_solver", "sentences", "growth")
 """Those that also run at toy size, which shows that they run and no more."""
 SECTIONED = ("gpu", "sparse", "mixed_precision", "sentences", "growth")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"

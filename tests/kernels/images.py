@@ -13,12 +13,12 @@ def images(*shape: int) -> np.ndarray:
 
 
 @st.composite
-def geometries(draw, fewest_groups: int):
+def geometries(draw, fewest_groups: int, most_groups: int = 3):
     """Windows, the shape of images, and a number of features."""
     rank, small = draw(st.integers(1, 2)), st.integers(1, 3)
     each = [draw(st.tuples(small, small, st.integers(-1, 3), st.integers(-1, 3), small, small)) for _ in range(rank)]
     kernel, strides, low, high, dilation, base = zip(*each, strict=True)
-    groups = draw(st.integers(fewest_groups, 3))
+    groups = draw(st.integers(fewest_groups, most_groups))
     w = Window(kernel, strides, tuple(zip(low, high, strict=True)), dilation, base, groups)
     return w, (draw(small), *(draw(st.integers(1, 6)) for _ in range(rank)), groups * draw(small)), groups * draw(small)
 

@@ -15,9 +15,10 @@ from jax import export
 from jaxcomp.kernels.blocks import TABLE as BLOCKS
 from jaxcomp.kernels.blocks import shape_class
 from jaxcomp.kernels.forms import BACKENDS, FORMS, TABLE, Product, form_of, forms_of
+from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.products import weight_only
 from jaxcomp.kernels.sparse import SparseWeight, sparse_parts
-from jaxcomp.quantization import NF4
+from jaxcomp.quantization import NF4, Int
 from tests.kernels.hardware import TRITON, an_h100
 from tests.kernels.weights import Case, activations, weight_of
 
@@ -25,11 +26,21 @@ BF16, INT = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8)
 INT4 = Case(1, 64, 256, 4, 128)
 WEIGHT, DENSE = weight_of(INT4)
 INT8, _ = weight_of(Case(1, 64, 256, 8))
+PANELS = PanelWeight(
+    codes=jnp.zeros((4, 4096), jnp.uint8),
+    scale=jnp.ones((64, 1)),
+    totals=jnp.zeros(64, jnp.int32),
+    grid=Int(8),
+    taps=4,
+    channels=64,
+    features=64,
+    dtype=jnp.dtype("float32"),
+)
 SPARSE = SparseWeight(*map(jnp.asarray, sparse_parts(np.eye(64), np.eye(64))), None, None, 64, jnp.dtype("float32"))
 
 
 def test_every_row_of_the_table_is_reached_and_names_what_there_is() -> None:
-    weights = {"bytes": INT8, "packed": WEIGHT, "sparse": SPARSE}
+    weights = {"bytes": INT8, "packed": WEIGHT, "sparse": SPARSE, "panels": PANELS}
     given = [(types, w, BF16) for types, w in weights.items()]
     given += [("codes", WEIGHT, INT), ("codes by bytes", INT8, INT)]
     found = set()

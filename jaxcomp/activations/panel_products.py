@@ -1,0 +1,92 @@
+"""Convolutions of activations in int8 by prepared kernels, as their bytes lie, where a CPU has code for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.convolutions import convolution, scale_of
+from jaxcomp.activations.factors import Factor
+from jaxcomp.activations.integer_products import integer_product
+from jaxcomp.activations.prepared import Carried
+from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.core.types import PyTree
+from jaxcomp.kernels.llvm_panels import llvm_panel_sums, refusal_of_codes
+from jaxcomp.kernels.lowering import call_in_one_piece
+from jaxcomp.kernels.panels import PanelWeight
+from jaxcomp.kernels.windows import Window, channels_last, window_of
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import CODED_CONVOLUTION
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "weight"], meta_fields=["reach"])
+@dataclass(frozen=True, kw_only=True)
+class PanelFactor(Factor):
+    """A factor that is a prepared kernel, too; its codes are made where they are read."""
+
+    weight: PanelWeight
+
+
+def panel_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
+    """The factors of a convolution with its kernel as it lies, or None where there is no code for it."""
+    w, (x, kernel) = given.weight if isinstance(given, Carried) else None, pair
+    if not isinstance(w, PanelWeight) or w.lead or x.codes.dtype != jnp.int8 or refusal_of_codes():
+        return None
+    if 0 in (*op.shapes[0], *op.shapes[1], *result_of(op).shape):
+        return None
+    return x, PanelFactor(codes=kernel.codes, scale=kernel.scale, zero=None, reach=kernel.reach, weight=w)
+
+
+FORMS = "integers on cpu, own on cuda, rocm and tpu"
+"""The forms of their product by backend, in words."""
+
+
+class _Given(NamedTuple):
+    """What is convolved: both factors, the kernel as it lies, and what sums are multiplied by."""
+
+    x: Factor
+    kernel: Factor
+    weight: PanelWeight
+    scale: jax.Array
+
+
+class _How(NamedTuple):
+    """What a convolution knows beside arrays: how it goes, and the order of axes of images and of the result."""
+
+    window: Window
+    images: tuple[int, ...]
+    result: tuple[int, ...]
+
+
+def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
+    """The result of a convolution by a kernel of :func:`panel_pair`, in the equation's own type."""
+    assert isinstance(kernel, PanelFactor)
+    plain, numbers = Factor(kernel.codes, kernel.scale, None, kernel.reach), op.eqn.params["dimension_numbers"]
+    given = _Given(x, plain, kernel.weight, scale_of(op, x, plain))
+    leaves, tree = jax.tree.flatten(given)
+    if explicit_mesh(leaves) is not None:
+        return integer_product(op, x, plain)
+
+    def own(*leaves: jax.Array) -> list[jax.Array]:
+        given: _Given = jax.tree.unflatten(tree, leaves)
+        return [convolution(op, given.x, given.kernel)]
+
+    how = _How(window_of(op), channels_last(numbers.lhs_spec), channels_last(numbers.out_spec))
+    (y,) = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
+    return y.astype(result_of(op).dtype)
+
+
+def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, **_: object) -> list[jax.Array]:
+    x, _, weight, scale = jax.tree.unflatten(tree, leaves)
+    zero = None if x.zero is None else x.zero.reshape(-1)
+    sums = llvm_panel_sums(jnp.transpose(x.codes, how.images), zero, weight, how.window)
+    return [jnp.transpose(sums, np.argsort(how.result).tolist()).astype(scale.dtype) * scale]
+
+
+_primitive = call_in_one_piece(CODED_CONVOLUTION, _for_cpu)

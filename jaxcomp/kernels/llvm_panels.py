@@ -1,0 +1,183 @@
+"""The convolution of images by a kernel in panels on a CPU, in LLVM code: of codes sums of products of integers.
+
+No window is gathered: an element of the kernel meets the channels of one pixel where they lie, as in the indirect
+convolutions of Dukhan, The Indirect Convolution Algorithm (2019). A few windows meet a panel of features at once, four
+bytes or two words of a window at all of them; what is multiplied is read once for all windows and all features of that.
+Products of bytes are added up by two, in 16 bits as often as these hold them; those of 8-bit weights are of words.
+Images of floats meet the numbers as floats, made where they are met.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.kernels.llvm_calls import Work, call, features, missing
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, loaded
+from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, Sums, Words
+from jaxcomp.kernels.panels import FEATURES, PanelWeight, unit
+from jaxcomp.kernels.windows import Window
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+MANY = 96
+"""Windows that a thread takes at a time, by one panel."""
+
+
+def refusal(w: PanelWeight) -> str | None:
+    """Why images of floats meet no such code of a kernel on the machine that is here; None if they do."""
+    if w.lead:
+        return f"the kernel is a stack of shape {w.shape}, and the code takes one"
+    if w.computed != jnp.float32:
+        return f"its sums are in float32, and the kernel's are {w.computed}"
+    return missing()
+
+
+def refusal_of_codes() -> str | None:
+    """Why images in codes meet no such code on the machine that is here; None if they do."""
+    if why := missing():
+        return why
+    if "avx2" not in features():
+        return "it is written for processors with AVX2"
+    if features() & {"avx512vnni", "avxvnni"}:
+        return "XLA's own convolution uses the dot products of bytes that this processor has"
+    return None
+
+
+def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window: Window) -> jax.Array:
+    """The convolution of ``x - zero`` by ``numbers(w)``, exact while it is within int32.
+
+    Args:
+      x: int8 ``(images, *spatial, channels)``.
+      zero: int32, one for all or one for each image, ``(images or 1,)``; None for 0.
+      w: of that many channels.
+      window: how it goes, of one group.
+
+    Returns:
+      int32 ``(images, *windows, features)``.
+    """
+    offset = jnp.zeros(1, jnp.int32) if zero is None else zero
+    if w.bits == 8:
+        numbers = x.astype(jnp.int16)
+        if zero is not None:
+            numbers = numbers - offset.astype(jnp.int16).reshape(-1, *[1] * (x.ndim - 1))
+        blank = jnp.zeros((1, w.filled), jnp.int16)
+    else:
+        numbers = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(128)
+        blank = jnp.broadcast_to((offset + 128).astype(jnp.uint8)[:, None], (offset.shape[0], w.filled))
+    y = _called(Words if w.bits == 8 else Bytes, numbers, blank, w, window)
+    if w.bits == 8:
+        return y
+    # Bytes are codes and 128.
+    return y - ((offset + 128)[:, None] * w.totals[None]).reshape(-1, *[1] * (x.ndim - 2), w.features)
+
+
+def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
+    """The convolution by ``values(w)`` with sums in float32.
+
+    Args:
+      x: ``(images, *spatial, channels)``, float.
+      w: of that many channels, that :func:`refusal` lets through.
+      window: how it goes, of one group.
+
+    Returns:
+      ``(images, *windows, features)``, float32.
+    """
+    y = _called(Floats, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
+    return y * w.scale.reshape(*[1] * (x.ndim - 1), w.features)
+
+
+def _called(kind: type[Sums], x: jax.Array, blank: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
+    """``(images, *windows, features)``: sums of a kind; ``blank`` is what lies around all images, or around each."""
+    images, *spatial, channels = x.shape
+    x, sources = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.filled - channels)]), window.sources(spatial)
+    of_all, panels = images * sources.shape[0], w.codes.shape[0]
+    number = jnp.arange(-(-of_all // MANY) * panels, dtype=jnp.int32)
+    first = number // panels * MANY
+    tasks = jnp.stack([number % panels, first, jnp.minimum(first + MANY, of_all)], 1)
+    work = Work(f"panels_{kind.__name__}_{w.bits}", partial(_panels, kind, w.bits), 1, by=4)
+    result = jax.ShapeDtypeStruct((of_all, panels * FEATURES), jnp.float32 if kind is Floats else jnp.int32)
+    y = call(work, result, x, blank, jnp.asarray(sources), w.codes, tasks)
+    return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
+
+
+class _At(NamedTuple):
+    """A window: its row among all, its image, and its row among the image's."""
+
+    row: ir.Value
+    image: ir.Value
+    window: ir.Value
+
+
+def _panels(
+    kind: type[Sums], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
+) -> None:
+    """Some tasks: a panel of features, and the windows from one to before another."""
+    *given, tasks, out = operands
+    t, sums = Types(), kind(bits, b)
+    group = _Group(sums, b, [*given, out])
+    with counted(b, first, last) as task:
+        panel, start, stop = (
+            b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(3)), t.word(i)), t.i32), t.i64) for i in range(3)
+        )
+        count = b.sdiv(b.add(b.sub(stop, start), t.word(sums.rows - 1)), t.word(sums.rows))
+        with counted(b, t.word(0), count) as number:
+            group.write(panel, b.add(start, b.mul(number, t.word(sums.rows))), stop)
+
+
+class _Group:
+    """Writes the code of a few windows by one panel."""
+
+    def __init__(self, sums: Sums, b: ir.IRBuilder, operands: list[Operand]) -> None:
+        self.sums, self.b, self.t = sums, b, Types()
+        self.x, self.blank, self.sources, self.codes, self.out = operands
+        self.pixels = b.sdiv(self.x.rows, b.sdiv(self.out.rows, self.sources.rows))  # of an image
+        self.blocks = b.sdiv(self.x.columns, self.t.word(unit(sums.bits)))
+
+    def write(self, panel: ir.Value, first: ir.Value, stop: ir.Value) -> None:
+        """The sums of windows from the first on; those behind the last one are the last again."""
+        b, t, taps = self.b, self.t, self.sources.columns
+        rows = self._rows(first, stop)
+        codes = element(b, self.codes, b.mul(panel, self.codes.columns), t.i8)
+        size = b.mul(self.blocks, t.word(self.sums.size))
+        self.sums.begin()
+        with counted(b, t.word(0), taps) as tap:
+            pixels = [self._pixel(row, tap) for row in rows]
+            here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
+            with self.sums.each(self.blocks) as block:
+                self.sums.add(block, here, pixels)
+        for i, row in enumerate(rows):
+            for half, total in enumerate(self.sums.ended(i)):
+                column = b.add(b.mul(panel, t.word(FEATURES)), t.word(half * VECTOR))
+                place = element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32)
+                b.store(total, place, align=4)
+
+    def _rows(self, first: ir.Value, stop: ir.Value) -> list[_At]:
+        b, t, windows = self.b, self.t, self.sources.rows
+        image = b.sdiv(first, windows)
+        found = [_At(first, image, b.sub(first, b.mul(image, windows)))]
+        for _ in range(self.sums.rows - 1):
+            at = found[-1]
+            row, window = b.add(at.row, t.word(1)), b.add(at.window, t.word(1))
+            over = b.icmp_signed("==", window, windows)
+            after = _At(row, b.add(at.image, b.zext(over, t.i64)), b.select(over, t.word(0), window))
+            there = b.icmp_signed("<", row, stop)
+            found.append(_At(*(b.select(there, new, old) for new, old in zip(after, at, strict=True))))
+        return found
+
+    def _pixel(self, at: _At, tap: ir.Value) -> ir.Value:
+        """Where the channels that an element of the kernel meets lie."""
+        b, t = self.b, self.t
+        index = b.add(b.mul(at.window, self.sources.columns), tap)
+        source = b.sext(loaded(b, self.sources, index, t.i32), t.i64)
+        pixel = b.add(b.mul(at.image, self.pixels), source)
+        own = b.select(b.icmp_signed(">", self.blank.rows, t.word(1)), at.image, t.word(0))
+        x, blank = (
+            element(b, matrix, b.mul(row, self.x.columns), self.sums.kind)
+            for matrix, row in ((self.x, pixel), (self.blank, own))
+        )
+        return b.select(b.icmp_signed(">=", source, t.word(0)), x, blank)
