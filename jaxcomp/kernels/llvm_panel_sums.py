@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxcomp.kernels.llvm_code import Types, counted, everywhere, intrinsic
 from jaxcomp.kernels.llvm_numbers import code_of, constant, fma
-from jaxcomp.kernels.panels import BYTES, FEATURES, deep, unit
+from jaxcomp.kernels.panels import BYTES, FEATURES, deep, unit, width
 from jaxcomp.kernels.runs import once, runs_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Sums(ABC):
         from llvmlite import ir
 
         self.bits, self.b, self.t = bits, b, Types()
-        self.size = unit(bits) * FEATURES * bits // 8
+        self.size = unit(bits) * FEATURES * width(bits) // 8
         self.words, self.wide = ir.VectorType(ir.IntType(16), 2 * VECTOR), ir.VectorType(self.t.i32, VECTOR)
         self.many = ir.VectorType(self.t.i8, BYTES)
 
@@ -86,28 +86,29 @@ class Sums(ABC):
         """
         from llvmlite import ir
 
-        b, t, bits = self.b, self.t, self.bits
-        start, vector = b.mul(block, t.word(self.size)), ir.VectorType(t.i8, BYTES if bits < 8 else BYTES // 2)
+        b, t, bits = self.b, self.t, width(self.bits)
+        start, vector = b.mul(block, t.word(self.size)), ir.VectorType(t.i8, deep(self.bits) * VECTOR)
 
         def loaded(offset: int) -> ir.Value:
             place = b.gep(codes, [b.add(start, t.word(offset))], source_etype=t.i8)
             return b.load(place, typ=vector, align=1)
 
-        first, load = b.mul(block, t.word(unit(bits))), once(loaded)
-        runs = runs_of(bits, unit(bits) * FEATURES, vector.count)
+        first, load = b.mul(block, t.word(unit(self.bits))), once(loaded)
+        runs = runs_of(bits, unit(self.bits) * FEATURES, vector.count)
         assert runs is not None
-        found = [code_of(b, run, bits, load) for run in sorted(runs)]
+        found = [self._number(code_of(b, run, bits, load)) for run in sorted(runs)]
         for at in range(0, len(found), FEATURES // VECTOR):
-            pair = found[at : at + FEATURES // VECTOR]
-            if bits < 8:
-                pair = [b.sub(code, constant(vector, 2 ** (bits - 1))) for code in pair]
-            else:
-                pair = [b.sext(code, self.words) for code in pair]
-            yield b.add(first, t.word(at * VECTOR // FEATURES * deep(bits))), pair
+            channel = b.add(first, t.word(at * VECTOR // FEATURES * deep(self.bits)))
+            yield channel, found[at : at + FEATURES // VECTOR]
+
+    def _number(self, code: ir.Value) -> ir.Value:
+        if width(self.bits) < 8:
+            return self.b.sub(code, constant(code.type, 2 ** (self.bits - 1)))
+        return self.b.sext(code, self.words) if deep(self.bits) == 2 else code
 
 
 class Words(Sums):
-    """Of numbers in 16 bits and int8 codes."""
+    """Of numbers in 16 bits and codes of 7 and 8 bits."""
 
     rows = 6
 
@@ -124,30 +125,28 @@ class Words(Sums):
 
 
 class Bytes(Sums):
-    """Of bytes and codes of fewer bits.
+    """Of bytes and codes of 6 bits and fewer.
 
     Attributes:
-      held: how many blocks' products 16 bits hold; 0 where they do not hold those of one.
+      held: how many blocks' products 16 bits hold.
     """
+
+    rows = 4
 
     def __init__(self, bits: int, b: ir.IRBuilder) -> None:
         super().__init__(bits, b)
         self.kind = self.t.i8
         self.held = (2**15 - 1) // (2 * 255 * 2 ** (bits - 1)) * deep(bits) // unit(bits)
-        self.rows = 4 if self.held else 6
         self.totals, self.short = self._places(self.wide), self._places(self.words)
         with b.goto_entry_block():
             self.room, self.next = b.alloca(self.t.i64), b.alloca(self.t.i64)
 
     def begin(self) -> None:  # noqa: D102
         super().begin()
-        if self.held:
-            self._cleared(self.short)
-            self.b.store(self.t.word(self.held), self.room)
+        self._cleared(self.short)
+        self.b.store(self.t.word(self.held), self.room)
 
     def ended(self, row: int) -> Sequence[ir.Value]:  # noqa: D102
-        if not self.held:
-            return super().ended(row)
         return [self._with_short(*places) for places in zip(self.totals[row], self.short[row], strict=True)]
 
     def _with_short(self, total: ir.Value, short: ir.Value) -> ir.Value:
@@ -158,10 +157,6 @@ class Bytes(Sums):
     @contextmanager
     def each(self, blocks: ir.Value) -> Iterator[ir.Value]:
         """The same; what 16 bits hold is added to 32 when they are full."""
-        if not self.held:
-            with super().each(blocks) as block:
-                yield block
-            return
         b, t = self.b, self.t
         more, body, done = (b.append_basic_block(name) for name in ("more", "body", "done"))
         b.store(t.word(0), self.next)
@@ -192,10 +187,7 @@ class Bytes(Sums):
                 x = self._everywhere(pixel, channel, self.many)
                 for half, y in enumerate(ys):
                     pairs = intrinsic(self.b, "llvm.x86.avx2.pmadd.ub.sw", self.words, x, y)
-                    if self.held:
-                        self._more(self.short[row][half], pairs)
-                    else:
-                        self._more(self.totals[row][half], self._pairs(pairs, constant(self.words, 1)))
+                    self._more(self.short[row][half], pairs)
 
 
 class Floats(Sums):
@@ -211,14 +203,14 @@ class Floats(Sums):
         self.totals = self._places(self.floats)
 
     def add(self, block: ir.Value, codes: ir.Value, pixels: list[ir.Value]) -> None:  # noqa: D102
-        b, t, width = self.b, self.t, 32 // deep(self.bits)
+        b, t, bits = self.b, self.t, 32 // deep(self.bits)
         for channel, found in self._numbers(block, codes):
             lanes = [b.bitcast(y, self.wide) for y in found]
             for k in range(deep(self.bits)):
                 ys = []
                 for lane in lanes:
-                    alone = b.shl(lane, constant(self.wide, 32 - width * (k + 1)))
-                    ys.append(b.sitofp(b.ashr(alone, constant(self.wide, 32 - width)), self.floats))
+                    alone = b.shl(lane, constant(self.wide, 32 - bits * (k + 1)))
+                    ys.append(b.sitofp(b.ashr(alone, constant(self.wide, 32 - bits)), self.floats))
                 for row, pixel in enumerate(pixels):
                     place = b.gep(pixel, [b.add(channel, t.word(k))], source_etype=t.f32)
                     x = everywhere(b, b.load(place, typ=t.f32), VECTOR)

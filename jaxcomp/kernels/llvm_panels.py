@@ -3,8 +3,8 @@
 No window is gathered: an element of the kernel meets the channels of one pixel where they lie, as in the indirect
 convolutions of Dukhan, The Indirect Convolution Algorithm (2019). A few windows meet a panel of features at once, four
 bytes or two words of a window at all of them; what is multiplied is read once for all windows and all features of that.
-Products of bytes are added up by two, in 16 bits as often as these hold them; those of 8-bit weights are of words.
-Images of floats meet the numbers as floats, made where they are met.
+Products of bytes are added up by two, in 16 bits as often as these hold them; weights of 7 and 8 bits meet words. Images
+of floats meet the numbers as floats, made where they are met.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, loaded
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, Sums, Words
-from jaxcomp.kernels.panels import FEATURES, PanelWeight, unit
+from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window
     Returns:
       int32 ``(images, *windows, features)``.
     """
-    offset = jnp.zeros(1, jnp.int32) if zero is None else zero
-    if w.bits == 8:
+    offset, words = jnp.zeros(1, jnp.int32) if zero is None else zero, deep(w.bits) == 2
+    if words:
         numbers = x.astype(jnp.int16)
         if zero is not None:
             numbers = numbers - offset.astype(jnp.int16).reshape(-1, *[1] * (x.ndim - 1))
@@ -69,8 +69,8 @@ def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window
     else:
         numbers = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(128)
         blank = jnp.broadcast_to((offset + 128).astype(jnp.uint8)[:, None], (offset.shape[0], w.filled))
-    y = _called(Words if w.bits == 8 else Bytes, numbers, blank, w, window)
-    if w.bits == 8:
+    y = _called(Words if words else Bytes, numbers, blank, w, window)
+    if words:
         return y
     # Bytes are codes and 128.
     return y - ((offset + 128)[:, None] * w.totals[None]).reshape(-1, *[1] * (x.ndim - 2), w.features)

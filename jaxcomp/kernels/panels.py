@@ -22,7 +22,12 @@ BYTES = 32
 
 def deep(bits: int) -> int:
     """How many neighbouring channels of a feature lie side by side: four bytes, or two of what becomes words."""
-    return 2 if bits == 8 else 4
+    return 2 if bits > 6 else 4
+
+
+def width(bits: int) -> int:
+    """Bits that a code takes: a byte from 5 on, for what is cut out of three fields costs more than it saves."""
+    return bits if bits < 5 else 8
 
 
 def unit(bits: int) -> int:
@@ -31,7 +36,7 @@ def unit(bits: int) -> int:
     >>> [unit(bits) for bits in (2, 3, 4, 8)]
     [8, 16, 4, 4]
     """
-    return max(4, BYTES * 8 // math.gcd(*FIELDS[bits]) // FEATURES) if bits < 8 else 4
+    return max(4, BYTES * 8 // math.gcd(*FIELDS[width(bits)]) // FEATURES)
 
 
 @partial(
@@ -49,7 +54,7 @@ class PanelWeight:
     packed as a block of :class:`~jaxcomp.kernels.packing.PackedWeight` is.
 
     Attributes:
-      codes: uint8 ``(*lead, panels, bytes)``; of 8 bits the bytes of int8 numbers, else codes from 0 on.
+      codes: uint8 ``(*lead, panels, bytes)``; of 5 bits and more the bytes of int8 numbers, else codes from 0 on.
       scale: ``(*lead, features, 1)``, float.
       totals: int32 ``(*lead, features)``, the sum of the numbers of each feature.
       grid: what codes stand for, static.
@@ -100,7 +105,7 @@ class PanelWeight:
 
     def numbers(self) -> jax.Array:
         """``(*lead, features, length)``, int8."""
-        if self.bits == 8:
+        if width(self.bits) == 8:
             x = jax.lax.bitcast_convert_type(self.codes, jnp.int8)
         else:
             raw = unpack_blocks(self.codes, self.bits, unit(self.bits) * FEATURES)
@@ -127,7 +132,7 @@ def panel_codes(numbers: jax.Array, bits: int, channels: int) -> jax.Array:
     x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -features % FEATURES), (0, 0), (0, -channels % u)])
     x = x.reshape(*lead, -1, FEATURES, length // channels, x.shape[-1] // d, d)
     x = jnp.moveaxis(x, -4, -2).reshape(*lead, x.shape[-5], -1)
-    if bits == 8:
+    if width(bits) == 8:
         return jax.lax.bitcast_convert_type(x, jnp.uint8)
     raw = (x.astype(jnp.int16) + 2 ** (bits - 1)).astype(jnp.uint8)
     return pack_blocks(raw, bits, u * FEATURES)

@@ -16,7 +16,7 @@ from jaxcomp.kernels import PanelWeight, llvm_panels
 from jaxcomp.kernels.forms import Images, Product, form_of
 from jaxcomp.kernels.llvm_panels import llvm_panel_sums
 from jaxcomp.kernels.packing import FIELDS
-from jaxcomp.kernels.panels import deep, panel_codes, unit
+from jaxcomp.kernels.panels import deep, panel_codes, unit, width
 from jaxcomp.kernels.products import convolution
 from jaxcomp.kernels.windows import Window
 from jaxcomp.quantization import Int
@@ -55,15 +55,15 @@ def window(kernel, strides=None, padding=None, dilation=None, base=None):
 
 
 def code_at(w: PanelWeight, feature: int, tap: int, channel: int) -> int:
-    """A code from 0 on, cut out of its bytes as the docstrings say."""
+    """A code, cut out of its bytes as the docstrings say."""
     u, d, panel = unit(w.bits), deep(w.bits), np.asarray(w.codes)[feature // 16]
     block = u * 16
-    at = (tap * (w.filled // u) + channel // u) * (block * w.bits // 8)
+    at = (tap * (w.filled // u) + channel // u) * (block * width(w.bits) // 8)
     j, code, place = (channel % u // d * 16 + feature % 16) * d + channel % d, 0, 0
-    for width in FIELDS[w.bits]:
-        size = block * width // 8
-        code |= (int(panel[at + j % size]) >> (width * (j // size)) & (2**width - 1)) << place
-        at, place = at + size, place + width
+    for bits in FIELDS[width(w.bits)]:
+        size = block * bits // 8
+        code |= (int(panel[at + j % size]) >> (bits * (j // size)) & (2**bits - 1)) << place
+        at, place = at + size, place + bits
     return code
 
 
@@ -72,7 +72,7 @@ def test_each_number_lies_where_the_docstring_says(bits: int) -> None:
     w, numbers = weight(window((2, 1)), 19, 5, bits)
     flat = numbers.reshape(19, 2, 5)
     found = [[[code_at(w, f, t, c) for c in range(5)] for t in range(2)] for f in range(19)]
-    wanted = flat & 255 if bits == 8 else flat + 2 ** (bits - 1)
+    wanted = flat & 255 if bits > 4 else flat + 2 ** (bits - 1)
     assert found == wanted.tolist()
     assert w.numbers().tolist() == flat.reshape(19, -1).tolist()
     assert w.shape == (19, 10)
@@ -82,7 +82,7 @@ def test_each_number_lies_where_the_docstring_says(bits: int) -> None:
 
 def test_blocks_fill_vectors() -> None:
     for bits in BITS:
-        assert all(unit(bits) * 16 * width % (8 * 32) == 0 for width in FIELDS[bits] if bits < 8)
+        assert all(unit(bits) * 16 * field % (8 * 32) == 0 for field in FIELDS[width(bits)])
 
 
 SAME = ((1, 1), (1, 1))

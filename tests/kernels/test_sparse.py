@@ -105,7 +105,9 @@ def test_forms_of_sparse_weights() -> None:
     assert forms_of(9, jnp.dtype(jnp.float32), w) == "llvm on cpu, whole on cuda, rocm and tpu"
     assert form_of("cpu", p._replace(kept=True)) == form_of("cpu", p._replace(parted=True)) == "whole"
     for backend, form in (("cpu", "sums"), ("cpu", "chunks"), ("cuda", "triton"), ("tpu", "mosaic")):
-        with pytest.raises(ValueError, match=r"it is for packed matrices, and the weight is sparse; '(llvm|whole)' runs"):
+        with pytest.raises(
+            ValueError, match=r"it is for packed matrices, and the weight is sparse; '(llvm|whole)' runs"
+        ):
             form_of(backend, p._replace(rows=1), form)
     x = jnp.ones((3, 64))
     assert "jaxcomp_sparse" in jax.jit(weight_only).lower(x, w).as_text()
