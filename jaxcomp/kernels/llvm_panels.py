@@ -3,8 +3,8 @@
 No window is gathered: an element of the kernel meets the channels of one pixel where they lie, as in the indirect
 convolutions of Dukhan, The Indirect Convolution Algorithm (2019). A few windows meet a panel of features at once, four
 bytes or two words of a window at all of them; what is multiplied is read once for all windows and all features of that.
-Products of bytes are added up by two, in 16 bits as often as these hold them; weights of 7 and 8 bits meet words. Images
-of floats meet the numbers as floats, made where they are met.
+Products of bytes are added up by two, in 16 bits as often as these hold them; weights of 7 and 8 bits meet words.
+Images of floats meet the numbers as floats, made where they are met.
 """
 
 from __future__ import annotations

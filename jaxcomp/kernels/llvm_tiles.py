@@ -214,7 +214,8 @@ class Tile(ABC):
         for i, j in cells:
             each = [b.load(place, typ=kept) for place in totals[i, j]]
             total = reduce(b.fadd, each) if slots > 1 else each[0]
-            value = b.fmul(self.number(total, (i, j)), self.scale_at(j)) if single else added(b, total)
+            scale = self._scale(self.features[j], t.word(0)) if single else None
+            value = added(b, total) if scale is None else b.fmul(self.number(total, (i, j)), scale)
             value = b.fadd(value, b.load(shifts[i, j], typ=t.f32))
             b.store(value, self.at(self.out, self.rows[i], self.features[j], t.f32))
 
@@ -250,10 +251,6 @@ class Tile(ABC):
     def _wide_scales(self, group: ir.Value) -> list[ir.Value]:
         """Vectors, one a feature."""
         return [everywhere(self.b, self._scale(feature, group), self.width) for feature in self.features]
-
-    def scale_at(self, j: int) -> ir.Value:
-        """The only scale of a feature."""
-        return self._scale(self.features[j], self.t.word(0))
 
     def _scale(self, feature: ir.Value, group: ir.Value) -> ir.Value:
         return self.b.load(self.at(self.scale, feature, group, self.t.f32), typ=self.t.f32)

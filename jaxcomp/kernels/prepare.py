@@ -24,13 +24,13 @@ from jaxcomp.trace.sites import Site, sites_of
 def prepare(
     tree: Params, fn: Callable[..., PyTree], *args: PyTree, sparse: float | None = None, **kwargs: PyTree
 ) -> Params:
-    """The tree with each quantized leaf that a dot of ``fn(tree, *args)`` multiplies laid out for it.
+    """The tree with each quantized leaf that a product of ``fn(tree, *args)`` multiplies laid out for it.
 
     What a product sums over lies last, codes in bytes in the order in which kernels read them, a scale for each feature
     and group. ``materialize`` gives the same bits as before, and ``quantize_function(fn, rules)`` runs the leaf as it
     lies: a product whose activations no rule rounds on the packed bytes, without the dense weight. Done once, for one
-    function; what is no quantized leaf, or is multiplied by no dot, stays as it is. Sparse leaves may be kernels of
-    convolutions, too.
+    function; what is no quantized leaf, or is multiplied by nothing, stays as it is. Kernels of convolutions are laid
+    out where llvmlite is installed: those of one group, of integers with one scale a feature, or sparse ones.
 
     Args:
       tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
