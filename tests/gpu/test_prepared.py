@@ -87,11 +87,33 @@ def test_each_form_of_the_backend_is_right(grid, shape, form) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 200])
 @pytest.mark.parametrize("grid", ["int8", "int8 asymmetric", "int4", "int4 groups"])
 def test_a_prepared_weight_meets_integer_activations(grid, rows) -> None:
-    """Sums of codes are exact: prepared or not, the same to the rounding of scales."""
+    """Sums of codes are exact: prepared or not, the same to the rounding of scales, of which groups have several."""
     tree, x = drawn(grid, (rows, 384, 200), "float32")
     run = jax.jit(jc.quantize_function(product, {".*": jc.Act(8, symmetric=True, range=Dynamic())}, integer=True))
     got, wanted = (np.asarray(run(t, None, x)) for t in (jc.prepare(tree, product, x), tree))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("integer", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_prepared_kernel_convolves_as_the_packed_one(bits, integer) -> None:
+    """Prepared on a machine with llvmlite, and run where there is none of its code."""
+    pytest.importorskip("llvmlite")
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, p["kernel"], (2, 2), "SAME", dimension_numbers=numbers)
+
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 24, 40)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(4, 9, 8, 24)), jnp.float32)
+    tree = jc.pack(jc.quantize(jc.Int(bits), roles=jc.roles(fn)(params, x)).apply((), params))
+    made = jc.prepare(tree, fn, x)
+    assert_same_bits(jc.materialize(made), jc.materialize(tree))
+    rules = {".*": jc.Act(8, range=Dynamic())} if integer else {}
+    run = jax.jit(jc.quantize_function(fn, rules, integer=integer))
+    got, wanted = (np.asarray(run(t, None, x)) for t in (made, tree))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=(0 if integer else 2e-2) * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("rows", [1, 16])
