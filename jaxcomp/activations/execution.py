@@ -29,8 +29,7 @@ from jaxcomp.activations.integer_products import (
 from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.memory import Memory
 from jaxcomp.activations.packed_products import packed_forms, packed_pair, packed_product
-from jaxcomp.activations.panel_products import FORMS as PANEL_FORMS
-from jaxcomp.activations.panel_products import panel_pair, panel_product
+from jaxcomp.activations.panel_products import panel_forms, panel_pair, panel_product
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
@@ -145,8 +144,8 @@ class _Product:
         if axes is None or side is None:
             return integer_product, pair, ""
         if site.kind == "conv":
-            laid = panel_pair(op, given[side], pair)
-            return (integer_product, pair, "") if laid is None else (panel_product, laid, PANEL_FORMS)
+            laid = panel_pair(given[side], pair)
+            return (integer_product, pair, "") if laid is None else (panel_product, laid, panel_forms(op, laid[1]))
         leaf = self.around.prepared.get(site.leaf or "")
         order = [axis for part in axes for axis in part]
         if order != sorted(order) if leaf is None else axes != leaf.axes:

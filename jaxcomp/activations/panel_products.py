@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.convolutions import convolution, scale_of
@@ -17,8 +19,8 @@ from jaxcomp.activations.integer_products import integer_product
 from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import PyTree
-from jaxcomp.kernels.llvm_panels import llvm_panel_sums, refusal_of_codes
-from jaxcomp.kernels.lowering import call_in_one_piece
+from jaxcomp.kernels.llvm_panels import FEW, llvm_panel_sums, refusal_of_codes
+from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.windows import Window, channels_last, window_of
 from jaxcomp.trace.flow import Op
@@ -33,18 +35,20 @@ class PanelFactor(Factor):
     weight: PanelWeight
 
 
-def panel_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
-    """The factors of a convolution with its kernel as it lies, or None where there is no code for it."""
+def panel_pair(given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
+    """The factors of a convolution with its kernel as it lies, or None where its operands are not what that is for."""
     w, (x, kernel) = given.weight if isinstance(given, Carried) else None, pair
-    if not isinstance(w, PanelWeight) or w.lead or x.codes.dtype != jnp.int8 or refusal_of_codes():
-        return None
-    if 0 in (*op.shapes[0], *op.shapes[1], *result_of(op).shape):
+    if not isinstance(w, PanelWeight) or w.lead or x.codes.dtype != jnp.int8:
         return None
     return x, PanelFactor(codes=kernel.codes, scale=kernel.scale, zero=None, reach=kernel.reach, weight=w)
 
 
-FORMS = "integers on cpu, own on cuda, rocm and tpu"
-"""The forms of their product by backend, in words."""
+def panel_forms(op: Op, kernel: Factor) -> str:
+    """The forms of their product by backend, in words; of any number of images those of many."""
+    assert isinstance(kernel, PanelFactor)
+    sizes = [n if isinstance(n, int) else FEW for n in result_of(op).shape]
+    own = refusal_of_codes(math.prod(sizes) // max(1, kernel.weight.features))
+    return "own" if own else "integers on cpu, own on cuda, rocm and tpu"
 
 
 class _Given(NamedTuple):
@@ -82,8 +86,11 @@ def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     return y.astype(result_of(op).dtype)
 
 
-def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, **_: object) -> list[jax.Array]:
+def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
     x, _, weight, scale = jax.tree.unflatten(tree, leaves)
+    windows = math.prod(jaxpr.out_avals[0].shape) // max(1, weight.features)
+    if not windows or not x.codes.size or refusal_of_codes(windows):
+        return run_call(*leaves, jaxpr=jaxpr)
     zero = None if x.zero is None else x.zero.reshape(-1)
     sums = llvm_panel_sums(jnp.transpose(x.codes, how.images), zero, weight, how.window)
     return [jnp.transpose(sums, np.argsort(how.result).tolist()).astype(scale.dtype) * scale]

@@ -5,6 +5,8 @@ In jax for programs, and by numpy for arrays that lie in the host's memory, such
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
 import jax
@@ -179,10 +181,9 @@ def _words(data: jax.Array, size: int) -> jax.Array:
     The barrier keeps XLA from putting the word together anew for each of them.
     """
     rows = _pad_to(data, size).reshape(-1, size)
-    if size == 4:
+    if size == 4 and isinstance(rows.shape[0], int):  # of any number jax.export writes what no one can run
         return jax.lax.bitcast_convert_type(rows, jnp.uint32)
-    low, middle, high = (rows[:, i].astype(jnp.uint32) << (8 * i) for i in range(3))
-    return made_once(low | middle | high)
+    return made_once(reduce(operator.or_, (rows[:, i].astype(jnp.uint32) << (8 * i) for i in range(size))))
 
 
 def _pack_within_bytes(codes: jax.Array, bits: int) -> jax.Array:

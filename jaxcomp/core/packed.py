@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -95,8 +96,7 @@ class Packed:
         return self._stream(jnp.int32) + self.low
 
     def _stream(self, dtype: DType) -> jax.Array:
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return unpack_bits(self.data, self.bits, count, dtype).reshape(self.shape)
+        return unpack_bits(self.data, self.bits, math.prod(self.shape), dtype).reshape(self.shape)
 
 
 # One program an array where nobody else compiles one; inside jit it is inlined.

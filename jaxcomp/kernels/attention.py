@@ -226,8 +226,12 @@ def operand_type(dtype: DType) -> DType:
 
 
 def block_size(keys: CodedRows, batch: int, heads: int) -> int:
-    """A power of two of tokens whose keys take about ``CACHED`` bytes as floats; all tokens where they are fewer."""
-    tokens, size = int(keys.codes.shape[-2]), batch * heads * keys.width * 4
+    """A power of two of tokens whose keys take about ``CACHED`` bytes as floats; all tokens where they are fewer.
+
+    In a program for any batch those of one sequence are counted.
+    """
+    sequences = batch if isinstance(batch, int) else 1
+    tokens, size = int(keys.codes.shape[-2]), sequences * heads * keys.width * 4
     block = LEAST
     while block < MOST and 2 * block * size <= CACHED:
         block *= 2

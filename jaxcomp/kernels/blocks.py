@@ -16,11 +16,13 @@ MOST_FEW = 64
 
 
 def shape_class(rows: int) -> str:
-    """One row, few or many.
+    """One row, few or many; many of a program for any number of rows.
 
     >>> [shape_class(rows) for rows in (1, 16, 65)]
     ['one', 'few', 'many']
     """
+    if not isinstance(rows, int):  # an expression of jax.export.symbolic_shape
+        return MANY
     return ONE if rows == 1 else FEW if rows <= MOST_FEW else MANY
 
 

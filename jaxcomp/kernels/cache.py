@@ -122,9 +122,9 @@ class KVCache:
     # Checks
 
     def _rows(self) -> tuple[int, int]:
-        """Batch and heads."""
+        """Batch, which may be an expression of ``jax.export.symbolic_shape``, and heads."""
         batch, heads = self.keys.codes.shape[-4:-2]
-        return int(batch), int(heads)
+        return batch, heads
 
     def _check_new(self, k: jax.Array, v: jax.Array) -> None:
         batch, heads = self._rows()

@@ -40,6 +40,8 @@ MOST = 2**31 - 1
 
 def refusal(shape: Shape, window: Window) -> str | None:
     """Why no images of this shape can be convolved, by any kernel; None if they can."""
+    if not all(isinstance(n, int) for n in shape):
+        return "the images are any number, and it counts them"
     size = Planes(window, shape).size
     return None if size <= MOST else f"the images are {size} numbers with their margins, and it counts to {MOST}"
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MANY = 96
 """Windows that a thread takes at a time, by one panel."""
+FEW = 64
+"""Windows of which what a processor with VNNI saves in XLA's convolution is less than laying the kernel out for it."""
 
 
 def refusal(w: PanelWeight) -> str | None:
@@ -37,14 +39,14 @@ def refusal(w: PanelWeight) -> str | None:
     return missing()
 
 
-def refusal_of_codes() -> str | None:
-    """Why images in codes meet no such code on the machine that is here; None if they do."""
+def refusal_of_codes(windows: int) -> str | None:
+    """Why so many windows of images in codes meet no such code on the machine that is here; None if they do."""
     if why := missing():
         return why
     if "avx2" not in features():
         return "it is written for processors with AVX2"
-    if features() & {"avx512vnni", "avxvnni"}:
-        return "XLA's own convolution uses the dot products of bytes that this processor has"
+    if windows > FEW and features() & {"avx512vnni", "avxvnni"}:
+        return f"from {FEW} windows on XLA's own convolution uses the dot products of bytes that this processor has"
     return None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxcomp.core.types import DType
+from jaxcomp.kernels.blocks import ONE, shape_class
 from jaxcomp.kernels.packing import FIELDS, PackedWeight
 from jaxcomp.kernels.sparse import SparseWeight
 
@@ -132,8 +133,9 @@ def _scaled(sums: jax.Array, x: jax.Array, w: PackedWeight) -> jax.Array:
 
 def chunks(x: jax.Array, w: PackedWeight) -> jax.Array:
     """Some features at a time are dequantized, and multiplied."""
-    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])  # a product of one row is slow on CPU
-    return _by_features(whole, CHUNK, rows, w)[: x.shape[0]]
+    if shape_class(x.shape[0]) != ONE:
+        return _by_features(whole, CHUNK, x, w)
+    return _by_features(whole, CHUNK, jnp.concatenate([x, x]), w)[:1]  # a product of one row is slow on CPU
 
 
 def _by_features(form: Form, most: int, x: jax.Array, w: PackedWeight) -> jax.Array:
@@ -161,11 +163,12 @@ def dot_of_bytes(x: jax.Array, w: PackedWeight) -> jax.Array:
     CPU (jax 0.12) makes an int32 array of the whole weight for one.
     """
     halved = x.dtype != jnp.int8
-    parts = [(x >> 1).astype(jnp.int8), (x & 1).astype(jnp.int8)] if halved else [x, *[x] * (len(x) == 1)]
+    count = x.shape[0]
+    parts = [(x >> 1).astype(jnp.int8), (x & 1).astype(jnp.int8)] if halved else [x, *[x] * (shape_class(count) == ONE)]
     numbers = w.codes[:, : w.length]
     rows = lax.dot_general(
         jnp.concatenate(parts), numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    ).reshape(len(parts), len(x), -1)
+    ).reshape(len(parts), count, -1)
     totals = (2 * rows[0] + rows[1] if halved else rows[0]).astype(w.scale.dtype)
     if w.zero is not None:
         totals = totals - x.astype(jnp.int32).sum(-1, keepdims=True).astype(totals.dtype) * w.zero[None, :, 0]

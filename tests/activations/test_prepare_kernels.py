@@ -16,7 +16,7 @@ from jaxcomp.core.layouts import Tokens
 from jaxcomp.kernels import PreparedKernel, llvm_panels
 from tests.marks import quick
 
-pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes()), reason=str(llvm_panels.refusal_of_codes()))
+pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1)))
 RNG = np.random.default_rng(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -215,3 +215,16 @@ def test_a_tree_prepared_elsewhere_runs_where_there_is_no_code(monkeypatch) -> N
     wanted = run_of(two)(jc.pack(tree), x)
     monkeypatch.setattr(llvm_panels, "features", frozenset)
     assert run_of(two)(ready, x).tolist() == wanted.tolist()
+    report = coverage(two, RULES, integer=True)(ready, x)
+    assert [(row.done, row.form) for row in report.rows] == [("integer", "own")] * 2
+
+
+def test_few_windows_alone_run_in_it_on_a_processor_with_vnni(monkeypatch) -> None:
+    tree, x = tree_of(two)
+    ready, more = jc.prepare(tree, two, x), jnp.concatenate([x, x])
+    monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"avx2", "avxvnni"}))
+    for images, calls in ((x, 2), (more, 1)):  # 60 and 18 windows, 120 and 36
+        assert run_of(two).lower(ready, images).as_text().count("@jaxcomp_panels") == calls
+        assert run_of(two)(ready, images).tolist() == run_of(two)(jc.pack(tree), images).tolist()
+    report = coverage(two, RULES, integer=True)(ready, more)
+    assert [row.form for row in report.rows] == ["own", "integers on cpu, own on cuda, rocm and tpu"]
