@@ -16,7 +16,7 @@ from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.factors import EXACT, Factor
 from jaxcomp.activations.prepared import Carried, in_result, in_rows, product_of_rows, row_count
 from jaxcomp.kernels.blocks import MANY, shape_class
-from jaxcomp.kernels.forms import forms_of
+from jaxcomp.kernels.forms import Weight, forms_of
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import dot_numbers
@@ -24,10 +24,15 @@ from jaxcomp.trace.products import dot_numbers
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "weight"], meta_fields=["reach"])
 @dataclass(frozen=True, kw_only=True)
-class PackedFactor(Factor):
-    """A factor that is a packed weight, too; its codes are made where they are read, as a gradient does."""
+class LaidFactor(Factor):
+    """A factor that is a prepared weight, too; its codes are made where they are read, as a gradient does."""
 
-    weight: PackedWeight
+    weight: Weight
+
+
+def laid_factor(f: Factor, w: Weight) -> LaidFactor:
+    """The factor of a weight and that as it lies."""
+    return LaidFactor(codes=f.codes, scale=f.scale, zero=f.zero, reach=f.reach, weight=w)
 
 
 def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
@@ -43,8 +48,7 @@ def packed_pair(op: Op, side: int, given: object, pair: tuple[Factor, Factor]) -
             return None  # XLA's own product is as fast
     elif 2**w.bits * x.reach * (w.length if groups == 1 else w.group) >= EXACT:
         return None
-    f = pair[side]
-    packed = PackedFactor(codes=f.codes, scale=f.scale, zero=f.zero, reach=f.reach, weight=w)
+    packed = laid_factor(pair[side], w)
     return (x, packed) if side == 1 else (packed, x)
 
 
@@ -56,8 +60,9 @@ def packed_forms(op: Op, a: Factor, b: Factor) -> str:
 
 def _parts(a: Factor, b: Factor) -> tuple[int, Factor, PackedWeight]:
     """The side of the packed factor, the other one, and the weight."""
-    side, x, packed = (1, a, b) if isinstance(b, PackedFactor) else (0, b, a)
-    assert isinstance(packed, PackedFactor)
+    side, x, packed = (1, a, b) if isinstance(b, LaidFactor) else (0, b, a)
+    assert isinstance(packed, LaidFactor)
+    assert isinstance(packed.weight, PackedWeight)
     return side, x, packed.weight
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.convolutions import convolution, scale_of
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.integer_products import integer_product
+from jaxcomp.activations.packed_products import LaidFactor, laid_factor
 from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import PyTree
@@ -27,28 +27,31 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CODED_CONVOLUTION
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "weight"], meta_fields=["reach"])
-@dataclass(frozen=True, kw_only=True)
-class PanelFactor(Factor):
-    """A factor that is a prepared kernel, too; its codes are made where they are read."""
-
-    weight: PanelWeight
-
-
 def panel_pair(given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
     """The factors of a convolution with its kernel as it lies, or None where its operands are not what that is for."""
     w, (x, kernel) = given.weight if isinstance(given, Carried) else None, pair
     if not isinstance(w, PanelWeight) or w.lead or x.codes.dtype != jnp.int8:
         return None
-    return x, PanelFactor(codes=kernel.codes, scale=kernel.scale, zero=None, reach=kernel.reach, weight=w)
+    return x, laid_factor(kernel, w)
 
 
 def panel_forms(op: Op, kernel: Factor) -> str:
     """The forms of their product by backend, in words; of any number of images those of many."""
-    assert isinstance(kernel, PanelFactor)
     sizes = [n if isinstance(n, int) else FEW for n in result_of(op).shape]
-    own = refusal_of_codes(math.prod(sizes) // max(1, kernel.weight.features))
+    own = refusal_of_codes(_windows(sizes, _laid(kernel)))
     return "own" if own else "integers on cpu, own on cuda, rocm and tpu"
+
+
+def _laid(kernel: Factor) -> PanelWeight:
+    """The kernel as it lies."""
+    assert isinstance(kernel, LaidFactor)
+    assert isinstance(kernel.weight, PanelWeight)
+    return kernel.weight
+
+
+def _windows(result: Sequence[int], w: PanelWeight) -> int:
+    """How many windows a result of this shape has."""
+    return math.prod(result) // max(1, w.features)
 
 
 class _Given(NamedTuple):
@@ -70,9 +73,8 @@ class _How(NamedTuple):
 
 def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     """The result of a convolution by a kernel of :func:`panel_pair`, in the equation's own type."""
-    assert isinstance(kernel, PanelFactor)
     plain, numbers = Factor(kernel.codes, kernel.scale, None, kernel.reach), op.eqn.params["dimension_numbers"]
-    given = _Given(x, plain, kernel.weight, scale_of(op, x, plain))
+    given = _Given(x, plain, _laid(kernel), scale_of(op, x, plain))
     leaves, tree = jax.tree.flatten(given)
     if explicit_mesh(leaves) is not None:
         return integer_product(op, x, plain)
@@ -88,7 +90,7 @@ def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
 
 def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
     x, _, weight, scale = jax.tree.unflatten(tree, leaves)
-    windows = math.prod(jaxpr.out_avals[0].shape) // max(1, weight.features)
+    windows = _windows(jaxpr.out_avals[0].shape, weight)
     if not windows or not x.codes.size or refusal_of_codes(windows):
         return run_call(*leaves, jaxpr=jaxpr)
     zero = None if x.zero is None else x.zero.reshape(-1)
