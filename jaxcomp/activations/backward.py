@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxcomp.activations.avals import operands_of, result_of
 from jaxcomp.activations.codes import Value
 from jaxcomp.activations.convolutions import convolution_of_gradient
+from jaxcomp.activations.encoded import nan_rows
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Names, scale_blocks
 from jaxcomp.activations.float_products import Form, apart, times
-from jaxcomp.activations.integer_products import integer_product, nan_rows, refusal
+from jaxcomp.activations.integer_products import integer_product, refusal
 from jaxcomp.activations.specs import Backward
 from jaxcomp.core.bits import compute_dtype
 from jaxcomp.core.layouts import Tokens

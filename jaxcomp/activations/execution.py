@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -13,27 +12,26 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
+from jaxcomp.activations.coded_convolutions import coded_convolution, coded_forms, coded_pair
 from jaxcomp.activations.codes import Codes, Value, array_of
+from jaxcomp.activations.encoded import encoded, reach_of
 from jaxcomp.activations.factors import Factor
-from jaxcomp.activations.fake import Entry, Names, encode, fake_quantize, float8_codes, scale_blocks
+from jaxcomp.activations.fake import Entry, fake_quantize, scale_blocks
 from jaxcomp.activations.float_products import Form, long_sum, no_codes, value_product
 from jaxcomp.activations.held import Held, as_array, held_product, in_its_turn
 from jaxcomp.activations.integer_products import (
     integer_product,
-    nan_rows,
     refusal,
-    small_integers,
     turned_left,
     turned_right,
 )
 from jaxcomp.activations.lookups import lookup
 from jaxcomp.activations.memory import Memory
 from jaxcomp.activations.packed_products import packed_forms, packed_pair, packed_product
-from jaxcomp.activations.panel_products import panel_forms, panel_pair, panel_product
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.prepared import Carried, in_arrays, product_claim
 from jaxcomp.activations.reasons import COMPUTED, MULTIPLIED_OUT, UNQUANTIZED, WIDENED, Record, Why
-from jaxcomp.activations.specs import ActSpec, Float8
+from jaxcomp.activations.specs import ActSpec
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
 from jaxcomp.kernels.leaves import Laid
@@ -92,7 +90,7 @@ class Around:
     record: Record
     prepared: Mapping[str, Laid]
     held: Container[str]
-    encoded: Memory[Factor] = field(default_factory=lambda: Memory(_encoded))
+    encoded: Memory[Factor] = field(default_factory=lambda: Memory(encoded))
     faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))
 
 
@@ -144,8 +142,10 @@ class _Product:
         if axes is None or side is None:
             return integer_product, pair, ""
         if site.kind == "conv":
-            laid = panel_pair(given[side], pair)
-            return (integer_product, pair, "") if laid is None else (panel_product, laid, panel_forms(op, laid[1]))
+            coded = coded_pair(op, given[side], pair)
+            return (
+                (integer_product, pair, "") if coded is None else (coded_convolution, coded, coded_forms(op, coded[1]))
+            )
         leaf = self.around.prepared.get(site.leaf or "")
         order = [axis for part in axes for axis in part]
         if order != sorted(order) if leaf is None else axes != leaf.axes:
@@ -247,44 +247,10 @@ class _Product:
         return self.around.faked(value, self.act, Entry(site.operands[index].roles, given))
 
 
-def _reach(act: ActSpec) -> int:
-    """How far codes are from their zero at most; 0 of float8."""
-    if isinstance(act, Float8):
-        return 0
-    low, high = act.grid.code_range
-    return max(-low, high) if act.symmetric else high - low
-
-
 def _faked(value: jax.Array, act: ActSpec, at: Entry) -> Operand:
     """An activation rounded in float."""
     found = fake_quantize(value, act, at)
-    return Operand(found.value, Factor(found.numbers, found.scale, None, _reach(act)))
-
-
-def _encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
-    """An activation in codes."""
-    return _codes(value, at.given, act=act, roles=at.roles)
-
-
-@partial(jax.jit, static_argnames=("act", "roles"))
-def _codes(value: jax.Array, given: Range | None, *, act: ActSpec, roles: Names) -> Factor:
-    """:func:`_encoded`, traced once for all values that are alike."""
-    at = Entry(roles, given)
-    if isinstance(act, Float8):
-        return Factor(*float8_codes(value, act, at), None, 0)
-    x = made_once(value)  # for its codes, and in search of NaN
-    numbers, scale, zero = encode(x, act, at)
-    _, high = act.grid.code_range
-    shift = 128 if high > 127 else 0  # int8 by int8 is the fast product
-    codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - shift)
-    lost = nan_rows(x, at.roles).astype(scale.dtype)
-    scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
-    return Factor(codes, scale, None if zero is None else (zero - shift).astype(jnp.int32), _reach(act))
-
-
-def _sizes(a: jax.Array, b: jax.Array) -> list[tuple[int, int]]:
-    """Of each axis the two sizes, either of which may be an expression of a program for any batch."""
-    return list(zip(a.shape, b.shape, strict=True))
+    return Operand(found.value, Factor(found.numbers, found.scale, None, reach_of(act)))
 
 
 def _done(a: Factor) -> tuple[str, Why | None]:

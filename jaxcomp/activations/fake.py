@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial, singledispatch
 from typing import NamedTuple
 
@@ -28,6 +27,15 @@ class Coded(NamedTuple):
     numbers: jax.Array
     scale: jax.Array
     zero: jax.Array | None
+
+
+class Steps(NamedTuple):
+    """A grid: its scale and zero point, no zero means 0; and the two factors that stand for a division by the scale."""
+
+    scale: jax.Array
+    zero: jax.Array | None
+    less: jax.Array
+    reciprocal: jax.Array
 
 
 class Rounded(NamedTuple):
@@ -74,11 +82,16 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
       act: the rule.
       at: the axes' roles, and the range where the rule takes one from outside.
     """
+    return coded(x, act, steps_of(x, act, at))
+
+
+def steps_of(x: jax.Array, act: Act, at: Entry) -> Steps:
+    """The steps that an activation is put in; arguments as of :func:`encode`."""
     if not x.size:
         one = jnp.ones((1,) * x.ndim, compute_dtype(x.dtype))
-        return Coded(x.astype(one.dtype), one, None if act.symmetric else jnp.zeros_like(one))
+        return Steps(one, None if act.symmetric else jnp.zeros_like(one), one, one)
     if at.given is not None and isinstance(act.range, Static):
-        return _encode_static(x, act, at.given)
+        return _static_steps(x, act, at.given)
     if at.given is None:
         scale, zero = act.grid.scale_of(*_own_ends(x, scale_blocks(x.shape, at.roles, act.per), act.symmetric))
     else:
@@ -89,11 +102,11 @@ def encode(x: jax.Array, act: Act, at: Entry) -> Coded:
         scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
     if at.given is not None:  # or XLA on CPU finds the scale anew for each element
         scale, zero = jax.lax.optimization_barrier((scale, zero))
-    return _coded(x, act, scale, zero, factors_of(scale))
+    return Steps(scale, None if act.symmetric else zero, *factors_of(scale))
 
 
-def _encode_static(x: jax.Array, act: Act, given: Range) -> Coded:
-    """:func:`encode` on the grid of a range that learns nothing.
+def _static_steps(x: jax.Array, act: Act, given: Range) -> Steps:
+    """:func:`steps_of` a range that learns nothing.
 
     All that is to be known of the grid is made at once and lies in one array: XLA on CPU runs one small program for it,
     not four, and a deep network has as many of them as activations.
@@ -103,15 +116,15 @@ def _encode_static(x: jax.Array, act: Act, given: Range) -> Coded:
     scale = _in_type(scale, _reach(act.grid, zero), x.dtype)
     known = jax.lax.optimization_barrier(jnp.stack([scale, zero, *factors_of(scale)]))
     scale, zero, *factors = (known[i].reshape((1,) * x.ndim) for i in range(4))
-    return _coded(x, act, scale, zero, factors)
+    return Steps(scale, None if act.symmetric else zero, *factors)
 
 
-def _coded(x: jax.Array, act: Act, scale: jax.Array, zero: jax.Array | None, factors: Sequence[jax.Array]) -> Coded:
-    """The codes on a grid, by the factors that stand for a division by its scale."""
+def coded(x: jax.Array, act: Act, steps: Steps) -> Coded:
+    """The codes of an activation in these steps."""
     low, high = act.grid.code_range
-    apart = spread(jnp.zeros_like(scale) if act.symmetric or zero is None else zero, x.shape)
-    numbers = round_between(by_factors(x, *factors), low - apart, high - apart)
-    return Coded(numbers, scale, None if act.symmetric else zero)
+    apart = spread(jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero, x.shape)
+    numbers = round_between(by_factors(x, steps.less, steps.reciprocal), low - apart, high - apart)
+    return Coded(numbers, steps.scale, steps.zero)
 
 
 def _own_ends(x: jax.Array, blocks: Shape, symmetric: bool) -> Ends:

@@ -9,13 +9,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxcomp.activations.avals import result_of
 from jaxcomp.activations.convolutions import convolution
 from jaxcomp.activations.factors import Factor, total
-from jaxcomp.activations.fake import Names, scale_blocks
 from jaxcomp.activations.reasons import (
     CUT_WINDOW,
     GROUPED_BATCH,
@@ -26,36 +24,13 @@ from jaxcomp.activations.reasons import (
     Why,
     short_blocks,
 )
-from jaxcomp.core.layouts import Tokens
-from jaxcomp.core.reductions import nan_in
 from jaxcomp.core.types import DType
-from jaxcomp.quantization.numerics.affine import block_reduce, spread
+from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.products import DotNumbers, by_rows, dot_axes, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
-
-
-_WHOLE = 1.5 * 2.0**23
-"""Added to a small integer in float32 it leaves the integer in the last bits."""
-
-
-def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
-    """``numbers + offset`` as int8, integers in a float type of which the result is in range; NaN gives any code.
-
-    By the bits of float32: XLA on CPU converts one number after the other, and looks at each for NaN and the ends.
-    """
-    if numbers.dtype != jnp.float32:
-        return (numbers + spread(offset, numbers.shape)).astype(jnp.int8)
-    whole = numbers + spread(offset + jnp.float32(_WHOLE), numbers.shape)
-    bits = lax.bitcast_convert_type(whole, jnp.int32) - int(np.float32(_WHOLE).view(np.int32))
-    return bits.astype(jnp.int8)
-
-
-def nan_rows(x: jax.Array, roles: Names) -> jax.Array:
-    """NaN for each index that a product does not sum over where the value has one, else 0: codes hold no NaN."""
-    return nan_in(x, lambda v: block_reduce(v, scale_blocks(x.shape, roles, Tokens()), jnp.sum))
 
 
 def refusal(op: Op, a: Factor, b: Factor) -> Why | None:

@@ -12,7 +12,7 @@ bytes; what is read has not moved between them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from importlib.util import find_spec
 from threading import Lock
@@ -42,7 +42,7 @@ _USERS, _NEXT, _DONE, _CHUNKS, _OPERAND = 0, 1, 2, 3, 4
 
 
 Chunk = Callable[["ir.IRBuilder", list[Operand], "ir.Value", "ir.Value"], None]
-"""Writes the code that makes a chunk of the result, the last operand: from one row of an operand to before another."""
+"""Writes the code of a chunk of the results, the last operands: from one row of an operand to before another."""
 
 
 def missing() -> str | None:
@@ -78,13 +78,15 @@ class Work(NamedTuple):
       name: what its code is kept under: the same name, the same code.
       chunk: writes the code of a chunk.
       rows: how many rows of one operand a chunk takes.
-      by: which operand that is; the result stands behind the last.
+      by: which operand that is; results stand behind the last.
+      results: how many there are.
     """
 
     name: str
     chunk: Chunk
     rows: int
     by: int
+    results: int = 1
 
 
 def call(work: Work, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
@@ -92,8 +94,13 @@ def call(work: Work, result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.
 
     An operand of more axes than two is a matrix whose rows are all but the last.
     """
-    target = _registered(work, (*(x.ndim for x in operands), len(result.shape)))
-    return jax.ffi.ffi_call(target, result)(*operands)
+    return call_for(work, [result], *operands)[0]
+
+
+def call_for(work: Work, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array) -> Sequence[jax.Array]:
+    """The same of a function of several results."""
+    target = _registered(work, (*(x.ndim for x in operands), *(len(result.shape) for result in results)))
+    return jax.ffi.ffi_call(target, results)(*operands)
 
 
 _KEPT: dict[str, Any] = {}
@@ -213,8 +220,8 @@ def _handler(
         b.ret(t.word(0))
 
     shared = w.libc("malloc", t.pointer, t.word(8 * (_OPERAND + 3 * len(axes))))
-    buffers = [w.load(w.load(frame, _OPERANDS), i) for i in range(len(axes) - 1)]
-    buffers.append(w.load(w.load(frame, _RESULTS), 0))
+    buffers = [w.load(w.load(frame, _OPERANDS), i) for i in range(len(axes) - work.results)]
+    buffers += [w.load(w.load(frame, _RESULTS), i) for i in range(work.results)]
     for i, (buffer, count) in enumerate(zip(buffers, axes, strict=True)):
         *lead, columns = (w.load(w.load(buffer, _DIMENSIONS), axis) for axis in range(count))
         for j, value in enumerate((w.load(buffer, _DATA), reduce(b.mul, lead), columns)):

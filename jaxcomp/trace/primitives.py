@@ -10,8 +10,10 @@ def _named(names: str) -> frozenset[str]:
 ATTENTION = "attend_rows"
 """Of queries to a cache of codes (:mod:`jaxcomp.kernels.attention`)."""
 CODED_CONVOLUTION = "convolve_codes"
-"""Of images in codes by a prepared kernel (:mod:`jaxcomp.activations.panel_products`)."""
-PIECES = frozenset({ATTENTION, CODED_CONVOLUTION})
+"""Of images in codes (:mod:`jaxcomp.activations.coded_convolutions`)."""
+ROUNDING = "round_to_codes"
+"""Of activations (:mod:`jaxcomp.activations.encoded`)."""
+PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, ROUNDING})
 """Calls that a backend may run in one piece."""
 CALLS = frozenset(
     {

@@ -9,8 +9,8 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp.activations import LSQ, PACT, Act, Dynamic, Float8, PoorRange, Static, quantize_function, ranges_of
+from jaxcomp.activations.encoded import small_integers
 from jaxcomp.activations.fake import Entry, fake_quantize
-from jaxcomp.activations.integer_products import small_integers
 from jaxcomp.core import Groups, Tokens
 from jaxcomp.trace.calibrate import observe
 from jaxcomp.trace.ranges import Range, percentile

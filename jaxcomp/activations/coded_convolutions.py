@@ -1,4 +1,4 @@
-"""Convolutions of activations in int8 by prepared kernels, as their bytes lie, where a CPU has code for it."""
+"""Convolutions of activations in int8 where a CPU has code for them: by prepared kernels as they lie, and depthwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxcomp.activations.packed_products import LaidFactor, laid_factor
 from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import PyTree
-from jaxcomp.kernels.llvm_panels import FEW, llvm_panel_sums, refusal_of_codes
+from jaxcomp.kernels import llvm_depthwise, llvm_panels
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.windows import Window, channels_last, window_of
@@ -27,26 +27,36 @@ from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CODED_CONVOLUTION
 
 
-def panel_pair(given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
-    """The factors of a convolution with its kernel as it lies, or None where its operands are not what that is for."""
+def coded_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
+    """The factors of a convolution that :func:`coded_convolution` runs, or None where there is no such code for it.
+
+    Args:
+      op: the convolution, which runs on integers.
+      given: its kernel, as it came.
+      pair: images and kernel.
+    """
     w, (x, kernel) = given.weight if isinstance(given, Carried) else None, pair
-    if not isinstance(w, PanelWeight) or w.lead or x.codes.dtype != jnp.int8:
+    if x.codes.dtype != jnp.int8:
         return None
-    return x, laid_factor(kernel, w)
+    if isinstance(w, PanelWeight):
+        return None if w.lead else (x, laid_factor(kernel, w))
+    shape = _by_taps(op, kernel.codes).shape
+    return None if llvm_depthwise.refusal(shape, op.eqn.params["feature_group_count"]) else pair
 
 
-def panel_forms(op: Op, kernel: Factor) -> str:
+def coded_forms(op: Op, kernel: Factor) -> str:
     """The forms of their product by backend, in words; of any number of images those of many."""
-    sizes = [n if isinstance(n, int) else FEW for n in result_of(op).shape]
-    own = refusal_of_codes(_windows(sizes, _laid(kernel)))
+    sizes = [n if isinstance(n, int) else llvm_panels.FEW for n in result_of(op).shape]
+    w = _laid(kernel)
+    own = w is not None and llvm_panels.refusal_of_codes(_windows(sizes, w))
     return "own" if own else "integers on cpu, own on cuda, rocm and tpu"
 
 
-def _laid(kernel: Factor) -> PanelWeight:
-    """The kernel as it lies."""
-    assert isinstance(kernel, LaidFactor)
-    assert isinstance(kernel.weight, PanelWeight)
-    return kernel.weight
+def _laid(kernel: Factor) -> PanelWeight | None:
+    """The kernel as it lies; None of one that is not prepared."""
+    w = kernel.weight if isinstance(kernel, LaidFactor) else None
+    assert w is None or isinstance(w, PanelWeight)
+    return w
 
 
 def _windows(result: Sequence[int], w: PanelWeight) -> int:
@@ -54,12 +64,19 @@ def _windows(result: Sequence[int], w: PanelWeight) -> int:
     return math.prod(result) // max(1, w.features)
 
 
+def _by_taps(op: Op, kernel: jax.Array) -> jax.Array:
+    """A kernel as ``(taps, channels of a group, features)``."""
+    features, channels, *elements = op.eqn.params["dimension_numbers"].rhs_spec
+    by = jnp.transpose(kernel, (*elements, channels, features))
+    return by.reshape(math.prod(by.shape[:-2]), *by.shape[-2:])
+
+
 class _Given(NamedTuple):
-    """What is convolved: both factors, the kernel as it lies, and what sums are multiplied by."""
+    """What is convolved: both factors, the kernel as code takes it, and what sums are multiplied by."""
 
     x: Factor
     kernel: Factor
-    weight: PanelWeight
+    weight: PanelWeight | jax.Array
     scale: jax.Array
 
 
@@ -71,10 +88,11 @@ class _How(NamedTuple):
     result: tuple[int, ...]
 
 
-def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
-    """The result of a convolution by a kernel of :func:`panel_pair`, in the equation's own type."""
+def coded_convolution(op: Op, x: Factor, kernel: Factor) -> jax.Array:
+    """The result of a convolution of a :func:`coded_pair`, in the equation's own type."""
     plain, numbers = Factor(kernel.codes, kernel.scale, None, kernel.reach), op.eqn.params["dimension_numbers"]
-    given = _Given(x, plain, _laid(kernel), scale_of(op, x, plain))
+    weight = _laid(kernel) or _by_taps(op, kernel.codes)[:, 0]
+    given = _Given(x, plain, weight, scale_of(op, x, plain))
     leaves, tree = jax.tree.flatten(given)
     if explicit_mesh(leaves) is not None:
         return integer_product(op, x, plain)
@@ -90,11 +108,12 @@ def panel_product(op: Op, x: Factor, kernel: Factor) -> jax.Array:
 
 def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
     x, _, weight, scale = jax.tree.unflatten(tree, leaves)
-    windows = _windows(jaxpr.out_avals[0].shape, weight)
-    if not windows or not x.codes.size or refusal_of_codes(windows):
+    laid, size = isinstance(weight, PanelWeight), math.prod(jaxpr.out_avals[0].shape)
+    if not size or not x.codes.size or (laid and llvm_panels.refusal_of_codes(_windows((size,), weight))):
         return run_call(*leaves, jaxpr=jaxpr)
-    zero = None if x.zero is None else x.zero.reshape(-1)
-    sums = llvm_panel_sums(jnp.transpose(x.codes, how.images), zero, weight, how.window)
+    zero, images = None if x.zero is None else x.zero.reshape(-1), jnp.transpose(x.codes, how.images)
+    summed = llvm_panels.llvm_panel_sums if laid else llvm_depthwise.llvm_depthwise_sums
+    sums = summed(images, zero, weight, how.window)
     return [jnp.transpose(sums, np.argsort(how.result).tolist()).astype(scale.dtype) * scale]
 
 

@@ -1,0 +1,128 @@
+"""Activations in codes, as products of codes take them: int8 or float8, and a scale that is NaN where the value was."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr
+
+from jaxcomp.activations.factors import Factor
+from jaxcomp.activations.fake import Entry, Names, Steps, coded, float8_codes, scale_blocks, steps_of
+from jaxcomp.activations.specs import Act, ActSpec, Float8
+from jaxcomp.core.barriers import made_once
+from jaxcomp.core.layouts import Tokens
+from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.core.reductions import nan_in
+from jaxcomp.core.types import PyTree, Shape
+from jaxcomp.kernels.llvm_rounding import Ends, llvm_codes, refusal
+from jaxcomp.kernels.lowering import call_in_one_piece, run_call
+from jaxcomp.quantization.numerics.affine import block_reduce, spread
+from jaxcomp.trace.primitives import ROUNDING
+from jaxcomp.trace.ranges import Range
+
+_WHOLE = 1.5 * 2.0**23
+"""Added to a small integer in float32 it leaves the integer in the last bits."""
+
+
+def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
+    """``numbers + offset`` as int8, integers in a float type of which the result is in range; NaN gives any code.
+
+    By the bits of float32: XLA on CPU converts one number after the other, and looks at each for NaN and the ends.
+    """
+    if numbers.dtype != jnp.float32:
+        return (numbers + spread(offset, numbers.shape)).astype(jnp.int8)
+    whole = numbers + spread(offset + jnp.float32(_WHOLE), numbers.shape)
+    bits = lax.bitcast_convert_type(whole, jnp.int32) - int(np.float32(_WHOLE).view(np.int32))
+    return bits.astype(jnp.int8)
+
+
+def nan_rows(x: jax.Array, roles: Names) -> jax.Array:
+    """NaN for each index that a product does not sum over where the value has one, else 0: codes hold no NaN."""
+    return nan_in(x, lambda v: block_reduce(v, _rows(x, roles), jnp.sum))
+
+
+def _rows(x: jax.Array, roles: Names) -> Shape:
+    """The shape of something for each index that a product does not sum over."""
+    return scale_blocks(x.shape, roles, Tokens())
+
+
+def reach_of(act: ActSpec) -> int:
+    """How far codes are from their zero at most; 0 of float8."""
+    if isinstance(act, Float8):
+        return 0
+    low, high = act.grid.code_range
+    return max(-low, high) if act.symmetric else high - low
+
+
+def encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
+    """An activation in codes; no gradient flows."""
+    return _encoded(value, at.given, act=act, roles=at.roles)
+
+
+@partial(jax.jit, static_argnames=("act", "roles"))
+def _encoded(value: jax.Array, given: Range | None, *, act: ActSpec, roles: Names) -> Factor:
+    """:func:`encoded`, traced once for all values that are alike."""
+    value, given = lax.stop_gradient((value, given))
+    at = Entry(roles, given)
+    if isinstance(act, Float8):
+        return Factor(*float8_codes(value, act, at), None, 0)
+    x = made_once(value)  # for its codes, and in search of NaN
+    steps = steps_of(x, act, at)
+    codes, lost = _codes_and_nan(x, act, steps, roles)
+    scale, lost = steps.scale, lost.astype(steps.scale.dtype)
+    scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
+    zero = None if steps.zero is None else (steps.zero - _shift(act)).astype(jnp.int32)
+    return Factor(codes, scale, zero, reach_of(act))
+
+
+def _shift(act: Act) -> int:
+    """What codes are less: int8 by int8 is the fast product."""
+    _, high = act.grid.code_range
+    return 128 if high > 127 else 0
+
+
+def _sizes(a: jax.Array, b: jax.Array) -> list[tuple[int, int]]:
+    """Of each axis the two sizes, either of which may be an expression of a program for any batch."""
+    return list(zip(a.shape, b.shape, strict=True))
+
+
+class _How(NamedTuple):
+    """The ends of the codes, and the shape of what NaN is looked for in."""
+
+    ends: Ends
+    rows: Shape
+
+
+def _codes_and_nan(x: jax.Array, act: Act, steps: Steps, roles: Names) -> tuple[jax.Array, jax.Array]:
+    """Both in one piece."""
+    leaves, tree = jax.tree.flatten((x, steps))
+
+    def own(*leaves: jax.Array) -> list[jax.Array]:
+        x, steps = jax.tree.unflatten(tree, leaves)
+        numbers, scale, zero = coded(x, act, steps)
+        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - _shift(act))
+        return [codes, nan_rows(x, roles)]
+
+    if explicit_mesh(leaves) is not None:
+        codes, lost = own(*leaves)
+    else:
+        how = _How(Ends(*act.grid.code_range, _shift(act)), _rows(x, roles))
+        codes, lost = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
+    return codes, lost
+
+
+def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    x, steps = jax.tree.unflatten(tree, leaves)
+    floats = x.dtype == steps.scale.dtype == jnp.float32
+    if not floats or not x.size or refusal(x.shape, steps.scale.shape, how.rows):
+        return run_call(*leaves, jaxpr=jaxpr)
+    zero = jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero
+    return list(llvm_codes(x, jnp.stack([zero, steps.less, steps.reciprocal]), how.rows, how.ends))
+
+
+_primitive = call_in_one_piece(ROUNDING, _for_cpu)
