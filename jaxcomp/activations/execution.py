@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
 from jaxcomp.activations.coded_convolutions import coded_convolution, coded_forms, coded_pair
+from jaxcomp.activations.coded_dots import panel_forms, panel_pair
 from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.encoded import encoded, reach_of
 from jaxcomp.activations.factors import Factor
@@ -150,6 +151,9 @@ class _Product:
         order = [axis for part in axes for axis in part]
         if order != sorted(order) if leaf is None else axes != leaf.axes:
             return integer_product, pair, ""
+        in_panels = panel_pair(given[side], side, pair)
+        if in_panels is not None:
+            return integer_product, in_panels, panel_forms(op, side, in_panels)
         packed = packed_pair(op, side, given[side], pair)
         if packed is not None:
             return packed_product, packed, packed_forms(op, *packed)

@@ -9,9 +9,9 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.coded_dots import Sums, coded_dot
 from jaxcomp.activations.convolutions import convolution
 from jaxcomp.activations.factors import Factor, total
 from jaxcomp.activations.reasons import (
@@ -24,10 +24,9 @@ from jaxcomp.activations.reasons import (
     Why,
     short_blocks,
 )
-from jaxcomp.core.types import DType
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.products import DotNumbers, by_rows, dot_axes, dot_numbers, groups_of
+from jaxcomp.trace.products import by_rows, dot_axes, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
@@ -129,7 +128,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
         batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
         numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    sums = _sums(op, a.codes, b.codes, numbers, a.sum_type)
+    sums = coded_dot(op, a, b, numbers)
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -143,35 +142,8 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         v = jnp.transpose(v, [*first, *free, *contract[side]])
         return v.reshape([*shape, *own, *[1] * other] if side == 0 else [*shape, *[1] * other, *own])
 
-    axes = tuple(contract[0]), tuple(contract[1])
-    y = _rescaled(sums, (a, b), axes, n, placed)
+    y = _rescaled(sums, (a, b), n, placed)
     return y.sum(tuple(range(cut))) if cut else y
-
-
-def _sums(op: Op, a: jax.Array, b: jax.Array, numbers: DotNumbers, kind: DType) -> jax.Array:
-    """The dot of codes. One row of int8 is two on CPU: of one alone XLA makes all of the other operand int32 first."""
-
-    def dot(a: jax.Array, b: jax.Array, numbers: DotNumbers = numbers) -> jax.Array:
-        return op.bind(a, b, dimension_numbers=numbers, preferred_element_type=kind)[0]
-
-    (contract, batch), codes = numbers, (a, b)
-    kept = [
-        math.prod(n for i, n in enumerate(x.shape) if i not in axes) for x, axes in zip(codes, contract, strict=True)
-    ]
-    if a.dtype != jnp.int8 or batch != ((), ()) or 1 not in kept or kept == [1, 1]:
-        return dot(a, b)
-    side = kept.index(1)
-
-    def doubled(*codes: jax.Array) -> jax.Array:
-        one = codes[side][None]
-        two, moved = jnp.concatenate([one, one]), tuple(i + 1 for i in contract[side])
-        if side == 0:
-            sums = dot(two, codes[1], ((moved, contract[1]), batch))
-        else:
-            sums = dot(codes[0], two, ((contract[0], moved), batch))
-        return jax.lax.index_in_dim(sums, 0, 0 if side == 0 else codes[0].ndim - len(contract[0]), keepdims=False)
-
-    return lax.platform_dependent(a, b, cpu=doubled, default=dot)
 
 
 def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]]:
@@ -221,24 +193,24 @@ def _ragged(op: Op, a: Factor, b: Factor) -> jax.Array:
         by_group = jnp.moveaxis(full, (at.group, at.right), (0, 1))[:, 0]
         return jnp.take(by_group, group_of, 0, mode="fill", fill_value=0)
 
-    return _rescaled(sums, (a, b), ((at.left,), (at.right,)), a.codes.shape[at.left], placed)
+    found = Sums(sums, total(a.codes, (at.left,)), total(b.codes, (at.right,)))
+    return _rescaled(found, (a, b), a.codes.shape[at.left], placed)
 
 
 def _rescaled(
-    sums: jax.Array,
-    factors: tuple[Factor, Factor],
-    summed: tuple[tuple[int, ...], tuple[int, ...]],
-    n: int,
-    placed: Callable[[jax.Array, int], jax.Array],
+    found: Sums, factors: tuple[Factor, Factor], n: int, placed: Callable[[jax.Array, int], jax.Array]
 ) -> jax.Array:
-    """Corrects for zero points and scales; ``placed(v, side)`` puts an operand's value in the result's axes."""
-    a, b = factors
+    """Corrects for zero points and scales, with sums over ``n`` codes.
+
+    ``placed(v, side)`` puts an operand's value in the result's axes.
+    """
     scales = [placed(spread(f.scale, f.codes.shape), side) for side, f in enumerate(factors)]
     zeros = [None if f.zero is None else placed(spread(f.zero, f.codes.shape), side) for side, f in enumerate(factors)]
-    if zeros[0] is not None:
-        sums = sums - zeros[0] * placed(total(b.codes, summed[1]), 1)
-    if zeros[1] is not None:
-        sums = sums - zeros[1] * placed(total(a.codes, summed[0]), 0)
+    sums = found.products
+    if zeros[0] is not None and found.right is not None:
+        sums = sums - zeros[0] * placed(found.right, 1)
+    if zeros[1] is not None and found.left is not None:
+        sums = sums - zeros[1] * placed(found.left, 0)
     if zeros[0] is not None and zeros[1] is not None:
         sums = sums + n * zeros[0] * zeros[1]
     return sums.astype(scales[0].dtype) * (scales[0] * scales[1])

@@ -25,7 +25,7 @@ from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.prepare import check_layout, site_axes, wanted_axes
 from jaxcomp.kernels.products import Matrix, convolution, weight_only
-from jaxcomp.kernels.windows import channels_last, window_of
+from jaxcomp.kernels.windows import Window, channels_last, window_of
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
@@ -158,8 +158,9 @@ def _on_bytes(planned: Planned, record: Record) -> Callable[..., Sequence[jax.Ar
             return _on_arrays(planned)(*values)
         if planned.site.kind == "conv":
             return [_convolved(planned, x, value.weight, record)]
-        assert not isinstance(value.weight, PanelWeight)
         rows = in_rows(op, side, x)
+        if isinstance(value.weight, PanelWeight):
+            return [in_result(op, side, _by_panels(planned, rows, value.weight, record))]
         record(planned.site.path, "weight-only", None, forms_of(rows.shape[1], x.dtype, value.weight))
         return [in_result(op, side, product_of_rows(rows, value.weight, result_of(op).dtype))]
 
@@ -175,6 +176,15 @@ def _convolved(planned: Planned, x: jax.Array, w: Weight, record: Record) -> jax
     record(planned.site.path, "weight-only", None, forms_of(given.windows, x.dtype, w, given))
     y = convolution(images, w, window, dtype=result.dtype)
     return jnp.transpose(y, np.argsort(channels_last(numbers.out_spec)).tolist())
+
+
+def _by_panels(planned: Planned, rows: jax.Array, w: PanelWeight, record: Record) -> jax.Array:
+    """``(1, rows, features)``: a dot as a convolution, each row an image of one pixel."""
+    images, dtype = rows.reshape(-1, 1, w.length), result_of(planned.op).dtype
+    window = Window(kernel=(1,), strides=(1,), padding=((0, 0),), dilation=(1,), base=(1,), groups=1)
+    given = Images(images.shape, window)
+    record(planned.site.path, "weight-only", None, forms_of(given.windows, rows.dtype, w, given))
+    return convolution(images, w, window, dtype=dtype).reshape(1, images.shape[0], w.features)
 
 
 def in_rows(op: Op, side: int, x: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted
 
@@ -101,6 +103,16 @@ def call_for(work: Work, results: Sequence[jax.ShapeDtypeStruct], *operands: jax
     """The same of a function of several results."""
     target = _registered(work, (*(x.ndim for x in operands), *(len(result.shape) for result in results)))
     return jax.ffi.ffi_call(target, results)(*operands)
+
+
+def parts(count: int, size: int) -> jax.Array:
+    """An operand to make chunks by: the first of each of so many, and the one after its last; int32 ``(parts, 2)``.
+
+    >>> parts(5, 2).tolist()
+    [[0, 2], [2, 4], [4, 5]]
+    """
+    first = np.arange(-(-count // size), dtype=np.int32) * size
+    return jnp.asarray(np.stack([first, np.minimum(first + size, count)], 1))
 
 
 _KEPT: dict[str, Any] = {}

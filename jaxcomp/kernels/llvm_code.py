@@ -44,6 +44,13 @@ def loaded(b: ir.IRBuilder, matrix: Operand, index: ir.Value, kind: ir.Type) -> 
     return b.load(element(b, matrix, index, kind), typ=kind)
 
 
+def row_of_words(b: ir.IRBuilder, matrix: Operand, row: ir.Value, count: int) -> list[ir.Value]:
+    """A row of so many int32, as int64."""
+    t = Types()
+    first = b.mul(row, t.word(count))
+    return [b.sext(loaded(b, matrix, b.add(first, t.word(i)), t.i32), t.i64) for i in range(count)]
+
+
 def everywhere(b: ir.IRBuilder, value: ir.Value, width: int) -> ir.Value:
     """A number in all places of a vector."""
     from llvmlite import ir

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcomp.core.types import Shape
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, intrinsic, loaded
+from jaxcomp.kernels.llvm_calls import Work, call, features, missing, parts
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, intrinsic, loaded, row_of_words
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
@@ -66,26 +65,24 @@ def llvm_depthwise_sums(x: jax.Array, zero: jax.Array | None, kernel: jax.Array,
     taps, sources = kernel.shape[0], window.sources(shape[1:-1])
     wide = jnp.pad(kernel, ((0, taps % 2), (0, filled - channels))).astype(jnp.int16)
     pairs = jnp.swapaxes(wide.reshape(-1, 2, filled), 1, 2).reshape(-1, 2 * filled)
-    of_all, together = shape[0] * sources.shape[0], max(1, TOGETHER // filled)
-    first = np.arange(0, of_all, together, np.int32)
-    tasks = jnp.asarray(np.stack([first, np.minimum(first + together, of_all)], 1))
+    of_all = shape[0] * sources.shape[0]
+    tasks = parts(of_all, max(1, TOGETHER // filled))
     work = Work(f"depthwise_{taps}", partial(_summed, taps), 1, by=4)
     result = jax.ShapeDtypeStruct((of_all, filled), jnp.int32)
     y = call(work, result, x, blank, jnp.asarray(sources), pairs, tasks)
     y = y[:, :channels].reshape(window.result(shape, channels))
     if zero is None:
         return y
-    share = zero[:, None] * kernel.astype(jnp.int32).sum(0)
+    share = zero[:, None] * kernel.astype(jnp.int32).sum(0)[None]
     return y - share.reshape(-1, *[1] * (x.ndim - 2), channels)
 
 
 def _summed(taps: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some tasks: windows from one to before another."""
     *given, tasks, out = operands
-    t = Types()
     windows = _Windows(taps, b, [*given, out])
     with counted(b, first, last) as task:
-        begin, end = (b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(2)), t.word(i)), t.i32), t.i64) for i in (0, 1))
+        begin, end = row_of_words(b, tasks, task, 2)
         with counted(b, begin, end) as window:
             windows.write(window)
 

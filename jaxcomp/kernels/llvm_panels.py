@@ -9,25 +9,29 @@ Images of floats meet the numbers as floats, made where they are met.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, loaded
-from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, Sums, Words
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, loaded, row_of_words
+from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, ManyFloats, Sums, Words
 from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
+Kind = Sums | ManyFloats
 MANY = 96
 """Windows that a thread takes at a time, by one panel."""
 FEW = 64
-"""Windows of which what a processor with VNNI saves in XLA's convolution is less than laying the kernel out for it."""
+"""Windows of which what a processor with VNNI saves in XLA's convolution is less than laying the kernel out for it; and
+of floats those that meet numbers as they are unpacked."""
 
 
 def refusal(w: PanelWeight) -> str | None:
@@ -89,11 +93,12 @@ def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Arra
     Returns:
       ``(images, *windows, features)``, float32.
     """
-    y = _called(Floats, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
+    many = math.prod(window.result(x.shape, 1)) > FEW
+    y = _called(ManyFloats if many else Floats, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
     return y * w.scale.reshape(*[1] * (x.ndim - 1), w.features)
 
 
-def _called(kind: type[Sums], x: jax.Array, blank: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
+def _called(kind: type[Kind], x: jax.Array, blank: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
     """``(images, *windows, features)``: sums of a kind; ``blank`` is what lies around all images, or around each."""
     images, *spatial, channels = x.shape
     x, sources = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.filled - channels)]), window.sources(spatial)
@@ -101,10 +106,34 @@ def _called(kind: type[Sums], x: jax.Array, blank: jax.Array, w: PanelWeight, wi
     number = jnp.arange(-(-of_all // MANY) * panels, dtype=jnp.int32)
     first = number // panels * MANY
     tasks = jnp.stack([number % panels, first, jnp.minimum(first + MANY, of_all)], 1)
-    work = Work(f"panels_{kind.__name__}_{w.bits}", partial(_panels, kind, w.bits), 1, by=4)
-    result = jax.ShapeDtypeStruct((of_all, panels * FEATURES), jnp.float32 if kind is Floats else jnp.int32)
-    y = call(work, result, x, blank, jnp.asarray(sources), w.codes, tasks)
+    y = panel_sums(kind, w.bits, x, (blank, jnp.asarray(sources)), w.codes, (tasks, (of_all, panels * FEATURES)))
     return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
+
+
+def panel_sums(
+    kind: type[Kind],
+    bits: int,
+    x: jax.Array,
+    around: tuple[jax.Array, jax.Array],
+    codes: jax.Array,
+    wanted: tuple[jax.Array, Shape],
+) -> jax.Array:
+    """The sums of windows and panels.
+
+    Args:
+      kind: of sums.
+      bits: of the codes' numbers.
+      x: images, channels last, as many as fill blocks.
+      around: what lies around all images or around each, a row of channels; and where each element of the kernel meets
+        an image, ``(windows of an image, taps)``, -1 for what lies around it.
+      codes: ``(panels, bytes)``, as a :class:`~jaxcomp.kernels.panels.PanelWeight` has them.
+      wanted: ``(tasks, 3)``, each a panel, the first of its windows among those of all images, and the one after the
+        last; and the shape of the result ``(windows, features)``, where a panel is put in the place that is left when
+        its number is divided by how many lie side by side.
+    """
+    tasks, shape = wanted
+    work = Work(f"panels_{kind.__name__}_{bits}", partial(_panels, kind, bits), 1, by=4)
+    return call(work, jax.ShapeDtypeStruct(shape, kind.dtype), x, *around, codes, tasks)
 
 
 class _At(NamedTuple):
@@ -116,47 +145,62 @@ class _At(NamedTuple):
 
 
 def _panels(
-    kind: type[Sums], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
+    kind: type[Kind], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
 ) -> None:
     """Some tasks: a panel of features, and the windows from one to before another."""
     *given, tasks, out = operands
-    t, sums = Types(), kind(bits, b)
-    group = _Group(sums, b, [*given, out])
+    group = _Group(kind(bits, b), b, [*given, out])
     with counted(b, first, last) as task:
-        panel, start, stop = (
-            b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(3)), t.word(i)), t.i32), t.i64) for i in range(3)
-        )
-        count = b.sdiv(b.add(b.sub(stop, start), t.word(sums.rows - 1)), t.word(sums.rows))
-        with counted(b, t.word(0), count) as number:
-            group.write(panel, b.add(start, b.mul(number, t.word(sums.rows))), stop)
+        group.write_all(*row_of_words(b, tasks, task, 3))
 
 
 class _Group:
     """Writes the code of a few windows by one panel."""
 
-    def __init__(self, sums: Sums, b: ir.IRBuilder, operands: list[Operand]) -> None:
+    def __init__(self, sums: Kind, b: ir.IRBuilder, operands: list[Operand]) -> None:
         self.sums, self.b, self.t = sums, b, Types()
         self.x, self.blank, self.sources, self.codes, self.out = operands
         self.pixels = b.sdiv(self.x.rows, b.sdiv(self.out.rows, self.sources.rows))  # of an image
         self.blocks = b.sdiv(self.x.columns, self.t.word(unit(sums.bits)))
 
-    def write(self, panel: ir.Value, first: ir.Value, stop: ir.Value) -> None:
-        """The sums of windows from the first on; those behind the last one are the last again."""
-        b, t, taps = self.b, self.t, self.sources.columns
-        rows = self._rows(first, stop)
+    def write_all(self, panel: ir.Value, start: ir.Value, stop: ir.Value) -> None:
+        """The sums of windows from one to before another."""
+        b, t, sums = self.b, self.t, self.sums
+        count = b.sdiv(b.add(b.sub(stop, start), t.word(sums.rows - 1)), t.word(sums.rows))
         codes = element(b, self.codes, b.mul(panel, self.codes.columns), t.i8)
-        size = b.mul(self.blocks, t.word(self.sums.size))
-        self.sums.begin()
-        with counted(b, t.word(0), taps) as tap:
-            pixels = [self._pixel(row, tap) for row in rows]
-            here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
-            with self.sums.each(self.blocks) as block:
-                self.sums.add(block, here, pixels)
-        for i, row in enumerate(rows):
-            for half, total in enumerate(self.sums.ended(i)):
-                column = b.add(b.mul(panel, t.word(FEATURES)), t.word(half * VECTOR))
-                place = element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32)
-                b.store(total, place, align=4)
+        size = b.mul(self.blocks, t.word(sums.size))
+        if isinstance(sums, ManyFloats):
+            # The numbers of a piece of the channels become floats once for all windows.
+            with counted(b, t.word(0), self.sources.columns) as tap, sums.pieces(self.blocks) as (begin, end):
+                here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
+                channel = sums.unpacked(here, begin, end)
+                fresh = b.icmp_signed("==", b.add(tap, begin), t.word(0))
+                with counted(b, t.word(0), count) as number:
+                    rows = self._rows(b.add(start, b.mul(number, t.word(sums.rows))), stop)
+                    places = [self._places(panel, row) for row in rows]
+                    sums.add_up([self._pixel(row, tap) for row in rows], channel, places, fresh)
+            return
+        with counted(b, t.word(0), count) as number:
+            rows = self._rows(b.add(start, b.mul(number, t.word(sums.rows))), stop)
+            sums.begin()
+            with counted(b, t.word(0), self.sources.columns) as tap:
+                pixels = [self._pixel(row, tap) for row in rows]
+                here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
+                with sums.each(self.blocks) as block:
+                    sums.add(block, here, pixels)
+            for i, row in enumerate(rows):
+                for total, place in zip(sums.ended(i), self._places(panel, row), strict=True):
+                    b.store(total, place, align=4)
+
+    def _places(self, panel: ir.Value, row: _At) -> list[ir.Value]:
+        """Where the sums of a window are, by halves of the panel."""
+        b, t = self.b, self.t
+        side = b.srem(panel, b.sdiv(self.out.columns, t.word(FEATURES)))
+        found = []
+        for half in range(FEATURES // VECTOR):
+            column = b.add(b.mul(side, t.word(FEATURES)), t.word(half * VECTOR))
+            found.append(element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32))
+        return found
 
     def _rows(self, first: ir.Value, stop: ir.Value) -> list[_At]:
         b, t, windows = self.b, self.t, self.sources.rows

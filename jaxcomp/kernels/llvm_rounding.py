@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcomp.core.types import Shape
-from jaxcomp.kernels.llvm_calls import Work, call_for, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, intrinsic, loaded
+from jaxcomp.kernels.llvm_calls import Work, call_for, missing, parts
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, intrinsic, loaded, row_of_words
 from jaxcomp.kernels.llvm_numbers import constant
 from jaxcomp.quantization.numerics.rounding import hair
 
@@ -27,7 +26,7 @@ LEAST = 8
 PIECE = 2**14
 """Numbers that a thread takes at a time."""
 _WHOLE = 1.5 * 2.0**23
-"""Added to a small number it leaves the nearest integer in the last bits, of halves the even one."""
+"""Added to a small integer it leaves the integer in the last bits."""
 
 
 class Ends(NamedTuple):
@@ -79,9 +78,7 @@ def llvm_codes(x: jax.Array, grid: jax.Array, rows: Shape, ends: Ends) -> tuple[
     if math.prod(grids) > 1:
         grid = jnp.broadcast_to(grid, (3, *x.shape[:lead], *grids[lead:]))
     pieces = -(-columns // PIECE)
-    cells, together = count * pieces, max(1, PIECE // min(columns, PIECE))
-    first = np.arange(0, cells, together, np.int32)
-    tasks = jnp.asarray(np.stack([first, np.minimum(first + together, cells)], 1))
+    tasks = parts(count * pieces, max(1, PIECE // min(columns, PIECE)))
     results = [jax.ShapeDtypeStruct((count, columns), jnp.int8), jax.ShapeDtypeStruct((count, pieces), jnp.float32)]
     work = Work("codes_" + "_".join(map(str, ends)).replace("-", "n"), partial(_rounded, ends), 1, by=2, results=2)
     codes, lost = call_for(work, results, x.reshape(count, columns), grid.reshape(3, -1), tasks)
@@ -95,7 +92,7 @@ def _rounded(ends: Ends, b: ir.IRBuilder, operands: list[Operand], first: ir.Val
     x, grid, tasks, codes, lost = operands
     t = Types()
     with counted(b, first, last) as task:
-        begin, end = (b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(2)), t.word(i)), t.i32), t.i64) for i in (0, 1))
+        begin, end = row_of_words(b, tasks, task, 2)
         with counted(b, begin, end) as cell:
             row = b.sdiv(cell, lost.columns)
             start = b.mul(b.srem(cell, lost.columns), t.word(PIECE))
@@ -124,7 +121,7 @@ class _Piece:
         self.b, self.t, self.row, (self.x, self.codes) = b, Types(), row, matrices
         zero, *self.factors = known
         self.low, self.high = (b.fsub(self.t.f32(end), zero) for end in (ends.low, ends.high))
-        self.offset = b.trunc(b.fptosi(b.fsub(zero, self.t.f32(ends.shift)), self.t.i32), self.t.i8)
+        self.whole = b.fadd(b.fsub(zero, self.t.f32(ends.shift)), self.t.f32(_WHOLE))
         self.ints = partial(ir.VectorType, self.t.i32)
 
     def write(self, start: ir.Value, stop: ir.Value) -> ir.Value:
@@ -164,7 +161,8 @@ class _Piece:
         for factor in self.factors:
             x = b.fmul(x, wide(factor))
         for sign, end in ((">", self.low), ("<", self.high)):
-            x = b.select(b.fcmp_ordered(sign, x, wide(end)), x, wide(end))
+            x = b.select(b.fcmp_unordered(sign, x, wide(end)), x, wide(end))
         x = b.fmul(x, constant(kind, hair(jnp.dtype(jnp.float32))))
-        code = b.trunc(b.bitcast(b.fadd(x, constant(kind, _WHOLE)), ints), ir.VectorType(t.i8, n))
-        b.store(b.add(code, wide(self.offset)), element(b, self.codes, at, t.i8), align=1)
+        x = intrinsic(b, f"llvm.roundeven.v{n}f32", kind, x)
+        code = b.trunc(b.bitcast(b.fadd(x, wide(self.whole)), ints), ir.VectorType(t.i8, n))
+        b.store(code, element(b, self.codes, at, t.i8), align=1)

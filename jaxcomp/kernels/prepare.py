@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
+
 from jaxcomp.core.leaves import CompressedLeaf, is_compressed
 from jaxcomp.core.paths import leaves_with_paths
 from jaxcomp.core.placement import on_any_mesh
-from jaxcomp.core.roles import CONTRACTED
+from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.kernels.leaves import Axes, Laid, prepared
 from jaxcomp.kernels.llvm_calls import missing
+from jaxcomp.kernels.llvm_panels import FEW, refusal_of_codes
 from jaxcomp.kernels.panel_leaves import PreparedKernel, prepared_kernel
 from jaxcomp.kernels.sparse_leaves import prepared_sparse
 from jaxcomp.trace.flow import Op
@@ -72,6 +75,8 @@ def prepare(
     return treedef.unflatten(leaves)
 
 
+ROWS_OF_PANELS = 16
+"""A weight that so many rows meet where it is prepared lies in panels, where it can."""
 _TOLD = 5
 
 
@@ -94,7 +99,9 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
     if site.kind == "conv":
         packed: Laid | str = on_any_mesh(_kernel)(leaf, axes, site)
     else:
-        packed = on_any_mesh(prepared)(leaf, axes, site.path)
+        packed = on_any_mesh(_in_panels)(leaf, axes, site)
+        if isinstance(packed, str):
+            packed = on_any_mesh(prepared)(leaf, axes, site.path)
     return f"{why}{packed}" if isinstance(packed, str) else packed
 
 
@@ -108,6 +115,28 @@ def _kernel(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | st
     kernel = site.operands[site.weight]
     channels = math.prod(n for n, role in zip(kernel.shape, kernel.roles, strict=True) if role == CONTRACTED)
     return prepared_kernel(leaf, axes, site.path, channels)
+
+
+def _in_panels(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | str:
+    """A leaf laid out for a dot of some rows, or why it is not: a few read packed bytes faster."""
+    assert site.weight is not None
+    weight, rows = site.operands[site.weight], site.operands[1 - site.weight]
+    counts = [n for n, role in zip(rows.shape, rows.roles, strict=True) if role == OUTPUT]
+    if not all(isinstance(n, int) for n in counts) or math.prod(counts) < ROWS_OF_PANELS:
+        return "few rows meet it"
+    if BATCH in weight.roles:
+        return "panels are for a weight that serves all rows"
+    if platforms_of(leaf) != {"cpu"}:
+        return "panels are for a CPU, and it lies elsewhere"
+    if why := refusal_of_codes(FEW + 1):  # of however many rows
+        return why
+    return prepared_kernel(leaf, axes, site.path, math.prod(leaf.shape[i] for i in axes[2]))
+
+
+def platforms_of(leaf: Leaf) -> set[str]:
+    """Those of the devices on which the arrays of a leaf lie; of none that lies anywhere, JAX's default."""
+    there = [x for x in jax.tree.leaves(leaf) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    return {device.platform for x in there for device in x.devices()} or {jax.default_backend()}
 
 
 def check_layout(owner: str, path: str, leaf: Laid, wanted: list[tuple[Site, Axes]]) -> None:

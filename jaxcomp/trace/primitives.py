@@ -11,9 +11,11 @@ ATTENTION = "attend_rows"
 """Of queries to a cache of codes (:mod:`jaxcomp.kernels.attention`)."""
 CODED_CONVOLUTION = "convolve_codes"
 """Of images in codes (:mod:`jaxcomp.activations.coded_convolutions`)."""
+CODED_DOT = "multiply_codes"
+"""Of two operands in codes (:mod:`jaxcomp.activations.coded_dots`)."""
 ROUNDING = "round_to_codes"
 """Of activations (:mod:`jaxcomp.activations.encoded`)."""
-PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, ROUNDING})
+PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, CODED_DOT, ROUNDING})
 """Calls that a backend may run in one piece."""
 CALLS = frozenset(
     {

@@ -51,10 +51,10 @@ def check(fn, given):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
-def trees(fn, shapes, x, grid, per, **prepared):
+def trees(fn, shapes, x, grid, per, like=None, **prepared):
     p = {name: draw(i, *shape) for i, (name, shape) in enumerate(zip("ab", shapes))}
     q = jc.quantize(grid, per=per, roles=jc.roles(fn)(p, x))
-    ready = jc.prepare(jc.pack(q.apply((), p)), fn, x, **prepared)
+    ready = jc.prepare(jc.pack(q.apply((), p)), fn, x if like is None else like, **prepared)
     for rules, integer in (({".*": Act(8, range=Dynamic(), per=jc.core.layouts.Tokens())}, True), ({}, False)):
         check(lambda x, r=rules, i=integer: jc.quantize_function(fn, r, integer=i)(ready, None, x), x)
 
@@ -65,6 +65,9 @@ if sys.argv[1] == "dots":
     for grid, per in ((jc.Int(8), one), (jc.Int(4), groups), (jc.Int(4, symmetric=False), one)):
         trees(dots, ((64, 128), (128, 64)), x, grid, per)
     trees(dots, ((64, 128), (128, 64)), x, jc.Int(8), jc.Channels(), sparse=0.001)
+if sys.argv[1] == "panels":
+    for bits in (4, 8):
+        trees(dots, ((64, 128), (128, 64)), x, jc.Int(bits), jc.Channels(), like=draw(8, 70, 64))
 if sys.argv[1] == "convolutions":
     for more in ({}, {"sparse": 0.001}):
         trees(convolutions, ((3, 3, 4, 8), (3, 3, 8, 8)), draw(8, 3, 5, 6, 4), jc.Int(4), jc.Channels(), **more)
@@ -81,7 +84,7 @@ if sys.argv[1] == "cache":
 """
 
 
-@pytest.mark.parametrize("what", ["dots", "convolutions", "tables", "cache"])
+@pytest.mark.parametrize("what", ["dots", "panels", "convolutions", "tables", "cache"])
 def test_any_batch(what, tmp_path) -> None:
     pytest.importorskip("llvmlite")
     env = {

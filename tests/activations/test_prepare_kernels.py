@@ -1,4 +1,4 @@
-"""Prepared kernels of convolutions: the same bits as the tree that they were made of, in every kind of program."""
+"""Weights in panels, of convolutions and of dots: the bits of the tree that was prepared, in every kind of program."""
 
 from __future__ import annotations
 
@@ -65,6 +65,26 @@ def rematted(p, x):
     return jax.checkpoint(lambda w, x: jnp.tanh(convolved(x, w)))(p["w"], x)
 
 
+def line(p, x):
+    return jnp.tanh(x @ p["w"])
+
+
+def turned(p, x):
+    return x @ p["w"].T
+
+
+def heads(p, x):
+    return jnp.einsum("btd,dhk->bhtk", x, p["w"])  # the weight is the left operand
+
+
+def merged(p, x):
+    return jnp.einsum("bthk,hkd->btd", x, p["w"])
+
+
+def layers(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
 PROGRAMS = {
     two: ({"first": (3, 3, 5, 18), "second": (1, 1, 18, 7)}, (2, 6, 5, 5)),
     channels_first: ({"first": (8, 3, 3, 3), "second": (5, 8, 1, 2)}, (2, 3, 6, 5)),
@@ -73,8 +93,15 @@ PROGRAMS = {
     transposed: ({"w": (3, 3, 4, 5)}, (1, 4, 3, 4)),
     relaid: ({"w": (6, 4, 3, 3)}, (1, 4, 4, 4)),
     rematted: ({"w": (3, 3, 4, 5)}, (1, 4, 3, 4)),
+    line: ({"w": (50, 37)}, (70, 50)),
+    turned: ({"w": (37, 50)}, (20, 50)),
+    heads: ({"w": (50, 3, 21)}, (2, 40, 50)),
+    merged: ({"w": (3, 21, 50)}, (2, 40, 3, 21)),
+    layers: ({"w": (3, 34, 34)}, (70, 34)),
 }
-GRIDS = {"Int8": jc.Int(8), "Int4": jc.Int(4), "Int3": jc.Int(3)}
+EITHER = [two, line]
+SOME = [two, channels_first, scanned, line, heads, layers]
+GRIDS = {f"Int{bits}": jc.Int(bits) for bits in (8, 6, 4, 3, 2)}
 ACTS = {
     "asymmetric": Act(8, range=Dynamic()),
     "symmetric": Act(8, symmetric=True, range=Dynamic()),
@@ -84,10 +111,10 @@ ACTS = {
 RULES = {".*": ACTS["asymmetric"]}
 
 
-def tree_of(fn, grid=jc.Int(4), prune=None):  # noqa: B008 - frozen
+def tree_of(fn, grid=jc.Int(4), prune=None, per=jc.Channels()):  # noqa: B008 - frozen
     shapes, of_x = PROGRAMS[fn]
     params, x = {name: normal(*shape) for name, shape in shapes.items()}, normal(*of_x)
-    quantize = jc.quantize(grid, per=jc.Channels(), roles=jc.roles(fn)(params, x))
+    quantize = jc.quantize(grid, per=per, roles=jc.roles(fn)(params, x))
     compress = quantize if prune is None else jc.chain(jc.prune(prune), quantize)
     return compress.apply(compress.init(params), params), x
 
@@ -99,19 +126,20 @@ def run_of(fn, rules=RULES, **how):
 
 @pytest.mark.parametrize("grid", quick(GRIDS, "Int4"))
 @pytest.mark.parametrize("act", quick(ACTS, "asymmetric", "an image"))
-@pytest.mark.parametrize("fn", quick(PROGRAMS, two, channels_first, scanned), ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", quick(PROGRAMS, *SOME), ids=lambda fn: fn.__name__)
 def test_on_integers_it_gives_the_same_bits(fn, act, grid) -> None:
     tree, x = tree_of(fn, GRIDS[grid])
     ready = jc.prepare(tree, fn, x)
     assert all(isinstance(leaf, PreparedKernel) for leaf in ready.values())
     run = run_of(fn, {".*": ACTS[act]})
-    text = run.lower(ready, x).as_text()
-    assert "jaxcomp_panels" in text
-    assert "convolution" not in text
-    assert run(ready, x).tolist() == run(jc.pack(tree), x).tolist()
+    for some in (x, x[:1]):  # of images or sentences one, or one row of a dot
+        text = run.lower(ready, some).as_text()
+        assert "jaxcomp_panels" in text
+        assert not any(name in text for name in ("convolution", "dot_general"))
+        assert run(ready, some).tolist() == run(jc.pack(tree), some).tolist()
 
 
-@pytest.mark.parametrize("fn", quick(PROGRAMS, two, scanned), ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", quick(PROGRAMS, two, scanned, line, heads, layers), ids=lambda fn: fn.__name__)
 def test_it_is_the_tree(fn) -> None:
     tree, x = tree_of(fn, prune=0.5)
     ready, packed = jc.prepare(tree, fn, x), jc.pack(tree)
@@ -125,36 +153,44 @@ def test_it_is_the_tree(fn) -> None:
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * jnp.abs(wanted).max())
 
 
-def test_reports_name_the_form() -> None:
-    tree, x = tree_of(two)
-    report = coverage(two, {})(jc.prepare(tree, two, x), x)
+EACH = pytest.mark.parametrize("fn", EITHER, ids=lambda fn: fn.__name__)
+
+
+@EACH
+def test_reports_name_the_form(fn) -> None:
+    tree, x = tree_of(fn)
+    ready, count = jc.prepare(tree, fn, x), len(tree)
+    report = coverage(fn, {})(ready, x)
     assert {(row.done, row.form) for row in report.rows} == {
         ("weight-only", "llvm on cpu, whole on cuda, rocm and tpu")
     }
-    report = coverage(two, RULES, integer=True)(jc.prepare(tree, two, x), x)
-    assert [row.done for row in report.rows] == ["integer"] * 2
+    report = coverage(fn, RULES, integer=True)(ready, x)
+    assert [row.done for row in report.rows] == ["integer"] * count
     assert {row.form for row in report.rows} == {"integers on cpu, own on cuda, rocm and tpu"}
-    assert "own" not in coverage(two, RULES, integer=True)(tree, x).rows[0].form
+    assert "own" not in coverage(fn, RULES, integer=True)(tree, x).rows[0].form
 
 
-def test_programs_that_are_kept_hold_no_code_of_ours() -> None:
-    tree, x = tree_of(two)
-    ready, run = jc.prepare(tree, two, x), run_of(two)
+@EACH
+def test_programs_that_are_kept_hold_no_code_of_ours(fn) -> None:
+    tree, x = tree_of(fn)
+    ready, run = jc.prepare(tree, fn, x), run_of(fn)
     kept = export.export(run, platforms=("cpu", "cuda", "tpu"))(ready, x)
-    assert "jaxcomp_panels" not in kept.mlir_module()
+    assert "jaxcomp_" not in kept.mlir_module()
     assert kept.call(ready, x).tolist() == run(ready, x).tolist()
 
 
-def test_readers_of_programs_see_the_convolution() -> None:
-    tree, x = tree_of(two)
-    ready, run = jc.prepare(tree, two, x), run_of(two)
+@EACH
+def test_readers_of_programs_see_the_product(fn) -> None:
+    tree, x = tree_of(fn)
+    ready, run = jc.prepare(tree, fn, x), run_of(fn)
     assert jc.trace.cost(run)(ready, x).macs == jc.trace.cost(run)(jc.pack(tree), x).macs
 
 
-def test_gradients_and_maps() -> None:
-    tree, x = tree_of(two)
-    ready, packed = jc.prepare(tree, two, x), jc.pack(tree)
-    q = quantize_function(two, {".*": ACTS["an image"]}, integer=True)
+@EACH
+def test_gradients_and_maps(fn) -> None:
+    tree, x = tree_of(fn)
+    ready, packed = jc.prepare(tree, fn, x), jc.pack(tree)
+    q = quantize_function(fn, {".*": ACTS["an image"]}, integer=True)
     got, wanted = (jax.jit(jax.grad(lambda x, t=t: (q(t, None, x) ** 2).sum()))(x) for t in (ready, packed))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     batches = jnp.stack([x, -x, 2 * x])
@@ -209,14 +245,15 @@ def test_what_is_not_laid_out_says_why(monkeypatch) -> None:
         jc.prepare(jc.quantize(jc.Int(4), per=jc.Tensor()).apply((), params), fn, x)
 
 
-def test_a_tree_prepared_elsewhere_runs_where_there_is_no_code(monkeypatch) -> None:
-    tree, x = tree_of(two)
-    ready = jc.prepare(tree, two, x)
-    wanted = run_of(two)(jc.pack(tree), x)
+@EACH
+def test_a_tree_prepared_elsewhere_runs_where_there_is_no_code(fn, monkeypatch) -> None:
+    tree, x = tree_of(fn)
+    ready = jc.prepare(tree, fn, x)
+    wanted = run_of(fn)(jc.pack(tree), x)
     monkeypatch.setattr(llvm_panels, "features", frozenset)
-    assert run_of(two)(ready, x).tolist() == wanted.tolist()
-    report = coverage(two, RULES, integer=True)(ready, x)
-    assert [(row.done, row.form) for row in report.rows] == [("integer", "own")] * 2
+    assert run_of(fn)(ready, x).tolist() == wanted.tolist()
+    report = coverage(fn, RULES, integer=True)(ready, x)
+    assert [(row.done, row.form) for row in report.rows] == [("integer", "own")] * len(tree)
 
 
 def test_few_windows_alone_run_in_it_on_a_processor_with_vnni(monkeypatch) -> None:

