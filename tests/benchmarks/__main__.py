@@ -37,6 +37,7 @@ NAMES = (
     "sparse",
     "grouped",
     "integer_networks",
+    "integer_encoder",
     "export_onnx",
 )
 ON_A_DEVICE = (
@@ -50,7 +51,18 @@ ON_A_DEVICE = (
     "growth",
 )
 """Those that want an accelerator, packages that cannot be declared, trained networks, or much memory: by name only."""
-TOY = ("gpu", "decode", "sparse", "grouped", "integer_networks", "coding", "column_solver", "sentences", "growth")
+TOY = (
+    "gpu",
+    "decode",
+    "sparse",
+    "grouped",
+    "integer_networks",
+    "integer_encoder",
+    "coding",
+    "column_solver",
+    "sentences",
+    "growth",
+)
 """Those that also run at toy size, which shows that they run and no more."""
 SECTIONED = ("gpu", "sparse", "mixed_precision", "sentences", "growth")
 _WHICH = f"which; all by default: {', '.join(NAMES)}; by name only: {', '.join(ON_A_DEVICE)}"

@@ -75,8 +75,8 @@ def decoded(setting: Setting, params: Any, trees: dict[str, Any], x: jax.Array) 
 
 
 def _plain(tree: Any, x: jax.Array) -> Call:
-    """The layers of a prepared tree in the form without llvmlite."""
-    made = jc.prepare(tree, layers, x)
+    """The layers of a tree that is prepared row by row, in the form without llvmlite."""
+    made = jc.prepare(tree, layers, x[:1])
 
     def run(tree: Any, x: jax.Array) -> jax.Array:
         for name in sorted(tree):
