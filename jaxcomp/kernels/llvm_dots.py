@@ -6,6 +6,7 @@ XLA's own product of int8 is no faster than that of floats where a processor has
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call_for
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Words
 from jaxcomp.kernels.llvm_panels import MANY, panel_sums, refusal_of_codes
 from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
@@ -94,21 +95,20 @@ def _panels(b: jax.Array, bits: int, features: int, *, last: bool) -> tuple[jax.
         jax.ShapeDtypeStruct((batch * side, length * FEATURES), jnp.uint8),
         jax.ShapeDtypeStruct((batch * side, FEATURES), jnp.int32),
     ]
-    lay = partial(_laid, deep(bits), last, side)
-    work = Work(f"laid_{deep(bits)}_{'last' if last else 'first'}_{side}", lay, 1, by=1, results=2)
-    panels, totals = call_for(work, results, b.reshape(-1, b.shape[-1]))
+    name = f"laid_{deep(bits)}_{'last' if last else 'first'}"
+    work = Work(name, partial(_laid, deep(bits), last), 1, by=2, results=2)
+    panels, totals = call_for(work, results, b.reshape(-1, b.shape[-1]), jnp.full((1, 1), batch, jnp.int32))
     return panels, totals
 
 
-def _laid(
-    d: int, last: bool, side: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, stop: ir.Value
-) -> None:
+def _laid(d: int, last: bool, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, stop: ir.Value) -> None:
     """Some panels."""
-    t = Types()
-    given, panels, totals = operands
+    given, count, panels, totals = operands
+    (batch,) = row_of_words(b, count, Types().word(0), 1)
+    side = b.sdiv(panels.rows, batch)
     lay = _ByFeatures(d, b, given, panels) if last else _ByLength(d, b, given, panels)
     with counted(b, first, stop) as panel:
-        lay.write(b.sdiv(panel, t.word(side)), b.srem(panel, t.word(side)), b.sdiv(panels.rows, t.word(side)), panel)
+        lay.write(b.sdiv(panel, side), b.srem(panel, side), batch, panel)
         _total(d, b, panels, panel, totals)
 
 
@@ -132,15 +132,15 @@ def _total(d: int, b: ir.IRBuilder, panels: Operand, panel: ir.Value, totals: Op
     b.store(b.load(place, typ=wide), element(b, totals, b.mul(panel, t.word(FEATURES)), t.i32), align=4)
 
 
-class _Laying:
+class _Laying(ABC):
     """Writes the code that lays out one panel: of so many neighbours along the length, those of 16 features."""
 
     def __init__(self, d: int, b: ir.IRBuilder, given: Operand, panels: Operand) -> None:
         self.d, self.b, self.t, self.given, self.panels = d, b, Types(), given, panels
 
+    @abstractmethod
     def write(self, one: ir.Value, side: ir.Value, batch: ir.Value, panel: ir.Value) -> None:
         """The panel with this number, on this side of a matrix of the batch."""
-        raise NotImplementedError
 
 
 class _ByFeatures(_Laying):
