@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import wraps
 from html import escape
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.core.tables import columns, html_table
 from jaxcomp.core.types import Params, PyTree
 from jaxcomp.trace.program import trace
-from jaxcomp.trace.sites import Operand, Site, Unread, sites, sites_of, unread
+from jaxcomp.trace.sites import Operand, Site, Unread, runs_on, sites, sites_of, unread
 from jaxcomp.trace.walk import Fn
 
 
@@ -154,6 +155,7 @@ def cost(fn: Fn, *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Calla
     """The cost of ``fn(params, *args)`` at given widths of weights and activations.
 
     ``bops = Σ macs · b_w · b_a``, a product of two activations having ``b_a²``; results are written in their own type.
+    Of what stands once for each backend (``jax.lax.platform_dependent``) that for JAX's default one counts.
 
     Args:
       fn: a pure function whose first argument is the parameter tree; leaves may be ``jax.ShapeDtypeStruct``.
@@ -174,7 +176,8 @@ def cost(fn: Fn, *, bits: Bits | Callable[[Site], Bits] = (None, None)) -> Calla
     @wraps(fn)
     def costed(params: Params, *args: PyTree, **kwargs: PyTree) -> Cost:
         program = trace(fn, params, *args, **kwargs)
-        costs = tuple(site_cost(s, bits(s) if callable(bits) else bits) for s in sites_of(program))
+        here = filter(runs_on(program, jax.default_backend()), sites_of(program))
+        costs = tuple(site_cost(s, bits(s) if callable(bits) else bits) for s in here)
         return Cost(costs, unread(program))
 
     return costed

@@ -171,6 +171,30 @@ def sites_of(program: Program) -> tuple[Site, ...]:
     return tuple(result)
 
 
+def runs_on(program: Program, backend: str) -> Callable[[Site], bool]:
+    """Whether a site is run on a backend: of what ``lax.platform_dependent`` chooses from, one branch is.
+
+    >>> import jax
+    >>> def f(p, x):
+    ...     return jax.lax.platform_dependent(x, p["w"], cpu=lambda x, w: x @ w, default=lambda x, w: x @ (w + 1))
+    >>> program = trace(f, {"w": jax.numpy.ones((4, 4))}, jax.numpy.ones((2, 4)))
+    >>> [list(map(runs_on(program, backend), sites_of(program))) for backend in ("cpu", "tpu")]
+    [[True, False], [False, True]]
+    """
+    chosen, own = {}, {"gpu": {"gpu", "cuda", "rocm"}}.get(backend, {backend})
+    for op in program.flow.ops:
+        platforms = op.eqn.params.get("branches_platforms") if op.name == "cond" else None
+        if platforms is not None:
+            named = [i for i, each in enumerate(platforms) if not own.isdisjoint(each or ())]
+            chosen[op.location] = named[0] if named else len(platforms) - 1
+
+    def here(site: Site) -> bool:
+        at = site.location
+        return all(at[:i] not in chosen or part == f"branch{chosen[at[:i]]}" for i, part in enumerate(at))
+
+    return here
+
+
 class Unread(NamedTuple):
     """An equation that is no site and may multiply: its ``path`` (a leaf's, or its scope), its primitive, and why."""
 

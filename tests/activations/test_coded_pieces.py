@@ -188,7 +188,7 @@ def test_programs_that_are_kept_hold_no_code_of_ours(fn) -> None:
     np.testing.assert_array_equal(kept.call(tree, None, x), run(tree, None, x))
 
 
-@pytest.mark.parametrize("fn", [line, heads, attention, scanned], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", quick(PROGRAMS, depthwise, line), ids=lambda fn: fn.__name__)
 def test_readers_of_programs_see_the_products(fn) -> None:
     tree, x = tree_of(fn)
     dense = jc.materialize(tree)
