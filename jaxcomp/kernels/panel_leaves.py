@@ -1,4 +1,4 @@
-"""The kernel of a convolution laid out for products of integers."""
+"""A weight laid out in panels for products of integers: the kernel of a convolution, or of a dot of many rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PreparedKernel(Laid):
 
 
 def prepared_kernel(leaf: CompressedLeaf, axes: Axes, site: str, channels: int) -> PreparedKernel | str:
-    """A quantized kernel, masked or not, laid out for a convolution of so many channels; or why it cannot be."""
+    """A quantized kernel, masked or not, laid out for so many channels, all of a dot's length; or why it cannot be."""
     if why := no_codes(leaf):
         return why
     mask, inner = (leaf.mask, leaf.values) if isinstance(leaf, Masked) else (None, leaf)

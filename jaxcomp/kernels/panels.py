@@ -1,4 +1,4 @@
-"""The kernel of a convolution in panels: features side by side, as a processor's sums of products of integers lie."""
+"""A weight in panels: features side by side, as a processor's sums of products of integers lie."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def unit(bits: int) -> int:
 @dataclass(frozen=True)
 class PanelWeight:
     """``dense[..., n, k] == number(..., n, k) * scale[..., n, 0]``; along ``k`` elements of the kernel before channels.
+
+    The weight of a dot is a kernel of one element, whose channels are what is summed over.
 
     Sixteen features are a panel, the last one filled up with features of zeros. A panel is its elements one after
     another, each of so many channels that they fill blocks, zeros behind those that there are: a block is

@@ -33,7 +33,9 @@ def prepare(
     and group. ``materialize`` gives the same bits as before, and ``quantize_function(fn, rules)`` runs the leaf as it
     lies: a product whose activations no rule rounds on the packed bytes, without the dense weight. Done once, for one
     function; what is no quantized leaf, or is multiplied by nothing, stays as it is. Kernels of convolutions are laid
-    out where llvmlite is installed: those of one group, of integers with one scale a feature, or sparse ones.
+    out where llvmlite is installed: those of one group, of integers with one scale a feature, or sparse ones. So are
+    such weights of dots that 16 rows of these arguments or more meet, if they lie on a CPU with AVX2 and without VNNI:
+    in panels, which serve any number of rows.
 
     Args:
       tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
