@@ -146,11 +146,11 @@ fake = jax.jit(jc.quantize_function(network, rules))
 real = jax.jit(jc.quantize_function(network, rules, integer=True))
 packed = jc.pack(weights)
 in_fake, in_integers = fake(weights, ranges, test_x), real(packed, ranges, test_x)
-program = real.lower(packed, ranges, test_x).as_text()
-on_integers = [line for line in program.splitlines() if "dot_general" in line and "xi8>" in line]
+report = jc.coverage(network, rules, integer=True)(packed, test_x)
+on_integers = [row for row in report.rows if row.done == "integer"]
 print(f"float {in_float:.1%}, fake {accuracy(in_fake):.1%}, on integers {accuracy(in_integers):.1%}")
 print(f"the largest difference of fake and integers: {jnp.abs(in_fake - in_integers).max():.1e}")
-print(f"{len(on_integers)} of {program.count(' stablehlo.dot_general')} products multiply int8")
+print(f"{len(on_integers)} of {len(report.rows)} products multiply int8")
 assert jnp.allclose(in_fake, in_integers, atol=1e-3)
 assert len(on_integers) == 7
 
