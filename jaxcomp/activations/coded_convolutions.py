@@ -40,7 +40,8 @@ def coded_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Fact
         return None
     if isinstance(w, PanelWeight):
         return None if w.lead else (x, laid_factor(kernel, w))
-    shape = _by_taps(op, kernel.codes).shape
+    features, channels, *elements = (kernel.codes.shape[i] for i in op.eqn.params["dimension_numbers"].rhs_spec)
+    shape = math.prod(elements), channels, features
     return None if llvm_depthwise.refusal(shape, op.eqn.params["feature_group_count"]) else pair
 
 
@@ -64,35 +65,28 @@ def _windows(result: Sequence[int], w: PanelWeight) -> int:
     return math.prod(result) // max(1, w.features)
 
 
-def _by_taps(op: Op, kernel: jax.Array) -> jax.Array:
-    """A kernel as ``(taps, channels of a group, features)``."""
-    features, channels, *elements = op.eqn.params["dimension_numbers"].rhs_spec
-    by = jnp.transpose(kernel, (*elements, channels, features))
-    return by.reshape(math.prod(by.shape[:-2]), *by.shape[-2:])
-
-
 class _Given(NamedTuple):
-    """What is convolved: both factors, the kernel as code takes it, and what sums are multiplied by."""
+    """What is convolved: both factors, the kernel as it lies if it is prepared, and what sums are multiplied by."""
 
     x: Factor
     kernel: Factor
-    weight: PanelWeight | jax.Array
+    weight: PanelWeight | None
     scale: jax.Array
 
 
 class _How(NamedTuple):
-    """What a convolution knows beside arrays: how it goes, and the order of axes of images and of the result."""
+    """What a convolution knows beside arrays: how it goes, and the order of axes of images, kernel and result."""
 
     window: Window
     images: tuple[int, ...]
+    kernel: tuple[int, ...]
     result: tuple[int, ...]
 
 
 def coded_convolution(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     """The result of a convolution of a :func:`coded_pair`, in the equation's own type."""
     plain, numbers = Factor(kernel.codes, kernel.scale, None, kernel.reach), op.eqn.params["dimension_numbers"]
-    weight = _laid(kernel) or _by_taps(op, kernel.codes)[:, 0]
-    given = _Given(x, plain, weight, scale_of(op, x, plain))
+    given = _Given(x, plain, _laid(kernel), scale_of(op, x, plain))
     leaves, tree = jax.tree.flatten(given)
     if explicit_mesh(leaves) is not None:
         return integer_product(op, x, plain)
@@ -101,19 +95,24 @@ def coded_convolution(op: Op, x: Factor, kernel: Factor) -> jax.Array:
         given: _Given = jax.tree.unflatten(tree, leaves)
         return [convolution(op, given.x, given.kernel)]
 
-    how = _How(window_of(op), channels_last(numbers.lhs_spec), channels_last(numbers.out_spec))
+    orders = (channels_last(spec) for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
+    how = _How(window_of(op), *orders)
     (y,) = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
     return y.astype(result_of(op).dtype)
 
 
 def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
-    x, _, weight, scale = jax.tree.unflatten(tree, leaves)
-    laid, size = isinstance(weight, PanelWeight), math.prod(jaxpr.out_avals[0].shape)
-    if not size or not x.codes.size or (laid and llvm_panels.refusal_of_codes(_windows((size,), weight))):
+    given: _Given = jax.tree.unflatten(tree, leaves)
+    x, kernel, w, scale = given
+    size = math.prod(jaxpr.out_avals[0].shape)
+    if not size or not x.codes.size or (w is not None and llvm_panels.refusal_of_codes(_windows((size,), w))):
         return run_call(*leaves, jaxpr=jaxpr)
     zero, images = None if x.zero is None else x.zero.reshape(-1), jnp.transpose(x.codes, how.images)
-    summed = llvm_panels.llvm_panel_sums if laid else llvm_depthwise.llvm_depthwise_sums
-    sums = summed(images, zero, weight, how.window)
+    if w is None:  # a channel of a feature's own, last: features first become columns
+        by_taps = jnp.transpose(kernel.codes, how.kernel).reshape(images.shape[-1], -1).T
+        sums = llvm_depthwise.llvm_depthwise_sums(images, zero, by_taps, how.window)
+    else:
+        sums = llvm_panels.llvm_panel_sums(images, zero, w, how.window)
     return [jnp.transpose(sums, np.argsort(how.result).tolist()).astype(scale.dtype) * scale]
 
 

@@ -21,7 +21,7 @@ from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CODED_DOT
-from jaxcomp.trace.products import DotNumbers, dot_axes
+from jaxcomp.trace.products import DotNumbers, axes_by_use, dot_axes
 
 Axes = tuple[int, ...]
 Parts = tuple[Axes, Axes, Axes]
@@ -72,7 +72,7 @@ def coded_dot(op: Op, a: Factor, b: Factor, numbers: DotNumbers) -> Sums:
     if a.codes.dtype != jnp.int8 or explicit_mesh(leaves) is not None:
         sums, *totals = own(*leaves)
     else:
-        left, right = (_axes(numbers, side, f.codes.ndim) for side, f in enumerate((a, b)))
+        left, right = (axes_by_use(numbers, side, f.codes.ndim) for side, f in enumerate((a, b)))
         how = _How(left, right, b.reach if b.zero is None else 128, laid, wanted)
         sums, *totals = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
     by_side = dict(zip(wanted, totals, strict=True))
@@ -81,12 +81,6 @@ def coded_dot(op: Op, a: Factor, b: Factor, numbers: DotNumbers) -> Sums:
 
 def _in_panels(f: Factor) -> PanelWeight | None:
     return f.weight if isinstance(f, LaidFactor) and isinstance(f.weight, PanelWeight) else None
-
-
-def _axes(numbers: DotNumbers, side: int, rank: int) -> Parts:
-    """The axes of an operand: those that both share, those that the result keeps, those that are summed over."""
-    contract, batch = (tuple(axes[side]) for axes in numbers)
-    return batch, tuple(i for i in range(rank) if i not in contract and i not in batch), contract
 
 
 class _How(NamedTuple):
@@ -114,8 +108,9 @@ def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) ->
     )
     if small or not (a.size and b.size):
         return run_call(*leaves, jaxpr=jaxpr)
-    sums, *totals = _laid_out(a, b, how) if w is None else _by_panels(a, b, w, how)
-    found = [sums, *(totals[i] for i in how.wanted)]
+    sums, totals = _laid_out(a, b, how) if w is None else _by_panels(a, b, w, how)
+    sides = (a, how.left), (b, how.right)
+    found = [sums, *(totals[i] if i in totals else total(sides[i][0], sides[i][1][2]) for i in how.wanted)]
     return [v.reshape(aval.shape) for v, aval in zip(found, jaxpr.out_avals, strict=True)]
 
 
@@ -128,15 +123,15 @@ def _rows(x: jax.Array, axes: Parts) -> jax.Array:
     return jnp.transpose(x, [i for part in axes for i in part]).reshape(_sizes(x, axes))
 
 
-def _by_panels(a: jax.Array, b: jax.Array, w: PanelWeight, how: _How) -> tuple[jax.Array, ...]:
-    """One weight for all rows."""
-    x, axes = (b, how.right) if how.laid == 0 else (a, how.left)
-    sums, own, other = llvm_panel_dot(_rows(x, axes)[0], w), w.totals, total(x, axes[2])
-    return (sums.T, own, other) if how.laid == 0 else (sums, other, own)
+def _by_panels(a: jax.Array, b: jax.Array, w: PanelWeight, how: _How) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """One weight for all rows: products, and the sums over codes that come with it, by side."""
+    if how.laid == 0:
+        return llvm_panel_dot(_rows(b, how.right)[0], w).T, {0: w.totals}
+    return llvm_panel_dot(_rows(a, how.left)[0], w), {1: w.totals}
 
 
-def _laid_out(a: jax.Array, b: jax.Array, how: _How) -> tuple[jax.Array, ...]:
-    """The right operand is laid out for this product."""
+def _laid_out(a: jax.Array, b: jax.Array, how: _How) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """The same where the right operand is laid out for this product."""
     shared, kept, summed = how.right
     batch, features, length = _sizes(b, how.right)
     last = max(kept, default=-1) < min(summed)
@@ -144,7 +139,7 @@ def _laid_out(a: jax.Array, b: jax.Array, how: _How) -> tuple[jax.Array, ...]:
     right = right.reshape(batch, features, length) if last else right.reshape(batch, length, features)
     sums, totals = llvm_dot(_rows(a, how.left), right, how.reach, last=last)
     totals = totals.reshape([b.shape[i] for i in (*shared, *kept)])
-    return sums, total(a, how.left[2]), jnp.transpose(totals, np.argsort((*shared, *kept)).tolist())
+    return sums, {1: jnp.transpose(totals, np.argsort((*shared, *kept)).tolist())}
 
 
 _primitive = call_in_one_piece(CODED_DOT, _for_cpu)

@@ -22,11 +22,9 @@ from jaxcomp.core.types import PyTree, Shape
 from jaxcomp.kernels.llvm_rounding import Ends, llvm_codes, refusal
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.quantization.numerics.affine import block_reduce, spread
+from jaxcomp.quantization.numerics.rounding import WHOLE
 from jaxcomp.trace.primitives import ROUNDING
 from jaxcomp.trace.ranges import Range
-
-_WHOLE = 1.5 * 2.0**23
-"""Added to a small integer in float32 it leaves the integer in the last bits."""
 
 
 def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
@@ -36,8 +34,8 @@ def small_integers(numbers: jax.Array, offset: jax.Array) -> jax.Array:
     """
     if numbers.dtype != jnp.float32:
         return (numbers + spread(offset, numbers.shape)).astype(jnp.int8)
-    whole = numbers + spread(offset + jnp.float32(_WHOLE), numbers.shape)
-    bits = lax.bitcast_convert_type(whole, jnp.int32) - int(np.float32(_WHOLE).view(np.int32))
+    whole = numbers + spread(offset + jnp.float32(WHOLE), numbers.shape)
+    bits = lax.bitcast_convert_type(whole, jnp.int32) - int(np.float32(WHOLE).view(np.int32))
     return bits.astype(jnp.int8)
 
 

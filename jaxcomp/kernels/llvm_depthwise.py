@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing, parts
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, intrinsic, loaded, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, intrinsic, row_of_words
+from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class _Windows:
 
         self.taps, self.b, self.t = taps, b, Types()
         self.x, self.blank, self.sources, self.pairs, self.out = operands
-        self.pixels = b.sdiv(self.x.rows, b.sdiv(self.out.rows, self.sources.rows))  # of an image
+        self.pixels = Pixels(b, self.t.i8, (self.x, self.blank, self.sources), self.out.rows)
         self.channels = self.x.columns
         self.wide = ir.VectorType(self.t.i32, CHANNELS // 2)
         self.words = ir.VectorType(ir.IntType(16), CHANNELS)
@@ -106,7 +107,7 @@ class _Windows:
         b, t = self.b, self.t
         image = b.sdiv(row, self.sources.rows)
         window = b.sub(row, b.mul(image, self.sources.rows))
-        pixels = [self._pixel(image, window, tap) for tap in range(self.taps)]
+        pixels = [self.pixels.place(image, window, self.t.word(tap)) for tap in range(self.taps)]
         most = b.sub(self.channels, t.word(CHANNELS))
         count = b.sdiv(b.add(self.channels, t.word(CHANNELS - 1)), t.word(CHANNELS))
         with counted(b, t.word(0), count) as number:
@@ -116,18 +117,6 @@ class _Windows:
                 column = b.add(at, t.word(half * CHANNELS // 2))
                 place = element(b, self.out, b.add(b.mul(row, self.channels), column), t.i32)
                 b.store(total, place, align=4)
-
-    def _pixel(self, image: ir.Value, window: ir.Value, tap: int) -> ir.Value:
-        """Where the channels that an element of the kernel meets lie."""
-        b, t = self.b, self.t
-        index = b.add(b.mul(window, self.sources.columns), t.word(tap))
-        source = b.sext(loaded(b, self.sources, index, t.i32), t.i64)
-        pixel = b.add(b.mul(image, self.pixels), source)
-        own = b.select(b.icmp_signed(">", self.blank.rows, t.word(1)), image, t.word(0))
-        x, blank = (
-            element(b, matrix, b.mul(row, self.channels), t.i8) for matrix, row in ((self.x, pixel), (self.blank, own))
-        )
-        return b.select(b.icmp_signed(">=", source, t.word(0)), x, blank)
 
     def _sums(self, pixels: list[ir.Value], at: ir.Value) -> list[ir.Value]:
         """Of a few channels from there on, in two halves."""

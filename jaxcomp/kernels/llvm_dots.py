@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels.llvm_calls import Work, call_for
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Words
-from jaxcomp.kernels.llvm_panels import MANY, panel_sums, refusal_of_codes
+from jaxcomp.kernels.llvm_panels import panel_sums, refusal_of_codes
 from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
 
 if TYPE_CHECKING:
@@ -77,13 +77,8 @@ def _sums(a: jax.Array, panels: jax.Array, totals: jax.Array, bits: int) -> jax.
     a = jnp.pad(a, ((0, 0), (0, 0), (0, -length % unit(bits)))).reshape(batch * rows, -1)
     words = deep(bits) == 2
     x = a.astype(jnp.int16) if words else jax.lax.bitcast_convert_type(a, jnp.uint8) ^ jnp.uint8(128)
-    side, parts = panels.shape[0] // batch, -(-rows // MANY)
-    number = jnp.arange(batch * parts * side, dtype=jnp.int32)
-    one, part, panel = number // (parts * side), number // side % parts, number % side
-    first, stop = one * rows + part * MANY, (one + 1) * rows
-    tasks = jnp.stack([one * side + panel, first, jnp.minimum(first + MANY, stop)], 1)
     around = jnp.zeros((1, x.shape[-1]), x.dtype), jnp.zeros((1, 1), jnp.int32)
-    y = panel_sums(Words if words else Bytes, bits, x, around, panels, (tasks, (batch * rows, side * FEATURES)))
+    y = panel_sums(Words if words else Bytes, bits, x, around, panels, (batch, rows, panels.shape[0] // batch))
     y = y.reshape(batch, rows, -1)
     return y if words else y - 128 * totals[:, None]  # bytes are codes and 128
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jaxcomp.kernels.llvm_code import intrinsic
 from jaxcomp.kernels.runs import Run
 from jaxcomp.quantization.numerics.levels import Minifloat
+from jaxcomp.quantization.numerics.rounding import WHOLE
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -51,8 +52,6 @@ def minifloats(b: ir.IRBuilder, code: ir.Value, kind: Minifloat, floats: ir.Type
     return b.bitcast(b.or_(value, sign), floats)
 
 
-_WHOLE = 1.5 * 2.0**23
-"""Added to a number it leaves the nearest integer in the last bits."""
 _LN2 = (0.693359375, -2.12194440e-4)
 """The logarithm of 2 in two parts, the first exact times small integers."""
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(7, -1, -1))
@@ -64,7 +63,7 @@ def exponential(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     from llvmlite import ir
 
     floats, ints = x.type, ir.VectorType(ir.IntType(32), x.type.count)
-    least, whole = constant(floats, -87.0), constant(floats, _WHOLE)
+    least, whole = constant(floats, -87.0), constant(floats, WHOLE)
     low = b.fcmp_ordered("<", x, least)
     x = b.select(low, least, x)
     shifted = b.fadd(b.fmul(x, constant(floats, math.log2(math.e))), whole)

@@ -224,9 +224,7 @@ class Floats(Sums):
         for channel, found in self._numbers(block, codes):
             lanes = [b.bitcast(y, self.wide) for y in found]
             for k in range(deep(self.bits)):
-                ys = []
-                for lane in lanes:
-                    ys.append(self._float(lane, k))
+                ys = [self._float(lane, k) for lane in lanes]
                 for row, pixel in enumerate(pixels):
                     place = b.gep(pixel, [b.add(channel, t.word(k))], source_etype=t.f32)
                     x = everywhere(b, b.load(place, typ=t.f32), VECTOR)

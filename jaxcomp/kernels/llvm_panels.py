@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, loaded, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words
+from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, ManyFloats, Sums, Words
 from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
 from jaxcomp.kernels.windows import Window
@@ -103,10 +103,7 @@ def _called(kind: type[Kind], x: jax.Array, blank: jax.Array, w: PanelWeight, wi
     images, *spatial, channels = x.shape
     x, sources = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.filled - channels)]), window.sources(spatial)
     of_all, panels = images * sources.shape[0], w.codes.shape[0]
-    number = jnp.arange(-(-of_all // MANY) * panels, dtype=jnp.int32)
-    first = number // panels * MANY
-    tasks = jnp.stack([number % panels, first, jnp.minimum(first + MANY, of_all)], 1)
-    y = panel_sums(kind, w.bits, x, (blank, jnp.asarray(sources)), w.codes, (tasks, (of_all, panels * FEATURES)))
+    y = panel_sums(kind, w.bits, x, (blank, jnp.asarray(sources)), w.codes, (1, of_all, panels))
     return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
 
 
@@ -116,7 +113,7 @@ def panel_sums(
     x: jax.Array,
     around: tuple[jax.Array, jax.Array],
     codes: jax.Array,
-    wanted: tuple[jax.Array, Shape],
+    wanted: tuple[int, int, int],
 ) -> jax.Array:
     """The sums of windows and panels.
 
@@ -127,11 +124,18 @@ def panel_sums(
       around: what lies around all images or around each, a row of channels; and where each element of the kernel meets
         an image, ``(windows of an image, taps)``, -1 for what lies around it.
       codes: ``(panels, bytes)``, as a :class:`~jaxcomp.kernels.panels.PanelWeight` has them.
-      wanted: ``(tasks, 3)``, each a panel, the first of its windows among those of all images, and the one after the
-        last; and the shape of the result ``(windows, features)``, where a panel is put in the place that is left when
-        its number is divided by how many lie side by side.
+      wanted: how many matrices there are, and of each how many windows and panels.
+
+    Returns:
+      ``(matrices * windows, 16 panels)``.
     """
-    tasks, shape = wanted
+    batch, windows, panels = wanted
+    parts = -(-windows // MANY)
+    number = jnp.arange(batch * parts * panels, dtype=jnp.int32)
+    one, part, panel = number // (parts * panels), number // panels % parts, number % panels
+    first, stop = one * windows + part * MANY, (one + 1) * windows
+    tasks = jnp.stack([one * panels + panel, first, jnp.minimum(first + MANY, stop)], 1)
+    shape = batch * windows, panels * FEATURES
     work = Work(f"panels_{kind.__name__}_{bits}", partial(_panels, kind, bits), 1, by=4)
     return call(work, jax.ShapeDtypeStruct(shape, kind.dtype), x, *around, codes, tasks)
 
@@ -160,7 +164,7 @@ class _Group:
     def __init__(self, sums: Kind, b: ir.IRBuilder, operands: list[Operand]) -> None:
         self.sums, self.b, self.t = sums, b, Types()
         self.x, self.blank, self.sources, self.codes, self.out = operands
-        self.pixels = b.sdiv(self.x.rows, b.sdiv(self.out.rows, self.sources.rows))  # of an image
+        self.pixels = Pixels(b, sums.kind, (self.x, self.blank, self.sources), self.out.rows)
         self.blocks = b.sdiv(self.x.columns, self.t.word(unit(sums.bits)))
 
     def write_all(self, panel: ir.Value, start: ir.Value, stop: ir.Value) -> None:
@@ -178,13 +182,13 @@ class _Group:
                 with counted(b, t.word(0), count) as number:
                     rows = self._rows(b.add(start, b.mul(number, t.word(sums.rows))), stop)
                     places = [self._places(panel, row) for row in rows]
-                    sums.add_up([self._pixel(row, tap) for row in rows], channel, places, fresh)
+                    sums.add_up([self.pixels.place(row.image, row.window, tap) for row in rows], channel, places, fresh)
             return
         with counted(b, t.word(0), count) as number:
             rows = self._rows(b.add(start, b.mul(number, t.word(sums.rows))), stop)
             sums.begin()
             with counted(b, t.word(0), self.sources.columns) as tap:
-                pixels = [self._pixel(row, tap) for row in rows]
+                pixels = [self.pixels.place(row.image, row.window, tap) for row in rows]
                 here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
                 with sums.each(self.blocks) as block:
                     sums.add(block, here, pixels)
@@ -214,16 +218,3 @@ class _Group:
             there = b.icmp_signed("<", row, stop)
             found.append(_At(*(b.select(there, new, old) for new, old in zip(after, at, strict=True))))
         return found
-
-    def _pixel(self, at: _At, tap: ir.Value) -> ir.Value:
-        """Where the channels that an element of the kernel meets lie."""
-        b, t = self.b, self.t
-        index = b.add(b.mul(at.window, self.sources.columns), tap)
-        source = b.sext(loaded(b, self.sources, index, t.i32), t.i64)
-        pixel = b.add(b.mul(at.image, self.pixels), source)
-        own = b.select(b.icmp_signed(">", self.blank.rows, t.word(1)), at.image, t.word(0))
-        x, blank = (
-            element(b, matrix, b.mul(row, self.x.columns), self.sums.kind)
-            for matrix, row in ((self.x, pixel), (self.blank, own))
-        )
-        return b.select(b.icmp_signed(">=", source, t.word(0)), x, blank)

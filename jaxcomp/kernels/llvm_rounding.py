@@ -16,7 +16,7 @@ from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call_for, missing, parts
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, intrinsic, loaded, row_of_words
 from jaxcomp.kernels.llvm_numbers import constant
-from jaxcomp.quantization.numerics.rounding import hair
+from jaxcomp.quantization.numerics.rounding import WHOLE, hair
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -25,8 +25,6 @@ LEAST = 8
 """Numbers that lie side by side on one grid; fewer are left to XLA."""
 PIECE = 2**14
 """Numbers that a thread takes at a time."""
-_WHOLE = 1.5 * 2.0**23
-"""Added to a small integer it leaves the integer in the last bits."""
 
 
 class Ends(NamedTuple):
@@ -121,7 +119,7 @@ class _Piece:
         self.b, self.t, self.row, (self.x, self.codes) = b, Types(), row, matrices
         zero, *self.factors = known
         self.low, self.high = (b.fsub(self.t.f32(end), zero) for end in (ends.low, ends.high))
-        self.whole = b.fadd(b.fsub(zero, self.t.f32(ends.shift)), self.t.f32(_WHOLE))
+        self.whole = b.fadd(b.fsub(zero, self.t.f32(ends.shift)), self.t.f32(WHOLE))
         self.ints = partial(ir.VectorType, self.t.i32)
 
     def write(self, start: ir.Value, stop: ir.Value) -> ir.Value:

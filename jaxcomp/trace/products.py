@@ -52,8 +52,13 @@ def dot_numbers(eqn: core.JaxprEqn) -> DotNumbers:
 
 def dot_axes(eqn: core.JaxprEqn, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The axes of an operand of a dot: those that both share, those that it keeps, those that are summed over."""
-    summed, shared = (numbers[side] for numbers in dot_numbers(eqn))
-    kept = tuple(i for i in range(len(shape_of(eqn.invars[side]))) if i not in summed and i not in shared)
+    return axes_by_use(dot_numbers(eqn), side, len(shape_of(eqn.invars[side])))
+
+
+def axes_by_use(numbers: DotNumbers, side: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """:func:`dot_axes` of a dot of these numbers, whose operand has so many axes."""
+    summed, shared = (axes[side] for axes in numbers)
+    kept = tuple(i for i in range(rank) if i not in summed and i not in shared)
     return tuple(shared), kept, tuple(summed)
 
 

@@ -15,3 +15,10 @@ def _other_platforms_forgotten() -> Iterator[None]:
     if platforms.traced_as:
         platforms.traced_as.clear()
         jax.clear_caches()
+
+
+@pytest.fixture
+def jax_defaults() -> Iterator[None]:
+    """Functions as users write them."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

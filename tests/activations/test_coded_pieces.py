@@ -16,17 +16,13 @@ from jaxcomp.core.layouts import Groups, Tokens
 from jaxcomp.kernels import llvm_panels
 from tests.marks import quick
 
-pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1)))
+pytestmark = [
+    pytest.mark.usefixtures("jax_defaults"),
+    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1))),
+]
 RNG = np.random.default_rng(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 SHIFTED = jc.Int(8, symmetric=False)
-
-
-@pytest.fixture(autouse=True)
-def jax_defaults():
-    """Functions as users write them."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def normal(*shape):

@@ -13,14 +13,8 @@ from jaxcomp.kernels import Prepared
 from tests.kernels.test_weight_only import sizes
 from tests.marks import quick
 
+pytestmark = pytest.mark.usefixtures("jax_defaults")
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def jax_defaults():
-    """Functions as users write them."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def normal(*shape):

@@ -16,16 +16,12 @@ from jaxcomp.core.layouts import Tokens
 from jaxcomp.kernels import PreparedKernel, llvm_panels
 from tests.marks import quick
 
-pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1)))
+pytestmark = [
+    pytest.mark.usefixtures("jax_defaults"),
+    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1))),
+]
 RNG = np.random.default_rng(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-
-
-@pytest.fixture(autouse=True)
-def jax_defaults():
-    """Functions as users write them."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def normal(*shape):

@@ -13,6 +13,8 @@ from jaxcomp.core.types import DType
 
 # The cells at both ends are half a step wider than their codes; the rest absorbs the division's rounding error.
 HALF_CELL = 0.5 + 2.0**-10
+WHOLE = 1.5 * 2.0**23
+"""Added to a small number in float32 it leaves the nearest integer in the last bits."""
 
 
 def hair(dtype: DType) -> float:
