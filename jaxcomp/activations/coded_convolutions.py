@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,24 +44,11 @@ def coded_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Fact
     return None if llvm_depthwise.refusal(shape, op.eqn.params["feature_group_count"]) else pair
 
 
-def coded_forms(op: Op, kernel: Factor) -> str:
-    """The forms of their product by backend, in words; of any number of images those of many."""
-    sizes = [n if isinstance(n, int) else llvm_panels.FEW for n in result_of(op).shape]
-    w = _laid(kernel)
-    own = w is not None and llvm_panels.refusal_of_codes(_windows(sizes, w))
-    return "own" if own else "integers on cpu, own on cuda, rocm and tpu"
-
-
 def _laid(kernel: Factor) -> PanelWeight | None:
     """The kernel as it lies; None of one that is not prepared."""
     w = kernel.weight if isinstance(kernel, LaidFactor) else None
     assert w is None or isinstance(w, PanelWeight)
     return w
-
-
-def _windows(result: Sequence[int], w: PanelWeight) -> int:
-    """How many windows a result of this shape has."""
-    return math.prod(result) // max(1, w.features)
 
 
 class _Given(NamedTuple):
@@ -105,7 +91,7 @@ def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) ->
     given: _Given = jax.tree.unflatten(tree, leaves)
     x, kernel, w, scale = given
     size = math.prod(jaxpr.out_avals[0].shape)
-    if not size or not x.codes.size or (w is not None and llvm_panels.refusal_of_codes(_windows((size,), w))):
+    if not size or not x.codes.size or (w is not None and llvm_panels.refusal_of_codes()):
         return run_call(*leaves, jaxpr=jaxpr)
     zero, images = None if x.zero is None else x.zero.reshape(-1), jnp.transpose(x.codes, how.images)
     if w is None:  # a channel of a feature's own, last: features first become columns

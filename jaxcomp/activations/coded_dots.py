@@ -16,12 +16,12 @@ from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import DType, PyTree
 from jaxcomp.kernels.llvm_dots import llvm_dot, llvm_panel_dot, refusal
-from jaxcomp.kernels.llvm_panels import FEW, refusal_of_codes
+from jaxcomp.kernels.llvm_panels import refusal_of_codes
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CODED_DOT
-from jaxcomp.trace.products import DotNumbers, axes_by_use, dot_axes
+from jaxcomp.trace.products import DotNumbers, axes_by_use
 
 Axes = tuple[int, ...]
 Parts = tuple[Axes, Axes, Axes]
@@ -33,13 +33,6 @@ def panel_pair(given: object, side: int, pair: tuple[Factor, Factor]) -> tuple[F
     if not isinstance(w, PanelWeight) or w.lead or pair[1 - side].codes.dtype != jnp.int8:
         return None
     return (a, laid_factor(b, w)) if side else (laid_factor(a, w), b)
-
-
-def panel_forms(op: Op, side: int, pair: tuple[Factor, Factor]) -> str:
-    """The forms of their product by backend, in words; of any number of rows those of many."""
-    x = pair[1 - side].codes
-    rows = [x.shape[i] if isinstance(x.shape[i], int) else FEW for i in dot_axes(op.eqn, 1 - side)[1]]
-    return "own" if refusal_of_codes(math.prod(rows)) else "integers on cpu, own on cuda, rocm and tpu"
 
 
 class Sums(NamedTuple):
@@ -103,9 +96,7 @@ class _How(NamedTuple):
 def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
     a, b, w = jax.tree.unflatten(tree, leaves)
     (batch, rows, length), (_, features, _) = _sizes(a, how.left), _sizes(b, how.right)
-    small = (
-        refusal(batch, rows, features, length) if w is None else refusal_of_codes(features if how.laid == 0 else rows)
-    )
+    small = refusal(batch, rows, features, length) if w is None else refusal_of_codes()
     if small or not (a.size and b.size):
         return run_call(*leaves, jaxpr=jaxpr)
     sums, totals = _laid_out(a, b, how) if w is None else _by_panels(a, b, w, how)

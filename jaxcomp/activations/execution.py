@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
-from jaxcomp.activations.coded_convolutions import coded_convolution, coded_forms, coded_pair
-from jaxcomp.activations.coded_dots import panel_forms, panel_pair
+from jaxcomp.activations.coded_convolutions import coded_convolution, coded_pair
+from jaxcomp.activations.coded_dots import panel_pair
 from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.encoded import encoded, reach_of
 from jaxcomp.activations.factors import Factor
@@ -36,6 +36,7 @@ from jaxcomp.activations.specs import ActSpec
 from jaxcomp.core.barriers import made_once
 from jaxcomp.core.types import Key
 from jaxcomp.kernels.leaves import Laid
+from jaxcomp.kernels.llvm_panels import forms_of_codes
 from jaxcomp.kernels.prepare import site_axes
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
@@ -144,16 +145,14 @@ class _Product:
             return integer_product, pair, ""
         if site.kind == "conv":
             coded = coded_pair(op, given[side], pair)
-            return (
-                (integer_product, pair, "") if coded is None else (coded_convolution, coded, coded_forms(op, coded[1]))
-            )
+            return (integer_product, pair, "") if coded is None else (coded_convolution, coded, forms_of_codes())
         leaf = self.around.prepared.get(site.leaf or "")
         order = [axis for part in axes for axis in part]
         if order != sorted(order) if leaf is None else axes != leaf.axes:
             return integer_product, pair, ""
         in_panels = panel_pair(given[side], side, pair)
         if in_panels is not None:
-            return integer_product, in_panels, panel_forms(op, side, in_panels)
+            return integer_product, in_panels, forms_of_codes()
         packed = packed_pair(op, side, given[side], pair)
         if packed is not None:
             return packed_product, packed, packed_forms(op, *packed)

@@ -3,7 +3,7 @@
 from jaxcomp.kernels.cache import KVCache, kv_cache
 from jaxcomp.kernels.leaves import Prepared
 from jaxcomp.kernels.packing import PackedWeight
-from jaxcomp.kernels.panel_leaves import PreparedKernel
+from jaxcomp.kernels.panel_leaves import PreparedPanels
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.prepare import prepare
 from jaxcomp.kernels.products import weight_only
@@ -15,7 +15,7 @@ __all__ = [
     "PackedWeight",
     "PanelWeight",
     "Prepared",
-    "PreparedKernel",
+    "PreparedPanels",
     "PreparedSparse",
     "SparseWeight",
     "kv_cache",

@@ -84,6 +84,14 @@ def halves(b: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
     return [b.shuffle_vector(vector, vector, ir.Constant(kind, list(range(at, at + n)))) for at in (0, n)]
 
 
+def beside(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """A vector of the numbers of two."""
+    from llvmlite import ir
+
+    n = 2 * x.type.count
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n))))
+
+
 def turned(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     """The columns of a square of numbers given by its rows, as many vectors of as many, a power of two."""
     from llvmlite import ir

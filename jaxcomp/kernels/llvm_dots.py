@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call_for
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
-from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Words
-from jaxcomp.kernels.llvm_panels import panel_sums, refusal_of_codes
-from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
+from jaxcomp.kernels.llvm_panel_sums import VECTOR
+from jaxcomp.kernels.llvm_panels import refusal_of_codes, sums_of_codes
+from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -35,7 +35,7 @@ def refusal(batch: int, rows: int, features: int, length: int) -> str | None:
     sizes = batch, rows, features, length
     if not all(isinstance(n, int) for n in sizes):
         return "it counts products, and they are any number"
-    if why := refusal_of_codes(FEWEST + 1):
+    if why := refusal_of_codes():
         return why
     if rows <= FEWEST or features < FEATURES or length < FEATURES or math.prod(sizes) < SMALLEST:
         return f"they are few: {batch} times {rows} rows by {features} features of {length}"
@@ -56,10 +56,10 @@ def llvm_dot(a: jax.Array, b: jax.Array, reach: int, *, last: bool) -> tuple[jax
     """
     bits = 8 if reach > 2 ** (BYTES - 1) else BYTES
     features, length = b.shape[1 if last else 2], a.shape[-1]
-    filled = max(-(-length // unit(bits)) * unit(bits), deep(bits) * VECTOR if last else 0)
+    filled = max(-(-length // unit(bits)) * unit(bits), DEEP * VECTOR if last else 0)
     more = (0, filled - length)
     b = jnp.pad(b, ((0, 0), (0, 0), more) if last else ((0, 0), more, (0, -features % FEATURES)))
-    panels, totals = _panels(b, bits, features, last=last)
+    panels, totals = _panels(b, features, last=last)
     sums = _sums(a, panels, totals.reshape(a.shape[0], -1), bits)
     return sums[..., :features], totals.reshape(a.shape[0], -1)[:, :features]
 
@@ -75,63 +75,60 @@ def _sums(a: jax.Array, panels: jax.Array, totals: jax.Array, bits: int) -> jax.
     """``(batch, rows, 16 panels)``: products with panels, as many for each of the batch."""
     batch, rows, length = a.shape
     a = jnp.pad(a, ((0, 0), (0, 0), (0, -length % unit(bits)))).reshape(batch * rows, -1)
-    words = deep(bits) == 2
-    x = a.astype(jnp.int16) if words else jax.lax.bitcast_convert_type(a, jnp.uint8) ^ jnp.uint8(128)
-    around = jnp.zeros((1, x.shape[-1]), x.dtype), jnp.zeros((1, 1), jnp.int32)
-    y = panel_sums(Words if words else Bytes, bits, x, around, panels, (batch, rows, panels.shape[0] // batch))
+    around = jnp.zeros((1, a.shape[-1]), a.dtype), jnp.zeros((1, 1), jnp.int32)
+    y, more = sums_of_codes(bits, a, around, panels, (batch, rows, panels.shape[0] // batch))
     y = y.reshape(batch, rows, -1)
-    return y if words else y - 128 * totals[:, None]  # bytes are codes and 128
+    return y - more * totals[:, None] if more else y
 
 
-def _panels(b: jax.Array, bits: int, features: int, *, last: bool) -> tuple[jax.Array, jax.Array]:
+def _panels(b: jax.Array, features: int, *, last: bool) -> tuple[jax.Array, jax.Array]:
     """``(batch * panels, bytes)`` and the sums of their numbers ``(batch * panels, 16)``."""
     batch, length, side = b.shape[0], b.shape[2 if last else 1], -(-features // FEATURES)
     results = [
         jax.ShapeDtypeStruct((batch * side, length * FEATURES), jnp.uint8),
         jax.ShapeDtypeStruct((batch * side, FEATURES), jnp.int32),
     ]
-    name = f"laid_{deep(bits)}_{'last' if last else 'first'}"
-    work = Work(name, partial(_laid, deep(bits), last), 1, by=2, results=2)
+    work = Work(f"laid_{'last' if last else 'first'}", partial(_laid, last), 1, by=2, results=2)
     panels, totals = call_for(work, results, b.reshape(-1, b.shape[-1]), jnp.full((1, 1), batch, jnp.int32))
     return panels, totals
 
 
-def _laid(d: int, last: bool, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, stop: ir.Value) -> None:
+def _laid(last: bool, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, stop: ir.Value) -> None:
     """Some panels."""
     given, count, panels, totals = operands
     (batch,) = row_of_words(b, count, Types().word(0), 1)
     side = b.sdiv(panels.rows, batch)
-    lay = _ByFeatures(d, b, given, panels) if last else _ByLength(d, b, given, panels)
+    lay = _ByFeatures(b, given, panels) if last else _ByLength(b, given, panels)
     with counted(b, first, stop) as panel:
         lay.write(b.sdiv(panel, side), b.srem(panel, side), batch, panel)
-        _total(d, b, panels, panel, totals)
+        _total(b, panels, panel, totals)
 
 
-def _total(d: int, b: ir.IRBuilder, panels: Operand, panel: ir.Value, totals: Operand) -> None:
+def _total(b: ir.IRBuilder, panels: Operand, panel: ir.Value, totals: Operand) -> None:
     """The sums of each feature of a panel."""
     from llvmlite import ir
 
     t = Types()
-    kind, wide = ir.VectorType(t.i8, FEATURES * d), ir.VectorType(t.i32, FEATURES)
+    kind, wide = ir.VectorType(t.i8, FEATURES * DEEP), ir.VectorType(t.i32, FEATURES)
     with b.goto_entry_block():
         place = b.alloca(wide)
     b.store(wide(None), place)
-    start, size = b.mul(panel, panels.columns), t.word(FEATURES * d)
+    start, size = b.mul(panel, panels.columns), t.word(FEATURES * DEEP)
     with counted(b, t.word(0), b.sdiv(panels.columns, size)) as unit:
         found = b.load(element(b, panels, b.add(start, b.mul(unit, size)), t.i8), typ=kind, align=1)
         total = b.load(place, typ=wide)
-        for i in range(d):
-            order = ir.Constant(ir.VectorType(t.i32, FEATURES), list(range(i, FEATURES * d, d)))
+        for i in range(DEEP):
+            order = ir.Constant(ir.VectorType(t.i32, FEATURES), list(range(i, FEATURES * DEEP, DEEP)))
             total = b.add(total, b.sext(b.shuffle_vector(found, found, order), wide))
         b.store(total, place)
     b.store(b.load(place, typ=wide), element(b, totals, b.mul(panel, t.word(FEATURES)), t.i32), align=4)
 
 
 class _Laying(ABC):
-    """Writes the code that lays out one panel: of so many neighbours along the length, those of 16 features."""
+    """Writes the code that lays out one panel: of four neighbours along the length, those of 16 features."""
 
-    def __init__(self, d: int, b: ir.IRBuilder, given: Operand, panels: Operand) -> None:
-        self.d, self.b, self.t, self.given, self.panels = d, b, Types(), given, panels
+    def __init__(self, b: ir.IRBuilder, given: Operand, panels: Operand) -> None:
+        self.b, self.t, self.given, self.panels = b, Types(), given, panels
 
     @abstractmethod
     def write(self, one: ir.Value, side: ir.Value, batch: ir.Value, panel: ir.Value) -> None:
@@ -144,13 +141,13 @@ class _ByFeatures(_Laying):
     def write(self, one: ir.Value, side: ir.Value, batch: ir.Value, panel: ir.Value) -> None:
         from llvmlite import ir
 
-        b, t, d = self.b, self.t, self.d
+        b, t = self.b, self.t
         features = b.sdiv(self.given.rows, batch)
         top = b.mul(one, features)
-        unit = ir.IntType(8 * d)
-        row_kind, step = ir.VectorType(unit, VECTOR), t.word(VECTOR * d)
+        unit = ir.IntType(8 * DEEP)
+        row_kind, step = ir.VectorType(unit, VECTOR), t.word(VECTOR * DEEP)
         length = self.given.columns
-        most, count = b.sub(length, step), b.sdiv(b.add(length, t.word(VECTOR * d - 1)), step)
+        most, count = b.sub(length, step), b.sdiv(b.add(length, t.word(VECTOR * DEEP - 1)), step)
         rows = []
         for i in range(FEATURES):
             feature, end = b.add(b.mul(side, t.word(FEATURES)), t.word(i)), b.sub(features, t.word(1))
@@ -166,7 +163,7 @@ class _ByFeatures(_Laying):
                     for row in rows[half * VECTOR : (half + 1) * VECTOR]
                 ]
                 for i, column in enumerate(turned(b, square)):
-                    offset = t.word((i * FEATURES + half * VECTOR) * d)
+                    offset = t.word((i * FEATURES + half * VECTOR) * DEEP)
                     index = b.add(start, b.add(b.mul(at, t.word(FEATURES)), offset))
                     b.store(column, element(b, self.panels, index, t.i8), align=1)
 
@@ -177,15 +174,15 @@ class _ByLength(_Laying):
     def write(self, one: ir.Value, side: ir.Value, batch: ir.Value, panel: ir.Value) -> None:
         from llvmlite import ir
 
-        b, t, d = self.b, self.t, self.d
+        b, t = self.b, self.t
         length = b.sdiv(self.given.rows, batch)
         kind = ir.VectorType(t.i8, FEATURES)
         first = b.add(b.mul(b.mul(one, length), self.given.columns), b.mul(side, t.word(FEATURES)))
         start = b.mul(panel, self.panels.columns)
-        with counted(b, t.word(0), b.sdiv(length, t.word(d))) as number:
-            at = b.mul(number, t.word(d))
+        with counted(b, t.word(0), b.sdiv(length, t.word(DEEP))) as number:
+            at = b.mul(number, t.word(DEEP))
             rows = []
-            for i in range(d):
+            for i in range(DEEP):
                 index = b.add(first, b.mul(b.add(at, t.word(i)), self.given.columns))
                 rows.append(b.load(element(b, self.given, index, t.i8), typ=kind, align=1))
             while len(rows) > 1:

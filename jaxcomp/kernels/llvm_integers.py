@@ -1,7 +1,8 @@
 """The product of activations in codes and a packed weight on a CPU: integers multiplied as integers, in LLVM code.
 
-Products of codes are summed in pairs as the processor does it: of bytes into 16 bits, as often as these hold it, or of
-16 bits into 32. The sums of a run of codes with one scale are exact, become floats, and meet the scale.
+Products of codes are summed as the processor does it: of bytes by four into 32 bits (VNNI), or in pairs into 16 bits,
+as often as these hold it; or of 16 bits in pairs into 32. The sums of a run of codes with one scale are exact, become
+floats, and meet the scale.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 LEAST = 16
 """Neighbouring codes that share bytes and scales: as many as make a short vector of sums."""
-MOST = 32
-"""As many as a vector of bytes takes."""
+MOST, WIDE = 32, 64
+"""As many as a vector of bytes takes, of 256 and of 512 bits."""
+SIGN = 128
+"""What a byte of a number of 8 bits, its sign turned, is above it."""
 
 
 def refusal(w: PackedWeight) -> str | None:
@@ -45,30 +48,40 @@ def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:
     Returns:
       ``(rows, features)``, float32.
     """
-    if w.bits == 8 or "avx2" not in features():
+    plain, shifted_kind = (_Dots, _ShiftedDots) if dots() else (_Bytes, _Shifted)
+    if "avx2" not in features() or (w.bits == 8 and not dots()):
         return _product(_Words, x.astype(jnp.int16), w)
     if x.dtype == jnp.int8:
-        return _product(_Bytes, x, w)
+        return _product(plain, x, w)
     # Codes less their zero point: bytes, but for what is added to all of a row.
     low, high = (end(x, -1, keepdims=True).astype(jnp.int32) for end in (jnp.min, jnp.max))
     near = (high - low < 256).all()
 
     def shifted(x: jax.Array, w: PackedWeight, low: jax.Array) -> jax.Array:
         offset = low + 128
-        return _product(_Shifted, x, w, (x.astype(jnp.int32) - offset).astype(jnp.int8), offset)
+        return _product(shifted_kind, x, w, (x.astype(jnp.int32) - offset).astype(jnp.int8), offset)
 
     return lax.cond(near, shifted, lambda x, w, _: _product(_Words, x, w), x, w, low)
 
 
+def dots() -> int:
+    """Bytes of the vectors of which this processor has dot products of four bytes; 0 if it has none."""
+    if "avx512vnni" in features():
+        return WIDE
+    return MOST if "avxvnni" in features() else 0
+
+
 def _product(kind: type[_Integers], x: jax.Array, w: PackedWeight, *given: jax.Array) -> jax.Array:
     """In tiles of a kind, which are given the activations in their place."""
-    read = reading(w, MOST)
-    layout = Layout(read, read, lowest_of(w), kind)
-    operands = operands_of(x, w)
+    of_dots = issubclass(kind, _Dots)
+    read = reading(w, dots() if of_dots else MOST)
+    lowest = float(SIGN) if of_dots and w.bits == 8 else lowest_of(w)
+    layout = Layout(read, read, lowest, kind)
+    operands = operands_of(x, w, lowest)
     if given:
         operands = [padded(given[0], w), *given[1:], *operands[1:]]
     widened = "" if "avx2" in features() else "_plain"
-    return product(f"integers_{kind.__name__}{widened}", layout, *operands, codes=max(1, len(given)))
+    return product(f"integers_{kind.__name__}{widened}_{read.length}", layout, *operands, codes=max(1, len(given)))
 
 
 class _Integers(Tile):
@@ -186,6 +199,23 @@ class _Bytes(_Integers):
         return [self.numbers(row, column, self.t.i8, self.read.length) for row in self.rows]
 
 
+class _Dots(_Bytes):
+    """The same by the processor's dot products of four bytes, codes of 8 bits too."""
+
+    def loaded(self, block: ir.Value, feature: ir.Value, offset: int) -> ir.Value:
+        data = super().loaded(block, feature, offset)
+        return self.b.xor(data, constant(self.bytes, -SIGN)) if self.read.bits == 8 else data
+
+    def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
+        b, name = self.b, f"llvm.x86.avx512.vpdpbusd.{8 * self.read.length}"
+        codes_of = self.codes_of(block)
+        for run in runs:
+            codes = [b.bitcast(codes_of(run, j), self.kind) for j in range(len(self.features))]
+            xs = [b.bitcast(x, self.kind) for x in self.beside(run, self.column(block, run))]
+            for i, j in sums:
+                sums[i, j] = intrinsic(b, name, self.kind, sums[i, j], codes[j], xs[i])
+
+
 class _Shifted(_Bytes):
     """Activations that are bytes and a number that is added to all of a row, the second operand."""
 
@@ -207,3 +237,7 @@ class _Shifted(_Bytes):
             offset = b.load(element(b, self.offsets, self.rows[i], self.t.i32), typ=self.t.i32)
             sums[i, j] = b.add(sums[i, j], b.mul(everywhere(b, offset, self.width), sums[count, j]))
         return {cell: sums[cell] for cell in self.cells()}
+
+
+class _ShiftedDots(_Shifted, _Dots):
+    """Such activations by dot products."""

@@ -3,35 +3,50 @@
 No window is gathered: an element of the kernel meets the channels of one pixel where they lie, as in the indirect
 convolutions of Dukhan, The Indirect Convolution Algorithm (2019). A few windows meet a panel of features at once, four
 bytes or two words of a window at all of them; what is multiplied is read once for all windows and all features of that.
-Products of bytes are added up by two, in 16 bits as often as these hold them; weights of 7 and 8 bits meet words.
-Images of floats meet the numbers as floats, made where they are met.
+Dot products of bytes (VNNI) or tiles of them (AMX) are used where a processor has them. On others products of bytes are
+added up by two, in 16 bits as often as these hold them; weights of 7 and 8 bits meet words. Images of floats meet the
+numbers as floats, made where they are met.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.kernels import llvm_amx
 from jaxcomp.kernels.llvm_calls import Work, call, features, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
-from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Floats, ManyFloats, Sums, Words
-from jaxcomp.kernels.panels import FEATURES, PanelWeight, deep, unit
+from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
+from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Sums, Words
+from jaxcomp.kernels.panels import FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
-Kind = Sums | ManyFloats
+
+class Kind(NamedTuple):
+    """Of sums: which code, of how many bits, in vectors of how many."""
+
+    code: type[Sums | ManyFloats]
+    bits: int
+    lanes: int
+
+
+_Given = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, tuple[int, int, int]]
+"""Images, what lies around them and where elements meet them, panels, and how many sums: see :func:`panel_sums`."""
+BYTES_UP_TO = 6
+"""Bits of numbers of which 16 bits hold the sums of some pairs of products with bytes."""
 MANY = 96
 """Windows that a thread takes at a time, by one panel."""
 FEW = 64
-"""Windows of which what a processor with VNNI saves in XLA's convolution is less than laying the kernel out for it; and
-of floats those that meet numbers as they are unpacked."""
+"""Windows of floats up to which they meet numbers as these are unpacked."""
 
 
 def refusal(w: PanelWeight) -> str | None:
@@ -43,15 +58,16 @@ def refusal(w: PanelWeight) -> str | None:
     return missing()
 
 
-def refusal_of_codes(windows: int) -> str | None:
-    """Why so many windows of images in codes meet no such code on the machine that is here; None if they do."""
+def refusal_of_codes() -> str | None:
+    """Why images in codes meet no such code on the machine that is here; None if they do."""
     if why := missing():
         return why
-    if "avx2" not in features():
-        return "it is written for processors with AVX2"
-    if windows > FEW and features() & {"avx512vnni", "avxvnni"}:
-        return f"from {FEW} windows on XLA's own convolution uses the dot products of bytes that this processor has"
-    return None
+    return None if "avx2" in features() else "it is written for processors with AVX2"
+
+
+def forms_of_codes() -> str:
+    """The forms of products of codes that are this code on a CPU, by backend, in words."""
+    return "own" if refusal_of_codes() else "integers on cpu, own on cuda, rocm and tpu"
 
 
 def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window: Window) -> jax.Array:
@@ -66,20 +82,12 @@ def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window
     Returns:
       int32 ``(images, *windows, features)``.
     """
-    offset, words = jnp.zeros(1, jnp.int32) if zero is None else zero, deep(w.bits) == 2
-    if words:
-        numbers = x.astype(jnp.int16)
-        if zero is not None:
-            numbers = numbers - offset.astype(jnp.int16).reshape(-1, *[1] * (x.ndim - 1))
-        blank = jnp.zeros((1, w.filled), jnp.int16)
-    else:
-        numbers = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ jnp.uint8(128)
-        blank = jnp.broadcast_to((offset + 128).astype(jnp.uint8)[:, None], (offset.shape[0], w.filled))
-    y = _called(Words if words else Bytes, numbers, blank, w, window)
-    if words:
+    offset = jnp.zeros(1, jnp.int32) if zero is None else zero
+    blank = jnp.broadcast_to(offset.astype(jnp.int8)[:, None], (offset.shape[0], w.filled))
+    y, more = _called(partial(sums_of_codes, w.bits), x, blank, w, window)
+    if zero is None and not more:
         return y
-    # Bytes are codes and 128.
-    return y - ((offset + 128)[:, None] * w.totals[None]).reshape(-1, *[1] * (x.ndim - 2), w.features)
+    return y - ((offset + more)[:, None] * w.totals[None]).reshape(-1, *[1] * (x.ndim - 2), w.features)
 
 
 def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
@@ -94,22 +102,62 @@ def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Arra
       ``(images, *windows, features)``, float32.
     """
     many = math.prod(window.result(x.shape, 1)) > FEW
-    y = _called(ManyFloats if many else Floats, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
+    kind = Kind(ManyFloats if many else Floats, w.bits, FEATURES if "avx512f" in features() else VECTOR)
+
+    def sums(*given: *_Given) -> tuple[jax.Array, int]:
+        return panel_sums(kind, *given), 0
+
+    y, _ = _called(sums, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
     return y * w.scale.reshape(*[1] * (x.ndim - 1), w.features)
 
 
-def _called(kind: type[Kind], x: jax.Array, blank: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
-    """``(images, *windows, features)``: sums of a kind; ``blank`` is what lies around all images, or around each."""
+def _called(
+    sums: Callable[[*_Given], tuple[jax.Array, int]],
+    x: jax.Array,
+    blank: jax.Array,
+    w: PanelWeight,
+    window: Window,
+) -> tuple[jax.Array, int]:
+    """``(images, *windows, features)``, and a number; ``blank`` is what lies around all images, or around each."""
     images, *spatial, channels = x.shape
     x, sources = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.filled - channels)]), window.sources(spatial)
     of_all, panels = images * sources.shape[0], w.codes.shape[0]
-    y = panel_sums(kind, w.bits, x, (blank, jnp.asarray(sources)), w.codes, (1, of_all, panels))
-    return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
+    y, more = sums(x, (blank, jnp.asarray(sources)), w.codes, (1, of_all, panels))
+    return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features)), more
+
+
+def sums_of_codes(bits: int, *given: *_Given) -> tuple[jax.Array, int]:
+    """The sums of products of codes and panels, exact while within int32, as this processor makes them fastest.
+
+    Args:
+      bits: of the panels' numbers.
+      given: as :func:`panel_sums` takes them, images and what lies around them int8.
+
+    Returns:
+      int32 ``(matrices * windows, 16 panels)``, the sums of codes and a number, times those of panels; that number.
+    """
+    x, (blank, sources), codes, wanted = given
+    if not llvm_amx.refusal(wanted[1]):
+        return llvm_amx.amx_sums(bits, *given), 0
+    kind = _kind(bits)
+    if kind.code is Words:
+        x, blank, more = x.astype(jnp.int16), blank.astype(jnp.int16), 0
+    else:
+        (x, blank), more = (jax.lax.bitcast_convert_type(v, jnp.uint8) ^ jnp.uint8(128) for v in (x, blank)), 128
+    return panel_sums(kind, x, (blank, sources), codes, wanted), more
+
+
+def _kind(bits: int) -> Kind:
+    """Of sums, by what this processor can do."""
+    if "avx512vnni" in features():
+        return Kind(Dots, bits, FEATURES)
+    if "avxvnni" in features():
+        return Kind(Dots, bits, VECTOR)
+    return Kind(Words if bits > BYTES_UP_TO else Bytes, bits, VECTOR)
 
 
 def panel_sums(
-    kind: type[Kind],
-    bits: int,
+    kind: Kind,
     x: jax.Array,
     around: tuple[jax.Array, jax.Array],
     codes: jax.Array,
@@ -118,8 +166,7 @@ def panel_sums(
     """The sums of windows and panels.
 
     Args:
-      kind: of sums.
-      bits: of the codes' numbers.
+      kind: of sums, of the codes' bits.
       x: images, channels last, as many as fill blocks.
       around: what lies around all images or around each, a row of channels; and where each element of the kernel meets
         an image, ``(windows of an image, taps)``, -1 for what lies around it.
@@ -130,14 +177,15 @@ def panel_sums(
       ``(matrices * windows, 16 panels)``.
     """
     batch, windows, panels = wanted
-    parts = -(-windows // MANY)
-    number = jnp.arange(batch * parts * panels, dtype=jnp.int32)
-    one, part, panel = number // (parts * panels), number // panels % parts, number % panels
+    at_once = kind.code.panels(kind.lanes)
+    parts, sides = -(-windows // MANY), -(-panels // at_once)
+    number = jnp.arange(batch * parts * sides, dtype=jnp.int32)
+    one, part, side = number // (parts * sides), number // sides % parts, number % sides
     first, stop = one * windows + part * MANY, (one + 1) * windows
-    tasks = jnp.stack([one * panels + panel, first, jnp.minimum(first + MANY, stop)], 1)
+    tasks = jnp.stack([one * panels + side * at_once, first, jnp.minimum(first + MANY, stop)], 1)
     shape = batch * windows, panels * FEATURES
-    work = Work(f"panels_{kind.__name__}_{bits}", partial(_panels, kind, bits), 1, by=4)
-    return call(work, jax.ShapeDtypeStruct(shape, kind.dtype), x, *around, codes, tasks)
+    work = Work(f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}", partial(_panels, kind), 1, by=4)
+    return call(work, jax.ShapeDtypeStruct(shape, kind.code.dtype), x, *around, codes, tasks)
 
 
 class _At(NamedTuple):
@@ -148,12 +196,10 @@ class _At(NamedTuple):
     window: ir.Value
 
 
-def _panels(
-    kind: type[Kind], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
-) -> None:
+def _panels(kind: Kind, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some tasks: a panel of features, and the windows from one to before another."""
     *given, tasks, out = operands
-    group = _Group(kind(bits, b), b, [*given, out])
+    group = _Group(kind.code(kind.bits, kind.lanes, b), b, [*given, out])
     with counted(b, first, last) as task:
         group.write_all(*row_of_words(b, tasks, task, 3))
 
@@ -161,7 +207,7 @@ def _panels(
 class _Group:
     """Writes the code of a few windows by one panel."""
 
-    def __init__(self, sums: Kind, b: ir.IRBuilder, operands: list[Operand]) -> None:
+    def __init__(self, sums: Sums | ManyFloats, b: ir.IRBuilder, operands: list[Operand]) -> None:
         self.sums, self.b, self.t = sums, b, Types()
         self.x, self.blank, self.sources, self.codes, self.out = operands
         self.pixels = Pixels(b, sums.kind, (self.x, self.blank, self.sources), self.out.rows)
@@ -171,17 +217,18 @@ class _Group:
         """The sums of windows from one to before another."""
         b, t, sums = self.b, self.t, self.sums
         count = b.sdiv(b.add(b.sub(stop, start), t.word(sums.rows - 1)), t.word(sums.rows))
-        codes = element(b, self.codes, b.mul(panel, self.codes.columns), t.i8)
+        panels = self._panels(panel)
+        codes = [element(b, self.codes, b.mul(one, self.codes.columns), t.i8) for one in panels]
         size = b.mul(self.blocks, t.word(sums.size))
         if isinstance(sums, ManyFloats):
             # The numbers of a piece of the channels become floats once for all windows.
             with counted(b, t.word(0), self.sources.columns) as tap, sums.pieces(self.blocks) as (begin, end):
-                here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
+                here = [b.gep(place, [b.mul(tap, size)], source_etype=t.i8) for place in codes]
                 channel = sums.unpacked(here, begin, end)
                 fresh = b.icmp_signed("==", b.add(tap, begin), t.word(0))
                 with counted(b, t.word(0), count) as number:
                     rows = self._rows(b.add(start, b.mul(number, t.word(sums.rows))), stop)
-                    places = [self._places(panel, row) for row in rows]
+                    places = [self._places(panels, row) for row in rows]
                     sums.add_up([self.pixels.place(row.image, row.window, tap) for row in rows], channel, places, fresh)
             return
         with counted(b, t.word(0), count) as number:
@@ -189,21 +236,32 @@ class _Group:
             sums.begin()
             with counted(b, t.word(0), self.sources.columns) as tap:
                 pixels = [self.pixels.place(row.image, row.window, tap) for row in rows]
-                here = b.gep(codes, [b.mul(tap, size)], source_etype=t.i8)
+                here = b.gep(codes[0], [b.mul(tap, size)], source_etype=t.i8)
                 with sums.each(self.blocks) as block:
                     sums.add(block, here, pixels)
             for i, row in enumerate(rows):
-                for total, place in zip(sums.ended(i), self._places(panel, row), strict=True):
+                for total, place in zip(sums.ended(i), self._places(panels, row), strict=True):
                     b.store(total, place, align=4)
 
-    def _places(self, panel: ir.Value, row: _At) -> list[ir.Value]:
-        """Where the sums of a window are, by halves of the panel."""
-        b, t = self.b, self.t
-        side = b.srem(panel, b.sdiv(self.out.columns, t.word(FEATURES)))
-        found = []
-        for half in range(FEATURES // VECTOR):
-            column = b.add(b.mul(side, t.word(FEATURES)), t.word(half * VECTOR))
-            found.append(element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32))
+    def _panels(self, panel: ir.Value) -> list[ir.Value]:
+        """Those that windows meet at once: the last of a matrix again where there are no more."""
+        b, t, across = self.b, self.t, self._across()
+        last = b.sub(b.mul(b.add(b.sdiv(panel, across), t.word(1)), across), t.word(1))
+        found = [b.add(panel, t.word(i)) for i in range(self.sums.panels(self.sums.lanes))]
+        return [panel, *(b.select(b.icmp_signed("<", one, last), one, last) for one in found[1:])]
+
+    def _across(self) -> ir.Value:
+        """Panels of a matrix."""
+        return self.b.sdiv(self.out.columns, self.t.word(FEATURES))
+
+    def _places(self, panels: list[ir.Value], row: _At) -> list[ir.Value]:
+        """Where the sums of a window are, by vectors."""
+        b, t, found = self.b, self.t, []
+        for panel in panels:
+            side = b.srem(panel, self._across())
+            for first in range(0, FEATURES, self.sums.lanes):
+                column = b.add(b.mul(side, t.word(FEATURES)), t.word(first))
+                found.append(element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32))
         return found
 
     def _rows(self, first: ir.Value, stop: ir.Value) -> list[_At]:

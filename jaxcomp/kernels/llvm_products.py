@@ -36,7 +36,7 @@ def llvm_product(x: jax.Array, w: PackedWeight) -> jax.Array:
       ``(rows, features)``, float32.
     """
     layout = Layout(reading(w, 16), reading(w, 8), lowest_of(w), _Floats)
-    return product("weight_only", layout, *operands_of(x.astype(jnp.float32), w))
+    return product("weight_only", layout, *operands_of(x.astype(jnp.float32), w, lowest_of(w)))
 
 
 class _Floats(Tile):

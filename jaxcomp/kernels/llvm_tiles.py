@@ -62,12 +62,12 @@ def lowest_of(w: PackedWeight) -> float:
     return 0.0 if w.bits == 8 else 2.0 ** (w.bits - 1)
 
 
-def operands_of(x: jax.Array, w: PackedWeight) -> list[jax.Array]:
+def operands_of(x: jax.Array, w: PackedWeight, lowest: float) -> list[jax.Array]:
     """What the code is given: activations to the end of the last block, codes, scales, and where codes are off by
     something the sums of activations by group ``(rows, groups)`` and the zero points.
     """
     operands = [padded(x, w), w.codes, w.scale]
-    if w.zero is not None or lowest_of(w):
+    if w.zero is not None or lowest:
         operands.append(_sums_by_group(x.astype(jnp.float32), w))
     if w.zero is not None:
         operands.append(w.zero)

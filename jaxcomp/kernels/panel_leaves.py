@@ -17,7 +17,7 @@ from jaxcomp.quantization.numerics.affine import spread
 
 
 @compressed_leaf(meta=("grid", "taps", "channels", "features", "dense_dtype", "dense_shape", "axes", "site"))
-class PreparedKernel(Laid):
+class PreparedPanels(Laid):
     """Codes in panels of features.
 
     Fields:
@@ -39,7 +39,7 @@ class PreparedKernel(Laid):
 
     @property
     def method(self) -> str:  # noqa: D102
-        return f"PreparedKernel {self.grid.label}"
+        return f"PreparedPanels {self.grid.label}"
 
     @property
     def code_bits(self) -> int:  # noqa: D102
@@ -53,7 +53,7 @@ class PreparedKernel(Laid):
         )
 
 
-def prepared_kernel(leaf: CompressedLeaf, axes: Axes, site: str, channels: int) -> PreparedKernel | str:
+def prepared_panels(leaf: CompressedLeaf, axes: Axes, site: str, channels: int) -> PreparedPanels | str:
     """A quantized kernel, masked or not, laid out for so many channels, all of a dot's length; or why it cannot be."""
     if why := no_codes(leaf):
         return why
@@ -71,7 +71,7 @@ def prepared_kernel(leaf: CompressedLeaf, axes: Axes, site: str, channels: int) 
     numbers = laid_out((raw.astype(jnp.int16) - 2 ** (inner.grid.bits - 1)).astype(jnp.int8), axes)
     shape = tuple(1 if i in axes[2] else n for i, n in enumerate(inner.shape))
     features, length = numbers.shape[-2:]
-    return PreparedKernel(
+    return PreparedPanels(
         codes=panel_codes(numbers, inner.grid.bits, channels),
         scale=laid_out(jnp.broadcast_to(spread(scale, shape), shape), axes),
         totals=numbers.sum(-1, dtype=jnp.int32),

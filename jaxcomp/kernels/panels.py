@@ -18,11 +18,8 @@ FEATURES = 16
 """Of a panel."""
 BYTES = 32
 """Of a vector."""
-
-
-def deep(bits: int) -> int:
-    """How many neighbouring channels of a feature lie side by side: four bytes, or two of what becomes words."""
-    return 2 if bits > 6 else 4
+DEEP = 4
+"""Neighbouring channels of a feature that lie side by side: as many bytes as processors sum up in 32 bits."""
 
 
 def width(bits: int) -> int:
@@ -36,7 +33,7 @@ def unit(bits: int) -> int:
     >>> [unit(bits) for bits in (2, 3, 4, 8)]
     [8, 16, 4, 4]
     """
-    return max(4, BYTES * 8 // math.gcd(*FIELDS[width(bits)]) // FEATURES)
+    return max(DEEP, BYTES * 8 // math.gcd(*FIELDS[width(bits)]) // FEATURES)
 
 
 @partial(
@@ -52,8 +49,8 @@ class PanelWeight:
 
     Sixteen features are a panel, the last one filled up with features of zeros. A panel is its elements one after
     another, each of so many channels that they fill blocks, zeros behind those that there are: a block is
-    :func:`unit` channels of 16 features, in the order ``(channels / d, features, d)`` with ``d`` :func:`deep`, and
-    packed as a block of :class:`~jaxcomp.kernels.packing.PackedWeight` is.
+    :func:`unit` channels of 16 features, in the order ``(channels / 4, features, 4)``, and packed as a block of
+    :class:`~jaxcomp.kernels.packing.PackedWeight` is.
 
     Attributes:
       codes: uint8 ``(*lead, panels, bytes)``; of 5 bits and more the bytes of int8 numbers, else codes from 0 on.
@@ -112,8 +109,8 @@ class PanelWeight:
         else:
             raw = unpack_blocks(self.codes, self.bits, unit(self.bits) * FEATURES)
             x = raw.astype(jnp.int8) - jnp.int8(2 ** (self.bits - 1))
-        lead, d = self.codes.shape[:-2], deep(self.bits)
-        x = x.reshape(*lead, -1, self.taps, self.filled // d, FEATURES, d)
+        lead = self.codes.shape[:-2]
+        x = x.reshape(*lead, -1, self.taps, self.filled // DEEP, FEATURES, DEEP)
         x = jnp.moveaxis(x, -2, -4).reshape(*lead, -1, self.taps, self.filled)
         return x[..., : self.features, :, : self.channels].reshape(self.shape)
 
@@ -129,10 +126,10 @@ class PanelWeight:
 def panel_codes(numbers: jax.Array, bits: int, channels: int) -> jax.Array:
     """The codes of a :class:`PanelWeight` of int8 numbers ``(*lead, features, length)``."""
     *lead, features, length = numbers.shape
-    d, u = deep(bits), unit(bits)
+    u = unit(bits)
     x = numbers.reshape(*lead, features, length // channels, channels)
     x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -features % FEATURES), (0, 0), (0, -channels % u)])
-    x = x.reshape(*lead, -1, FEATURES, length // channels, x.shape[-1] // d, d)
+    x = x.reshape(*lead, -1, FEATURES, length // channels, x.shape[-1] // DEEP, DEEP)
     x = jnp.moveaxis(x, -4, -2).reshape(*lead, x.shape[-5], -1)
     if width(bits) == 8:
         return jax.lax.bitcast_convert_type(x, jnp.uint8)

@@ -14,8 +14,8 @@ from jaxcomp.core.roles import BATCH, CONTRACTED, OUTPUT
 from jaxcomp.core.types import Leaf, Params, PyTree
 from jaxcomp.kernels.leaves import Axes, Laid, prepared
 from jaxcomp.kernels.llvm_calls import missing
-from jaxcomp.kernels.llvm_panels import FEW, refusal_of_codes
-from jaxcomp.kernels.panel_leaves import PreparedKernel, prepared_kernel
+from jaxcomp.kernels.llvm_panels import refusal_of_codes
+from jaxcomp.kernels.panel_leaves import PreparedPanels, prepared_panels
 from jaxcomp.kernels.sparse_leaves import prepared_sparse
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import BARRED
@@ -34,8 +34,8 @@ def prepare(
     lies: a product whose activations no rule rounds on the packed bytes, without the dense weight. Done once, for one
     function; what is no quantized leaf, or is multiplied by nothing, stays as it is. Kernels of convolutions are laid
     out where llvmlite is installed: those of one group, of integers with one scale a feature, or sparse ones. So are
-    such weights of dots that 16 rows of these arguments or more meet, if they lie on a CPU with AVX2 and without VNNI:
-    in panels, which serve any number of rows.
+    such weights of dots that 16 rows of these arguments or more meet, if they lie on a CPU with AVX2: in panels, which
+    serve any number of rows.
 
     Args:
       tree: parameters with compressed leaves, packed or not; leaves that are prepared for this function stay.
@@ -107,7 +107,7 @@ def _laid(path: str, leaf: Leaf, wanted: list[tuple[Site, Axes]], sparse: float 
     return f"{why}{packed}" if isinstance(packed, str) else packed
 
 
-def _kernel(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | str:
+def _kernel(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedPanels | str:
     """A leaf laid out for a convolution, or why it is not."""
     if why := missing():
         return f"it is the kernel of a convolution, whose code is compiled here, and {why}"
@@ -116,10 +116,10 @@ def _kernel(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | st
     assert site.weight is not None
     kernel = site.operands[site.weight]
     channels = math.prod(n for n, role in zip(kernel.shape, kernel.roles, strict=True) if role == CONTRACTED)
-    return prepared_kernel(leaf, axes, site.path, channels)
+    return prepared_panels(leaf, axes, site.path, channels)
 
 
-def _in_panels(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel | str:
+def _in_panels(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedPanels | str:
     """A leaf laid out for a dot of some rows, or why it is not: a few read packed bytes faster."""
     assert site.weight is not None
     weight, rows = site.operands[site.weight], site.operands[1 - site.weight]
@@ -130,9 +130,9 @@ def _in_panels(leaf: CompressedLeaf, axes: Axes, site: Site) -> PreparedKernel |
         return "panels are for a weight that serves all rows"
     if platforms_of(leaf) != {"cpu"}:
         return "panels are for a CPU, and it lies elsewhere"
-    if why := refusal_of_codes(FEW + 1):  # of however many rows
+    if why := refusal_of_codes():
         return why
-    return prepared_kernel(leaf, axes, site.path, math.prod(leaf.shape[i] for i in axes[2]))
+    return prepared_panels(leaf, axes, site.path, math.prod(leaf.shape[i] for i in axes[2]))
 
 
 def platforms_of(leaf: Leaf) -> set[str]:

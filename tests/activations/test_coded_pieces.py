@@ -18,7 +18,7 @@ from tests.marks import quick
 
 pytestmark = [
     pytest.mark.usefixtures("jax_defaults"),
-    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1))),
+    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes()), reason=str(llvm_panels.refusal_of_codes())),
 ]
 RNG = np.random.default_rng(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")

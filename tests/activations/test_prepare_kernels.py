@@ -13,12 +13,12 @@ from jax import export
 import jaxcomp as jc
 from jaxcomp.activations import Act, Dynamic, coverage, quantize_function
 from jaxcomp.core.layouts import Tokens
-from jaxcomp.kernels import PreparedKernel, llvm_panels
+from jaxcomp.kernels import PreparedPanels, llvm_panels
 from tests.marks import quick
 
 pytestmark = [
     pytest.mark.usefixtures("jax_defaults"),
-    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1))),
+    pytest.mark.skipif(bool(llvm_panels.refusal_of_codes()), reason=str(llvm_panels.refusal_of_codes())),
 ]
 RNG = np.random.default_rng(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -126,7 +126,7 @@ def run_of(fn, rules=RULES, **how):
 def test_on_integers_it_gives_the_same_bits(fn, act, grid) -> None:
     tree, x = tree_of(fn, GRIDS[grid])
     ready = jc.prepare(tree, fn, x)
-    assert all(isinstance(leaf, PreparedKernel) for leaf in ready.values())
+    assert all(isinstance(leaf, PreparedPanels) for leaf in ready.values())
     run = run_of(fn, {".*": ACTS[act]})
     for some in (x, x[:1]):  # of images or sentences one, or one row of a dot
         text = run.lower(ready, some).as_text()
@@ -204,7 +204,7 @@ def test_images_with_nan_and_infinities() -> None:
     assert np.isnan(got[0]).all()
 
 
-def test_files_hold_prepared_kernels(tmp_path) -> None:
+def test_files_hold_prepared_panelss(tmp_path) -> None:
     tree, x = tree_of(two, jc.Int(3))
     ready, run = jc.prepare(tree, two, x), run_of(two)
     jc.save(tmp_path / "ready.safetensors", ready)
@@ -250,14 +250,3 @@ def test_a_tree_prepared_elsewhere_runs_where_there_is_no_code(fn, monkeypatch) 
     assert run_of(fn)(ready, x).tolist() == wanted.tolist()
     report = coverage(fn, RULES, integer=True)(ready, x)
     assert [(row.done, row.form) for row in report.rows] == [("integer", "own")] * len(tree)
-
-
-def test_few_windows_alone_run_in_it_on_a_processor_with_vnni(monkeypatch) -> None:
-    tree, x = tree_of(two)
-    ready, more = jc.prepare(tree, two, x), jnp.concatenate([x, x])
-    monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"avx2", "avxvnni"}))
-    for images, calls in ((x, 2), (more, 1)):  # 60 and 18 windows, 120 and 36
-        assert run_of(two).lower(ready, images).as_text().count("@jaxcomp_panels") == calls
-        assert run_of(two)(ready, images).tolist() == run_of(two)(jc.pack(tree), images).tolist()
-    report = coverage(two, RULES, integer=True)(ready, more)
-    assert [row.form for row in report.rows] == ["own", "integers on cpu, own on cuda, rocm and tpu"]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import jaxcomp as jc
-from jaxcomp.kernels import Prepared, PreparedKernel, llvm_panels
+from jaxcomp.kernels import Prepared, PreparedPanels, llvm_panels
 from tests.activations.test_prepare_kernels import line, normal, tree_of
 
-pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(65)), reason=str(llvm_panels.refusal_of_codes(65)))
+pytestmark = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes()), reason=str(llvm_panels.refusal_of_codes()))
 PREPARE = sys.modules["jaxcomp.kernels.prepare"]
 
 
@@ -23,7 +23,7 @@ def leaf_of(tree, x):
 def test_few_rows_are_for_packed_bytes() -> None:
     tree, x = tree_of(line)
     assert isinstance(leaf_of(tree, x[:15]), Prepared)
-    assert isinstance(leaf_of(tree, x[:16]), PreparedKernel)
+    assert isinstance(leaf_of(tree, x[:16]), PreparedPanels)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_a_weight_for_each_matrix_is_packed() -> None:
     assert isinstance(jc.prepare(tree, experts, x)["w"], Prepared)
 
 
-def test_where_a_processor_has_dot_products_of_bytes_it_is_packed(monkeypatch) -> None:
+def test_without_avx2_it_is_packed(monkeypatch) -> None:
     tree, x = tree_of(line)
-    monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"avx2", "avxvnni"}))
+    monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"sse4.2"}))
     assert isinstance(leaf_of(tree, x), Prepared)
 
 
 def test_a_tree_that_lies_on_another_kind_of_device_is_packed(monkeypatch) -> None:
     tree, x = tree_of(line)
     assert PREPARE.platforms_of(tree["w"]) == {"cpu"}
-    assert isinstance(jax.eval_shape(lambda: leaf_of(tree, x)), PreparedKernel)
+    assert isinstance(jax.eval_shape(lambda: leaf_of(tree, x)), PreparedPanels)
     monkeypatch.setattr(PREPARE, "platforms_of", lambda leaf: {"cuda"})
     assert isinstance(leaf_of(tree, x), Prepared)

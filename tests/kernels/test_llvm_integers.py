@@ -66,10 +66,18 @@ def test_it_is_numpys_product(name, dtype) -> None:
     assert exact(jax.jit(partial(weight_only, form="integers"))(codes, w), x, w, dense)
 
 
+@pytest.mark.parametrize("dtype", REACH)
+@pytest.mark.parametrize("name", quick(CASES, "bytes", "ragged, zero points"))
+def test_every_processor_gives_it(name, dtype, processor) -> None:
+    w, dense = weight_of(CASES[name])
+    codes, x = drawn(CASES[name], dtype)
+    assert exact(llvm_integers.llvm_integer_product(codes, w), x, w, dense)
+
+
 @pytest.mark.parametrize("bits", quick([2, 3, 4, 5, 6, 7, 8], 4, 7, 8))
 @pytest.mark.parametrize("low", [True, False])
-def test_no_sum_overflows_where_all_are_at_their_ends(bits, low) -> None:
-    """Pairs of products of bytes are summed in 16 bits, and these as often as they hold them."""
+def test_no_sum_overflows_where_all_are_at_their_ends(bits, low, processor) -> None:
+    """Without dot products of bytes pairs of products are summed in 16 bits, and these as often as they hold them."""
     w, _ = weight_of(Case(4, 2, 512, bits, 512))
     w = jax.tree.map(jnp.ones_like, w)
     ends = jnp.full_like(w.codes, -1 if bits < 8 else -128) if bits == 8 else jnp.full_like(w.codes, 255)
@@ -77,7 +85,7 @@ def test_no_sum_overflows_where_all_are_at_their_ends(bits, low) -> None:
     number = float(np.asarray(w.numbers(), np.float64)[0, 0])
     for dtype, reach in REACH.items():
         x = jnp.full((4, 512), reach[0 if low else 1], dtype.split(",")[0])
-        got = jax.jit(partial(weight_only, form="integers"))(x, w)
+        got = llvm_integers.llvm_integer_product(x, w)
         np.testing.assert_allclose(got, np.full((4, 2), 512 * number * reach[0 if low else 1]), rtol=1e-6, atol=1e-6)
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcomp.kernels import PanelWeight, llvm_panels
+from jaxcomp.kernels import PanelWeight, llvm_amx, llvm_panels
 from jaxcomp.kernels.forms import Images, Product, form_of
 from jaxcomp.kernels.llvm_panels import llvm_panel_sums
 from jaxcomp.kernels.packing import FIELDS
-from jaxcomp.kernels.panels import deep, panel_codes, unit, width
+from jaxcomp.kernels.panels import DEEP, panel_codes, unit, width
 from jaxcomp.kernels.products import convolution
 from jaxcomp.kernels.windows import Window
 from jaxcomp.quantization import Int
@@ -25,7 +25,7 @@ from tests.marks import quick
 
 pytest.importorskip("llvmlite")
 BITS = range(2, 9)
-runs_here = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes(1)), reason=str(llvm_panels.refusal_of_codes(1)))
+runs_here = pytest.mark.skipif(bool(llvm_panels.refusal_of_codes()), reason=str(llvm_panels.refusal_of_codes()))
 
 
 def weight(w: Window, features: int, channels: int, bits: int, *, ends: bool = False) -> tuple[PanelWeight, np.ndarray]:
@@ -56,7 +56,7 @@ def window(kernel, strides=None, padding=None, dilation=None, base=None):
 
 def code_at(w: PanelWeight, feature: int, tap: int, channel: int) -> int:
     """A code, cut out of its bytes as the docstrings say."""
-    u, d, panel = unit(w.bits), deep(w.bits), np.asarray(w.codes)[feature // 16]
+    u, d, panel = unit(w.bits), DEEP, np.asarray(w.codes)[feature // 16]
     block = u * 16
     at = (tap * (w.filled // u) + channel // u) * (block * width(w.bits) // 8)
     j, code, place = (channel % u // d * 16 + feature % 16) * d + channel % d, 0, 0
@@ -154,6 +154,17 @@ def test_floats_meet_the_same_numbers(name, bits) -> None:
         assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("count", [1, 3])
+def test_floats_in_vectors_of_every_processor(count, bits, processor) -> None:
+    """Some 30 windows, and more than 64."""
+    w, (_, *spatial, channels), features = CASES["same"]
+    kernel, numbers = weight(w, features, channels, bits)
+    x = images(count, *spatial, channels)
+    got = llvm_panels.llvm_panel_product(jnp.asarray(x, jnp.float32), kernel, w)
+    assert got.tolist() == by_numpy(x, numbers, w).tolist()
+
+
 def test_forms_of_floats() -> None:
     w, shape, features = CASES["same"]
     kernel, _ = weight(w, features, shape[-1], 4)
@@ -167,22 +178,46 @@ def test_forms_of_floats() -> None:
     assert form_of("cpu", p._replace(weight=replace(kernel, scale=kernel.scale.astype(jnp.bfloat16)))) == "whole"
 
 
-@runs_here
+@pytest.mark.parametrize("zero", quick(ZEROS, "one an image"))
+@pytest.mark.parametrize("bits", quick(BITS, 3, 4, 8))
+@pytest.mark.parametrize("name", quick(CASES, "transposed", "more windows than a thread takes"))
+def test_every_processor_sums_the_same(name, bits, zero, processor) -> None:
+    w, shape, features = CASES[name]
+    kernel, numbers = weight(w, features, shape[-1], bits)
+    x, given, differences = codes_and_zero(shape, zero)
+    assert llvm_panel_sums(x, given, kernel, w).tolist() == by_numpy(differences, numbers, w).tolist()
+
+
 @pytest.mark.parametrize("code", [-128, 127])
-@pytest.mark.parametrize("bits", BITS)
-def test_no_sum_overflows_where_all_are_at_their_ends(bits, code) -> None:
-    """Pairs of products of bytes are summed in 16 bits, and these as often as they hold them."""
+@pytest.mark.parametrize("bits", quick(BITS, 4, 6, 8))
+def test_no_sum_overflows_where_all_are_at_their_ends(bits, code, processor) -> None:
+    """Without dot products of bytes pairs of products are summed in 16 bits, and these as often as they hold them."""
     w = window((3, 3), padding=SAME)
     kernel, numbers = weight(w, 8, 48, bits, ends=True)
-    x = np.full((1, 5, 4, 48), code)
+    x = np.full((1, 7, 5, 48), code)
     got = llvm_panel_sums(jnp.asarray(x, jnp.int8), None, kernel, w)
     assert got.tolist() == by_numpy(x.astype(np.float64), numbers, w).tolist()
 
 
-@pytest.mark.parametrize("dots", ["avx512vnni", "avxvnni"])
-def test_processors_that_it_is_not_for(dots, monkeypatch) -> None:
-    monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"avx2", dots}))
-    assert llvm_panels.refusal_of_codes(64) is None
-    assert "dot products of bytes" in (llvm_panels.refusal_of_codes(65) or "")
+def test_which_code_a_processor_runs(processor) -> None:
+    w, shape, features = CASES["more windows than a thread takes"]
+    kernel, _ = weight(w, features, shape[-1], 8)
+    x = jnp.zeros(shape, jnp.int8)
+    many, few = (jax.jit(lambda x: llvm_panel_sums(x, None, kernel, w)).lower(v).as_text() for v in (x, x[:1, :1]))
+    own = {"avx2": "panels_Words_8_8", "vnni": "panels_Dots_8_8", "vnni of 512 bits": "panels_Dots_8_16"}
+    assert f"@jaxcomp_{own.get(processor, 'panels_amx_8')}" in many
+    assert f"@jaxcomp_{own.get(processor, 'panels_Dots_8_16')}" in few  # 13 windows fill no tile
+
+
+def test_processors_that_it_is_not_for(monkeypatch) -> None:
     monkeypatch.setattr(llvm_panels, "features", lambda: frozenset({"neon"}))
-    assert "AVX2" in (llvm_panels.refusal_of_codes(1) or "")
+    assert "AVX2" in (llvm_panels.refusal_of_codes() or "")
+
+
+def test_what_tiles_are_not_for(monkeypatch) -> None:
+    monkeypatch.setattr(llvm_amx, "features", lambda: frozenset({"avx2", "avx512vnni"}))
+    assert llvm_amx.refusal(100) == "the processor has no AMX"
+    monkeypatch.setattr(llvm_amx, "features", lambda: frozenset({"amx-int8", "avx512bw"}))
+    assert "tiles take 16 windows and more, and there are 15" in (llvm_amx.refusal(15) or "")
+    monkeypatch.setattr(llvm_amx, "_granted", lambda: False)
+    assert llvm_amx.refusal(16) == "the system lets no program use the processor's AMX"

@@ -14,7 +14,7 @@ from jax import export, lax
 import jaxcomp as jc
 from jaxcomp.activations import coverage, quantize_function
 from jaxcomp.activations.specs import Act, Dynamic
-from jaxcomp.kernels import PreparedKernel, PreparedSparse, SparseWeight
+from jaxcomp.kernels import PreparedPanels, PreparedSparse, SparseWeight
 from jaxcomp.kernels.forms import Images, Product, form_of
 from jaxcomp.kernels.products import convolution
 from jaxcomp.kernels.sparse import sparse_parts
@@ -229,8 +229,8 @@ def test_layers_of_a_scan() -> None:
 def test_dense_kernels_and_others_say_why() -> None:
     tree, x = pruned(channels_last, jc.Int(8))
     only = {"first": tree["first"], "second": jnp.ones((12, 5))}
-    assert isinstance(jc.prepare(only, channels_last, x)["first"], PreparedKernel)
-    assert isinstance(jc.prepare(only, channels_last, x, sparse=0.9)["first"], PreparedKernel)  # 79.9% of it is zero
+    assert isinstance(jc.prepare(only, channels_last, x)["first"], PreparedPanels)
+    assert isinstance(jc.prepare(only, channels_last, x, sparse=0.9)["first"], PreparedPanels)  # 79.9% of it is zero
     prune = jc.prune(0.8, where="first")
     floats = prune.apply(prune.init(jc.materialize(only)), jc.materialize(only))
     with pytest.raises(ValueError, match=r"'first': 79.9% of it is zero, 90.0% are wanted; it is floats under a mask"):
