@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels.llvm_calls import Work, call, features
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
-from jaxcomp.kernels.llvm_panel_sums import Panel
+from jaxcomp.kernels.llvm_panel_sums import Given, Panel
 from jaxcomp.kernels.panels import FEATURES, unit, width
 
 if TYPE_CHECKING:
@@ -53,29 +53,22 @@ def _granted() -> bool:
 
 
 def refusal(windows: int) -> str | None:
-    """Why so many windows of a matrix meet no panels in tiles on the machine that is here; None if they do."""
+    """Why so many windows of a matrix, or rows, meet nothing in tiles on the machine that is here; None if they do."""
     if not {"amx-int8", "avx512bw"} <= features():
         return "the processor has no AMX"
     if windows < ROWS:
-        return f"tiles take {ROWS} windows and more, and there are {windows}"
+        return f"tiles take {ROWS} rows or windows and more, and there are {windows}"
     return None if _granted() else "the system lets no program use the processor's AMX"
 
 
-def amx_sums(
-    bits: int,
-    x: jax.Array,
-    around: tuple[jax.Array, jax.Array],
-    codes: jax.Array,
-    wanted: tuple[int, int, int],
-) -> jax.Array:
+def amx_sums(bits: int, *given: *Given) -> jax.Array:
     """The sums of products of windows and panels, int32 ``(matrices * windows, 16 * panels)``.
 
     Args:
       bits: of the codes of panels.
-      x: int8 images, channels last, as many as fill blocks.
-      around, codes, wanted: see :func:`~jaxcomp.kernels.llvm_panels.panel_sums`; of windows :data:`ROWS` at least.
+      given: images int8, and windows :data:`ROWS` at least.
     """
-    batch, windows, panels = wanted
+    x, around, codes, (batch, windows, panels) = given
     parts, sides = -(-windows // MANY), -(-panels // PANELS)
     number = jnp.arange(batch * parts * sides, dtype=jnp.int32)
     one, part, side = number // (parts * sides), number // sides % parts, number % sides
@@ -92,12 +85,12 @@ def _chunk(bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value,
     """Some tasks: the panels from one to before another, and the windows from one to before another."""
     *given, tasks, out = operands
     code = _Code(bits, b, [*given, out])
-    with _configured(b), counted(b, first, last) as task:
+    with configured(b), counted(b, first, last) as task:
         code.write(*row_of_words(b, tasks, task, 4))
 
 
 @contextmanager
-def _configured(b: ir.IRBuilder) -> Iterator[None]:
+def configured(b: ir.IRBuilder) -> Iterator[None]:
     """The processor's tiles are of full size, and free again afterwards."""
     from llvmlite import ir
 
@@ -110,6 +103,11 @@ def _configured(b: ir.IRBuilder) -> Iterator[None]:
     intrinsic(b, "llvm.x86.ldtilecfg", Types().void, place)
     yield
     intrinsic(b, "llvm.x86.tilerelease", Types().void)
+
+
+def tile(b: ir.IRBuilder, name: str, register: int, place: ir.Value, stride: ir.Value) -> None:
+    """Reads or writes a tile, its rows so many bytes apart."""
+    intrinsic(b, f"llvm.x86.{name}64", Types().void, Types().i8(register), place, stride)
 
 
 class _Code:
@@ -214,22 +212,19 @@ class _Code:
         """How many tiles of a panel can be read where they lie."""
         return self.b.sdiv(self.length, self.t.word(ROW)) if width(self.bits) == 8 else self.t.word(0)
 
-    def _tile(self, name: str, tile: int, place: ir.Value, stride: ir.Value) -> None:
-        intrinsic(self.b, f"llvm.x86.{name}64", self.t.void, self.t.i8(tile), place, stride)
-
     def _sums(self, windows: ir.Value, panels: Sequence[ir.Value], scratch: Sequence[ir.Value]) -> None:
         """Of a group's windows and two panels."""
         b, t, full = self.b, self.t, self._full()
-        for tile in _SUMS:
-            intrinsic(b, "llvm.x86.tilezero", t.void, t.i8(tile))
+        for total in _SUMS:
+            intrinsic(b, "llvm.x86.tilezero", t.void, t.i8(total))
         with counted(b, t.word(0), self.steps) as step:
-            for half, tile in enumerate(_WINDOWS):
+            for half, register in enumerate(_WINDOWS):
                 at = b.add(b.mul(step, t.word(ROW)), b.mul(self.stride, t.word(half * ROWS)))
-                self._tile("tileloadd", tile, self._behind(windows, at), self.stride)
-            for panel, laid, tile in zip(panels, scratch, _PANELS, strict=True):
+                tile(b, "tileloadd", register, self._behind(windows, at), self.stride)
+            for panel, laid, register in zip(panels, scratch, _PANELS, strict=True):
                 base = b.select(b.icmp_signed("<", step, full), self._codes(panel), laid)
                 place = self._behind(base, b.mul(step, t.word(ROWS * ROW)))
-                self._tile("tileloadd", tile, place, t.word(ROW))
+                tile(b, "tileloadd", register, place, t.word(ROW))
             for total in _SUMS:
                 x, y = _WINDOWS[total % 2], _PANELS[total // 2]
                 intrinsic(b, "llvm.x86.tdpbssd", t.void, t.i8(total), t.i8(x), t.i8(y))
@@ -241,4 +236,4 @@ class _Code:
         for total in _SUMS:
             column = b.mul(b.srem(panels[total // 2], across), t.word(FEATURES))
             place = element(b, self.out, b.add(b.mul(halves[total % 2], columns), column), t.i32)
-            self._tile("tilestored", total, place, b.mul(columns, t.word(4)))
+            tile(b, "tilestored", total, place, b.mul(columns, t.word(4)))

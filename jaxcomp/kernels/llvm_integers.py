@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcomp.kernels import llvm_amx_groups
 from jaxcomp.kernels.llvm_calls import features
 from jaxcomp.kernels.llvm_code import Operand, element, everywhere, halves, intrinsic
 from jaxcomp.kernels.llvm_numbers import constant
@@ -48,18 +49,23 @@ def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:
     Returns:
       ``(rows, features)``, float32.
     """
+    tiles = not llvm_amx_groups.refusal(x.shape[0], w)
     plain, shifted_kind = (_Dots, _ShiftedDots) if dots() else (_Bytes, _Shifted)
     if "avx2" not in features() or (w.bits == 8 and not dots()):
         return _product(_Words, x.astype(jnp.int16), w)
     if x.dtype == jnp.int8:
-        return _product(plain, x, w)
+        return llvm_amx_groups.amx_product(x, w) if tiles else _product(plain, x, w)
     # Codes less their zero point: bytes, but for what is added to all of a row.
     low, high = (end(x, -1, keepdims=True).astype(jnp.int32) for end in (jnp.min, jnp.max))
     near = (high - low < 256).all()
 
     def shifted(x: jax.Array, w: PackedWeight, low: jax.Array) -> jax.Array:
         offset = low + 128
-        return _product(shifted_kind, x, w, (x.astype(jnp.int32) - offset).astype(jnp.int8), offset)
+        codes = (x.astype(jnp.int32) - offset).astype(jnp.int8)
+        if not tiles:
+            return _product(shifted_kind, x, w, codes, offset)
+        y = llvm_amx_groups.amx_product(jnp.concatenate([codes, jnp.ones_like(codes[:1])]), w)
+        return y[:-1] + offset.astype(y.dtype) * y[-1:]
 
     return lax.cond(near, shifted, lambda x, w, _: _product(_Words, x, w), x, w, low)
 

@@ -50,7 +50,7 @@ class ManyFloats(Panel):
 
     @staticmethod
     def panels(lanes: int) -> int:  # noqa: D102
-        return 2 * lanes // FEATURES or 1
+        return 2 if lanes == FEATURES else 1
 
     def __init__(self, bits: int, lanes: int, b: ir.IRBuilder) -> None:
         from llvmlite import ir

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_code import Types, beside, counted, everywhere, intrinsic
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 
 VECTOR = 8
 """Sums of a vector of 256 bits; two of them are a panel's, or one of 512 bits."""
+
+
+Given = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, tuple[int, int, int]]
+"""What windows and panels are made of.
+
+Images, channels last, as many as fill blocks; what lies around all images or around each, a row of channels, and where
+each element of the kernel meets an image, ``(windows of an image, taps)``, -1 for what lies around it; ``(panels,
+bytes)`` of codes as a :class:`~jaxcomp.kernels.panels.PanelWeight` has them; how many matrices there are, and of each
+how many windows and panels.
+"""
 
 
 class Panel:

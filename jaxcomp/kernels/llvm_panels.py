@@ -23,7 +23,7 @@ from jaxcomp.kernels.llvm_calls import Work, call, features, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
-from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Sums, Words
+from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
 from jaxcomp.kernels.panels import FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
 
@@ -39,8 +39,6 @@ class Kind(NamedTuple):
     lanes: int
 
 
-_Given = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, tuple[int, int, int]]
-"""Images, what lies around them and where elements meet them, panels, and how many sums: see :func:`panel_sums`."""
 BYTES_UP_TO = 6
 """Bits of numbers of which 16 bits hold the sums of some pairs of products with bytes."""
 MANY = 96
@@ -104,7 +102,7 @@ def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Arra
     many = math.prod(window.result(x.shape, 1)) > FEW
     kind = Kind(ManyFloats if many else Floats, w.bits, FEATURES if "avx512f" in features() else VECTOR)
 
-    def sums(*given: *_Given) -> tuple[jax.Array, int]:
+    def sums(*given: *Given) -> tuple[jax.Array, int]:
         return panel_sums(kind, *given), 0
 
     y, _ = _called(sums, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
@@ -112,7 +110,7 @@ def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Arra
 
 
 def _called(
-    sums: Callable[[*_Given], tuple[jax.Array, int]],
+    sums: Callable[[*Given], tuple[jax.Array, int]],
     x: jax.Array,
     blank: jax.Array,
     w: PanelWeight,
@@ -126,7 +124,7 @@ def _called(
     return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features)), more
 
 
-def sums_of_codes(bits: int, *given: *_Given) -> tuple[jax.Array, int]:
+def sums_of_codes(bits: int, *given: *Given) -> tuple[jax.Array, int]:
     """The sums of products of codes and panels, exact while within int32, as this processor makes them fastest.
 
     Args:
@@ -156,27 +154,9 @@ def _kind(bits: int) -> Kind:
     return Kind(Words if bits > BYTES_UP_TO else Bytes, bits, VECTOR)
 
 
-def panel_sums(
-    kind: Kind,
-    x: jax.Array,
-    around: tuple[jax.Array, jax.Array],
-    codes: jax.Array,
-    wanted: tuple[int, int, int],
-) -> jax.Array:
-    """The sums of windows and panels.
-
-    Args:
-      kind: of sums, of the codes' bits.
-      x: images, channels last, as many as fill blocks.
-      around: what lies around all images or around each, a row of channels; and where each element of the kernel meets
-        an image, ``(windows of an image, taps)``, -1 for what lies around it.
-      codes: ``(panels, bytes)``, as a :class:`~jaxcomp.kernels.panels.PanelWeight` has them.
-      wanted: how many matrices there are, and of each how many windows and panels.
-
-    Returns:
-      ``(matrices * windows, 16 panels)``.
-    """
-    batch, windows, panels = wanted
+def panel_sums(kind: Kind, *given: *Given) -> jax.Array:
+    """The sums of a kind, ``(matrices * windows, 16 panels)``, of windows and panels."""
+    x, around, codes, (batch, windows, panels) = given
     at_once = kind.code.panels(kind.lanes)
     parts, sides = -(-windows // MANY), -(-panels // at_once)
     number = jnp.arange(batch * parts * sides, dtype=jnp.int32)

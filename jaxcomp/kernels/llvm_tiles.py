@@ -68,7 +68,7 @@ def operands_of(x: jax.Array, w: PackedWeight, lowest: float) -> list[jax.Array]
     """
     operands = [padded(x, w), w.codes, w.scale]
     if w.zero is not None or lowest:
-        operands.append(_sums_by_group(x.astype(jnp.float32), w))
+        operands.append(sums_by_group(x.astype(jnp.float32), w))
     if w.zero is not None:
         operands.append(w.zero)
     return operands
@@ -79,7 +79,8 @@ def padded(x: jax.Array, w: PackedWeight) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, w.padded - w.length)))
 
 
-def _sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:
+def sums_by_group(x: jax.Array, w: PackedWeight) -> jax.Array:
+    """Of activations ``(rows, groups)``."""
     groups = w.scale.shape[-1]
     if groups == 1:
         return x.sum(-1, keepdims=True)
@@ -123,6 +124,21 @@ def _tiles(tile: Tile, size: int, first: ir.Value, last: ir.Value) -> None:
     with counted(b, t.word(0), count) as number:
         features = [b.add(b.add(first, b.mul(number, t.word(size))), t.word(i)) for i in range(size)]
         tile.write([b.select(b.icmp_signed("<", feature, most), feature, most) for feature in features])
+
+
+def units_of(read: Reading) -> tuple[int, int]:
+    """How many parts with one key a block has, and a group."""
+    assert read.group is not None
+    unit = math.gcd(read.group, read.block)
+    return read.block // unit, read.group // unit
+
+
+def scale_of_block(b: ir.IRBuilder, read: Reading, block: ir.Value, key: int, scale: Operand) -> ir.Value:
+    """The column of the scale of a block's codes with this key; the last one where all is padding."""
+    t, (of_block, of_group) = Types(), units_of(read)
+    index = b.add(b.mul(block, t.word(of_block)), t.word(key))
+    group, last = b.sdiv(index, t.word(of_group)), b.sub(scale.columns, t.word(1))
+    return b.select(b.icmp_signed("<", group, last), group, last)
 
 
 class Tile(ABC):
@@ -202,7 +218,7 @@ class Tile(ABC):
         with counted(b, t.word(0), blocks) as block:
             for number, (key, runs) in enumerate(by_scale):
                 parts = self.parts(block, runs)
-                scales = [] if single else self._wide_scales(self._group(block, key))
+                scales = [] if single else self._wide_scales(scale_of_block(b, read, block, key, self.scale))
                 for cell, part in parts.items():
                     place = totals[cell][number % slots]
                     total = b.load(place, typ=kept)
@@ -237,16 +253,6 @@ class Tile(ABC):
         b, t = self.b, self.t
         column = b.add(b.mul(block, t.word(self.read.size)), t.word(offset))
         return b.load(self.at(self.codes, feature, column, t.i8), typ=self.bytes, align=1)
-
-    def _group(self, block: ir.Value, key: int) -> ir.Value:
-        """The scale of a block's codes with this key; the last one where all is padding."""
-        b, t, read = self.b, self.t, self.read
-        assert read.group is not None
-        unit = math.gcd(read.group, read.block)
-        index = b.add(b.mul(block, t.word(read.block // unit)), t.word(key))
-        group = b.sdiv(index, t.word(read.group // unit))
-        last = b.sub(self.scale.columns, t.word(1))
-        return b.select(b.icmp_signed("<", group, last), group, last)
 
     def _wide_scales(self, group: ir.Value) -> list[ir.Value]:
         """Vectors, one a feature."""

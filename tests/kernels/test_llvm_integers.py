@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from jaxcomp.kernels import llvm_calls, llvm_integers, weight_only
+from jaxcomp.kernels import llvm_amx_groups, llvm_calls, llvm_integers, weight_only
 from jaxcomp.kernels.forms import Product, form_of, forms_of
 from jaxcomp.kernels.llvm_integers import refusal
 from jaxcomp.kernels.packing import PackedWeight
@@ -40,6 +40,11 @@ CASES = {
     "6 bits": Case(2, 40, 500, 6, 128),
     "7 bits": Case(9, 20, 300, 7),
     "shorter than a block": Case(3, 20, 50, 4),
+    "sixteen rows": Case(16, 40, 256, 4, 128),
+    "more rows than a tile has, zero points": Case(33, 70, 300, 4, 128, zero=True),
+    "the same, groups across blocks": Case(50, 37, 960, 4, 192, zero=True),
+    "the same, bytes": Case(49, 19, 1000, 8, 320, zero=True),
+    "the same, groups in blocks": Case(70, 41, 384, 4, 64, zero=True),
 }
 
 
@@ -67,11 +72,25 @@ def test_it_is_numpys_product(name, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", REACH)
-@pytest.mark.parametrize("name", quick(CASES, "bytes", "ragged, zero points"))
+@pytest.mark.parametrize("name", quick(CASES, "bytes", "ragged, zero points", "the same, groups across blocks"))
 def test_every_processor_gives_it(name, dtype, processor) -> None:
     w, dense = weight_of(CASES[name])
     codes, x = drawn(CASES[name], dtype)
     assert exact(llvm_integers.llvm_integer_product(codes, w), x, w, dense)
+
+
+def test_which_weights_meet_rows_in_tiles(processor) -> None:
+    w, _ = weight_of(CASES["sixteen rows"])
+    x = jnp.ones((16, 256), jnp.int8)
+    for rows, tiles in ((16, processor == "amx"), (15, False)):
+        text = jax.jit(lambda x: llvm_integers.llvm_integer_product(x, w)).lower(x[:rows]).as_text()
+        assert ("@jaxcomp_integers_amx" in text) is tiles
+    if processor != "amx":
+        return
+    others = {"one row": "tiles take 16 rows", "bytes": "several scales", "groups of 16": "groups of 16 do not fill"}
+    for name, why in others.items():
+        w, _ = weight_of(CASES[name])
+        assert why in (llvm_amx_groups.refusal(1 if name == "one row" else 16, w) or "")
 
 
 @pytest.mark.parametrize("bits", quick([2, 3, 4, 5, 6, 7, 8], 4, 7, 8))
