@@ -204,7 +204,7 @@ def test_images_with_nan_and_infinities() -> None:
     assert np.isnan(got[0]).all()
 
 
-def test_files_hold_prepared_panelss(tmp_path) -> None:
+def test_files_hold_prepared_panels(tmp_path) -> None:
     tree, x = tree_of(two, jc.Int(3))
     ready, run = jc.prepare(tree, two, x), run_of(two)
     jc.save(tmp_path / "ready.safetensors", ready)

@@ -96,7 +96,7 @@ def test_a_prepared_weight_meets_integer_activations(grid, rows) -> None:
 
 @pytest.mark.parametrize("integer", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_prepared_panels_convolves_as_the_packed_one(bits, integer) -> None:
+def test_prepared_panels_convolve_as_the_packed_one(bits, integer) -> None:
     """Prepared on a machine with llvmlite, and run where there is none of its code."""
     pytest.importorskip("llvmlite")
 
