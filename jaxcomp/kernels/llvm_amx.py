@@ -36,8 +36,8 @@ WINDOWS = 2 * ROWS
 """That meet two panels at a time."""
 MANY, PANELS = 4 * WINDOWS, 8
 """What a thread takes at a time."""
-_SUMS, _WINDOWS, _PANELS = range(4), (4, 5), (6, 7)
-"""Tiles: of sums of each of two halves of the windows by each of two panels, of windows, and of panels."""
+SUMS, HALVES, PAIR = range(4), (4, 5), (6, 7)
+"""Tiles: of sums of each of two halves of rows by each of two panels, of these halves, and of this pair."""
 _ASK, _TILES = 0x1023, 18
 """``arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)``, as Linux wants it of a process before it uses tiles."""
 _ARCH_PRCTL = 158
@@ -110,6 +110,26 @@ def tile(b: ir.IRBuilder, name: str, register: int, place: ir.Value, stride: ir.
     intrinsic(b, f"llvm.x86.{name}64", Types().void, Types().i8(register), place, stride)
 
 
+def cleared(b: ir.IRBuilder) -> None:
+    """All sums are zero."""
+    for total in SUMS:
+        intrinsic(b, "llvm.x86.tilezero", Types().void, Types().i8(total))
+
+
+def multiplied(b: ir.IRBuilder) -> None:
+    """The products of both halves and both panels are added to their sums."""
+    for total in SUMS:
+        registers = [Types().i8(i) for i in (total, HALVES[total % 2], PAIR[total // 2])]
+        intrinsic(b, "llvm.x86.tdpbssd", Types().void, *registers)
+
+
+def halves_of(b: ir.IRBuilder, group: ir.Value, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
+    """The first rows of the halves of a group of 32: the last ones are met again where there are no more."""
+    t, most = Types(), b.sub(stop, Types().word(ROWS))
+    found = [b.add(start, b.add(b.mul(group, t.word(2 * ROWS)), t.word(first))) for first in (0, ROWS)]
+    return [b.select(b.icmp_signed("<", at, most), at, most) for at in found]
+
+
 class _Code:
     """Writes the code of some windows by some panels."""
 
@@ -136,7 +156,7 @@ class _Code:
         behind = self._behind(room, b.add(gathered, t.word(ROW)))
         scratch = [behind, self._behind(behind, laid)]
         with counted(b, t.word(0), groups) as group:
-            self._gathered(self._halves(group, start, stop), self._behind(room, self._rows(group)))
+            self._gathered(halves_of(b, group, start, stop), self._behind(room, self._rows(group)))
         with counted(b, t.word(0), b.sdiv(b.add(b.sub(end, panel), t.word(1)), t.word(2))) as number:
             both = [b.add(b.add(panel, b.mul(number, t.word(2))), t.word(i)) for i in range(2)]
             both[1] = b.select(b.icmp_signed("<", both[1], end), both[1], both[0])
@@ -144,7 +164,7 @@ class _Code:
                 self._laid(one, place)
             with counted(b, t.word(0), groups) as group:
                 self._sums(self._behind(room, self._rows(group)), both, scratch)
-                self._kept(self._halves(group, start, stop), both)
+                self._kept(halves_of(b, group, start, stop), both)
         self.w.libc("free", t.void, room)
 
     def _behind(self, place: ir.Value, by: ir.Value) -> ir.Value:
@@ -152,12 +172,6 @@ class _Code:
 
     def _rows(self, group: ir.Value) -> ir.Value:
         return self.b.mul(self.b.mul(group, self.t.word(WINDOWS)), self.stride)
-
-    def _halves(self, group: ir.Value, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
-        """The first windows of the halves of a group: the last ones are met again where there are no more."""
-        b, t, most = self.b, self.t, self.b.sub(stop, self.t.word(ROWS))
-        found = [b.add(start, b.add(b.mul(group, t.word(WINDOWS)), t.word(first))) for first in (0, ROWS)]
-        return [b.select(b.icmp_signed("<", at, most), at, most) for at in found]
 
     def _gathered(self, halves: Sequence[ir.Value], place: ir.Value) -> None:
         """The codes that the windows of a group meet, a row of them for each."""
@@ -215,25 +229,22 @@ class _Code:
     def _sums(self, windows: ir.Value, panels: Sequence[ir.Value], scratch: Sequence[ir.Value]) -> None:
         """Of a group's windows and two panels."""
         b, t, full = self.b, self.t, self._full()
-        for total in _SUMS:
-            intrinsic(b, "llvm.x86.tilezero", t.void, t.i8(total))
+        cleared(b)
         with counted(b, t.word(0), self.steps) as step:
-            for half, register in enumerate(_WINDOWS):
+            for half, register in enumerate(HALVES):
                 at = b.add(b.mul(step, t.word(ROW)), b.mul(self.stride, t.word(half * ROWS)))
                 tile(b, "tileloadd", register, self._behind(windows, at), self.stride)
-            for panel, laid, register in zip(panels, scratch, _PANELS, strict=True):
+            for panel, laid, register in zip(panels, scratch, PAIR, strict=True):
                 base = b.select(b.icmp_signed("<", step, full), self._codes(panel), laid)
                 place = self._behind(base, b.mul(step, t.word(ROWS * ROW)))
                 tile(b, "tileloadd", register, place, t.word(ROW))
-            for total in _SUMS:
-                x, y = _WINDOWS[total % 2], _PANELS[total // 2]
-                intrinsic(b, "llvm.x86.tdpbssd", t.void, t.i8(total), t.i8(x), t.i8(y))
+            multiplied(b)
 
     def _kept(self, halves: Sequence[ir.Value], panels: Sequence[ir.Value]) -> None:
         """The sums become those of the windows of a group."""
         b, t, columns = self.b, self.t, self.out.columns
         across = b.sdiv(columns, t.word(FEATURES))
-        for total in _SUMS:
+        for total in SUMS:
             column = b.mul(b.srem(panels[total // 2], across), t.word(FEATURES))
             place = element(b, self.out, b.add(b.mul(halves[total % 2], columns), column), t.i32)
             tile(b, "tilestored", total, place, b.mul(columns, t.word(4)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels import llvm_amx
-from jaxcomp.kernels.llvm_amx import ROW, ROWS, configured, tile
+from jaxcomp.kernels.llvm_amx import HALVES, PAIR, ROW, ROWS, SUMS, cleared, configured, halves_of, multiplied, tile
 from jaxcomp.kernels.llvm_calls import Work, call
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, element, everywhere, intrinsic, turned
 from jaxcomp.kernels.llvm_numbers import code_of, constant, fma
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 PANELS = 2
 """Of 16 features, that rows meet at once."""
-_SUMS, _ROWS, _NUMBERS = range(4), (4, 5), (6, 7)
-"""Tiles: of sums of each of two halves of the rows by each of two panels, of rows, and of numbers."""
 _BYTES = ROWS * ROW
 """Of a tile."""
 
@@ -66,9 +64,7 @@ def _chunk(read: Reading, b: ir.IRBuilder, operands: list[Operand], first: ir.Va
         code.lay(first, last)
         groups = b.sdiv(b.add(code.out.rows, t.word(2 * ROWS - 1)), t.word(2 * ROWS))
         with counted(b, t.word(0), groups) as group:
-            most = b.sub(code.out.rows, t.word(ROWS))
-            halves = [b.add(b.mul(group, t.word(2 * ROWS)), t.word(i)) for i in (0, ROWS)]
-            code.multiply([b.select(b.icmp_signed("<", at, most), at, most) for at in halves], first, last)
+            code.multiply(halves_of(b, group, t.word(0), code.out.rows), first, last)
     code.free()
 
 
@@ -163,20 +159,17 @@ class _Code:
         self._cleared()
         with counted(b, t.word(0), self.blocks) as block:
             for number, (key, runs) in enumerate(self.keys):
-                for total in _SUMS:
-                    intrinsic(b, "llvm.x86.tilezero", t.void, t.i8(total))
+                cleared(b)
                 for run in runs:
                     column = b.add(b.mul(block, t.word(self.read.block)), t.word(run.start))
-                    for half, register in zip(halves, _ROWS, strict=True):
+                    for half, register in zip(halves, HALVES, strict=True):
                         index = b.add(b.mul(half, self.x.columns), column)
                         tile(b, "tileloadd", register, element(b, self.x, index, t.i8), self.x.columns)
-                    for panel, register in enumerate(_NUMBERS):
+                    for panel, register in enumerate(PAIR):
                         place = self._tile(panel, block, self.read.runs.index(run))
                         tile(b, "tileloadd", register, place, t.word(ROW))
-                    for total in _SUMS:
-                        names = [t.i8(i) for i in (total, _ROWS[total % 2], _NUMBERS[total // 2])]
-                        intrinsic(b, "llvm.x86.tdpbssd", t.void, *names)
-                for total in _SUMS:
+                    multiplied(b)
+                for total in SUMS:
                     tile(b, "tilestored", total, self._line(self.found, total, t.word(0)), t.word(ROW))
                 self._scaled(halves, block, number, key)
         self._kept(halves, first, last)
@@ -204,7 +197,7 @@ class _Code:
         first, there = b.srem(index, t.word(parts)), b.sdiv(index, t.word(parts))
         begins = b.and_(b.icmp_signed("==", first, t.word(0)), b.icmp_signed("<", there, self.scale.columns))
         with counted(b, t.word(0), t.word(ROWS)) as line:
-            for total in _SUMS:
+            for total in SUMS:
                 half, panel = total % 2, total // 2
                 found = b.sitofp(b.load(self._line(self.found, total, line), typ=self.ints), self.floats)
                 if zeros:
@@ -228,7 +221,7 @@ class _Code:
             ones = b.trunc(b.lshr(t.word(2**ROWS - 1), beyond), bit)
             masks.append(b.bitcast(ones, ir.VectorType(ir.IntType(1), ROWS)))
         with counted(b, t.word(0), t.word(ROWS)) as line:
-            for total in _SUMS:
+            for total in SUMS:
                 panel, row = total // 2, b.add(halves[total % 2], line)
                 index = b.add(b.mul(row, self.out.columns), b.add(first, t.word(panel * ROWS)))
                 value = b.load(self._line(self.totals, total, line), typ=self.floats)

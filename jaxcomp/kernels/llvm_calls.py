@@ -73,6 +73,13 @@ def features() -> frozenset[str]:
     return frozenset(name for name, has in _known().items() if has)
 
 
+def dots() -> int:
+    """Bytes of the vectors of which the processor that is here has dot products of four bytes; 0 if it has none."""
+    if "avx512vnni" in features():
+        return 64
+    return 32 if "avxvnni" in features() else 0
+
+
 class Work(NamedTuple):
     """A function of matrices in chunks.
 

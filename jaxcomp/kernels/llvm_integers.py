@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcomp.kernels import llvm_amx_groups
-from jaxcomp.kernels.llvm_calls import features
+from jaxcomp.kernels.llvm_calls import dots, features
 from jaxcomp.kernels.llvm_code import Operand, element, everywhere, halves, intrinsic
-from jaxcomp.kernels.llvm_numbers import constant
+from jaxcomp.kernels.llvm_numbers import constant, dot
 from jaxcomp.kernels.llvm_tiles import Cell, Layout, Tile, lowest_of, operands_of, padded, product, unreadable
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run, reading
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LEAST = 16
 """Neighbouring codes that share bytes and scales: as many as make a short vector of sums."""
-MOST, WIDE = 32, 64
-"""As many as a vector of bytes takes, of 256 and of 512 bits."""
+MOST = 32
+"""As many as a vector of bytes takes, where there are no dot products of longer ones."""
 SIGN = 128
 """What a byte of a number of 8 bits, its sign turned, is above it."""
 
@@ -68,13 +68,6 @@ def llvm_integer_product(x: jax.Array, w: PackedWeight) -> jax.Array:
         return y[:-1] + offset.astype(y.dtype) * y[-1:]
 
     return lax.cond(near, shifted, lambda x, w, _: _product(_Words, x, w), x, w, low)
-
-
-def dots() -> int:
-    """Bytes of the vectors of which this processor has dot products of four bytes; 0 if it has none."""
-    if "avx512vnni" in features():
-        return WIDE
-    return MOST if "avxvnni" in features() else 0
 
 
 def _product(kind: type[_Integers], x: jax.Array, w: PackedWeight, *given: jax.Array) -> jax.Array:
@@ -213,13 +206,12 @@ class _Dots(_Bytes):
         return self.b.xor(data, constant(self.bytes, -SIGN)) if self.read.bits == 8 else data
 
     def summed(self, block: ir.Value, runs: list[Run], sums: dict[Cell, ir.Value]) -> None:
-        b, name = self.b, f"llvm.x86.avx512.vpdpbusd.{8 * self.read.length}"
-        codes_of = self.codes_of(block)
+        b, codes_of = self.b, self.codes_of(block)
         for run in runs:
             codes = [b.bitcast(codes_of(run, j), self.kind) for j in range(len(self.features))]
             xs = [b.bitcast(x, self.kind) for x in self.beside(run, self.column(block, run))]
             for i, j in sums:
-                sums[i, j] = intrinsic(b, name, self.kind, sums[i, j], codes[j], xs[i])
+                sums[i, j] = dot(b, sums[i, j], codes[j], xs[i])
 
 
 class _Shifted(_Bytes):

@@ -28,6 +28,11 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return intrinsic(b, f"llvm.fmuladd.{kind}", x.type, x, y, z)
 
 
+def dot(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Sums in 32 bits, each and the products of four bytes from 0 on and four about 0, all vectors of int32."""
+    return intrinsic(b, f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}", total.type, total, x, y)
+
+
 def code_of(b: ir.IRBuilder, run: Run, bits: int, load: Callable[[int], ir.Value]) -> ir.Value:
     """The codes of a run, from 0 on; ``load(offset)`` gives the vector of bytes from there on."""
     code = None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_code import Types, beside, counted, everywhere, intrinsic
-from jaxcomp.kernels.llvm_numbers import code_of, constant
+from jaxcomp.kernels.llvm_numbers import code_of, constant, dot
 from jaxcomp.kernels.panels import BYTES, DEEP, FEATURES, unit, width
 from jaxcomp.kernels.runs import once, runs_of
 
@@ -236,10 +236,10 @@ class Dots(Sums):
         self.kind, self.totals = self.t.i8, self._places(self.wide)
 
     def add(self, block: ir.Value, codes: ir.Value, pixels: list[ir.Value]) -> None:  # noqa: D102
-        b, name = self.b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+        b = self.b
         for channel, numbers in self.numbers(block, codes):
             ys = [b.bitcast(y, self.wide) for y in numbers]
             for pixel, places in zip(pixels, self.totals, strict=True):
                 x = self._everywhere(pixel, channel, self.wide)
                 for place, y in zip(places, ys, strict=True):
-                    b.store(intrinsic(b, name, self.wide, b.load(place, typ=self.wide), x, y), place)
+                    b.store(dot(b, b.load(place, typ=self.wide), x, y), place)

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels import llvm_amx
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing
+from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
-from jaxcomp.kernels.panels import FEATURES, PanelWeight, unit
+from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
@@ -147,10 +147,8 @@ def sums_of_codes(bits: int, *given: *Given) -> tuple[jax.Array, int]:
 
 def _kind(bits: int) -> Kind:
     """Of sums, by what this processor can do."""
-    if "avx512vnni" in features():
-        return Kind(Dots, bits, FEATURES)
-    if "avxvnni" in features():
-        return Kind(Dots, bits, VECTOR)
+    if lanes := dots() // DEEP:
+        return Kind(Dots, bits, lanes)
     return Kind(Words if bits > BYTES_UP_TO else Bytes, bits, VECTOR)
 
 
