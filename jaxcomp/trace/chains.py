@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxcomp.core.roles import BATCH, OUTPUT
-from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.nested import Closed
+from jaxcomp.trace.levels import Level, levels_of
 from jaxcomp.trace.places import Places, relaid, whole
-from jaxcomp.trace.primitives import AFFINE, ELEMENTWISE, RELAID, REMAT
+from jaxcomp.trace.primitives import AFFINE, RELAID, REMAT
 from jaxcomp.trace.products import by_rows
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.sites import Site, common_path, sites_of
@@ -83,10 +82,7 @@ class _End(NamedTuple):
 
 def find_chains(program: Program) -> Found:
     """The affine chains of a program whose jits are inlined; a layer's bias alone is no chain."""
-    levels: dict[Location, _Level] = {}
-    ops = {op.location: op for op in program.flow.ops}
-    for op in program.flow.ops:
-        levels.setdefault(op.location[:-1], _Level(program, ops, op.location[:-1])).add(op)
+    levels, ops = levels_of(program), {op.location: op for op in program.flow.ops}
     found, left = [], []
     seen: set[Location] = set()
     for site in sites_of(program):
@@ -132,46 +128,7 @@ def _unfoldable(site: Site, op: Op) -> str:
     return ""
 
 
-class _Level:
-    """The equations of one jaxpr: who makes and who uses each value."""
-
-    def __init__(self, program: Program, ops: dict[Location, Op], at: Location) -> None:
-        self.users: dict[core.Var, list[Op]] = {}
-        self.makers: dict[core.Var, Op] = {}
-        part = _part(program, ops, at)
-        results = part.jaxpr.outvars if part is not None else ()
-        self.outputs = {v for v in results if not isinstance(v, core.Literal)}
-
-    def add(self, op: Op) -> None:
-        for v in op.eqn.invars:
-            if not isinstance(v, core.Literal):
-                self.users.setdefault(v, []).append(op)
-        self.makers |= dict.fromkeys(op.eqn.outvars, op)
-
-    def varying(self, v: core.Var | core.Literal) -> set[int]:
-        """Axes along which a value may change."""
-        if isinstance(v, core.Literal):
-            return set()
-        wide = {i for i, size in enumerate(shape_of(v)) if size != 1}
-        op = self.makers.get(v)
-        if op is not None and op.name == "broadcast_in_dim":
-            inner = self.varying(op.eqn.invars[0])
-            return wide & {op.eqn.params["broadcast_dimensions"][i] for i in inner}
-        if op is not None and (op.name in ELEMENTWISE or op.name == "convert_element_type"):
-            operands = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
-            return wide & set().union(*(self.varying(u) for u in operands if shape_of(u)))
-        return wide
-
-
-def _part(program: Program, ops: dict[Location, Op], at: Location) -> Closed | None:
-    """The jaxpr at a location prefix; None inside loops and branches that may not run."""
-    if not at:
-        return program.jaxpr
-    eqn = ops[at[:-1]].eqn
-    return nested.scan_parts(eqn).body if eqn.primitive.name == "scan" else nested.call_body(eqn)
-
-
-def _follow(site: Site, op: Op, level: _Level) -> _End:
+def _follow(site: Site, op: Op, level: Level) -> _End:
     """Walks from the product's result along its only user, as long as that is affine by channel."""
     channels = _channels(op, site)
     value = op.eqn.outvars[0]
@@ -233,7 +190,7 @@ def _moved(user: Op, where: Places) -> Places | None:
     return None
 
 
-def _computes(user: Op, index: int, where: Places, channels: set[int], level: _Level) -> bool:
+def _computes(user: Op, index: int, where: Places, channels: set[int], level: Level) -> bool:
     """Whether ``user`` scales or shifts the channels by what parameters alone make."""
     operands = user.eqn.invars
     if user.name not in AFFINE or (user.name == "div" and index == 1):

@@ -1,0 +1,75 @@
+"""The equations of each jaxpr of a program: who makes and who uses each value."""
+
+from __future__ import annotations
+
+from jax.extend import core
+
+from jaxcomp.trace import nested
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.nested import Closed
+from jaxcomp.trace.primitives import ELEMENTWISE
+from jaxcomp.trace.program import Program
+from jaxcomp.trace.walk import Location, shape_of
+
+
+def levels_of(program: Program) -> dict[Location, Level]:
+    """By the location of the jaxpr, ``op.location[:-1]`` of its equations."""
+    levels: dict[Location, Level] = {}
+    ops = {op.location: op for op in program.flow.ops}
+    for op in program.flow.ops:
+        at = op.location[:-1]
+        if at not in levels:
+            levels[at] = Level(_part(program, ops, at))
+        levels[at].add(op)
+    return levels
+
+
+class Level:
+    """The equations of one jaxpr.
+
+    Attributes:
+      users, makers: of each value.
+      known: whether its results are; not inside loops and branches that may not run.
+      outputs: those values that are results.
+    """
+
+    def __init__(self, part: Closed | None) -> None:
+        self.users: dict[core.Var, list[Op]] = {}
+        self.makers: dict[core.Var, Op] = {}
+        self.known = part is not None
+        results = part.jaxpr.outvars if part is not None else ()
+        self.outputs = {v for v in results if not isinstance(v, core.Literal)}
+
+    def only_user(self, v: core.Var) -> Op | None:
+        """The equation that alone reads a value, once."""
+        users = self.users.get(v, [])
+        return users[0] if self.known and v not in self.outputs and len(users) == 1 else None
+
+    def add(self, op: Op) -> None:
+        """The next equation."""
+        for v in op.eqn.invars:
+            if not isinstance(v, core.Literal):
+                self.users.setdefault(v, []).append(op)
+        self.makers |= dict.fromkeys(op.eqn.outvars, op)
+
+    def varying(self, v: core.Var | core.Literal) -> set[int]:
+        """Axes along which a value may change."""
+        if isinstance(v, core.Literal):
+            return set()
+        wide = {i for i, size in enumerate(shape_of(v)) if size != 1}
+        op = self.makers.get(v)
+        if op is not None and op.name == "broadcast_in_dim":
+            inner = self.varying(op.eqn.invars[0])
+            return wide & {op.eqn.params["broadcast_dimensions"][i] for i in inner}
+        if op is not None and (op.name in ELEMENTWISE or op.name == "convert_element_type"):
+            operands = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
+            return wide & set().union(*(self.varying(u) for u in operands if shape_of(u)))
+        return wide
+
+
+def _part(program: Program, ops: dict[Location, Op], at: Location) -> Closed | None:
+    """The jaxpr at a location prefix; None inside loops and branches that may not run."""
+    if not at:
+        return program.jaxpr
+    eqn = ops[at[:-1]].eqn
+    return nested.scan_parts(eqn).body if eqn.primitive.name == "scan" else nested.call_body(eqn)
