@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.kernels.llvm_amx_windows import ROW, ROWS, Gathered, InPlace
 from jaxcomp.kernels.llvm_calls import Work, call, features
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, element, intrinsic, row_of_words
-from jaxcomp.kernels.llvm_images import Pixels
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_panel_sums import Given, Panel
+from jaxcomp.kernels.llvm_results import CODES, Results
 from jaxcomp.kernels.panels import FEATURES, unit, width
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from llvmlite import ir
 
-ROWS, ROW = 16, 64
-"""Of a tile: rows, and bytes of each."""
 WINDOWS = 2 * ROWS
 """That meet two panels at a time."""
 MANY, PANELS = 4 * WINDOWS, 8
@@ -61,12 +60,14 @@ def refusal(windows: int) -> str | None:
     return None if _granted() else "the system lets no program use the processor's AMX"
 
 
-def amx_sums(bits: int, *given: *Given) -> jax.Array:
-    """The sums of products of windows and panels, int32 ``(matrices * windows, 16 * panels)``.
+def amx_sums(bits: int, *given: *Given, results: Sequence[jax.Array] = (), pointwise: bool = False) -> jax.Array:
+    """The sums of products of windows and panels, int32 ``(matrices * windows, 16 * panels)``; or codes of them.
 
     Args:
       bits: of the codes of panels.
       given: images int8, and windows :data:`ROWS` at least.
+      results: of what the sums become, if they do.
+      pointwise: whether each window is the pixel of its own number, all of it.
     """
     x, around, codes, (batch, windows, panels) = given
     parts, sides = -(-windows // MANY), -(-panels // PANELS)
@@ -76,15 +77,19 @@ def amx_sums(bits: int, *given: *Given) -> jax.Array:
     stop, end = jnp.minimum(first + MANY, windows), jnp.minimum(panel + PANELS, (one + 1) * panels)
     first = jnp.minimum(first, windows - ROWS)
     tasks = jnp.stack([panel, end, one * windows + first, one * windows + stop], 1)
-    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), jnp.int32)
-    work = Work(f"panels_amx_{bits}", partial(_chunk, bits), 1, by=4)
-    return call(work, result, x, *around, codes, tasks)
+    dtype, name = CODES if results else (jnp.dtype(jnp.int32), "")
+    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), dtype)
+    name = f"panels_amx_{bits}{'_in_place' if pointwise else ''}{name}"
+    work = Work(name, partial(_chunk, InPlace if pointwise else Gathered, bits), 1, by=4)
+    return call(work, result, x, *around, codes, tasks, *results)
 
 
-def _chunk(bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
+def _chunk(
+    kind: type[Gathered], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
+) -> None:
     """Some tasks: the panels from one to before another, and the windows from one to before another."""
-    *given, tasks, out = operands
-    code = _Code(bits, b, [*given, out])
+    x, blank, sources, codes, tasks, *results = operands
+    code = _Code(kind, bits, b, [x, blank, sources, codes], results)
     with configured(b), counted(b, first, last) as task:
         code.write(*row_of_words(b, tasks, task, 4))
 
@@ -133,73 +138,45 @@ def halves_of(b: ir.IRBuilder, group: ir.Value, start: ir.Value, stop: ir.Value)
 class _Code:
     """Writes the code of some windows by some panels."""
 
-    def __init__(self, bits: int, b: ir.IRBuilder, operands: list[Operand]) -> None:
+    def __init__(
+        self, kind: type[Gathered], bits: int, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]
+    ) -> None:
         from llvmlite import ir
 
         t = Types()
         self.bits, self.b, self.t, self.w, self.panel = bits, b, t, Writer(b, t), Panel(bits, FEATURES, b)
-        x, blank, self.sources, self.codes, self.out = operands
-        self.pixels, self.channels = Pixels(b, t.i8, (x, blank, self.sources), self.out.rows), x.columns
-        self.row = ir.VectorType(t.i8, ROW)
-        self.length = b.mul(x.columns, self.sources.columns)
-        self.steps = b.sdiv(b.add(self.length, t.word(ROW - 1)), t.word(ROW))
-        # An odd number of lines, that rows do not fall upon the same places of the cache.
-        self.stride = b.mul(b.or_(self.steps, t.word(1)), t.word(ROW))
+        x, blank, sources, self.codes = operands
+        self.results, self.out = Results(b, results, FEATURES), results[-1]
+        self.windows = kind(b, (x, blank, sources), self.out.rows)
+        self.length, self.steps = self.windows.length, self.windows.steps
+        self.row, self.words = ir.VectorType(t.i8, ROW), ir.VectorType(t.i32, FEATURES)
+        with b.goto_entry_block():
+            self.sums = b.alloca(self.words, ROWS)
 
     def write(self, panel: ir.Value, end: ir.Value, start: ir.Value, stop: ir.Value) -> None:
         """The sums of windows and panels, each from one to before another."""
         b, t = self.b, self.t
         groups = b.sdiv(b.add(b.sub(stop, start), t.word(WINDOWS - 1)), t.word(WINDOWS))
-        gathered = b.mul(b.mul(groups, t.word(WINDOWS)), self.stride)
+        gathered = b.mul(b.mul(groups, t.word(WINDOWS)), self.windows.stride)
         laid = b.mul(self.steps, t.word(ROWS * ROW))
         room = self.w.libc("malloc", t.pointer, b.add(b.add(gathered, t.word(ROW)), b.mul(laid, t.word(2))))
-        behind = self._behind(room, b.add(gathered, t.word(ROW)))
-        scratch = [behind, self._behind(behind, laid)]
+        first = behind(b, room, b.add(gathered, t.word(ROW)))
+        scratch = [first, behind(b, first, laid)]
         with counted(b, t.word(0), groups) as group:
-            self._gathered(halves_of(b, group, start, stop), self._behind(room, self._rows(group)))
+            self.windows.begun(halves_of(b, group, start, stop), behind(b, room, self._rows(group)))
         with counted(b, t.word(0), b.sdiv(b.add(b.sub(end, panel), t.word(1)), t.word(2))) as number:
             both = [b.add(b.add(panel, b.mul(number, t.word(2))), t.word(i)) for i in range(2)]
             both[1] = b.select(b.icmp_signed("<", both[1], end), both[1], both[0])
             for one, place in zip(both, scratch, strict=True):
                 self._laid(one, place)
             with counted(b, t.word(0), groups) as group:
-                self._sums(self._behind(room, self._rows(group)), both, scratch)
-                self._kept(halves_of(b, group, start, stop), both)
+                halves = halves_of(b, group, start, stop)
+                self._added(self.windows.met(halves, behind(b, room, self._rows(group))), both, scratch)
+                self._kept(halves, both)
         self.w.libc("free", t.void, room)
 
-    def _behind(self, place: ir.Value, by: ir.Value) -> ir.Value:
-        return self.b.gep(place, [by], source_etype=self.t.i8)
-
     def _rows(self, group: ir.Value) -> ir.Value:
-        return self.b.mul(self.b.mul(group, self.t.word(WINDOWS)), self.stride)
-
-    def _gathered(self, halves: Sequence[ir.Value], place: ir.Value) -> None:
-        """The codes that the windows of a group meet, a row of them for each."""
-        b, t, (first, second) = self.b, self.t, halves
-        with counted(b, t.word(0), t.word(WINDOWS)) as number:
-            upper = b.icmp_signed("<", number, t.word(ROWS))
-            row = b.add(number, b.select(upper, first, b.sub(second, t.word(ROWS))))
-            image = b.sdiv(row, self.sources.rows)
-            window = b.sub(row, b.mul(image, self.sources.rows))
-            own = self._behind(place, b.mul(number, self.stride))
-            with counted(b, t.word(0), self.sources.columns) as tap:
-                found = self.pixels.place(image, window, tap)
-                self._copied(found, self._behind(own, b.mul(tap, self.channels)))
-
-    def _copied(self, found: ir.Value, place: ir.Value) -> None:
-        """The channels of a pixel; behind them zeros of a row at most, which what comes next is written over."""
-        from llvmlite import ir
-
-        b, t, bit = self.b, self.t, ir.IntType(ROW)
-        rest, line = b.srem(self.channels, t.word(ROW)), t.word(ROW)
-        with counted(b, t.word(0), b.sdiv(self.channels, line)) as number:
-            at = b.mul(number, line)
-            b.store(b.load(self._behind(found, at), typ=self.row, align=1), self._behind(place, at), align=1)
-        with b.if_then(b.icmp_signed(">", rest, t.word(0))):
-            at, name = b.sub(self.channels, rest), f"llvm.masked.load.v{ROW}i8.p0"
-            mask = b.bitcast(b.lshr(bit(-1), b.sub(line, rest)), ir.VectorType(ir.IntType(1), ROW))
-            numbers = intrinsic(b, name, self.row, self._behind(found, at), t.i32(1), mask, self.row(None))
-            b.store(numbers, self._behind(place, at), align=1)
+        return self.b.mul(self.b.mul(group, self.t.word(WINDOWS)), self.windows.stride)
 
     def _laid(self, panel: ir.Value, place: ir.Value) -> None:
         """Codes of less than a byte become numbers; of others only those behind the last full tile, then zeros."""
@@ -209,15 +186,15 @@ class _Code:
         if width(self.bits) < 8:
             with counted(b, t.word(0), b.sdiv(self.length, t.word(unit(self.bits)))) as block:
                 for channel, (numbers,) in self.panel.numbers(block, codes):
-                    b.store(numbers, self._behind(place, b.mul(channel, t.word(FEATURES))), align=1)
+                    b.store(numbers, behind(b, place, b.mul(channel, t.word(FEATURES))), align=1)
         else:
             first = b.mul(self._full(), t.word(ROWS * ROW))
             with counted(b, t.word(0), b.sdiv(b.sub(done, first), line)) as number:
                 at = b.add(first, b.mul(number, line))
-                found = b.load(self._behind(codes, at), typ=self.row, align=1)
-                b.store(found, self._behind(place, at), align=1)
+                found = b.load(behind(b, codes, at), typ=self.row, align=1)
+                b.store(found, behind(b, place, at), align=1)
         with counted(b, t.word(0), b.sdiv(b.sub(last, done), line)) as number:
-            b.store(self.row(None), self._behind(place, b.add(done, b.mul(number, line))), align=1)
+            b.store(self.row(None), behind(b, place, b.add(done, b.mul(number, line))), align=1)
 
     def _codes(self, panel: ir.Value) -> ir.Value:
         return element(self.b, self.codes, self.b.mul(panel, self.codes.columns), self.t.i8)
@@ -226,25 +203,38 @@ class _Code:
         """How many tiles of a panel can be read where they lie."""
         return self.b.sdiv(self.length, self.t.word(ROW)) if width(self.bits) == 8 else self.t.word(0)
 
-    def _sums(self, windows: ir.Value, panels: Sequence[ir.Value], scratch: Sequence[ir.Value]) -> None:
+    def _added(
+        self, met: tuple[list[ir.Value], ir.Value], panels: Sequence[ir.Value], scratch: Sequence[ir.Value]
+    ) -> None:
         """Of a group's windows and two panels."""
-        b, t, full = self.b, self.t, self._full()
+        b, t, full, (places, stride) = self.b, self.t, self._full(), met
         cleared(b)
         with counted(b, t.word(0), self.steps) as step:
-            for half, register in enumerate(HALVES):
-                at = b.add(b.mul(step, t.word(ROW)), b.mul(self.stride, t.word(half * ROWS)))
-                tile(b, "tileloadd", register, self._behind(windows, at), self.stride)
+            for place, register in zip(places, HALVES, strict=True):
+                tile(b, "tileloadd", register, behind(b, place, b.mul(step, t.word(ROW))), stride)
             for panel, laid, register in zip(panels, scratch, PAIR, strict=True):
                 base = b.select(b.icmp_signed("<", step, full), self._codes(panel), laid)
-                place = self._behind(base, b.mul(step, t.word(ROWS * ROW)))
+                place = behind(b, base, b.mul(step, t.word(ROWS * ROW)))
                 tile(b, "tileloadd", register, place, t.word(ROW))
             multiplied(b)
 
     def _kept(self, halves: Sequence[ir.Value], panels: Sequence[ir.Value]) -> None:
-        """The sums become those of the windows of a group."""
+        """The sums become those of the windows of a group, or their codes; of a panel that is there twice once."""
+        self._written(0, halves, panels[0])
+        with self.b.if_then(self.b.icmp_signed("!=", *panels)):
+            self._written(1, halves, panels[1])
+
+    def _written(self, side: int, halves: Sequence[ir.Value], panel: ir.Value) -> None:
         b, t, columns = self.b, self.t, self.out.columns
-        across = b.sdiv(columns, t.word(FEATURES))
-        for total in SUMS:
-            column = b.mul(b.srem(panels[total // 2], across), t.word(FEATURES))
-            place = element(b, self.out, b.add(b.mul(halves[total % 2], columns), column), t.i32)
-            tile(b, "tilestored", total, place, b.mul(columns, t.word(4)))
+        column = b.mul(b.srem(panel, b.sdiv(columns, t.word(FEATURES))), t.word(FEATURES))
+        needed = self.results.of_features(column)
+        for half, first in enumerate(halves):
+            total = SUMS[2 * side + half]
+            if not needed:
+                place = element(b, self.out, b.add(b.mul(first, columns), column), t.i32)
+                tile(b, "tilestored", total, place, b.mul(columns, t.word(4)))
+                continue
+            tile(b, "tilestored", total, self.sums, t.word(ROW))
+            with counted(b, t.word(0), t.word(ROWS)) as row:
+                place = behind(b, self.sums, b.mul(row, t.word(ROW)))
+                self.results.write(b.load(place, typ=self.words, align=4), needed, b.add(first, row), column)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels import llvm_amx
 from jaxcomp.kernels.llvm_amx import HALVES, PAIR, ROW, ROWS, SUMS, cleared, configured, halves_of, multiplied, tile
 from jaxcomp.kernels.llvm_calls import Work, call
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, element, everywhere, intrinsic, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, everywhere, intrinsic, turned
 from jaxcomp.kernels.llvm_numbers import code_of, constant, fma
 from jaxcomp.kernels.llvm_tiles import padded, scale_of_block, sums_by_group, units_of
 from jaxcomp.kernels.packing import PackedWeight
@@ -92,24 +92,21 @@ class _Code:
         """What was laid out is gone."""
         self.w.libc("free", self.t.void, self.room)
 
-    def _behind(self, place: ir.Value, by: ir.Value) -> ir.Value:
-        return self.b.gep(place, [by], source_etype=self.t.i8)
-
     def _panel(self, panel: int) -> ir.Value:
-        return self._behind(self.room, self.b.mul(self.size, self.t.word(panel)))
+        return behind(self.b, self.room, self.b.mul(self.size, self.t.word(panel)))
 
     def _tile(self, panel: int, block: ir.Value, number: int) -> ir.Value:
         """Where the numbers of a run of a block are, of 16 features."""
         b, t = self.b, self.t
         index = b.add(b.mul(block, t.word(len(self.read.runs))), t.word(number))
-        return self._behind(self._panel(panel), b.mul(index, t.word(_BYTES)))
+        return behind(self.b, self._panel(panel), b.mul(index, t.word(_BYTES)))
 
     def _of_scale(self, panel: int, block: ir.Value, key: int, *, zero: bool = False) -> ir.Value:
         """Where the scales of 16 features are, or their zero points."""
         b, t = self.b, self.t
         index = b.add(b.mul(block, t.word(len(self.keys))), t.word(key))
         start = b.add(self.laid, self.scales) if zero else self.laid
-        return self._behind(self._panel(panel), b.add(start, b.mul(index, t.word(ROW))))
+        return behind(self.b, self._panel(panel), b.add(start, b.mul(index, t.word(ROW))))
 
     def lay(self, first: ir.Value, last: ir.Value) -> None:
         """Lays out the features from one to before another, the last one again where there are no more."""
@@ -141,14 +138,14 @@ class _Code:
             rows = [b.bitcast(b.sub(code_of(b, run, read.bits, load), lowest), self.ints) for load in loads]
             place = self._tile(panel, block, number)
             for i, column in enumerate(turned(b, rows)):
-                b.store(column, self._behind(place, t.word(i * ROW)), align=1)
+                b.store(column, behind(self.b, place, t.word(i * ROW)), align=1)
 
     def _lay_column(self, matrix: Operand, column: ir.Value, rows: list[ir.Value], place: ir.Value) -> None:
         """Elements of a column, side by side."""
         b, t = self.b, self.t
         for i, row in enumerate(rows):
             index = b.add(b.mul(row, matrix.columns), column)
-            b.store(b.load(element(b, matrix, index, t.f32), typ=t.f32), self._behind(place, t.word(4 * i)))
+            b.store(b.load(element(b, matrix, index, t.f32), typ=t.f32), behind(self.b, place, t.word(4 * i)))
 
     def _group(self, block: ir.Value, key: int) -> ir.Value:
         return scale_of_block(self.b, self.read, block, key, self.scale)

@@ -44,6 +44,11 @@ def loaded(b: ir.IRBuilder, matrix: Operand, index: ir.Value, kind: ir.Type) -> 
     return b.load(element(b, matrix, index, kind), typ=kind)
 
 
+def behind(b: ir.IRBuilder, place: ir.Value, by: ir.Value) -> ir.Value:
+    """The place so many bytes further."""
+    return b.gep(place, [by], source_etype=Types().i8)
+
+
 def row_of_words(b: ir.IRBuilder, matrix: Operand, row: ir.Value, count: int) -> list[ir.Value]:
     """A row of so many int32, as int64."""
     t = Types()

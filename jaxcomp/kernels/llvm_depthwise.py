@@ -1,21 +1,24 @@
 """The convolution of images of codes by a kernel with one channel a feature on a CPU, in LLVM code: exact sums.
 
-Elements of the kernel meet the pixels where they lie, two at a time: their products are one operation of the processor.
-No image is padded, widened or shifted.
+Elements of the kernel meet the pixels where they lie, two at a time, or four where the processor has dot products of
+bytes (VNNI): their products are one operation. No image is padded, widened or shifted.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.core.types import Shape
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing, parts
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, intrinsic, row_of_words
+from jaxcomp.core.types import DType, Shape
+from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing, parts
+from jaxcomp.kernels.llvm_code import Operand, Types, behind, beside, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
+from jaxcomp.kernels.llvm_numbers import constant, dot
+from jaxcomp.kernels.llvm_results import CODES, Requantized, Results
 from jaxcomp.kernels.windows import Window
 
 if TYPE_CHECKING:
@@ -46,7 +49,9 @@ def refusal(kernel: Shape, groups: int) -> str | None:
     return None if 0 < taps <= TAPS else f"it takes kernels of {TAPS} elements, and there are {taps}"
 
 
-def llvm_depthwise_sums(x: jax.Array, zero: jax.Array | None, kernel: jax.Array, window: Window) -> jax.Array:
+def llvm_depthwise_sums(
+    x: jax.Array, zero: jax.Array | None, kernel: jax.Array, window: Window, to: Requantized | None = None
+) -> jax.Array:
     """The convolution of ``x - zero`` by a kernel that :func:`refusal` lets through; exact.
 
     Args:
@@ -54,9 +59,10 @@ def llvm_depthwise_sums(x: jax.Array, zero: jax.Array | None, kernel: jax.Array,
       zero: int32, one for all or one for each image, ``(images or 1,)``; None for 0.
       kernel: int8 ``(taps, channels)``.
       window: how it goes.
+      to: what the sums become; ``zero`` is then one for all.
 
     Returns:
-      int32 ``(images, *windows, channels)``.
+      int32 ``(images, *windows, channels)``, or int8 codes.
     """
     shape, channels = x.shape, x.shape[-1]
     offset = jnp.zeros(1, jnp.int32) if zero is None else zero
@@ -64,43 +70,62 @@ def llvm_depthwise_sums(x: jax.Array, zero: jax.Array | None, kernel: jax.Array,
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled - channels)])
     blank = jnp.broadcast_to(offset.astype(jnp.int8)[:, None], (offset.shape[0], filled))
     taps, sources = kernel.shape[0], window.sources(shape[1:-1])
-    wide = jnp.pad(kernel, ((0, taps % 2), (0, filled - channels))).astype(jnp.int16)
-    pairs = jnp.swapaxes(wide.reshape(-1, 2, filled), 1, 2).reshape(-1, 2 * filled)
+    kind, lanes = (_Dots, dots() // 4) if dots() else (_Words, CHANNELS // 2)
+    some = kind.together
+    wide = jnp.pad(kernel, ((0, -taps % some), (0, filled - channels)))
+    weights = jnp.swapaxes(wide.reshape(-1, some, filled), 1, 2).reshape(-1, some * filled).astype(kind.dtype)
     of_all = shape[0] * sources.shape[0]
     tasks = parts(of_all, max(1, TOGETHER // filled))
-    work = Work(f"depthwise_{taps}", partial(_summed, taps), 1, by=4)
-    result = jax.ShapeDtypeStruct((of_all, filled), jnp.int32)
-    y = call(work, result, x, blank, jnp.asarray(sources), pairs, tasks)
+    off = (offset + kind.more)[:, None] * kernel.astype(jnp.int32).sum(0)[None]
+    given = () if to is None else to.operands(off[0], filled)
+    dtype, name = CODES if given else (jnp.dtype(jnp.int32), "")
+    work = Work(f"depthwise{kind.__name__}_{lanes}_{taps}{name}", partial(_summed, kind, lanes, taps), 1, by=4)
+    result = jax.ShapeDtypeStruct((of_all, filled), dtype)
+    y = call(work, result, x, blank, jnp.asarray(sources), weights, tasks, *given)
     y = y[:, :channels].reshape(window.result(shape, channels))
-    if zero is None:
-        return y
-    share = zero[:, None] * kernel.astype(jnp.int32).sum(0)[None]
-    return y - share.reshape(-1, *[1] * (x.ndim - 2), channels)
+    return y if given or (zero is None and not kind.more) else y - off.reshape(-1, *[1] * (x.ndim - 2), channels)
 
 
-def _summed(taps: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
+def _summed(
+    kind: type[_Windows],
+    lanes: int,
+    taps: int,
+    b: ir.IRBuilder,
+    operands: list[Operand],
+    first: ir.Value,
+    last: ir.Value,
+) -> None:
     """Some tasks: windows from one to before another."""
-    *given, tasks, out = operands
-    windows = _Windows(taps, b, [*given, out])
+    x, blank, sources, weights, tasks, *results = operands
+    windows = kind(lanes, taps, b, [x, blank, sources, weights], results)
     with counted(b, first, last) as task:
         begin, end = row_of_words(b, tasks, task, 2)
         with counted(b, begin, end) as window:
             windows.write(window)
 
 
-class _Windows:
-    """Writes the code of one window and all channels."""
+class _Windows(ABC):
+    """Writes the code of one window and all channels.
 
-    def __init__(self, taps: int, b: ir.IRBuilder, operands: list[Operand]) -> None:
+    Attributes:
+      together: elements of the kernel whose products are one operation.
+      dtype: of weights.
+      more: what codes of images are more when they are multiplied.
+    """
+
+    together: ClassVar[int]
+    dtype: ClassVar[DType]
+    more: ClassVar[int]
+
+    def __init__(self, lanes: int, taps: int, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]) -> None:
         from llvmlite import ir
 
-        self.taps, self.b, self.t = taps, b, Types()
-        self.x, self.blank, self.sources, self.pairs, self.out = operands
-        self.pixels = Pixels(b, self.t.i8, (self.x, self.blank, self.sources), self.out.rows)
+        self.lanes, self.taps, self.b, self.t = lanes, taps, b, Types()
+        self.x, self.blank, self.sources, self.weights = operands
+        self.results = Results(b, results, lanes)
+        self.pixels = Pixels(b, self.t.i8, (self.x, self.blank, self.sources), results[-1].rows)
         self.channels = self.x.columns
-        self.wide = ir.VectorType(self.t.i32, CHANNELS // 2)
-        self.words = ir.VectorType(ir.IntType(16), CHANNELS)
-        self.bytes = ir.VectorType(self.t.i8, CHANNELS)
+        self.wide, self.bytes = ir.VectorType(self.t.i32, lanes), ir.VectorType(self.t.i8, CHANNELS)
 
     def write(self, row: ir.Value) -> None:
         """All sums of a row of the result."""
@@ -113,29 +138,54 @@ class _Windows:
         with counted(b, t.word(0), count) as number:
             at = b.mul(number, t.word(CHANNELS))
             at = b.select(b.icmp_signed("<", at, most), at, most)
-            for half, total in enumerate(self._sums(pixels, at)):
-                column = b.add(at, t.word(half * CHANNELS // 2))
-                place = element(b, self.out, b.add(b.mul(row, self.channels), column), t.i32)
-                b.store(total, place, align=4)
+            for part, total in enumerate(self._sums(pixels, at)):
+                column = b.add(at, t.word(part * self.lanes))
+                self.results.write(total, self.results.of_features(column), row, column)
 
     def _sums(self, pixels: list[ir.Value], at: ir.Value) -> list[ir.Value]:
-        """Of a few channels from there on, in two halves."""
+        """Of a few channels from there on, by vectors."""
         from llvmlite import ir
 
         b, t = self.b, self.t
-        totals = [self.wide(None), self.wide(None)]
-        channels = [b.load(b.gep(p, [at], source_etype=t.i8), typ=self.bytes, align=1) for p in pixels]
-        for pair in range(-(-self.taps // 2)):
-            x, y = channels[2 * pair], channels[min(2 * pair + 1, self.taps - 1)]
-            for half in (0, 1):
-                first = range(half * CHANNELS // 2, (half + 1) * CHANNELS // 2)
-                order = [i for j in first for i in (j, CHANNELS + j)]
-                both = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(t.i32, CHANNELS), order))
-                index = b.add(
-                    b.mul(t.word(pair), self.pairs.columns), b.add(b.mul(at, t.word(2)), t.word(half * CHANNELS))
-                )
-                place = element(b, self.pairs, index, ir.IntType(16))
-                weight = b.load(place, typ=self.words, align=2)
-                products = intrinsic(b, "llvm.x86.avx2.pmadd.wd", self.wide, b.sext(both, self.words), weight)
-                totals[half] = b.add(totals[half], products)
+        totals: list[ir.Value] = [self.wide(None)] * (CHANNELS // self.lanes)
+        channels = [b.load(behind(b, p, at), typ=self.bytes, align=1) for p in pixels]
+        for group, first in enumerate(range(0, self.taps, self.together)):
+            some = [channels[min(first + i, self.taps - 1)] for i in range(self.together)]
+            while len(some) > 1:
+                some = [beside(b, x, y) for x, y in zip(some[::2], some[1::2], strict=True)]
+            row = b.mul(t.word(group), self.weights.columns)
+            for part, total in enumerate(totals):
+                start = part * self.lanes
+                order = [i * CHANNELS + start + j for j in range(self.lanes) for i in range(self.together)]
+                codes = b.shuffle_vector(some[0], some[0], ir.Constant(ir.VectorType(t.i32, len(order)), order))
+                index = b.add(row, b.mul(b.add(at, t.word(start)), t.word(self.together)))
+                totals[part] = self._added(total, codes, index)
         return totals
+
+    @abstractmethod
+    def _added(self, total: ir.Value, codes: ir.Value, index: ir.Value) -> ir.Value:
+        """The total with the products of codes and the weights from an index on."""
+
+
+class _Words(_Windows):
+    """Of two elements, in words."""
+
+    together, dtype, more = 2, jnp.dtype(jnp.int16), 0
+
+    def _added(self, total: ir.Value, codes: ir.Value, index: ir.Value) -> ir.Value:
+        from llvmlite import ir
+
+        b, words = self.b, ir.VectorType(ir.IntType(16), codes.type.count)
+        weights = b.load(element(b, self.weights, index, words.element), typ=words, align=2)
+        return b.add(total, intrinsic(b, "llvm.x86.avx2.pmadd.wd", self.wide, b.sext(codes, words), weights))
+
+
+class _Dots(_Windows):
+    """Of four elements, by the processor's dot products of bytes, of which the first are from 0 on."""
+
+    together, dtype, more = 4, jnp.dtype(jnp.int8), 128
+
+    def _added(self, total: ir.Value, codes: ir.Value, index: ir.Value) -> ir.Value:
+        b, shifted = self.b, self.b.xor(codes, constant(codes.type, 128))
+        weights = b.load(element(b, self.weights, index, self.t.i8), typ=codes.type, align=1)
+        return dot(b, total, b.bitcast(shifted, self.wide), b.bitcast(weights, self.wide))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels.llvm_calls import Work, call_for
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
 from jaxcomp.kernels.llvm_panel_sums import VECTOR
-from jaxcomp.kernels.llvm_panels import refusal_of_codes, sums_of_codes
+from jaxcomp.kernels.llvm_panels import more_of, refusal_of_codes, sums_of_codes
 from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def _sums(a: jax.Array, panels: jax.Array, totals: jax.Array, bits: int) -> jax.
     batch, rows, length = a.shape
     a = jnp.pad(a, ((0, 0), (0, 0), (0, -length % unit(bits)))).reshape(batch * rows, -1)
     around = jnp.zeros((1, a.shape[-1]), a.dtype), jnp.zeros((1, 1), jnp.int32)
-    y, more = sums_of_codes(bits, a, around, panels, (batch, rows, panels.shape[0] // batch))
+    more = more_of(bits, rows)
+    y = sums_of_codes(bits, a, around, panels, (batch, rows, panels.shape[0] // batch), pointwise=True)
     y = y.reshape(batch, rows, -1)
     return y - more * totals[:, None] if more else y
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import Types, beside, counted, everywhere, intrinsic
+from jaxcomp.kernels.llvm_code import Types, behind, beside, counted, everywhere, intrinsic
 from jaxcomp.kernels.llvm_numbers import code_of, constant, dot
 from jaxcomp.kernels.panels import BYTES, DEEP, FEATURES, unit, width
 from jaxcomp.kernels.runs import once, runs_of
@@ -78,7 +78,7 @@ class Panel:
         start, vector = b.mul(block, t.word(self.size)), self.many
 
         def loaded(offset: int) -> ir.Value:
-            place = b.gep(codes, [b.add(start, t.word(offset))], source_etype=t.i8)
+            place = behind(b, codes, b.add(start, t.word(offset)))
             return b.load(place, typ=vector, align=1)
 
         first, load = b.mul(block, t.word(unit(self.bits))), once(loaded)

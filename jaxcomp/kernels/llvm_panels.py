@@ -11,7 +11,7 @@ numbers as floats, made where they are met.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from jaxcomp.kernels import llvm_amx
 from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, behind, counted, element, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
+from jaxcomp.kernels.llvm_results import CODES, Requantized, Results
 from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
 
@@ -68,7 +69,9 @@ def forms_of_codes() -> str:
     return "own" if refusal_of_codes() else "integers on cpu, own on cuda, rocm and tpu"
 
 
-def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window: Window) -> jax.Array:
+def llvm_panel_sums(
+    x: jax.Array, zero: jax.Array | None, w: PanelWeight, window: Window, to: Requantized | None = None
+) -> jax.Array:
     """The convolution of ``x - zero`` by ``numbers(w)``, exact while it is within int32.
 
     Args:
@@ -76,16 +79,20 @@ def llvm_panel_sums(x: jax.Array, zero: jax.Array | None, w: PanelWeight, window
       zero: int32, one for all or one for each image, ``(images or 1,)``; None for 0.
       w: of that many channels.
       window: how it goes, of one group.
+      to: what the sums become; ``zero`` is then one for all.
 
     Returns:
-      int32 ``(images, *windows, features)``.
+      int32 ``(images, *windows, features)``, or int8 codes.
     """
-    offset = jnp.zeros(1, jnp.int32) if zero is None else zero
+    offset, more = jnp.zeros(1, jnp.int32) if zero is None else zero, more_of(w.bits, _windows(x, window))
     blank = jnp.broadcast_to(offset.astype(jnp.int8)[:, None], (offset.shape[0], w.filled))
-    y, more = _called(partial(sums_of_codes, w.bits), x, blank, w, window)
-    if zero is None and not more:
+    off = (offset + more)[:, None] * w.totals[None]
+    given = () if to is None else to.operands(off[0], w.codes.shape[0] * FEATURES)
+    sums = partial(sums_of_codes, w.bits, results=given, pointwise=window.pointwise)
+    y = _called(sums, x, blank, w, window)
+    if given or (zero is None and not more):
         return y
-    return y - ((offset + more)[:, None] * w.totals[None]).reshape(-1, *[1] * (x.ndim - 2), w.features)
+    return y - off.reshape(-1, *[1] * (x.ndim - 2), w.features)
 
 
 def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Array:
@@ -99,50 +106,55 @@ def llvm_panel_product(x: jax.Array, w: PanelWeight, window: Window) -> jax.Arra
     Returns:
       ``(images, *windows, features)``, float32.
     """
-    many = math.prod(window.result(x.shape, 1)) > FEW
+    many = _windows(x, window) > FEW
     kind = Kind(ManyFloats if many else Floats, w.bits, FEATURES if "avx512f" in features() else VECTOR)
-
-    def sums(*given: *Given) -> tuple[jax.Array, int]:
-        return panel_sums(kind, *given), 0
-
-    y, _ = _called(sums, x.astype(jnp.float32), jnp.zeros((1, w.filled), jnp.float32), w, window)
+    blank = jnp.zeros((1, w.filled), jnp.float32)
+    y = _called(partial(panel_sums, kind), x.astype(jnp.float32), blank, w, window)
     return y * w.scale.reshape(*[1] * (x.ndim - 1), w.features)
 
 
+def _windows(x: jax.Array, window: Window) -> int:
+    """Of all images."""
+    return math.prod(window.result(x.shape, 1))
+
+
 def _called(
-    sums: Callable[[*Given], tuple[jax.Array, int]],
-    x: jax.Array,
-    blank: jax.Array,
-    w: PanelWeight,
-    window: Window,
-) -> tuple[jax.Array, int]:
-    """``(images, *windows, features)``, and a number; ``blank`` is what lies around all images, or around each."""
+    sums: Callable[[*Given], jax.Array], x: jax.Array, blank: jax.Array, w: PanelWeight, window: Window
+) -> jax.Array:
+    """``(images, *windows, features)``; ``blank`` is what lies around all images, or around each."""
     images, *spatial, channels = x.shape
     x, sources = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.filled - channels)]), window.sources(spatial)
     of_all, panels = images * sources.shape[0], w.codes.shape[0]
-    y, more = sums(x, (blank, jnp.asarray(sources)), w.codes, (1, of_all, panels))
-    return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features)), more
+    y = sums(x, (blank, jnp.asarray(sources)), w.codes, (1, of_all, panels))
+    return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
 
 
-def sums_of_codes(bits: int, *given: *Given) -> tuple[jax.Array, int]:
-    """The sums of products of codes and panels, exact while within int32, as this processor makes them fastest.
+def sums_of_codes(bits: int, *given: *Given, results: Sequence[jax.Array] = (), pointwise: bool = False) -> jax.Array:
+    """The sums of products of codes, :func:`more_of` added to each, and panels, as this processor makes them fastest.
 
     Args:
       bits: of the panels' numbers.
       given: as :func:`panel_sums` takes them, images and what lies around them int8.
+      results: of what the sums become, if they do.
+      pointwise: whether each window is the pixel of its own number, all of it.
 
     Returns:
-      int32 ``(matrices * windows, 16 panels)``, the sums of codes and a number, times those of panels; that number.
+      int32 ``(matrices * windows, 16 panels)``, exact while within int32; or codes of them.
     """
     x, (blank, sources), codes, wanted = given
     if not llvm_amx.refusal(wanted[1]):
-        return llvm_amx.amx_sums(bits, *given), 0
+        return llvm_amx.amx_sums(bits, *given, results=results, pointwise=pointwise)
     kind = _kind(bits)
     if kind.code is Words:
-        x, blank, more = x.astype(jnp.int16), blank.astype(jnp.int16), 0
+        x, blank = x.astype(jnp.int16), blank.astype(jnp.int16)
     else:
-        (x, blank), more = (jax.lax.bitcast_convert_type(v, jnp.uint8) ^ jnp.uint8(128) for v in (x, blank)), 128
-    return panel_sums(kind, x, (blank, sources), codes, wanted), more
+        x, blank = (jax.lax.bitcast_convert_type(v, jnp.uint8) ^ jnp.uint8(128) for v in (x, blank))
+    return panel_sums(kind, x, (blank, sources), codes, wanted, results=results)
+
+
+def more_of(bits: int, windows: int) -> int:
+    """What codes are more where so many windows of them meet panels, for the instructions of this processor."""
+    return 0 if not llvm_amx.refusal(windows) or _kind(bits).code is Words else 128
 
 
 def _kind(bits: int) -> Kind:
@@ -152,8 +164,8 @@ def _kind(bits: int) -> Kind:
     return Kind(Words if bits > BYTES_UP_TO else Bytes, bits, VECTOR)
 
 
-def panel_sums(kind: Kind, *given: *Given) -> jax.Array:
-    """The sums of a kind, ``(matrices * windows, 16 panels)``, of windows and panels."""
+def panel_sums(kind: Kind, *given: *Given, results: Sequence[jax.Array] = ()) -> jax.Array:
+    """The sums of a kind, ``(matrices * windows, 16 panels)``, of windows and panels; or codes of them."""
     x, around, codes, (batch, windows, panels) = given
     at_once = kind.code.panels(kind.lanes)
     parts, sides = -(-windows // MANY), -(-panels // at_once)
@@ -161,9 +173,10 @@ def panel_sums(kind: Kind, *given: *Given) -> jax.Array:
     one, part, side = number // (parts * sides), number // sides % parts, number % sides
     first, stop = one * windows + part * MANY, (one + 1) * windows
     tasks = jnp.stack([one * panels + side * at_once, first, jnp.minimum(first + MANY, stop)], 1)
-    shape = batch * windows, panels * FEATURES
-    work = Work(f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}", partial(_panels, kind), 1, by=4)
-    return call(work, jax.ShapeDtypeStruct(shape, kind.code.dtype), x, *around, codes, tasks)
+    dtype, name = CODES if results else (kind.code.dtype, "")
+    name = f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}{name}"
+    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), dtype)
+    return call(Work(name, partial(_panels, kind), 1, by=4), result, x, *around, codes, tasks, *results)
 
 
 class _At(NamedTuple):
@@ -176,8 +189,8 @@ class _At(NamedTuple):
 
 def _panels(kind: Kind, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some tasks: a panel of features, and the windows from one to before another."""
-    *given, tasks, out = operands
-    group = _Group(kind.code(kind.bits, kind.lanes, b), b, [*given, out])
+    x, blank, sources, codes, tasks, *results = operands
+    group = _Group(kind.code(kind.bits, kind.lanes, b), b, [x, blank, sources, codes], results)
     with counted(b, first, last) as task:
         group.write_all(*row_of_words(b, tasks, task, 3))
 
@@ -185,9 +198,12 @@ def _panels(kind: Kind, b: ir.IRBuilder, operands: list[Operand], first: ir.Valu
 class _Group:
     """Writes the code of a few windows by one panel."""
 
-    def __init__(self, sums: Sums | ManyFloats, b: ir.IRBuilder, operands: list[Operand]) -> None:
+    def __init__(
+        self, sums: Sums | ManyFloats, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]
+    ) -> None:
         self.sums, self.b, self.t = sums, b, Types()
-        self.x, self.blank, self.sources, self.codes, self.out = operands
+        self.x, self.blank, self.sources, self.codes = operands
+        self.results, self.out = Results(b, results, sums.lanes), results[-1]
         self.pixels = Pixels(b, sums.kind, (self.x, self.blank, self.sources), self.out.rows)
         self.blocks = b.sdiv(self.x.columns, self.t.word(unit(sums.bits)))
 
@@ -201,7 +217,7 @@ class _Group:
         if isinstance(sums, ManyFloats):
             # The numbers of a piece of the channels become floats once for all windows.
             with counted(b, t.word(0), self.sources.columns) as tap, sums.pieces(self.blocks) as (begin, end):
-                here = [b.gep(place, [b.mul(tap, size)], source_etype=t.i8) for place in codes]
+                here = [behind(b, place, b.mul(tap, size)) for place in codes]
                 channel = sums.unpacked(here, begin, end)
                 fresh = b.icmp_signed("==", b.add(tap, begin), t.word(0))
                 with counted(b, t.word(0), count) as number:
@@ -214,12 +230,14 @@ class _Group:
             sums.begin()
             with counted(b, t.word(0), self.sources.columns) as tap:
                 pixels = [self.pixels.place(row.image, row.window, tap) for row in rows]
-                here = b.gep(codes[0], [b.mul(tap, size)], source_etype=t.i8)
+                here = behind(b, codes[0], b.mul(tap, size))
                 with sums.each(self.blocks) as block:
                     sums.add(block, here, pixels)
+            columns = self._columns(panels)
+            needed = [self.results.of_features(column) for column in columns]
             for i, row in enumerate(rows):
-                for total, place in zip(sums.ended(i), self._places(panels, row), strict=True):
-                    b.store(total, place, align=4)
+                for total, one, column in zip(sums.ended(i), needed, columns, strict=True):
+                    self.results.write(total, one, row.row, column)
 
     def _panels(self, panel: ir.Value) -> list[ir.Value]:
         """Those that windows meet at once: the last of a matrix again where there are no more."""
@@ -232,15 +250,16 @@ class _Group:
         """Panels of a matrix."""
         return self.b.sdiv(self.out.columns, self.t.word(FEATURES))
 
+    def _columns(self, panels: list[ir.Value]) -> list[ir.Value]:
+        """The first column of each vector of a window's sums."""
+        b, t = self.b, self.t
+        starts = [b.mul(b.srem(panel, self._across()), t.word(FEATURES)) for panel in panels]
+        return [b.add(start, t.word(i)) for start in starts for i in range(0, FEATURES, self.sums.lanes)]
+
     def _places(self, panels: list[ir.Value], row: _At) -> list[ir.Value]:
         """Where the sums of a window are, by vectors."""
-        b, t, found = self.b, self.t, []
-        for panel in panels:
-            side = b.srem(panel, self._across())
-            for first in range(0, FEATURES, self.sums.lanes):
-                column = b.add(b.mul(side, t.word(FEATURES)), t.word(first))
-                found.append(element(b, self.out, b.add(b.mul(row.row, self.out.columns), column), t.i32))
-        return found
+        b, start = self.b, self.b.mul(row.row, self.out.columns)
+        return [element(b, self.out, b.add(start, column), self.t.i32) for column in self._columns(panels)]
 
     def _rows(self, first: ir.Value, stop: ir.Value) -> list[_At]:
         b, t, windows = self.b, self.t, self.sources.rows

@@ -37,6 +37,12 @@ class Window:
     base: Shape
     groups: int
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each window is the pixel of its own number."""
+        ones = {*self.kernel, *self.strides, *self.base}
+        return ones <= {1} and all(pair == (0, 0) for pair in self.padding)
+
     def windows(self, spatial: Sequence[int]) -> Shape:
         """How many windows an image has along each axis."""
         found = []

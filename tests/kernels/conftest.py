@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcomp.kernels import llvm_amx, llvm_calls, llvm_integers, llvm_panels
+from jaxcomp.kernels import llvm_amx, llvm_calls, llvm_depthwise, llvm_integers, llvm_panels
 
 PROCESSORS = {
     "avx2": {"avx2"},
@@ -21,7 +21,7 @@ def processor(request, monkeypatch) -> str:
     wanted = frozenset(PROCESSORS[request.param])
     if lacking := wanted - llvm_panels.features():
         pytest.skip(f"the processor has no {', '.join(sorted(lacking))}")
-    for module in (llvm_calls, llvm_panels, llvm_amx, llvm_integers):
+    for module in (llvm_calls, llvm_panels, llvm_amx, llvm_integers, llvm_depthwise):
         monkeypatch.setattr(module, "features", lambda: wanted)
     if request.param == "amx" and (why := llvm_amx.refusal(llvm_amx.ROWS)):
         pytest.skip(why)

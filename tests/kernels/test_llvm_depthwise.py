@@ -57,7 +57,7 @@ def by_taps(kernel: np.ndarray) -> jax.Array:
 @runs_here
 @pytest.mark.parametrize("zero", quick(ZEROS, "one", "one an image"))
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_numpys_sum(name, zero) -> None:
+def test_it_is_numpys_sum(processor, name, zero) -> None:
     w, shape = CASES[name]
     kernel, (x, given, differences) = kernel_of(w), codes_and_zero(shape, zero)
     got = jax.jit(partial(llvm_depthwise_sums, window=w))(x, given, by_taps(kernel))

@@ -1,0 +1,123 @@
+"""What becomes of sums of products of codes in LLVM code: they are written as they are, or as the codes of a grid.
+
+Of codes the sums themselves are never written: a convolution, what it is scaled by, its bias, the clamp behind it and
+the rounding of what follows are one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.kernels.llvm_code import Operand, Types, element, everywhere, intrinsic, loaded
+from jaxcomp.kernels.llvm_numbers import constant, fma
+from jaxcomp.quantization.numerics.rounding import WHOLE, hair
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scale", "bias", "zero", "less", "reciprocal"],
+    meta_fields=["clamp", "codes", "shift"],
+)
+@dataclass(frozen=True)
+class Requantized:
+    """``clip(round(clip(sum * scale + bias, *clamp) * less * reciprocal), *(codes - zero)) + zero - shift`` of sums.
+
+    Attributes:
+      scale, bias: float32 ``(features,)``.
+      zero, less, reciprocal: float32, of one element: the zero point of the codes, and the two factors that stand for a
+        division by their scale.
+      clamp: of the numbers, static.
+      codes: the lowest and the highest, static.
+      shift: what is kept is so much less, in int8, static.
+    """
+
+    scale: jax.Array
+    bias: jax.Array
+    zero: jax.Array
+    less: jax.Array
+    reciprocal: jax.Array
+    clamp: tuple[float, float]
+    codes: tuple[int, int]
+    shift: int
+
+    def operands(self, off: jax.Array, columns: int) -> list[jax.Array]:
+        """What the code reads: int32 ``(3, columns)``, bits of scales and of biases and what sums are more; ``(1, 5)``.
+
+        Both clips are one: positive factors and rounding keep the order of numbers.
+
+        Args:
+          off: int32 ``(features,)``.
+          columns: of the sums, as many as features and more.
+        """
+        # As integers: no float that they are not may be made of the bits.
+        floats = jax.lax.bitcast_convert_type(jnp.stack([self.scale, self.bias]), jnp.int32)
+        by_feature = jnp.concatenate([floats, off[None]])
+        zero, less, reciprocal = (v.reshape(()) for v in (self.zero, self.less, self.reciprocal))
+        low, high = (jnp.float32(end) - zero for end in self.codes)
+        first, last = (jnp.float32(end) * less * reciprocal for end in self.clamp)
+        ends = jnp.maximum(first, low), jnp.clip(last, low, high)
+        whole = zero - jnp.float32(self.shift) + jnp.float32(WHOLE)
+        known = jnp.stack([less, reciprocal, *ends, whole])
+        return [jnp.pad(by_feature, ((0, 0), (0, columns - len(self.scale)))), known[None]]
+
+
+CODES = jnp.dtype(jnp.int8), "_codes"
+"""The type of codes, and what the name of code that writes them ends in."""
+
+
+class Results:
+    """Writes vectors of sums where they belong, as they are or as codes.
+
+    Args:
+      b: the code.
+      operands: those of :meth:`Requantized.operands`, if there are any, and the results.
+      lanes: sums of a vector.
+    """
+
+    def __init__(self, b: ir.IRBuilder, operands: Sequence[Operand], lanes: int) -> None:
+        from llvmlite import ir
+
+        self.b, self.t, self.lanes = b, Types(), lanes
+        *self.given, self.out = operands
+        self.floats, self.ints = (ir.VectorType(kind, lanes) for kind in (self.t.f32, self.t.i32))
+        self.bytes = ir.VectorType(self.t.i8, lanes)
+        self.known: list[ir.Value] = []
+        if self.given:
+            each = (loaded(b, self.given[1], self.t.word(i), self.t.f32) for i in range(5))
+            self.known = [everywhere(b, value, lanes) for value in each]
+
+    def of_features(self, column: ir.Value) -> list[ir.Value]:
+        """What sums of the features from a column on need: nothing where they are written as they are."""
+        if not self.given:
+            return []
+        b, by_feature, kinds = self.b, self.given[0], (self.floats, self.floats, self.ints)
+        rows = (b.add(b.mul(by_feature.columns, self.t.word(i)), column) for i in range(len(kinds)))
+        places = (element(b, by_feature, row, self.t.f32) for row in rows)
+        return [b.load(place, typ=kind, align=4) for place, kind in zip(places, kinds, strict=True)]
+
+    def write(self, sums: ir.Value, needed: Sequence[ir.Value], row: ir.Value, column: ir.Value) -> None:
+        """Sums of a row, of neighbouring features from a column on."""
+        b, index = self.b, self.b.add(self.b.mul(row, self.out.columns), column)
+        if needed:
+            b.store(self._codes(sums, needed), element(b, self.out, index, self.t.i8), align=1)
+        else:
+            b.store(sums, element(b, self.out, index, self.t.i32), align=4)
+
+    def _codes(self, sums: ir.Value, needed: Sequence[ir.Value]) -> ir.Value:
+        b, (scale, bias, off), (less, reciprocal, low, high, whole) = self.b, needed, self.known
+        x = fma(b, b.sitofp(b.sub(sums, off), self.floats), scale, bias)
+        x = b.fmul(b.fmul(x, less), reciprocal)
+        for sign, end in ((">", low), ("<", high)):
+            x = b.select(b.fcmp_ordered(sign, x, end), x, end)
+        x = b.fmul(x, constant(self.floats, hair(jnp.dtype(jnp.float32))))
+        x = intrinsic(b, f"llvm.roundeven.v{self.lanes}f32", self.floats, x)
+        return b.trunc(b.bitcast(b.fadd(x, whole), self.ints), self.bytes)
