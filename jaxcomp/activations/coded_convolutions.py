@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.types import PyTree
 from jaxcomp.kernels import llvm_depthwise, llvm_panels
+from jaxcomp.kernels.llvm_results import Requantized
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
 from jaxcomp.kernels.windows import Window, channels_last, window_of
@@ -44,22 +47,6 @@ def coded_pair(op: Op, given: object, pair: tuple[Factor, Factor]) -> tuple[Fact
     return None if llvm_depthwise.refusal(shape, op.eqn.params["feature_group_count"]) else pair
 
 
-def _laid(kernel: Factor) -> PanelWeight | None:
-    """The kernel as it lies; None of one that is not prepared."""
-    w = kernel.weight if isinstance(kernel, LaidFactor) else None
-    assert w is None or isinstance(w, PanelWeight)
-    return w
-
-
-class _Given(NamedTuple):
-    """What is convolved: both factors, the kernel as it lies if it is prepared, and what sums are multiplied by."""
-
-    x: Factor
-    kernel: Factor
-    weight: PanelWeight | None
-    scale: jax.Array
-
-
 class _How(NamedTuple):
     """What a convolution knows beside arrays: how it goes, and the order of axes of images, kernel and result."""
 
@@ -69,37 +56,75 @@ class _How(NamedTuple):
     result: tuple[int, ...]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "kernel", "scale"], meta_fields=["how"])
+@dataclass(frozen=True)
+class Convolved:
+    """A convolution of codes on a CPU.
+
+    Attributes:
+      x: the images.
+      kernel: as it lies if it is prepared, else its codes.
+      scale: what sums are multiplied by, in the result's axes.
+      how: it goes, static.
+    """
+
+    x: Factor
+    kernel: PanelWeight | jax.Array
+    scale: jax.Array
+    how: _How
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no code for it here; None if there is: a kernel that is not prepared has been asked before."""
+        return llvm_panels.refusal_of_codes() if isinstance(self.kernel, PanelWeight) else None
+
+    @property
+    def features_first(self) -> list[int]:
+        """How the result's axes come out of an order with images first and features last."""
+        return np.argsort(self.how.result).tolist()
+
+    def sums(self, to: Requantized | None = None) -> jax.Array:
+        """int32 in the result's axes; or int8, the codes that they become, of images that share their zero point."""
+        how, zero = self.how, None if self.x.zero is None else self.x.zero.reshape(-1)
+        images = jnp.transpose(self.x.codes, how.images)
+        if isinstance(self.kernel, PanelWeight):
+            y = llvm_panels.llvm_panel_sums(images, zero, self.kernel, how.window, to)
+        else:  # a channel of a feature's own, last: features first become columns
+            by_taps = jnp.transpose(self.kernel, how.kernel).reshape(images.shape[-1], -1).T
+            y = llvm_depthwise.llvm_depthwise_sums(images, zero, by_taps, how.window, to)
+        return jnp.transpose(y, self.features_first)
+
+
+def convolved(op: Op, x: Factor, kernel: Factor) -> Convolved:
+    """The convolution of a :func:`coded_pair`."""
+    numbers = op.eqn.params["dimension_numbers"]
+    orders = (channels_last(spec) for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
+    w = kernel.weight if isinstance(kernel, LaidFactor) else kernel.codes
+    assert isinstance(w, PanelWeight | jax.Array)
+    return Convolved(x, w, scale_of(op, x, kernel), _How(window_of(op), *orders))
+
+
 def coded_convolution(op: Op, x: Factor, kernel: Factor) -> jax.Array:
     """The result of a convolution of a :func:`coded_pair`, in the equation's own type."""
-    plain, numbers = Factor(kernel.codes, kernel.scale, None, kernel.reach), op.eqn.params["dimension_numbers"]
-    given = _Given(x, plain, _laid(kernel), scale_of(op, x, plain))
-    leaves, tree = jax.tree.flatten(given)
+    plain = Factor(kernel.codes, kernel.scale, None, kernel.reach)
+    leaves, tree = jax.tree.flatten((convolved(op, x, kernel), plain))
     if explicit_mesh(leaves) is not None:
         return integer_product(op, x, plain)
 
     def own(*leaves: jax.Array) -> list[jax.Array]:
-        given: _Given = jax.tree.unflatten(tree, leaves)
-        return [convolution(op, given.x, given.kernel)]
+        given, plain = jax.tree.unflatten(tree, leaves)
+        return [convolution(op, given.x, plain)]
 
-    orders = (channels_last(spec) for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
-    how = _How(window_of(op), *orders)
-    (y,) = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
+    (y,) = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree)
     return y.astype(result_of(op).dtype)
 
 
-def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
-    given: _Given = jax.tree.unflatten(tree, leaves)
-    x, kernel, w, scale = given
+def _for_cpu(*leaves: jax.Array, tree: PyTree, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    given: Convolved = jax.tree.unflatten(tree, leaves)[0]
     size = math.prod(jaxpr.out_avals[0].shape)
-    if not size or not x.codes.size or (w is not None and llvm_panels.refusal_of_codes()):
+    if not size or not given.x.codes.size or given.refusal:
         return run_call(*leaves, jaxpr=jaxpr)
-    zero, images = None if x.zero is None else x.zero.reshape(-1), jnp.transpose(x.codes, how.images)
-    if w is None:  # a channel of a feature's own, last: features first become columns
-        by_taps = jnp.transpose(kernel.codes, how.kernel).reshape(images.shape[-1], -1).T
-        sums = llvm_depthwise.llvm_depthwise_sums(images, zero, by_taps, how.window)
-    else:
-        sums = llvm_panels.llvm_panel_sums(images, zero, w, how.window)
-    return [jnp.transpose(sums, np.argsort(how.result).tolist()).astype(scale.dtype) * scale]
+    return [given.sums().astype(given.scale.dtype) * given.scale]
 
 
 _primitive = call_in_one_piece(CODED_CONVOLUTION, _for_cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr
 
+from jaxcomp.activations.chained import Chained
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, Names, Steps, coded, float8_codes, scale_blocks, steps_of
 from jaxcomp.activations.specs import Act, ActSpec, Float8
@@ -19,6 +21,7 @@ from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.core.reductions import nan_in
 from jaxcomp.core.types import PyTree, Shape
+from jaxcomp.kernels.llvm_results import Requantized
 from jaxcomp.kernels.llvm_rounding import Ends, llvm_codes, refusal
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.quantization.numerics.affine import block_reduce, spread
@@ -57,21 +60,21 @@ def reach_of(act: ActSpec) -> int:
     return max(-low, high) if act.symmetric else high - low
 
 
-def encoded(value: jax.Array, act: ActSpec, at: Entry) -> Factor:
-    """An activation in codes; no gradient flows."""
-    return _encoded(value, at.given, act=act, roles=at.roles)
+def encoded(value: jax.Array, act: ActSpec, at: Entry, made: Chained | None = None) -> Factor:
+    """An activation in codes, and how it is made, if that is known; no gradient flows."""
+    return _encoded(value, at.given, made, act=act, roles=at.roles)
 
 
 @partial(jax.jit, static_argnames=("act", "roles"))
-def _encoded(value: jax.Array, given: Range | None, *, act: ActSpec, roles: Names) -> Factor:
+def _encoded(value: jax.Array, given: Range | None, made: Chained | None, *, act: ActSpec, roles: Names) -> Factor:
     """:func:`encoded`, traced once for all values that are alike."""
-    value, given = lax.stop_gradient((value, given))
+    value, given, made = lax.stop_gradient((value, given, made))
     at = Entry(roles, given)
     if isinstance(act, Float8):
         return Factor(*float8_codes(value, act, at), None, 0)
     x = made_once(value)  # for its codes, and in search of NaN
     steps = steps_of(x, act, at)
-    codes, lost = _codes_and_nan(x, act, steps, roles)
+    codes, lost = _codes_and_nan(_Given(x, steps, made), act, roles)
     scale, lost = steps.scale, lost.astype(steps.scale.dtype)
     scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
     zero = None if steps.zero is None else (steps.zero - _shift(act)).astype(jnp.int32)
@@ -90,18 +93,27 @@ def _sizes(a: jax.Array, b: jax.Array) -> list[tuple[int, int]]:
 
 
 class _How(NamedTuple):
-    """The ends of the codes, and the shape of what NaN is looked for in."""
+    """The ends of the codes, the shape of what NaN is looked for in, and that of the activation."""
 
     ends: Ends
     rows: Shape
+    shape: Shape
 
 
-def _codes_and_nan(x: jax.Array, act: Act, steps: Steps, roles: Names) -> tuple[jax.Array, jax.Array]:
+class _Given(NamedTuple):
+    """An activation, the steps that it is put in, and how it is made, if that is known."""
+
+    x: jax.Array
+    steps: Steps
+    made: Chained | None
+
+
+def _codes_and_nan(given: _Given, act: Act, roles: Names) -> tuple[jax.Array, jax.Array]:
     """Both in one piece."""
-    leaves, tree = jax.tree.flatten((x, steps))
+    leaves, tree = jax.tree.flatten(given)
 
     def own(*leaves: jax.Array) -> list[jax.Array]:
-        x, steps = jax.tree.unflatten(tree, leaves)
+        x, steps, _ = jax.tree.unflatten(tree, leaves)
         numbers, scale, zero = coded(x, act, steps)
         codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - _shift(act))
         return [codes, nan_rows(x, roles)]
@@ -109,18 +121,52 @@ def _codes_and_nan(x: jax.Array, act: Act, steps: Steps, roles: Names) -> tuple[
     if explicit_mesh(leaves) is not None:
         codes, lost = own(*leaves)
     else:
-        how = _How(Ends(*act.grid.code_range, _shift(act)), _rows(x, roles))
+        how = _How(Ends(*act.grid.code_range, _shift(act)), _rows(given.x, roles), given.x.shape)
         codes, lost = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
     return codes, lost
 
 
 def _for_cpu(*leaves: jax.Array, tree: PyTree, how: _How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
-    x, steps = jax.tree.unflatten(tree, leaves)
+    x, steps, made = jax.tree.unflatten(tree, leaves)
+    if made is not None and not _unfusable(made, steps, how):
+        return _from_sums(made, steps, how)
     floats = x.dtype == steps.scale.dtype == jnp.float32
     if not floats or not x.size or refusal(x.shape, steps.scale.shape, how.rows):
         return run_call(*leaves, jaxpr=jaxpr)
     zero = jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero
     return list(llvm_codes(x, jnp.stack([zero, steps.less, steps.reciprocal]), how.rows, how.ends))
+
+
+def _unfusable(made: Chained, steps: Steps, how: _How) -> str | None:
+    """Why codes are not made right from the sums of a convolution; None if they are."""
+    shape, sums = how.shape, made.sums
+    if not all(isinstance(n, int) for n in shape) or not math.prod((*shape, *sums.x.codes.shape)):
+        return "there is nothing to round, or it is any number"
+    if steps.scale.size != 1 or not steps.scale.dtype == sums.scale.dtype == jnp.float32:
+        return "the grid is not one, or not of float32"
+    if sums.x.zero is not None and sums.x.zero.size != 1:
+        return "images have zero points of their own"
+    if any(n != 1 for i, n in enumerate(how.rows) if i not in (sums.how.result[0], sums.how.result[-1])):
+        return "NaN is looked for within an image"
+    return sums.refusal
+
+
+def _from_sums(made: Chained, steps: Steps, how: _How) -> list[jax.Array]:
+    """Codes, and NaN where the scale or the bias of a feature has it: sums have none."""
+    sums, (images, *_, features) = made.sums, made.sums.how.result
+    by_feature = jnp.moveaxis(sums.scale, (images, features), (0, 1)).reshape(-1, how.shape[features])
+    bias = jnp.zeros(how.shape[features]) if made.bias is None else made.bias
+    zero = jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero
+    # Images have one scale, or NaN.
+    scale = by_feature[0] if len(by_feature) == 1 else jnp.nanmin(by_feature, 0)
+    ends = how.ends
+    grid = zero, steps.less, steps.reciprocal, made.clamp, (ends.low, ends.high), ends.shift
+    codes = sums.sums(Requantized(scale, bias, *grid))
+    lost = jnp.where(jnp.isfinite(by_feature) & ~jnp.isnan(bias), 0.0, jnp.nan)
+    whole = [len(by_feature) if i == images else n if i == features else 1 for i, n in enumerate(how.shape)]
+    lost = (lost if images < features else lost.T).reshape(whole)
+    over = tuple(i for i, n in enumerate(how.rows) if n == 1 < whole[i])
+    return [codes, jnp.broadcast_to(lost.sum(over, keepdims=True), how.rows)]
 
 
 _primitive = call_in_one_piece(ROUNDING, _for_cpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
-from jaxcomp.activations.coded_convolutions import coded_convolution, coded_pair
+from jaxcomp.activations.chained import Chained, Made
+from jaxcomp.activations.coded_convolutions import coded_convolution, coded_pair, convolved
 from jaxcomp.activations.coded_dots import panel_pair
 from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.encoded import encoded, reach_of
@@ -39,10 +41,12 @@ from jaxcomp.kernels.leaves import Laid
 from jaxcomp.kernels.llvm_panels import forms_of_codes
 from jaxcomp.kernels.prepare import site_axes
 from jaxcomp.quantization.numerics.affine import spread
+from jaxcomp.trace.clamps import OPEN
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.ranges import Range
+from jaxcomp.trace.walk import Location
 
 E = TypeVar("E")
 
@@ -83,7 +87,9 @@ class Around:
       record: learns what was done at a site.
       prepared: the leaves that are laid out for their products, by path.
       held: the leaves that are unpacked at their products, by path.
-      encoded, faked: give a value in codes, and as the float product takes it.
+      chained: where convolutions are whose sums alone make what is rounded next.
+      made: what is known of such values.
+      faked: gives a value as the float product takes it.
     """
 
     mode: Mode
@@ -92,8 +98,14 @@ class Around:
     record: Record
     prepared: Mapping[str, Laid]
     held: Container[str]
-    encoded: Memory[Factor] = field(default_factory=lambda: Memory(encoded))
+    chained: Container[Location]
+    made: Made = field(default_factory=Made)
     faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))
+
+    @cached_property
+    def encoded(self) -> Memory[Factor]:
+        """Gives a value in codes."""
+        return Memory(lambda value, act, at: encoded(value, act, at, self.made.of(value)))
 
 
 def claim_of(planned: Planned, index: int, around: Around) -> Claim | None:
@@ -128,7 +140,10 @@ class _Product:
                 self.around.record(path, done, why, named)
                 form = Form(multiply, self.single(values, pair))
                 on_codes = product_with_gradient(op, spec, self.rounded, form)
-                return [on_codes(values, side.ranges, side.key, jax.lax.stop_gradient(pair))]
+                y = on_codes(values, side.ranges, side.key, jax.lax.stop_gradient(pair))
+                if multiply is coded_convolution and self.planned.site.location in self.around.chained:
+                    self.around.made.put(y, Chained(convolved(op, *pair), None, OPEN))
+                return [y]
             why = pair
         return [self.fake(side, given, why)]
 
