@@ -78,11 +78,6 @@ class Convolved:
         """Why there is no code for it here; None if there is: a kernel that is not prepared has been asked before."""
         return llvm_panels.refusal_of_codes() if isinstance(self.kernel, PanelWeight) else None
 
-    @property
-    def features_first(self) -> list[int]:
-        """How the result's axes come out of an order with images first and features last."""
-        return np.argsort(self.how.result).tolist()
-
     def sums(self, to: Requantized | None = None) -> jax.Array:
         """int32 in the result's axes; or int8, the codes that they become, of images that share their zero point."""
         how, zero = self.how, None if self.x.zero is None else self.x.zero.reshape(-1)
@@ -92,7 +87,7 @@ class Convolved:
         else:  # a channel of a feature's own, last: features first become columns
             by_taps = jnp.transpose(self.kernel, how.kernel).reshape(images.shape[-1], -1).T
             y = llvm_depthwise.llvm_depthwise_sums(images, zero, by_taps, how.window, to)
-        return jnp.transpose(y, self.features_first)
+        return jnp.transpose(y, np.argsort(how.result).tolist())
 
 
 def convolved(op: Op, x: Factor, kernel: Factor) -> Convolved:

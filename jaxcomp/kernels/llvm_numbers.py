@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_code import intrinsic
 from jaxcomp.kernels.runs import Run
 from jaxcomp.quantization.numerics.levels import Minifloat
-from jaxcomp.quantization.numerics.rounding import WHOLE
+from jaxcomp.quantization.numerics.rounding import WHOLE, hair
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -43,6 +45,26 @@ def code_of(b: ir.IRBuilder, run: Run, bits: int, load: Callable[[int], ir.Value
             field = b.shl(b.and_(b.lshr(field, shift), mask), place)
         code = field if code is None else b.or_(code, field)
     return code
+
+
+def on_grid(
+    b: ir.IRBuilder, x: ir.Value, factors: Sequence[ir.Value], ends: tuple[ir.Value, ir.Value], whole: ir.Value
+) -> ir.Value:
+    """The codes of floats, in bytes: times the factors, between two ends, rounded, and more by what ``whole`` says.
+
+    All are vectors; NaN gives any code.
+    """
+    from llvmlite import ir
+
+    n = x.type.count
+    for factor in factors:
+        x = b.fmul(x, factor)
+    for sign, end in zip((">", "<"), ends, strict=True):
+        x = b.select(b.fcmp_unordered(sign, x, end), x, end)
+    x = b.fmul(x, constant(x.type, hair(jnp.dtype(jnp.float32))))
+    x = intrinsic(b, f"llvm.roundeven.v{n}f32", x.type, x)
+    bits = b.bitcast(b.fadd(x, whole), ir.VectorType(ir.IntType(32), n))
+    return b.trunc(bits, ir.VectorType(ir.IntType(8), n))
 
 
 def minifloats(b: ir.IRBuilder, code: ir.Value, kind: Minifloat, floats: ir.Type) -> ir.Value:

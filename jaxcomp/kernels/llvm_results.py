@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import Operand, Types, element, everywhere, intrinsic, loaded
-from jaxcomp.kernels.llvm_numbers import constant, fma
-from jaxcomp.quantization.numerics.rounding import WHOLE, hair
+from jaxcomp.kernels.llvm_code import Operand, Types, element, everywhere, loaded
+from jaxcomp.kernels.llvm_numbers import fma, on_grid
+from jaxcomp.quantization.numerics.rounding import WHOLE
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -86,10 +86,9 @@ class Results:
     def __init__(self, b: ir.IRBuilder, operands: Sequence[Operand], lanes: int) -> None:
         from llvmlite import ir
 
-        self.b, self.t, self.lanes = b, Types(), lanes
+        self.b, self.t = b, Types()
         *self.given, self.out = operands
         self.floats, self.ints = (ir.VectorType(kind, lanes) for kind in (self.t.f32, self.t.i32))
-        self.bytes = ir.VectorType(self.t.i8, lanes)
         self.known: list[ir.Value] = []
         if self.given:
             each = (loaded(b, self.given[1], self.t.word(i), self.t.f32) for i in range(5))
@@ -115,9 +114,4 @@ class Results:
     def _codes(self, sums: ir.Value, needed: Sequence[ir.Value]) -> ir.Value:
         b, (scale, bias, off), (less, reciprocal, low, high, whole) = self.b, needed, self.known
         x = fma(b, b.sitofp(b.sub(sums, off), self.floats), scale, bias)
-        x = b.fmul(b.fmul(x, less), reciprocal)
-        for sign, end in ((">", low), ("<", high)):
-            x = b.select(b.fcmp_ordered(sign, x, end), x, end)
-        x = b.fmul(x, constant(self.floats, hair(jnp.dtype(jnp.float32))))
-        x = intrinsic(b, f"llvm.roundeven.v{self.lanes}f32", self.floats, x)
-        return b.trunc(b.bitcast(b.fadd(x, whole), self.ints), self.bytes)
+        return on_grid(b, x, (less, reciprocal), (low, high), whole)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call_for, missing, parts
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, intrinsic, loaded, row_of_words
-from jaxcomp.kernels.llvm_numbers import constant
-from jaxcomp.quantization.numerics.rounding import WHOLE, hair
+from jaxcomp.kernels.llvm_numbers import on_grid
+from jaxcomp.quantization.numerics.rounding import WHOLE
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -156,11 +156,5 @@ class _Piece:
             total = b.or_(total, b.shuffle_vector(lost, lost, part))
         b.store(total, found)
         wide = partial(everywhere, b, width=n)
-        for factor in self.factors:
-            x = b.fmul(x, wide(factor))
-        for sign, end in ((">", self.low), ("<", self.high)):
-            x = b.select(b.fcmp_unordered(sign, x, wide(end)), x, wide(end))
-        x = b.fmul(x, constant(kind, hair(jnp.dtype(jnp.float32))))
-        x = intrinsic(b, f"llvm.roundeven.v{n}f32", kind, x)
-        code = b.trunc(b.bitcast(b.fadd(x, wide(self.whole)), ints), ir.VectorType(t.i8, n))
+        code = on_grid(b, x, [*map(wide, self.factors)], (wide(self.low), wide(self.high)), wide(self.whole))
         b.store(code, element(b, self.codes, at, t.i8), align=1)
