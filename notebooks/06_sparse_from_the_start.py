@@ -95,7 +95,7 @@ ways = {
 #
 # Two lines are new. `dense_value_and_grad` gives, from one backward pass, the gradient that trains the active weights
 # and the one of all weights, by which RigL grows. `reset_regrown` starts what was grown at zero, and makes the
-# optimizer forget what it knew of it.
+# optimizer forget what it knew of it. All ways and seeds train in one program.
 
 
 # %%
@@ -130,10 +130,10 @@ rng = np.random.default_rng(1)
 trees = jax.tree.map(lambda *seeds: jnp.stack(seeds), *[make_params(rng) for _ in range(SEEDS)])
 batches = jnp.asarray(rng.integers(len(train_x), size=(SEEDS, STEPS // PERIOD, PERIOD, 100)))
 keys = jax.random.split(jax.random.key(1), SEEDS)
-results = {}
-for way in ways:
-    all_seeds = jax.jit(lambda *each, way=way: jax.lax.map(lambda one: train(way, *one), each))
-    results[way] = curve, _, _ = all_seeds(keys, trees, batches)
+all_ways = jax.jit(lambda *each: jax.lax.map(lambda one: {way: train(way, *one) for way in ways}, each))
+found = all_ways(keys, trees, batches)
+results = {way: found[way] for way in ways}
+for way, (curve, _, _) in results.items():
     print(f"{way:7s} {curve[:, -1].mean():.1%}   seeds", *(f"{a:.1%}" for a in curve[:, -1]))
 
 # %% [markdown]
