@@ -1,141 +1,171 @@
-"""Values made of the sums of a convolution alone that become codes again: what is known of them on their way.
+"""Values made of the sums of a product of codes alone that become codes again: what is known of them on their way.
 
-Between the convolution and the product that rounds them stand a bias and clamps at most, and nothing else reads them. A
-backend may then make the codes right where it has the sums, and nobody asks for the floats.
+Between the product and the next one, which rounds them, stand a bias and a function of each number at most, and nothing
+else reads them. A backend may then make the codes right where it has the sums, and nobody asks for the floats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
-from jaxcomp.activations.coded_convolutions import Convolved
+from jaxcomp.activations.coded_sums import CodedSums, features_of
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.specs import Act, Static
-from jaxcomp.trace.clamps import Ends, both, clamp_of
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.levels import Level, levels_of
+from jaxcomp.trace.pointwise import Pointwise, Reading, gives_numbers
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, Value, shape_of
 
+MOST = 64
+"""Equations between two products."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=["sums", "bias"], meta_fields=["clamp"])
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums", "bias"], meta_fields=["then"])
 @dataclass(frozen=True)
 class Chained:
-    """A value that is ``clip(sums * scale + bias, *clamp)``.
+    """A value that is ``then(sums * scale + bias)``.
 
     Attributes:
-      sums: of the convolution, and their scale.
+      sums: of the product, and their scale.
       bias: one a feature, or None.
-      clamp: the lowest and the highest number, static.
+      then: a function of each number, static.
     """
 
-    sums: Convolved
+    sums: CodedSums
     bias: jax.Array | None
-    clamp: Ends
+    then: Pointwise
 
 
+class Link(NamedTuple):
+    """What stands between a product and the next one.
+
+    Attributes:
+      start: the product.
+      bias: the equation that adds a bias, if there is one.
+      side: which operand of it that is.
+      features: the axes that it varies along.
+      then: the function behind it.
+      end: the equation that makes what the next product rounds.
+    """
+
+    start: Op
+    bias: Op | None
+    side: int
+    features: tuple[int, ...]
+    then: Pointwise
+    end: Op
+
+
+Links = Mapping[Location, Link]
+"""By where they start."""
+
+
+@dataclass(frozen=True)
 class Made:
-    """What is known of the values of one call, by the values themselves."""
+    """What is known of the values of one call."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[jax.Array, Chained]] = {}  # what is kept keeps its id
+    links: Links
+    _sums: dict[Location, CodedSums | None] = field(default_factory=dict)
+    _bias: dict[Location, jax.Array] = field(default_factory=dict)
+    _known: dict[int, tuple[jax.Array, Chained]] = field(default_factory=dict)  # what is kept keeps its id
 
-    def put(self, value: jax.Array, chained: Chained) -> None:
-        """Learns how a value is made; one that is there already is not made again."""
-        if isinstance(value, jax.core.Tracer) and value.dtype == jnp.float32:
-            self._known[id(value)] = value, chained
+    def begin(self, at: Location, sums: CodedSums | None, y: jax.Array) -> None:
+        """Learns the sums of a product where a link starts, and what it gave."""
+        if at in self.links:
+            self._sums[at] = sums
+            self.passed(self.links[at], at, y)
+
+    def passed(self, link: Link, at: Location, y: jax.Array, *operands: jax.Array) -> None:
+        """Learns what an equation of a link gave."""
+        start = link.start.location
+        if link.bias is not None and at == link.bias.location:
+            bias = operands[link.side]
+            first = tuple(slice(None) if i in link.features else 0 for i in range(bias.ndim))
+            self._bias[start] = jnp.broadcast_to(bias[first], [y.shape[i] for i in link.features]).reshape(-1)
+        sums = self._sums.get(start)
+        if at == link.end.location and sums is not None and isinstance(y, jax.core.Tracer) and y.dtype == jnp.float32:
+            self._known[id(y)] = y, Chained(sums, None if link.bias is None else self._bias[start], link.then)
 
     def of(self, value: jax.Array) -> Chained | None:
-        """How it is made, if that is known."""
+        """How a value is made, if that is known."""
         found = self._known.get(id(value))
         return None if found is None else found[1]
 
 
-class _Step(NamedTuple):
-    """An equation: which operand the value is; the axis of its features, of one that adds a bias; or its clamp."""
-
-    op: Op
-    side: int
-    axis: int
-    clamp: Ends | None
-
-
-class Links(NamedTuple):
-    """The convolutions where chains begin, and the equations between."""
-
-    starts: frozenset[Location]
-    steps: Mapping[Location, _Step]
-
-
 def links_of(program: Program, planned: Iterable[Planned]) -> Links:
-    """The chains of a program: a convolution and a product, both of activations of ranges that are given."""
+    """The links of a program: from one product to another, both of activations of ranges that are given."""
     by_place = {p.site.location: p for p in planned if _is_static(p) and BARRED.isdisjoint(p.site.inside)}
-    starts: set[Location] = set()
-    steps: dict[Location, _Step] = {}
-    if any(p.site.kind == "conv" for p in by_place.values()):
-        levels = levels_of(program)
-        for at, p in by_place.items():
-            if p.site.kind != "conv" or p.site.weight != 1:
-                continue
-            found = _followed(p.op, levels[at[:-1]], by_place)
-            if found is not None:
-                starts.add(at)
-                steps |= {step.op.location: step for step in found}
-    return Links(frozenset(starts), steps)
+    levels = levels_of(program) if by_place else {}
+    found = (_followed(p.op, levels[at[:-1]], by_place) for at, p in by_place.items() if _starts(p))
+    return {link.start.location: link for link in found if link is not None}
 
 
 def _is_static(p: Planned) -> bool:
     return isinstance(p.act, Act) and isinstance(p.act.range, Static)
 
 
-def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> list[_Step] | None:
-    """The equations between a convolution and the product that rounds what it gives; None where that is another way."""
-    axis, value = op.eqn.params["dimension_numbers"].out_spec[1], op.eqn.outvars[0]
-    steps: list[_Step] = []
-    while (user := level.only_user(value)) is not None:
-        index = next(i for i, v in enumerate(user.eqn.invars) if v is value)
-        if (reader := sites.get(user.location)) is not None:
-            return steps if index in reader.site.activations else None
-        clamp = clamp_of(user.eqn, index)
-        if clamp is None and (steps or not _adds_bias(user, index, axis, level)):
+def _starts(p: Planned) -> bool:
+    return p.site.weight == 1 and p.op.name in ("conv_general_dilated", "dot_general")
+
+
+def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> Link | None:
+    """What stands behind a product until the next rounds it; None where that is another way."""
+    value, features = op.eqn.outvars[0], features_of(op)
+    bias, side, user = None, 0, level.only_user(value)
+    if user is not None and user.name == "add":
+        side = next(1 - i for i, v in enumerate(user.eqn.invars) if v is value)
+        if _is_bias(user.eqn.invars[side], value, features, level):
+            bias, value = user, user.eqn.outvars[0]
+    found = _function(value, level, sites)
+    return None if found is None else Link(op, bias, side, features, found[0], level.makers[found[1]])
+
+
+def _is_bias(v: core.Var | core.Literal, of: core.Var, features: tuple[int, ...], level: Level) -> bool:
+    """Whether a value has one number a feature."""
+    return len(shape_of(v)) == len(shape_of(of)) and level.varying(v) <= set(features)
+
+
+def _function(value: core.Var, level: Level, sites: Mapping[Location, Planned]) -> tuple[Pointwise, core.Var] | None:
+    """The function of each number that makes of a value what alone is rounded next, and that; None if none does."""
+    reading = Reading(value, level.constant)
+    ends: list[core.Var] = []
+    waiting = list(level.users.get(value, ()))
+    for _ in range(MOST):
+        if not waiting or not level.known or value in level.outputs:
+            break
+        op = min(waiting, key=lambda op: op.location)
+        waiting = [other for other in waiting if other.location != op.location]
+        if (reader := sites.get(op.location)) is not None:
+            operands = (op.eqn.invars[i] for i in reader.site.activations)
+            ends += [v for v in operands if isinstance(v, core.Var) and reading.has(v)]
+            continue
+        if not reading.read(op.eqn) or not level.outputs.isdisjoint(op.eqn.outvars):
             return None
-        steps.append(_Step(user, index, axis, clamp))
-        value = user.eqn.outvars[0]
-    return None
+        waiting += [user for v in op.eqn.outvars for user in level.users.get(v, ())]
+    if waiting or len(ends) != 1 or level.only_user(ends[0]) is None:
+        return None
+    then = reading.of(ends[0])
+    return (then, ends[0]) if gives_numbers(then) else None
 
 
-def _adds_bias(op: Op, index: int, axis: int, level: Level) -> bool:
-    """Whether an equation adds one number a feature to the value."""
-    if op.name != "add" or shape_of(op.eqn.outvars[0]) != shape_of(op.eqn.invars[index]):
-        return False
-    other = op.eqn.invars[1 - index]
-    return len(shape_of(other)) == len(shape_of(op.eqn.invars[index])) and level.varying(other) <= {axis}
+def claims_of(made: Made, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
+    """Claims on the equations that add a bias, or end a link: they are done as ever, and what they give is known."""
 
-
-def claims_of(links: Links, made: Made, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
-    """Claims on the equations between, which are done as ever; and what they give is known."""
-
-    def run(step: _Step, *values: Value) -> list[jax.Array]:
+    def run(link: Link, op: Op, *values: Value) -> list[jax.Array]:
         arrays = [to_array(v) for v in values]
-        (y,) = step.op.bind(*arrays)
-        before = made.of(arrays[step.side])
-        if before is not None and step.clamp is None:
-            made.put(y, replace(before, bias=_by_feature(arrays[1 - step.side], step.axis)))
-        elif before is not None and step.clamp is not None:
-            made.put(y, replace(before, clamp=both(before.clamp, step.clamp)))
+        (y,) = op.bind(*arrays)
+        made.passed(link, op.location, y, *arrays)
         return [y]
 
-    return {at: Claim(partial(run, step)) for at, step in links.steps.items()}
-
-
-def _by_feature(bias: jax.Array, axis: int) -> jax.Array:
-    first = tuple(slice(None) if i == axis else 0 for i in range(bias.ndim))
-    return bias[first]
+    every = ((link, op) for link in made.links.values() for op in (link.bias, link.end))
+    return {op.location: Claim(partial(run, link, op)) for link, op in every if op is not None and op != link.start}

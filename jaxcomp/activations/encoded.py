@@ -26,6 +26,7 @@ from jaxcomp.kernels.llvm_rounding import Ends, llvm_codes, refusal
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.quantization.numerics.affine import block_reduce, spread
 from jaxcomp.quantization.numerics.rounding import WHOLE
+from jaxcomp.trace.pointwise import Pointwise, gives_numbers
 from jaxcomp.trace.primitives import ROUNDING
 from jaxcomp.trace.ranges import Range
 
@@ -142,31 +143,37 @@ def _unfusable(made: Chained, steps: Steps, how: _How) -> str | None:
     shape, sums = how.shape, made.sums
     if not all(isinstance(n, int) for n in shape) or not math.prod((*shape, *sums.x.codes.shape)):
         return "there is nothing to round, or it is any number"
-    if steps.scale.size != 1 or not steps.scale.dtype == sums.scale.dtype == jnp.float32:
+    if steps.scale.size != 1 or not steps.scale.dtype == sums.by_row.dtype == sums.by_feature.dtype == jnp.float32:
         return "the grid is not one, or not of float32"
     if sums.x.zero is not None and sums.x.zero.size != 1:
-        return "images have zero points of their own"
-    if any(n != 1 for i, n in enumerate(how.rows) if i not in (sums.how.result[0], sums.how.result[-1])):
+        return "rows have zero points of their own"
+    sizes = enumerate(zip(how.rows, sums.by_row.shape, strict=True))
+    if any(n != 1 == m for i, (n, m) in sizes if i not in sums.how.features):
         return "NaN is looked for within an image"
     return sums.refusal
 
 
 def _from_sums(made: Chained, steps: Steps, how: _How) -> list[jax.Array]:
-    """Codes, and NaN where the scale or the bias of a feature has it: sums have none."""
-    sums, (images, *_, features) = made.sums, made.sums.how.result
-    by_feature = jnp.moveaxis(sums.scale, (images, features), (0, 1)).reshape(-1, how.shape[features])
-    bias = jnp.zeros(how.shape[features]) if made.bias is None else made.bias
+    """Codes, and NaN where the scale of a row, the scale or the bias of a feature make it: sums have none."""
+    sums, scale = made.sums, made.sums.by_feature
+    bias = jnp.zeros_like(scale) if made.bias is None else made.bias
     zero = jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero
-    # Images have one scale, or NaN.
-    scale = by_feature[0] if len(by_feature) == 1 else jnp.nanmin(by_feature, 0)
     ends = how.ends
-    grid = zero, steps.less, steps.reciprocal, made.clamp, (ends.low, ends.high), ends.shift
-    codes = sums.sums(Requantized(scale, bias, *grid))
-    lost = jnp.where(jnp.isfinite(by_feature) & ~jnp.isnan(bias), 0.0, jnp.nan)
-    whole = [len(by_feature) if i == images else n if i == features else 1 for i, n in enumerate(how.shape)]
-    lost = (lost if images < features else lost.T).reshape(whole)
-    over = tuple(i for i, n in enumerate(how.rows) if n == 1 < whole[i])
-    return [codes, jnp.broadcast_to(lost.sum(over, keepdims=True), how.rows)]
+    grid = zero, steps.less, steps.reciprocal, made.then, (ends.low, ends.high), ends.shift
+    # Rows have one scale, or NaN.
+    codes = sums.sums(Requantized(jnp.nanmin(sums.by_row) * scale, bias, *grid))
+    lost = [
+        jnp.where(jnp.isfinite(v), 0.0, jnp.nan)
+        for v in (sums.by_row, sums.placed(scale), sums.placed(_finite(bias, made.then)))
+    ]
+    found = (v.sum([i for i, n in enumerate(how.rows) if n == 1 < v.shape[i]], keepdims=True) for v in lost)
+    return [codes, jnp.broadcast_to(sum(found), how.rows)]
+
+
+def _finite(bias: jax.Array, then: Pointwise) -> jax.Array:
+    """A finite number for each bias, or NaN where the function gives it: an infinite bias may be cut off on its way."""
+    high, low = (0.0 if gives_numbers(then, (end, end)) else math.nan for end in (math.inf, -math.inf))
+    return jnp.where(jnp.isinf(bias), jnp.where(bias > 0, high, low), bias)
 
 
 _primitive = call_in_one_piece(ROUNDING, _for_cpu)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from jaxcomp.activations.alike import product
 from jaxcomp.activations.backward import Gradients, product_with_gradient, with_rounded_gradient
-from jaxcomp.activations.chained import Chained, Made
-from jaxcomp.activations.coded_convolutions import coded_convolution, coded_pair, convolved
+from jaxcomp.activations.chained import Made
+from jaxcomp.activations.coded_convolutions import coded_convolution, coded_pair
 from jaxcomp.activations.coded_dots import panel_pair
+from jaxcomp.activations.coded_sums import CodedSums, convolved, multiplied
 from jaxcomp.activations.codes import Codes, Value, array_of
 from jaxcomp.activations.encoded import encoded, reach_of
 from jaxcomp.activations.factors import Factor
@@ -41,12 +42,10 @@ from jaxcomp.kernels.leaves import Laid
 from jaxcomp.kernels.llvm_panels import forms_of_codes
 from jaxcomp.kernels.prepare import site_axes
 from jaxcomp.quantization.numerics.affine import spread
-from jaxcomp.trace.clamps import OPEN
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.primitives import BARRED
 from jaxcomp.trace.ranges import Range
-from jaxcomp.trace.walk import Location
 
 E = TypeVar("E")
 
@@ -87,8 +86,7 @@ class Around:
       record: learns what was done at a site.
       prepared: the leaves that are laid out for their products, by path.
       held: the leaves that are unpacked at their products, by path.
-      chained: where convolutions are whose sums alone make what is rounded next.
-      made: what is known of such values.
+      made: what is known of values that the sums of a product alone make.
       faked: gives a value as the float product takes it.
     """
 
@@ -98,8 +96,7 @@ class Around:
     record: Record
     prepared: Mapping[str, Laid]
     held: Container[str]
-    chained: Container[Location]
-    made: Made = field(default_factory=Made)
+    made: Made
     faked: Memory[Operand] = field(default_factory=lambda: Memory(_faked))
 
     @cached_property
@@ -141,8 +138,9 @@ class _Product:
                 form = Form(multiply, self.single(values, pair))
                 on_codes = product_with_gradient(op, spec, self.rounded, form)
                 y = on_codes(values, side.ranges, side.key, jax.lax.stop_gradient(pair))
-                if multiply is coded_convolution and self.planned.site.location in self.around.chained:
-                    self.around.made.put(y, Chained(convolved(op, *pair), None, OPEN))
+                at = self.planned.site.location
+                if at in self.around.made.links:
+                    self.around.made.begin(at, self.sums(multiply, pair), y)
                 return [y]
             why = pair
         return [self.fake(side, given, why)]
@@ -172,6 +170,14 @@ class _Product:
         if packed is not None:
             return packed_product, packed, packed_forms(op, *packed)
         return (turned_right if side else turned_left), pair, ""
+
+    def sums(
+        self, multiply: Callable[[Op, Factor, Factor], jax.Array], pair: tuple[Factor, Factor]
+    ) -> CodedSums | None:
+        """Those of which a CPU may make codes, if this is such a product."""
+        if multiply is coded_convolution:
+            return convolved(self.planned.op, *pair)
+        return multiplied(self.planned.op, *pair) if self.planned.op.name == "dot_general" else None
 
     def in_turn(
         self, given: tuple[Value | Carried | Held, ...], ranges: Mapping[int, Range], enter: Callable[..., E]

@@ -11,7 +11,7 @@ import jax
 
 from jaxcomp.activations.adapted import Beside, apart, put_beside, with_adapters
 from jaxcomp.activations.backward import Gradients, checked_key
-from jaxcomp.activations.chained import Links, claims_of, links_of
+from jaxcomp.activations.chained import Made, claims_of, links_of
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
@@ -157,14 +157,14 @@ class Call:
         leaves = Leaves(kept, waiting, None if mode.integer else _entering(self.planned))
         tree, reasons = _placed(program, params, leaves)
         # A tree that is prepared is not trained, where a gradient asks for the floats.
-        links = links_of(program, planned) if mode.integer and prepared else Links(frozenset(), {})
-        around = Around(mode, ranges, reasons, record, prepared, waiting, links.starts)
+        made = Made(links_of(program, planned) if mode.integer and prepared else {})
+        around = Around(mode, ranges, reasons, record, prepared, waiting, made)
         found = ((p, claim_of(p, i, around)) for i, p in enumerate(planned))
         claims = {p.site.location: claim for p, claim in found if claim is not None}
         claims |= {**_layout_claims(program), **layout_claims(program, prepared), **table_claims(program, looked_up)}
         claims |= held_layouts(program, waiting)
         claims = {
-            **claims_of(links, around.made, _dense),
+            **claims_of(made, _dense),
             **_group_claims(planned, record),
             **thin_products(planned),
             **claims,

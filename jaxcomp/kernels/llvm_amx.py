@@ -23,8 +23,9 @@ from jaxcomp.kernels.llvm_amx_windows import ROW, ROWS, Gathered, InPlace
 from jaxcomp.kernels.llvm_calls import Work, call, features
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_panel_sums import Given, Panel
-from jaxcomp.kernels.llvm_results import CODES, Results
+from jaxcomp.kernels.llvm_results import AS_SUMS, Results, Written
 from jaxcomp.kernels.panels import FEATURES, unit, width
+from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,13 +61,13 @@ def refusal(windows: int) -> str | None:
     return None if _granted() else "the system lets no program use the processor's AMX"
 
 
-def amx_sums(bits: int, *given: *Given, results: Sequence[jax.Array] = (), pointwise: bool = False) -> jax.Array:
+def amx_sums(bits: int, *given: *Given, results: Written = AS_SUMS, pointwise: bool = False) -> jax.Array:
     """The sums of products of windows and panels, int32 ``(matrices * windows, 16 * panels)``; or codes of them.
 
     Args:
       bits: of the codes of panels.
       given: images int8, and windows :data:`ROWS` at least.
-      results: of what the sums become, if they do.
+      results: how they are written.
       pointwise: whether each window is the pixel of its own number, all of it.
     """
     x, around, codes, (batch, windows, panels) = given
@@ -77,19 +78,24 @@ def amx_sums(bits: int, *given: *Given, results: Sequence[jax.Array] = (), point
     stop, end = jnp.minimum(first + MANY, windows), jnp.minimum(panel + PANELS, (one + 1) * panels)
     first = jnp.minimum(first, windows - ROWS)
     tasks = jnp.stack([panel, end, one * windows + first, one * windows + stop], 1)
-    dtype, name = CODES if results else (jnp.dtype(jnp.int32), "")
-    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), dtype)
-    name = f"panels_amx_{bits}{'_in_place' if pointwise else ''}{name}"
-    work = Work(name, partial(_chunk, InPlace if pointwise else Gathered, bits), 1, by=4)
-    return call(work, result, x, *around, codes, tasks, *results)
+    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), results.dtype())
+    name = f"panels_amx_{bits}{'_in_place' if pointwise else ''}{results.name}"
+    work = Work(name, partial(_chunk, InPlace if pointwise else Gathered, bits, results.then), 1, by=4)
+    return call(work, result, x, *around, codes, tasks, *results.operands)
 
 
 def _chunk(
-    kind: type[Gathered], bits: int, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
+    kind: type[Gathered],
+    bits: int,
+    then: Pointwise,
+    b: ir.IRBuilder,
+    operands: list[Operand],
+    first: ir.Value,
+    last: ir.Value,
 ) -> None:
     """Some tasks: the panels from one to before another, and the windows from one to before another."""
     x, blank, sources, codes, tasks, *results = operands
-    code = _Code(kind, bits, b, [x, blank, sources, codes], results)
+    code = _Code(kind, bits, b, [x, blank, sources, codes], Results(b, results, FEATURES, then))
     with configured(b), counted(b, first, last) as task:
         code.write(*row_of_words(b, tasks, task, 4))
 
@@ -139,14 +145,14 @@ class _Code:
     """Writes the code of some windows by some panels."""
 
     def __init__(
-        self, kind: type[Gathered], bits: int, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]
+        self, kind: type[Gathered], bits: int, b: ir.IRBuilder, operands: list[Operand], results: Results
     ) -> None:
         from llvmlite import ir
 
         t = Types()
         self.bits, self.b, self.t, self.w, self.panel = bits, b, t, Writer(b, t), Panel(bits, FEATURES, b)
         x, blank, sources, self.codes = operands
-        self.results, self.out = Results(b, results, FEATURES), results[-1]
+        self.results, self.out = results, results.out
         self.windows = kind(b, (x, blank, sources), self.out.rows)
         self.length, self.steps = self.windows.length, self.windows.steps
         self.row, self.words = ir.VectorType(t.i8, ROW), ir.VectorType(t.i32, FEATURES)

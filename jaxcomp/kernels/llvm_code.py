@@ -26,7 +26,7 @@ class Types:
     def __init__(self) -> None:
         from llvmlite import ir
 
-        self.i8, self.i32, self.i64 = (ir.IntType(bits) for bits in (8, 32, 64))
+        self.i8, self.i16, self.i32, self.i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
         self.f32, self.pointer, self.void = ir.FloatType(), ir.PointerType(), ir.VoidType()
 
     def word(self, value: int) -> ir.Value:

@@ -18,8 +18,9 @@ from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing, part
 from jaxcomp.kernels.llvm_code import Operand, Types, behind, beside, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_numbers import constant, dot
-from jaxcomp.kernels.llvm_results import CODES, Requantized, Results
+from jaxcomp.kernels.llvm_results import AS_SUMS, Requantized, Results
 from jaxcomp.kernels.windows import Window
+from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -77,19 +78,20 @@ def llvm_depthwise_sums(
     of_all = shape[0] * sources.shape[0]
     tasks = parts(of_all, max(1, TOGETHER // filled))
     off = (offset + kind.more)[:, None] * kernel.astype(jnp.int32).sum(0)[None]
-    given = () if to is None else to.operands(off[0], filled)
-    dtype, name = CODES if given else (jnp.dtype(jnp.int32), "")
-    work = Work(f"depthwise{kind.__name__}_{lanes}_{taps}{name}", partial(_summed, kind, lanes, taps), 1, by=4)
-    result = jax.ShapeDtypeStruct((of_all, filled), dtype)
-    y = call(work, result, x, blank, jnp.asarray(sources), weights, tasks, *given)
+    results = AS_SUMS if to is None else to.written(off[0], filled)
+    chunk = partial(_summed, kind, lanes, taps, results.then)
+    work = Work(f"depthwise{kind.__name__}_{lanes}_{taps}{results.name}", chunk, 1, by=4)
+    result = jax.ShapeDtypeStruct((of_all, filled), results.dtype())
+    y = call(work, result, x, blank, jnp.asarray(sources), weights, tasks, *results.operands)
     y = y[:, :channels].reshape(window.result(shape, channels))
-    return y if given or (zero is None and not kind.more) else y - off.reshape(-1, *[1] * (x.ndim - 2), channels)
+    return y if to or (zero is None and not kind.more) else y - off.reshape(-1, *[1] * (x.ndim - 2), channels)
 
 
 def _summed(
     kind: type[_Windows],
     lanes: int,
     taps: int,
+    then: Pointwise,
     b: ir.IRBuilder,
     operands: list[Operand],
     first: ir.Value,
@@ -97,7 +99,7 @@ def _summed(
 ) -> None:
     """Some tasks: windows from one to before another."""
     x, blank, sources, weights, tasks, *results = operands
-    windows = kind(lanes, taps, b, [x, blank, sources, weights], results)
+    windows = kind(lanes, taps, b, [x, blank, sources, weights], Results(b, results, lanes, then))
     with counted(b, first, last) as task:
         begin, end = row_of_words(b, tasks, task, 2)
         with counted(b, begin, end) as window:
@@ -117,13 +119,13 @@ class _Windows(ABC):
     dtype: ClassVar[DType]
     more: ClassVar[int]
 
-    def __init__(self, lanes: int, taps: int, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]) -> None:
+    def __init__(self, lanes: int, taps: int, b: ir.IRBuilder, operands: list[Operand], results: Results) -> None:
         from llvmlite import ir
 
         self.lanes, self.taps, self.b, self.t = lanes, taps, b, Types()
         self.x, self.blank, self.sources, self.weights = operands
-        self.results = Results(b, results, lanes)
-        self.pixels = Pixels(b, self.t.i8, (self.x, self.blank, self.sources), results[-1].rows)
+        self.results = results
+        self.pixels = Pixels(b, self.t.i8, (self.x, self.blank, self.sources), results.out.rows)
         self.channels = self.x.columns
         self.wide, self.bytes = ir.VectorType(self.t.i32, lanes), ir.VectorType(self.t.i8, CHANNELS)
 

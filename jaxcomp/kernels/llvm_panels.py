@@ -11,7 +11,7 @@ numbers as floats, made where they are met.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,9 +24,10 @@ from jaxcomp.kernels.llvm_code import Operand, Types, behind, counted, element, 
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
-from jaxcomp.kernels.llvm_results import CODES, Requantized, Results
+from jaxcomp.kernels.llvm_results import AS_SUMS, Requantized, Results, Written
 from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
+from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -87,10 +88,10 @@ def llvm_panel_sums(
     offset, more = jnp.zeros(1, jnp.int32) if zero is None else zero, more_of(w.bits, _windows(x, window))
     blank = jnp.broadcast_to(offset.astype(jnp.int8)[:, None], (offset.shape[0], w.filled))
     off = (offset + more)[:, None] * w.totals[None]
-    given = () if to is None else to.operands(off[0], w.codes.shape[0] * FEATURES)
-    sums = partial(sums_of_codes, w.bits, results=given, pointwise=window.pointwise)
+    results = AS_SUMS if to is None else to.written(off[0], w.codes.shape[0] * FEATURES)
+    sums = partial(sums_of_codes, w.bits, results=results, pointwise=window.pointwise)
     y = _called(sums, x, blank, w, window)
-    if given or (zero is None and not more):
+    if to or (zero is None and not more):
         return y
     return y - off.reshape(-1, *[1] * (x.ndim - 2), w.features)
 
@@ -129,13 +130,13 @@ def _called(
     return y[:, : w.features].reshape(window.result((images, *spatial, channels), w.features))
 
 
-def sums_of_codes(bits: int, *given: *Given, results: Sequence[jax.Array] = (), pointwise: bool = False) -> jax.Array:
+def sums_of_codes(bits: int, *given: *Given, results: Written = AS_SUMS, pointwise: bool = False) -> jax.Array:
     """The sums of products of codes, :func:`more_of` added to each, and panels, as this processor makes them fastest.
 
     Args:
       bits: of the panels' numbers.
       given: as :func:`panel_sums` takes them, images and what lies around them int8.
-      results: of what the sums become, if they do.
+      results: how they are written.
       pointwise: whether each window is the pixel of its own number, all of it.
 
     Returns:
@@ -164,7 +165,7 @@ def _kind(bits: int) -> Kind:
     return Kind(Words if bits > BYTES_UP_TO else Bytes, bits, VECTOR)
 
 
-def panel_sums(kind: Kind, *given: *Given, results: Sequence[jax.Array] = ()) -> jax.Array:
+def panel_sums(kind: Kind, *given: *Given, results: Written = AS_SUMS) -> jax.Array:
     """The sums of a kind, ``(matrices * windows, 16 panels)``, of windows and panels; or codes of them."""
     x, around, codes, (batch, windows, panels) = given
     at_once = kind.code.panels(kind.lanes)
@@ -173,10 +174,10 @@ def panel_sums(kind: Kind, *given: *Given, results: Sequence[jax.Array] = ()) ->
     one, part, side = number // (parts * sides), number // sides % parts, number % sides
     first, stop = one * windows + part * MANY, (one + 1) * windows
     tasks = jnp.stack([one * panels + side * at_once, first, jnp.minimum(first + MANY, stop)], 1)
-    dtype, name = CODES if results else (kind.code.dtype, "")
-    name = f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}{name}"
-    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), dtype)
-    return call(Work(name, partial(_panels, kind), 1, by=4), result, x, *around, codes, tasks, *results)
+    name = f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}{results.name}"
+    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), results.dtype(kind.code.dtype))
+    work = Work(name, partial(_panels, kind, results.then), 1, by=4)
+    return call(work, result, x, *around, codes, tasks, *results.operands)
 
 
 class _At(NamedTuple):
@@ -187,10 +188,13 @@ class _At(NamedTuple):
     window: ir.Value
 
 
-def _panels(kind: Kind, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
+def _panels(
+    kind: Kind, then: Pointwise, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
+) -> None:
     """Some tasks: a panel of features, and the windows from one to before another."""
     x, blank, sources, codes, tasks, *results = operands
-    group = _Group(kind.code(kind.bits, kind.lanes, b), b, [x, blank, sources, codes], results)
+    sums = kind.code(kind.bits, kind.lanes, b)
+    group = _Group(sums, b, [x, blank, sources, codes], Results(b, results, sums.lanes, then))
     with counted(b, first, last) as task:
         group.write_all(*row_of_words(b, tasks, task, 3))
 
@@ -198,12 +202,10 @@ def _panels(kind: Kind, b: ir.IRBuilder, operands: list[Operand], first: ir.Valu
 class _Group:
     """Writes the code of a few windows by one panel."""
 
-    def __init__(
-        self, sums: Sums | ManyFloats, b: ir.IRBuilder, operands: list[Operand], results: list[Operand]
-    ) -> None:
+    def __init__(self, sums: Sums | ManyFloats, b: ir.IRBuilder, operands: list[Operand], results: Results) -> None:
         self.sums, self.b, self.t = sums, b, Types()
         self.x, self.blank, self.sources, self.codes = operands
-        self.results, self.out = Results(b, results, sums.lanes), results[-1]
+        self.results, self.out = results, results.out
         self.pixels = Pixels(b, sums.kind, (self.x, self.blank, self.sources), self.out.rows)
         self.blocks = b.sdiv(self.x.columns, self.t.word(unit(sums.bits)))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 
-def _named(names: str) -> frozenset[str]:
+def named(names: str) -> frozenset[str]:
+    """Names with spaces between."""
     return frozenset(names.split())
 
 
@@ -51,7 +52,7 @@ UNREAD = {
         "nothing can look into it",
     ),
     **dict.fromkeys(
-        _named(
+        named(
             """scaled_dot scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd
             dot_product_attention_fwd_wrapper dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
             triangular_solve tridiagonal_solve symmetric_product cholesky_update householder_product ormqr"""
@@ -84,16 +85,16 @@ AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
 """Affine in each operand, of a quotient's the first."""
 
 
-ZERO_FIRST = _named(
+ZERO_FIRST = named(
     """abs asin asinh atan atanh bitcast_convert_type cbrt ceil conj div erf erf_inv expm1 floor imag integer_pow log1p
     neg pow real rem round shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh"""
 )
 """Elementwise, and zero where the first operand is; the two powers, if the exponent is positive."""
-ZERO_ALL = _named("add add_any atan2 complex max min or sub xor")
+ZERO_ALL = named("add add_any atan2 complex max min or sub xor")
 """Elementwise, and zero where all operands are."""
-ZERO_ANY = _named("and mul mulhi")
+ZERO_ANY = named("and mul mulhi")
 """Elementwise, and zero where any operand is."""
-NOT_ZERO = _named(
+NOT_ZERO = named(
     """acos acosh bessel_i0e bessel_i1e clamp clz cos cosh digamma eq eq_to erfc exp exp2 ge gt igamma igamma_grad_a
     igammac is_finite le le_to lgamma log log2 logistic lt lt_to ne nextafter not one_minus_square polygamma polynomial
     population_count

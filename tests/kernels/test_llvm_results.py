@@ -1,4 +1,4 @@
-"""Codes made of sums where these are: a convolution, its scale and bias, a clamp and the rounding behind it in one."""
+"""Codes made of sums where these are: a product, its scale and bias, a function and the rounding behind it in one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from jaxcomp.kernels.panels import PanelWeight, panel_codes
 from jaxcomp.kernels.windows import Window
 from jaxcomp.quantization.numerics.rounding import hair
 from tests.kernels.images import by_numpy
+from tests.trace.pointwise import by_jax, read
 
 pytest.importorskip("llvmlite")
 runs_here = pytest.mark.skipif(bool(refusal_of_codes() or refusal((9, 1, 16), 16)), reason=str(refusal_of_codes()))
-WHOLE, RELU6 = (-math.inf, math.inf), (0.0, 6.0)
+RELU6, GELU = read(jax.nn.relu6), read(jax.nn.gelu)
 
 
 def window(kernel, stride=1, pad=0, groups=1):
@@ -31,7 +32,7 @@ def window(kernel, stride=1, pad=0, groups=1):
     return Window(kernel, (stride,) * len(kernel), ((pad, pad),) * len(kernel), ones, ones, groups)
 
 
-def grid_of(features, clamp, *, symmetric=False, seed=0) -> Requantized:
+def grid_of(features, then, *, symmetric=False, seed=0) -> Requantized:
     """Sums of some thousands become numbers of a few units."""
     rng = np.random.default_rng(seed)
     scale = jnp.asarray(rng.uniform(1e-4, 1e-3, features), jnp.float32)
@@ -39,14 +40,14 @@ def grid_of(features, clamp, *, symmetric=False, seed=0) -> Requantized:
     zero, codes, shift = (0.0, (-128, 127), 0) if symmetric else (77.0, (0, 255), 128)
     step = jnp.float32(0.03)
     one = lambda v: jnp.full((1, 1), v, jnp.float32)  # noqa: E731
-    return Requantized(scale, bias, one(zero), one(1.0), one(1 / step), clamp, codes, shift)
+    return Requantized(scale, bias, one(zero), one(1.0), one(1 / step), then, codes, shift)
 
 
 def by_formula(sums: np.ndarray, to: Requantized) -> np.ndarray:
     """In float64 but for the last rounding's hair."""
     low, high = (end - float(to.zero[0, 0]) for end in to.codes)
     y = sums * np.asarray(to.scale, np.float64) + np.asarray(to.bias, np.float64)
-    y = np.clip(y, *to.clamp) * float(to.less[0, 0]) * float(to.reciprocal[0, 0])
+    y = np.asarray(by_jax(to.then, y), np.float64) * float(to.less[0, 0]) * float(to.reciprocal[0, 0])
     return np.clip(y, low, high) * hair(jnp.dtype(jnp.float32)) + float(to.zero[0, 0]) - to.shift
 
 
@@ -98,19 +99,18 @@ def test_codes_of_a_depthwise_convolution(processor, channels) -> None:
     w, rng = window((3, 3), 1, 1, channels), np.random.default_rng(2)
     x, kernel = rng.integers(-128, 128, (2, 7, 6, channels)), rng.integers(-128, 128, (channels, 3, 3, 1))
     by_taps = jnp.asarray(kernel.reshape(channels, -1).T, jnp.int8)
-    to = grid_of(channels, (0.0, math.inf), symmetric=True)
+    to = grid_of(channels, read(jax.nn.relu), symmetric=True)
     got = jax.jit(partial(llvm_depthwise_sums, window=w))(jnp.asarray(x, jnp.int8), jnp.asarray([-3]), by_taps, to=to)
     near(got, by_formula(by_numpy(x + 3, kernel, w), to))
 
 
 @runs_here
-@settings(max_examples=25)
-@given(st.floats(-9, 9), st.floats(0, 9), st.integers(-128, 127), st.booleans(), st.integers(0, 99))
-def test_both_clips_are_one(low, wide, zero, symmetric, seed) -> None:
-    """Clamps beyond the grid's ends, on either side of them, and of a single number."""
+@settings(max_examples=12)
+@given(st.integers(-128, 127), st.booleans(), st.integers(0, 99), st.sampled_from([(), RELU6, GELU]))
+def test_codes_are_within_their_grid(zero, symmetric, seed, then) -> None:
     shape, w = (1, 4, 4, 16), window((1, 1), groups=16)
     x = np.random.default_rng(seed).integers(-128, 128, shape)
-    to = grid_of(16, (low, low + wide), symmetric=symmetric, seed=seed)
+    to = grid_of(16, then, symmetric=symmetric, seed=seed)
     ones = jnp.ones((1, 16), jnp.int8)
     got = llvm_depthwise_sums(jnp.asarray(x, jnp.int8), jnp.asarray([zero]), ones, w, to)
     exact = by_formula(x - zero, to)
