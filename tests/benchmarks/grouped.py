@@ -69,14 +69,15 @@ class Inverted(nn.Module):
     features: int
     stride: int
     expansion: int
+    activation: Callable[[jax.Array], jax.Array] = nn.relu6
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """The block's output."""
         inner = x.shape[-1] * self.expansion
-        y = x if self.expansion == 1 else nn.relu6(_normed(train, nn.Conv(inner, (1, 1), use_bias=False)(x)))
+        y = x if self.expansion == 1 else self.activation(_normed(train, nn.Conv(inner, (1, 1), use_bias=False)(x)))
         y = nn.Conv(inner, (3, 3), self.stride, feature_group_count=inner, use_bias=False)(y)
-        y = nn.relu6(_normed(train, y))
+        y = self.activation(_normed(train, y))
         y = _normed(train, nn.Conv(self.features, (1, 1), use_bias=False)(y))
         return x + y if x.shape == y.shape else y
 
@@ -86,7 +87,7 @@ def _normed(train: bool, x: jax.Array) -> jax.Array:
 
 
 class MobileNetV2(nn.Module):
-    """Its blocks: expansion, features, repetitions, stride."""
+    """Its blocks: expansion, features, repetitions, stride; and the function between."""
 
     blocks: tuple[tuple[int, int, int, int], ...] = (
         (1, 16, 1, 1),
@@ -97,15 +98,16 @@ class MobileNetV2(nn.Module):
         (6, 160, 3, 2),
         (6, 320, 1, 1),
     )
+    activation: Callable[[jax.Array], jax.Array] = nn.relu6
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits of 1,000 classes."""
-        x = nn.relu6(_normed(train, nn.Conv(32, (3, 3), 2, use_bias=False)(x)))
+        x = self.activation(_normed(train, nn.Conv(32, (3, 3), 2, use_bias=False)(x)))
         for expansion, features, count, stride in self.blocks:
             for i in range(count):
-                x = Inverted(features, 1 if i else stride, expansion)(x, train)
-        x = nn.relu6(_normed(train, nn.Conv(1280, (1, 1), use_bias=False)(x)))
+                x = Inverted(features, 1 if i else stride, expansion, self.activation)(x, train)
+        x = self.activation(_normed(train, nn.Conv(1280, (1, 1), use_bias=False)(x)))
         return nn.Dense(1000)(x.mean((1, 2)))
 
 

@@ -2,8 +2,8 @@
 
 ``python -m tests.benchmarks integer_encoder``, under ``taskset -c 0`` for one core. Weights and tokens are random, or
 with ``JAXCOMP_MINILM=<folder of its model>`` MiniLM-L6's own and those of sentences. Activations have 8 bits and a
-range a token, found as they come. Beside them onnxruntime's file in float32, and the one that its own
-``quantize_dynamic`` makes of it: 8 bits, the weights a feature, activations a tensor.
+range a token, found as they come, or where it is static one for all, found before. Beside them onnxruntime's file in
+float32, and the one that its own ``quantize_dynamic`` makes of it: 8 bits, the weights a feature, activations a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp as jc
-from jaxcomp.activations import Act, Dynamic
+from jaxcomp.activations import Act, Dynamic, ranges_of
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.export import to_onnx
 from tests.benchmarks.export_onnx import session
@@ -68,6 +68,11 @@ def encoded(setting: Setting, heads: int, params: Any, args: tuple[jax.Array, ja
         q = jc.quantize_function(fn, {} if where is None else {where: RULE}, integer=where is not None)
         return Compiled(lambda tree, *args: q(tree, None, *args), tree(bits, prepared=prepared), *args)
 
+    def static() -> Call:
+        q = jc.quantize_function(fn, {".*kernel": Act(8)}, integer=True)
+        ranges = ranges_of(jax.jit(jc.calibrate(fn))(params, *args))
+        return Compiled(lambda tree, *args: q(tree, ranges, *args), tree(8, prepared=True), *args)
+
     makers: dict[str, Callable[[], Call]] = {name: partial(Compiled, fn, params, *args) for name in (FLOAT, AGAIN)}
     for bits in (8, 4):
         makers[f"weights alone, {bits} bits, prepared"] = partial(quantized, bits, None, prepared=True)
@@ -75,6 +80,7 @@ def encoded(setting: Setting, heads: int, params: Any, args: tuple[jax.Array, ja
     for bits in (8, 4):
         makers[f"{bits} bits, prepared"] = partial(quantized, bits, ".*", prepared=True)
         makers[f"{bits} bits, prepared, attention in floats"] = partial(quantized, bits, ".*kernel", prepared=True)
+    makers["8 bits, prepared, attention in floats, static ranges"] = static
     with TemporaryDirectory() as folder:
         path = Path(folder)
         makers[OTHER] = partial(_in_onnxruntime, path, fn, params, args, own=False)

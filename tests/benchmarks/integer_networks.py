@@ -28,16 +28,18 @@ from tests.benchmarks.sparse import in_onnxruntime
 from tests.benchmarks.timing import Report
 from train.networks import ResNet18
 
+BETWEEN = {"ReLU6": nn.relu6, "hard-swish": nn.hard_swish, "SiLU": nn.silu}
 OWN, AGAIN = "float32", "float32 again (control)"
 
 
 def run(*, toy: bool = False) -> Iterator[Report]:
-    """ResNet-18 of three sizes, and MobileNetV2."""
+    """ResNet-18 of three sizes, and MobileNetV2, also with the functions of later networks in place of ReLU6."""
     setting = Setting.lasting(3600, toy=toy)
     for width, images in setting.pick(((64, 1), (64, 8), (32, 1), (16, 8)), ((2, 2),)):
         yield compared(setting, f"ResNet-18 width {width}", ResNet18(width=width), (images, 32, 32, 3))
     size = setting.pick(224, 32)
-    yield compared(setting, "MobileNetV2", MobileNetV2(), (1, size, size, 3))
+    for name, activation in setting.pick(list(BETWEEN.items()), [("ReLU6", nn.relu6)]):
+        yield compared(setting, f"MobileNetV2, {name}", MobileNetV2(activation=activation), (1, size, size, 3))
 
 
 def compared(setting: Setting, name: str, model: nn.Module, shape: tuple[int, ...]) -> Report:
