@@ -83,6 +83,7 @@ class Made:
         """Learns the sums of a product where a link starts, and what it gave."""
         if at in self.links:
             self._sums[at] = sums
+            self._bias.pop(at, None)
             self.passed(self.links[at], at, y)
 
     def passed(self, link: Link, at: Location, y: jax.Array, *operands: jax.Array) -> None:
@@ -92,9 +93,11 @@ class Made:
             bias = operands[link.side]
             first = tuple(slice(None) if i in link.features else 0 for i in range(bias.ndim))
             self._bias[start] = jnp.broadcast_to(bias[first], [y.shape[i] for i in link.features]).reshape(-1)
-        sums = self._sums.get(start)
-        if at == link.end.location and sums is not None and isinstance(y, jax.core.Tracer) and y.dtype == jnp.float32:
-            self._known[id(y)] = y, Chained(sums, None if link.bias is None else self._bias[start], link.then)
+        if at != link.end.location or not isinstance(y, jax.core.Tracer) or y.dtype != jnp.float32:
+            return
+        sums, found = self._sums.get(start), self._bias.get(start)
+        if sums is not None and (found is None) == (link.bias is None):
+            self._known[id(y)] = y, Chained(sums, found, link.then)
 
     def of(self, value: jax.Array) -> Chained | None:
         """How a value is made, if that is known."""
