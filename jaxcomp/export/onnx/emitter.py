@@ -49,6 +49,13 @@ class Emitter:
         self, graph: Graph, layers: tuple[int, ...], eqn: core.JaxprEqn, at: Location, values: list[Value]
     ) -> Sequence[Value]:
         """Writes one equation, or runs it."""
+        results = self._written(graph, layers, eqn, at, values)
+        graph.ranks |= {v.name: len(v.shape) for v in results if isinstance(v, Tensor)}
+        return results
+
+    def _written(
+        self, graph: Graph, layers: tuple[int, ...], eqn: core.JaxprEqn, at: Location, values: list[Value]
+    ) -> Sequence[Value]:
         name = str(eqn.primitive.name)
         graph.source = source_info_util.summarize(eqn.source_info) or graph.source
         body = nested.call_body(eqn)

@@ -21,6 +21,7 @@ from jaxcomp.export.onnx.model import model_of, write
 from jaxcomp.export.onnx.observe import Seen
 from jaxcomp.export.onnx.parameters import opened, values_of
 from jaxcomp.export.onnx.passes.affine import fold_affine
+from jaxcomp.export.onnx.passes.functions import name_functions
 from jaxcomp.export.onnx.passes.integers import to_integers
 from jaxcomp.export.onnx.passes.links import sweep
 from jaxcomp.export.onnx.passes.results import quantize_results
@@ -99,6 +100,7 @@ def to_onnx(
     to_integers(graph)
     spell_out_relus(graph)
     narrow_kernels(graph)
+    name_functions(graph)
     sweep(graph)
     if left:
         warnings.warn(

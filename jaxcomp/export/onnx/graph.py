@@ -37,6 +37,7 @@ class Graph:
       inputs, outputs: the graph's own.
       outer: the graph around, whose tensors this one may read.
       scope, source: where the program is, for the names of nodes, and for errors.
+      ranks: of tensors that equations gave, by name.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Graph:
     outer: Graph | None = None
     scope: str = ""
     source: str = ""
+    ranks: dict[str, int] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     _made: dict[tuple[object, ...], str] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
