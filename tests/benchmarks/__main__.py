@@ -39,6 +39,7 @@ NAMES = (
     "integer_networks",
     "integer_encoder",
     "export_onnx",
+    "export_functions",
 )
 ON_A_DEVICE = (
     "gpu",
