@@ -81,10 +81,9 @@ class Made:
 
     def begin(self, at: Location, sums: CodedSums | None, y: jax.Array) -> None:
         """Learns the sums of a product where a link starts, and what it gave."""
-        if at in self.links:
-            self._sums[at] = sums
-            self._bias.pop(at, None)
-            self.passed(self.links[at], at, y)
+        self._sums[at] = sums
+        self._bias.pop(at, None)
+        self.passed(self.links[at], at, y)
 
     def passed(self, link: Link, at: Location, y: jax.Array, *operands: jax.Array) -> None:
         """Learns what an equation of a link gave."""
@@ -130,7 +129,10 @@ def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> Link |
         if _is_bias(user.eqn.invars[side], value, features, level):
             bias, value = user, user.eqn.outvars[0]
     found = _function(value, level, sites)
-    return None if found is None else Link(op, bias, side, features, found[0], level.makers[found[1]])
+    if found is None:
+        return None
+    then, last = found
+    return Link(op, bias, side, features, then, level.makers[last])
 
 
 def _is_bias(v: core.Var | core.Literal, of: core.Var, features: tuple[int, ...], level: Level) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp.activations.avals import result_of
+from jaxcomp.activations.convolutions import placed
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.packed_products import LaidFactor
 from jaxcomp.core.types import Shape
@@ -100,10 +101,8 @@ def convolved(op: Op, x: Factor, kernel: Factor) -> CodedSums:
     images, of_kernel, result = (channels_last(s) for s in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
     axis = numbers.out_spec[1]
     how = _How(window_of(op), images, False, of_kernel, result, shape, (axis,))
-    by_row = spread(x.scale, x.codes.shape)
-    count = by_row.shape[numbers.lhs_spec[0]]
-    by_row = by_row.reshape([count if i == numbers.out_spec[0] else 1 for i in range(len(shape))])
-    scale = jnp.broadcast_to(spread(kernel.scale, kernel.codes.shape).reshape(-1), (shape[axis],))
+    by_row = placed(op, 0, x.scale, x.codes.shape)
+    scale = jnp.broadcast_to(placed(op, 1, kernel.scale, kernel.codes.shape).reshape(-1), (shape[axis],))
     w = kernel.weight if isinstance(kernel, LaidFactor) else kernel.codes
     assert isinstance(w, PanelWeight | jax.Array)
     return CodedSums(x, w, by_row, scale, how)

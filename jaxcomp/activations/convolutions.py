@@ -107,29 +107,25 @@ def _holding(x: Factor) -> DType:
 
 def _run(op: Op, form: Form, x: Factor, kernel: Factor) -> jax.Array:
     """``Σ (a - za) sa b sb == sa sb (Σ a b - za Σ b)``."""
-    numbers, scale = op.eqn.params["dimension_numbers"], scale_of(op, x, kernel)
+    numbers = op.eqn.params["dimension_numbers"]
+    scale = placed(op, 0, x.scale, x.codes.shape) * placed(op, 1, kernel.scale, kernel.codes.shape)
     if form.floats is not None:
         x = Factor(_differences(x).astype(form.floats), x.scale, None, x.reach)
         kernel = Factor(kernel.codes.astype(form.floats), kernel.scale, None, kernel.reach)
     sums = _sums(op, form, x, kernel)
     if x.zero is not None:
         totals = total(kernel.codes, tuple(numbers.rhs_spec[1:]))
-        share = _placed(op, 0, x.zero, x.codes.shape) * _placed(op, 1, totals, kernel.codes.shape)
+        share = placed(op, 0, x.zero, x.codes.shape) * placed(op, 1, totals, kernel.codes.shape)
         sums = sums - share.astype(sums.dtype)
     return sums.astype(scale.dtype) * scale
 
 
-def scale_of(op: Op, x: Factor, kernel: Factor) -> jax.Array:
-    """What the sums of products of codes are multiplied by, in the result's axes."""
-    return _placed(op, 0, x.scale, x.codes.shape) * _placed(op, 1, kernel.scale, kernel.codes.shape)
-
-
-def _placed(op: Op, side: int, v: jax.Array, shape: Shape) -> jax.Array:
+def placed(op: Op, side: int, v: jax.Array, shape: Shape) -> jax.Array:
     """What an operand of this shape has one of an image, or of a feature, in the result's axes."""
     numbers, v = op.eqn.params["dimension_numbers"], spread(v, shape)
-    placed = [1] * v.ndim
-    placed[numbers.out_spec[side]] = v.shape[(numbers.lhs_spec, numbers.rhs_spec)[side][0]]
-    return v.reshape(placed)
+    sizes = [1] * v.ndim
+    sizes[numbers.out_spec[side]] = v.shape[(numbers.lhs_spec, numbers.rhs_spec)[side][0]]
+    return v.reshape(sizes)
 
 
 def _differences(x: Factor) -> jax.Array:

@@ -7,7 +7,7 @@ from jax.extend import core
 from jaxcomp.trace import nested
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.nested import Closed
-from jaxcomp.trace.pointwise import constant_of
+from jaxcomp.trace.pointwise import CONSTANT_STILL, constant_of
 from jaxcomp.trace.primitives import ELEMENTWISE
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, shape_of
@@ -58,8 +58,7 @@ class Level:
         if isinstance(v, core.Literal):
             return constant_of(v)
         op = self.makers.get(v)
-        spreads = op is not None and op.name in ("broadcast_in_dim", "convert_element_type")
-        return self.constant(op.eqn.invars[0]) if op is not None and spreads else None
+        return self.constant(op.eqn.invars[0]) if op is not None and op.name in CONSTANT_STILL else None
 
     def varying(self, v: core.Var | core.Literal) -> set[int]:
         """Axes along which a value may change."""

@@ -44,6 +44,10 @@ STEPS = TRUTH | named(
 )
 
 
+CONSTANT_STILL = frozenset({"broadcast_in_dim", "convert_element_type"})
+"""What they give of a constant is that constant."""
+
+
 class Reading:
     """Reads equations, one after the other, that are functions of one value.
 
@@ -117,7 +121,7 @@ class Reading:
         name, (result, *others) = eqn.primitive.name, eqn.outvars
         if name in UNCHANGED:
             return operands[0]
-        if name in ("convert_element_type", "broadcast_in_dim"):
+        if name in CONSTANT_STILL:
             return operands[0] if self._constant_at(operands[0]) is not None else None
         if name not in STEPS or others or aval_of(result).dtype != (np.bool_ if name in TRUTH else np.float32):
             return None

@@ -42,20 +42,21 @@ def _fast_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return (x - mean[:, None]) * (jax.lax.rsqrt(var[:, None] + ANY) * scale) + bias
 
 
+def _centred(x: jax.Array) -> jax.Array:
+    return x - x.mean(-1, keepdims=True)
+
+
 def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    centred = x - x.mean(-1, keepdims=True)
-    var = jnp.square(x - x.mean(-1, keepdims=True)).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(var + ANY) * scale + bias
+    var = jnp.square(_centred(x)).mean(-1, keepdims=True)
+    return _centred(x) * jax.lax.rsqrt(var + ANY) * scale + bias
 
 
 def _var_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(x.var(-1, keepdims=True) + ANY) * scale + bias
+    return _centred(x) * jax.lax.rsqrt(x.var(-1, keepdims=True) + ANY) * scale + bias
 
 
 def _root_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / jnp.sqrt(x.var(-1, keepdims=True) + ANY) * scale + bias
+    return _centred(x) / jnp.sqrt(x.var(-1, keepdims=True) + ANY) * scale + bias
 
 
 class Known(NamedTuple):
@@ -147,9 +148,9 @@ def name_functions(graph: Graph) -> None:
     for part in everywhere(graph):
         links = Links.of(part)
         for known, form in _forms():
-            for node in part.nodes:
+            for node in (node for node in part.nodes if node.op == form.last.op):
                 found = _Found(links, form)
-                if node.op == form.last.op and found.node(form.last, node) and found.fits(part.ranks, node):
+                if found.node(form.last, node) and found.fits(part.ranks, node):
                     names = {ANY: known.any, AXIS: "axis"}
                     read = {names[k]: number for k, number in found.numbers.items() if k in names}
                     node.op, node.inputs, node.attributes = known.op, found.inputs(), {**known.attributes, **read}
