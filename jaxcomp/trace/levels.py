@@ -12,6 +12,9 @@ from jaxcomp.trace.primitives import ELEMENTWISE
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, shape_of
 
+DEPTH = 64
+"""Equations behind one another that are looked at to learn along which axes a value changes."""
+
 
 def levels_of(program: Program) -> dict[Location, Level]:
     """By the location of the jaxpr, ``op.location[:-1]`` of its equations."""
@@ -38,6 +41,7 @@ class Level:
         self.users: dict[core.Var, list[Op]] = {}
         self.makers: dict[core.Var, Op] = {}
         self.known = part is not None
+        self._varying: dict[core.Var, set[int]] = {}
         results = part.jaxpr.outvars if part is not None else ()
         self.outputs = {v for v in results if not isinstance(v, core.Literal)}
 
@@ -60,18 +64,26 @@ class Level:
         op = self.makers.get(v)
         return self.constant(op.eqn.invars[0]) if op is not None and op.name in CONSTANT_STILL else None
 
-    def varying(self, v: core.Var | core.Literal) -> set[int]:
-        """Axes along which a value may change."""
+    def varying(self, v: core.Var | core.Literal, depth: int = 0) -> set[int]:
+        """Axes along which a value may change; of values made of one another many times over, all that it has."""
         if isinstance(v, core.Literal):
             return set()
-        wide = {i for i, size in enumerate(shape_of(v)) if size != 1}
-        op = self.makers.get(v)
-        if op is not None and op.name == "broadcast_in_dim":
-            inner = self.varying(op.eqn.invars[0])
-            return wide & {op.eqn.params["broadcast_dimensions"][i] for i in inner}
-        if op is not None and (op.name in ELEMENTWISE or op.name == "convert_element_type"):
+        if v not in self._varying:
+            wide = {i for i, size in enumerate(shape_of(v)) if size != 1}
+            op = self.makers.get(v) if depth < DEPTH else None
+            self._varying[v] = wide if op is None else wide & self._left_by(op, depth + 1, wide)
+        return self._varying[v]
+
+    def _left_by(self, op: Op, depth: int, wide: set[int]) -> set[int]:
+        """Those axes along which what an equation makes may change."""
+        first, params = op.eqn.invars[0] if op.eqn.invars else None, op.eqn.params
+        if op.name == "broadcast_in_dim" and first is not None:
+            return {params["broadcast_dimensions"][i] for i in self.varying(first, depth)}
+        if op.name == "transpose" and first is not None:
+            return {i for i, axis in enumerate(params["permutation"]) if axis in self.varying(first, depth)}
+        if op.name in ELEMENTWISE or op.name == "convert_element_type":
             operands = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
-            return wide & set().union(*(self.varying(u) for u in operands if shape_of(u)))
+            return set().union(*(self.varying(u, depth) for u in operands if shape_of(u)))
         return wide
 
 

@@ -40,7 +40,8 @@ Pointwise = tuple[Step, ...]
 TRUTH = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"})
 """Steps that give a truth value; the last three take such."""
 STEPS = TRUTH | named(
-    """abs add clamp div erf erfc exp expm1 integer_pow log1p logistic max min mul neg select_n sqrt square sub tanh"""
+    """abs add clamp div erf erfc exp expm1 integer_pow log1p logistic max min mul neg rsqrt select_n sqrt square sub
+    tanh"""
 )
 
 
@@ -200,10 +201,11 @@ _MONOTONE: dict[str, Callable[[float], float]] = {
     "tanh": math.tanh,
     "erf": math.erf,
     "erfc": math.erfc,
+    "rsqrt": lambda x: x**-0.5 if x > 0 else math.inf,
     "sqrt": math.sqrt,
     "neg": lambda x: -x,
 }
-_FROM = {"log1p": 0.0, "sqrt": 0.0}
+_FROM = {"log1p": 0.0, "rsqrt": 0.0, "sqrt": 0.0}
 """Below it they may give no number."""
 
 

@@ -14,9 +14,11 @@ CODED_CONVOLUTION = "convolve_codes"
 """Of images in codes (:mod:`jaxcomp.activations.coded_convolutions`)."""
 CODED_DOT = "multiply_codes"
 """Of two operands in codes (:mod:`jaxcomp.activations.coded_dots`)."""
+REGION = "run_region"
+"""Of equations that a CPU has one code for (:mod:`jaxcomp.activations.regions`)."""
 ROUNDING = "round_to_codes"
 """Of activations (:mod:`jaxcomp.activations.encoded`)."""
-PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, CODED_DOT, ROUNDING})
+PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, CODED_DOT, REGION, ROUNDING})
 """Calls that a backend may run in one piece."""
 CALLS = frozenset(
     {
