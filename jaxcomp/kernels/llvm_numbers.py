@@ -60,7 +60,7 @@ def on_grid(
     for factor in factors:
         x = b.fmul(x, factor)
     for sign, end in zip((">", "<"), ends, strict=True):
-        x = b.select(b.fcmp_unordered(sign, x, end), x, end)
+        x = b.select(b.fcmp_ordered(sign, end, x), end, x)
     x = b.fmul(x, constant(x.type, hair(jnp.dtype(jnp.float32))))
     x = intrinsic(b, f"llvm.roundeven.v{n}f32", x.type, x)
     bits = b.bitcast(b.fadd(x, whole), ir.VectorType(ir.IntType(32), n))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxcomp.kernels.llvm_code import Types, intrinsic
 from jaxcomp.kernels.llvm_numbers import constant, exponential, fma
 from jaxcomp.quantization.numerics.rounding import WHOLE
-from jaxcomp.trace.pointwise import Pointwise
+from jaxcomp.trace.pointwise import Pointwise, Step
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -37,15 +37,18 @@ def name_of(function: Pointwise) -> str:
 def pointwise(b: ir.IRBuilder, function: Pointwise, x: ir.Value) -> ir.Value:
     """A function of each number of a vector."""
     known = [x]
-    for name, operands, number in function:
-        given = [known[i] for i in operands]
-        if name == "constant":
-            known.append(constant(x.type, number))
-        elif name == "integer_pow":
-            known.append(_power(b, given[0], int(number)))
-        else:
-            known.append(_OPERATIONS[name](b, *given))
+    for step in function:
+        known.append(stepped(b, step, x.type, [known[i] for i in step.operands]))
     return known[-1]
+
+
+def stepped(b: ir.IRBuilder, step: Step, kind: ir.Type, given: Sequence[ir.Value]) -> ir.Value:
+    """One operation on vectors of this kind."""
+    if step.name == "constant":
+        return constant(kind, step.number)
+    if step.name == "integer_pow":
+        return _power(b, given[0], int(step.number))
+    return _OPERATIONS[step.name](b, *given)
 
 
 def _binary(name: str, b: ir.IRBuilder, *given: ir.Value) -> ir.Value:
@@ -57,6 +60,13 @@ def _compared(sign: str, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def _extreme(sign: str, b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """NaN of either; of a constant it is not asked, and processors have an instruction for it."""
+    from llvmlite import ir
+
+    if isinstance(x, ir.Constant):
+        x, y = y, x
+    if isinstance(y, ir.Constant):
+        return b.select(b.fcmp_ordered(sign, y, x), y, x)
     found = b.select(b.fcmp_unordered(sign, x, y), x, y)
     return b.select(b.fcmp_unordered("uno", y, y), y, found)
 
@@ -87,6 +97,10 @@ def _unary(name: str, b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 _size = partial(_unary, "fabs")
+
+
+def _rsqrt(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return b.fdiv(constant(x.type, 1.0), _unary("sqrt", b, x))
 
 
 def _polynomial(b: ir.IRBuilder, x: ir.Value, terms: Sequence[float]) -> ir.Value:
@@ -219,6 +233,7 @@ _OPERATIONS: dict[str, Callable[..., ir.Value]] = {
     "clamp": _clamp,
     "select_n": _select,
     "abs": _size,
+    "rsqrt": _rsqrt,
     "sqrt": partial(_unary, "sqrt"),
     "exp": _exp,
     "expm1": _expm1,
