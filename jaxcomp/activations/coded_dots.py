@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from jaxcomp.activations.factors import Factor, total
 from jaxcomp.activations.packed_products import LaidFactor, laid_factor
 from jaxcomp.activations.prepared import Carried
 from jaxcomp.core.meshes import explicit_mesh
-from jaxcomp.core.types import DType, PyTree
-from jaxcomp.kernels.llvm_dots import llvm_dot, llvm_panel_dot, refusal
+from jaxcomp.core.types import DType, PyTree, Shape
+from jaxcomp.kernels.llvm_dots import llvm_dot, llvm_panel_dot, llvm_panel_floats, refusal
 from jaxcomp.kernels.llvm_panels import refusal_of_codes
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.panels import PanelWeight
+from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.primitives import CODED_DOT
 from jaxcomp.trace.products import DotNumbers, axes_by_use
@@ -70,6 +72,31 @@ def coded_dot(op: Op, a: Factor, b: Factor, numbers: DotNumbers) -> Sums:
         sums, *totals = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
     by_side = dict(zip(wanted, totals, strict=True))
     return Sums(sums, by_side.get(0), by_side.get(1))
+
+
+def rescaled_dot(
+    a: Factor, b: Factor, numbers: DotNumbers, finished: Callable[[Factor, Factor], jax.Array]
+) -> jax.Array:
+    """A dot of codes with its rescale in one piece, where one operand is in panels; else as ``finished`` has it.
+
+    Args:
+      a, b: its operands.
+      numbers: which axes of both are summed over, and which both share.
+      finished: the dot of them, with its rescale.
+    """
+    laid = next((i for i, f in enumerate((a, b)) if _in_panels(f) is not None), None)
+    leaves, tree = jax.tree.flatten((a, b))
+    scales = {f.scale.dtype for f in (a, b)}
+    if (
+        laid is None
+        or (a, b)[laid].zero is not None
+        or scales != {jnp.dtype(jnp.float32)}
+        or explicit_mesh(leaves) is not None
+    ):
+        return finished(a, b)
+    jaxpr = jax.make_jaxpr(lambda *leaves: [finished(*jax.tree.unflatten(tree, leaves))])(*leaves)
+    left, right = (axes_by_use(numbers, side, f.codes.ndim) for side, f in enumerate((a, b)))
+    return _rescaled.bind(*leaves, jaxpr=jaxpr, tree=tree, laid=laid, parts=(left, right))[0]
 
 
 def _in_panels(f: Factor) -> PanelWeight | None:
@@ -134,6 +161,30 @@ def _laid_out(a: jax.Array, b: jax.Array, how: _How) -> tuple[jax.Array, dict[in
 
 
 _primitive = call_in_one_piece(CODED_DOT, _for_cpu)
+
+
+def _rescaled_for_cpu(
+    *leaves: jax.Array, tree: PyTree, laid: int, parts: tuple[Parts, Parts], jaxpr: ClosedJaxpr
+) -> list[jax.Array]:
+    factors = jax.tree.unflatten(tree, leaves)
+    x, w, of_x = factors[1 - laid], _in_panels(factors[laid]), parts[1 - laid]
+    assert w is not None
+    if refusal_of_codes() or not all(isinstance(n, int) for n in x.codes.shape) or not (x.codes.size and w.codes.size):
+        return run_call(*leaves, jaxpr=jaxpr)
+    zero = jnp.zeros((1,) * x.codes.ndim, jnp.int32) if x.zero is None else x.zero
+    by_row, zeros = (_by_row(v, x.codes.shape, of_x) for v in (x.scale, zero))
+    y = llvm_panel_floats(_rows(x.codes, of_x)[0], w, by_row, zeros)
+    return [(y if laid else y.T).reshape(jaxpr.out_avals[0].shape)]
+
+
+def _by_row(v: jax.Array, shape: Shape, axes: Parts) -> jax.Array:
+    """A number for each row, of one for each or for some of them."""
+    *_, summed = axes
+    kept = [1 if i in summed else n for i, n in enumerate(shape)]
+    return _rows(jnp.broadcast_to(spread(v, tuple(kept)), kept), axes).reshape(-1)
+
+
+_rescaled = call_in_one_piece(CODED_DOT, _rescaled_for_cpu)
 
 
 def _plain(op: Op, a: jax.Array, b: jax.Array, numbers: DotNumbers, kind: DType) -> jax.Array:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomp.activations.avals import result_of
-from jaxcomp.activations.coded_dots import Sums, coded_dot
+from jaxcomp.activations.coded_dots import Sums, coded_dot, rescaled_dot
 from jaxcomp.activations.convolutions import convolution
 from jaxcomp.activations.factors import Factor, total
 from jaxcomp.activations.reasons import (
@@ -26,7 +27,7 @@ from jaxcomp.activations.reasons import (
 )
 from jaxcomp.quantization.numerics.affine import spread
 from jaxcomp.trace.flow import Op
-from jaxcomp.trace.products import by_rows, dot_axes, dot_numbers, groups_of
+from jaxcomp.trace.products import DotNumbers, by_rows, dot_axes, dot_numbers, groups_of
 
 SMALLEST_BLOCK = 8
 """Blocks of the contracted axis with a scale of their own are this long at least, or integers gain nothing."""
@@ -122,13 +123,18 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
     (lhs, rhs), (lhs_batch, rhs_batch) = numbers
     counts = [max(a.scale.shape[i], b.scale.shape[j]) for i, j in zip(lhs, rhs, strict=True)]
     cut = sum(count > 1 for count in counts)
-    if cut:
-        a, left = _blocked(a, dict(zip(lhs, counts, strict=True)))
-        b, right = _blocked(b, dict(zip(rhs, counts, strict=True)))
-        outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
-        batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
-        numbers = (tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)), tuple(map(tuple, batch))
-    sums = coded_dot(op, a, b, numbers)
+    if not cut:
+        return rescaled_dot(a, b, numbers, partial(_dotted, op, numbers))
+    a, left = _blocked(a, dict(zip(lhs, counts, strict=True)))
+    b, right = _blocked(b, dict(zip(rhs, counts, strict=True)))
+    outer = [[left[i][0] for i in lhs if len(left[i]) > 1], [right[j][0] for j in rhs if len(right[j]) > 1]]
+    batch = [[*outer[0], *(left[i][-1] for i in lhs_batch)], [*outer[1], *(right[j][-1] for j in rhs_batch)]]
+    summed = tuple(left[i][-1] for i in lhs), tuple(right[j][-1] for j in rhs)
+    return _dotted(op, (summed, (tuple(batch[0]), tuple(batch[1]))), a, b).sum(tuple(range(cut)))
+
+
+def _dotted(op: Op, numbers: DotNumbers, a: Factor, b: Factor) -> jax.Array:
+    """A dot of factors with these axes, rescaled."""
     contract, batch_axes = numbers
     n = math.prod(a.codes.shape[i] for i in contract[0])
 
@@ -142,8 +148,7 @@ def _dot(op: Op, a: Factor, b: Factor) -> jax.Array:
         v = jnp.transpose(v, [*first, *free, *contract[side]])
         return v.reshape([*shape, *own, *[1] * other] if side == 0 else [*shape, *[1] * other, *own])
 
-    y = _rescaled(sums, (a, b), n, placed)
-    return y.sum(tuple(range(cut))) if cut else y
+    return _rescaled(coded_dot(op, a, b, numbers), (a, b), n, placed)
 
 
 def _blocked(f: Factor, counts: dict[int, int]) -> tuple[Factor, list[list[int]]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,8 @@ from jaxcomp.kernels.llvm_amx_windows import ROW, ROWS, Gathered, InPlace
 from jaxcomp.kernels.llvm_calls import Work, call, features
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_panel_sums import Given, Panel
-from jaxcomp.kernels.llvm_results import AS_SUMS, Results, Written
+from jaxcomp.kernels.llvm_results import AS_SUMS, Kept, Results, Written
 from jaxcomp.kernels.panels import FEATURES, unit, width
-from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +35,8 @@ WINDOWS = 2 * ROWS
 """That meet two panels at a time."""
 MANY, PANELS = 4 * WINDOWS, 8
 """What a thread takes at a time."""
+TOGETHER = 2
+"""Rows of sums that become something else at once."""
 SUMS, HALVES, PAIR = range(4), (4, 5), (6, 7)
 """Tiles: of sums of each of two halves of rows by each of two panels, of these halves, and of this pair."""
 _ASK, _TILES = 0x1023, 18
@@ -78,16 +79,16 @@ def amx_sums(bits: int, *given: *Given, results: Written = AS_SUMS, pointwise: b
     stop, end = jnp.minimum(first + MANY, windows), jnp.minimum(panel + PANELS, (one + 1) * panels)
     first = jnp.minimum(first, windows - ROWS)
     tasks = jnp.stack([panel, end, one * windows + first, one * windows + stop], 1)
-    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), results.dtype())
-    name = f"panels_amx_{bits}{'_in_place' if pointwise else ''}{results.name}"
-    work = Work(name, partial(_chunk, InPlace if pointwise else Gathered, bits, results.then), 1, by=4)
+    result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), results.kept.dtype)
+    name = f"panels_amx_{bits}{'_in_place' if pointwise else ''}{results.kept.name}"
+    work = Work(name, partial(_chunk, InPlace if pointwise else Gathered, bits, results.kept), 1, by=4)
     return call(work, result, x, *around, codes, tasks, *results.operands)
 
 
 def _chunk(
     kind: type[Gathered],
     bits: int,
-    then: Pointwise,
+    kept: Kept,
     b: ir.IRBuilder,
     operands: list[Operand],
     first: ir.Value,
@@ -95,7 +96,7 @@ def _chunk(
 ) -> None:
     """Some tasks: the panels from one to before another, and the windows from one to before another."""
     x, blank, sources, codes, tasks, *results = operands
-    code = _Code(kind, bits, b, [x, blank, sources, codes], Results(b, results, FEATURES, then))
+    code = _Code(kind, bits, b, [x, blank, sources, codes], Results(b, results, FEATURES, kept))
     with configured(b), counted(b, first, last) as task:
         code.write(*row_of_words(b, tasks, task, 4))
 
@@ -156,8 +157,6 @@ class _Code:
         self.windows = kind(b, (x, blank, sources), self.out.rows)
         self.length, self.steps = self.windows.length, self.windows.steps
         self.row, self.words = ir.VectorType(t.i8, ROW), ir.VectorType(t.i32, FEATURES)
-        with b.goto_entry_block():
-            self.sums = b.alloca(self.words, ROWS)
 
     def write(self, panel: ir.Value, end: ir.Value, start: ir.Value, stop: ir.Value) -> None:
         """The sums of windows and panels, each from one to before another."""
@@ -165,9 +164,12 @@ class _Code:
         groups = b.sdiv(b.add(b.sub(stop, start), t.word(WINDOWS - 1)), t.word(WINDOWS))
         gathered = b.mul(b.mul(groups, t.word(WINDOWS)), self.windows.stride)
         laid = b.mul(self.steps, t.word(ROWS * ROW))
-        room = self.w.libc("malloc", t.pointer, b.add(b.add(gathered, t.word(ROW)), b.mul(laid, t.word(2))))
-        first = behind(b, room, b.add(gathered, t.word(ROW)))
-        scratch = [first, behind(b, first, laid)]
+        begin = b.add(gathered, t.word(ROW))
+        size = b.add(begin, b.mul(laid, t.word(2)))
+        sums = b.mul(b.sub(stop, start), t.word(PANELS * ROW)) if self.results.given else t.word(0)
+        room = self.w.libc("malloc", t.pointer, b.add(size, sums))
+        first = behind(b, room, begin)
+        scratch, self.sums = [first, behind(b, first, laid)], behind(b, room, size)
         with counted(b, t.word(0), groups) as group:
             self.windows.begun(halves_of(b, group, start, stop), behind(b, room, self._rows(group)))
         with counted(b, t.word(0), b.sdiv(b.add(b.sub(end, panel), t.word(1)), t.word(2))) as number:
@@ -178,7 +180,9 @@ class _Code:
             with counted(b, t.word(0), groups) as group:
                 halves = halves_of(b, group, start, stop)
                 self._added(self.windows.met(halves, behind(b, room, self._rows(group))), both, scratch)
-                self._kept(halves, both)
+                self._kept(halves, both, (start, panel))
+        if self.results.given:
+            self._written((start, stop), (panel, end))
         self.w.libc("free", t.void, room)
 
     def _rows(self, group: ir.Value) -> ir.Value:
@@ -224,23 +228,43 @@ class _Code:
                 tile(b, "tileloadd", register, place, t.word(ROW))
             multiplied(b)
 
-    def _kept(self, halves: Sequence[ir.Value], panels: Sequence[ir.Value]) -> None:
-        """The sums become those of the windows of a group, or their codes; of a panel that is there twice once."""
-        self._written(0, halves, panels[0])
-        with self.b.if_then(self.b.icmp_signed("!=", *panels)):
-            self._written(1, halves, panels[1])
+    def _kept(self, halves: Sequence[ir.Value], panels: Sequence[ir.Value], first: tuple[ir.Value, ir.Value]) -> None:
+        """The sums of the windows of a group leave the tiles; of a panel that is there twice once."""
+        b = self.b
+        for side, panel in enumerate(panels):
+            with b.if_then(b.icmp_signed("!=", *panels)) if side else nullcontext():
+                for half, row in enumerate(halves):
+                    place, stride = self._place(row, panel, first)
+                    tile(b, "tilestored", SUMS[2 * side + half], place, stride)
 
-    def _written(self, side: int, halves: Sequence[ir.Value], panel: ir.Value) -> None:
-        b, t, columns = self.b, self.t, self.out.columns
-        column = b.mul(b.srem(panel, b.sdiv(columns, t.word(FEATURES))), t.word(FEATURES))
-        needed = self.results.of_features(column)
-        for half, first in enumerate(halves):
-            total = SUMS[2 * side + half]
-            if not needed:
-                place = element(b, self.out, b.add(b.mul(first, columns), column), t.i32)
-                tile(b, "tilestored", total, place, b.mul(columns, t.word(4)))
-                continue
-            tile(b, "tilestored", total, self.sums, t.word(ROW))
-            with counted(b, t.word(0), t.word(ROWS)) as row:
-                place = behind(b, self.sums, b.mul(row, t.word(ROW)))
-                self.results.write(b.load(place, typ=self.words, align=4), needed, b.add(first, row), column)
+    def _place(self, row: ir.Value, panel: ir.Value, first: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, ir.Value]:
+        """Where sums go from a row and a panel on, and bytes from one row to the next: if to memory of a task's own."""
+        b, t = self.b, self.t
+        if self.results.given:
+            at = b.add(b.mul(b.sub(row, first[0]), t.word(PANELS)), b.sub(panel, first[1]))
+            return behind(b, self.sums, b.mul(at, t.word(ROW))), t.word(PANELS * ROW)
+        place = element(b, self.out, b.add(b.mul(row, self.out.columns), self._column(panel)), t.i32)
+        return place, b.mul(self.out.columns, t.word(4))
+
+    def _column(self, panel: ir.Value) -> ir.Value:
+        b, t = self.b, self.t
+        return b.mul(b.srem(panel, b.sdiv(self.out.columns, t.word(FEATURES))), t.word(FEATURES))
+
+    def _written(self, rows: tuple[ir.Value, ir.Value], panels: tuple[ir.Value, ir.Value]) -> None:
+        """A task's sums become something else, a few rows at once: memory gives tiles back some time after."""
+        b, t, (start, stop) = self.b, self.t, rows
+        count, first = (
+            b.sdiv(b.add(b.sub(stop, start), t.word(TOGETHER - 1)), t.word(TOGETHER)),
+            self._column(panels[0]),
+        )
+        with counted(b, t.word(0), count) as group:
+            some = [b.add(start, b.add(b.mul(group, t.word(TOGETHER)), t.word(i))) for i in range(TOGETHER)]
+            some = [b.select(b.icmp_signed("<", row, stop), row, b.sub(stop, t.word(1))) for row in some]
+            of_rows = [self.results.of_row(row) for row in some]
+            with counted(b, *panels) as panel:
+                column = b.add(first, b.mul(b.sub(panel, panels[0]), t.word(FEATURES)))
+                of_features = self.results.of_features(column)
+                for row, of_row in zip(some, of_rows, strict=True):
+                    place, _ = self._place(row, panel, (start, panels[0]))
+                    sums = b.load(place, typ=self.words, align=4)
+                    self.results.write(sums, of_features, of_row, (row, column))

@@ -18,9 +18,8 @@ from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing, part
 from jaxcomp.kernels.llvm_code import Operand, Types, behind, beside, counted, element, intrinsic, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_numbers import constant, dot
-from jaxcomp.kernels.llvm_results import AS_SUMS, Requantized, Results
+from jaxcomp.kernels.llvm_results import AS_SUMS, Kept, Requantized, Results
 from jaxcomp.kernels.windows import Window
-from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -79,9 +78,9 @@ def llvm_depthwise_sums(
     tasks = parts(of_all, max(1, TOGETHER // filled))
     off = (offset + kind.more)[:, None] * kernel.astype(jnp.int32).sum(0)[None]
     results = AS_SUMS if to is None else to.written(off[0], filled)
-    chunk = partial(_summed, kind, lanes, taps, results.then)
-    work = Work(f"depthwise{kind.__name__}_{lanes}_{taps}{results.name}", chunk, 1, by=4)
-    result = jax.ShapeDtypeStruct((of_all, filled), results.dtype())
+    chunk = partial(_summed, kind, lanes, taps, results.kept)
+    work = Work(f"depthwise{kind.__name__}_{lanes}_{taps}{results.kept.name}", chunk, 1, by=4)
+    result = jax.ShapeDtypeStruct((of_all, filled), results.kept.dtype)
     y = call(work, result, x, blank, jnp.asarray(sources), weights, tasks, *results.operands)
     y = y[:, :channels].reshape(window.result(shape, channels))
     return y if to or (zero is None and not kind.more) else y - off.reshape(-1, *[1] * (x.ndim - 2), channels)
@@ -91,7 +90,7 @@ def _summed(
     kind: type[_Windows],
     lanes: int,
     taps: int,
-    then: Pointwise,
+    kept: Kept,
     b: ir.IRBuilder,
     operands: list[Operand],
     first: ir.Value,
@@ -99,7 +98,7 @@ def _summed(
 ) -> None:
     """Some tasks: windows from one to before another."""
     x, blank, sources, weights, tasks, *results = operands
-    windows = kind(lanes, taps, b, [x, blank, sources, weights], Results(b, results, lanes, then))
+    windows = kind(lanes, taps, b, [x, blank, sources, weights], Results(b, results, lanes, kept))
     with counted(b, first, last) as task:
         begin, end = row_of_words(b, tasks, task, 2)
         with counted(b, begin, end) as window:
@@ -142,7 +141,7 @@ class _Windows(ABC):
             at = b.select(b.icmp_signed("<", at, most), at, most)
             for part, total in enumerate(self._sums(pixels, at)):
                 column = b.add(at, t.word(part * self.lanes))
-                self.results.write(total, self.results.of_features(column), row, column)
+                self.results.write(total, self.results.of_features(column), [], (row, column))
 
     def _sums(self, pixels: list[ir.Value], at: ir.Value) -> list[ir.Value]:
         """Of a few channels from there on, by vectors."""

@@ -17,6 +17,7 @@ from jaxcomp.kernels.llvm_calls import Work, call_for
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
 from jaxcomp.kernels.llvm_panel_sums import VECTOR
 from jaxcomp.kernels.llvm_panels import more_of, refusal_of_codes, sums_of_codes
+from jaxcomp.kernels.llvm_results import AS_SUMS, Rescaled, Written
 from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 
 if TYPE_CHECKING:
@@ -71,15 +72,33 @@ def llvm_panel_dot(a: jax.Array, w: PanelWeight) -> jax.Array:
     return _sums(a[None], w.codes, totals[None], w.bits)[0, :, : w.features]
 
 
+def llvm_panel_floats(a: jax.Array, w: PanelWeight, by_row: jax.Array, zero: jax.Array) -> jax.Array:
+    """The product of ``(a - zero) * by_row``, of a row each, and the values of a weight of one tap, float32.
+
+    Args:
+      a: int8 ``(rows, length)``.
+      w: the weight.
+      by_row: float32 ``(rows,)``.
+      zero: int32 ``(rows,)``.
+    """
+    to = Rescaled(by_row, zero, w.scale.reshape(-1), w.totals)
+    results = to.written(more_of(w.bits, a.shape[0]), w.codes.shape[0] * FEATURES)
+    return _products(a[None], w.codes, w.bits, results)[:, : w.features]
+
+
 def _sums(a: jax.Array, panels: jax.Array, totals: jax.Array, bits: int) -> jax.Array:
     """``(batch, rows, 16 panels)``: products with panels, as many for each of the batch."""
+    y, more = _products(a, panels, bits).reshape(*a.shape[:2], -1), more_of(bits, a.shape[1])
+    return y - more * totals[:, None] if more else y
+
+
+def _products(a: jax.Array, panels: jax.Array, bits: int, results: Written = AS_SUMS) -> jax.Array:
+    """``(batch * rows, 16 panels)``."""
     batch, rows, length = a.shape
     a = jnp.pad(a, ((0, 0), (0, 0), (0, -length % unit(bits)))).reshape(batch * rows, -1)
     around = jnp.zeros((1, a.shape[-1]), a.dtype), jnp.zeros((1, 1), jnp.int32)
-    more = more_of(bits, rows)
-    y = sums_of_codes(bits, a, around, panels, (batch, rows, panels.shape[0] // batch), pointwise=True)
-    y = y.reshape(batch, rows, -1)
-    return y - more * totals[:, None] if more else y
+    wanted = batch, rows, panels.shape[0] // batch
+    return sums_of_codes(bits, a, around, panels, wanted, results=results, pointwise=True)
 
 
 def _panels(b: jax.Array, features: int, *, last: bool) -> tuple[jax.Array, jax.Array]:

@@ -24,10 +24,9 @@ from jaxcomp.kernels.llvm_code import Operand, Types, behind, counted, element, 
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
-from jaxcomp.kernels.llvm_results import AS_SUMS, Requantized, Results, Written
+from jaxcomp.kernels.llvm_results import AS_SUMS, Kept, Requantized, Results, Written
 from jaxcomp.kernels.panels import DEEP, FEATURES, PanelWeight, unit
 from jaxcomp.kernels.windows import Window
-from jaxcomp.trace.pointwise import Pointwise
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -174,9 +173,9 @@ def panel_sums(kind: Kind, *given: *Given, results: Written = AS_SUMS) -> jax.Ar
     one, part, side = number // (parts * sides), number // sides % parts, number % sides
     first, stop = one * windows + part * MANY, (one + 1) * windows
     tasks = jnp.stack([one * panels + side * at_once, first, jnp.minimum(first + MANY, stop)], 1)
-    name = f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}{results.name}"
+    name = f"panels_{kind.code.__name__}_{kind.bits}_{kind.lanes}{results.kept.name}"
     result = jax.ShapeDtypeStruct((batch * windows, panels * FEATURES), results.dtype(kind.code.dtype))
-    work = Work(name, partial(_panels, kind, results.then), 1, by=4)
+    work = Work(name, partial(_panels, kind, results.kept), 1, by=4)
     return call(work, result, x, *around, codes, tasks, *results.operands)
 
 
@@ -188,13 +187,11 @@ class _At(NamedTuple):
     window: ir.Value
 
 
-def _panels(
-    kind: Kind, then: Pointwise, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value
-) -> None:
+def _panels(kind: Kind, kept: Kept, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """Some tasks: a panel of features, and the windows from one to before another."""
     x, blank, sources, codes, tasks, *results = operands
     sums = kind.code(kind.bits, kind.lanes, b)
-    group = _Group(sums, b, [x, blank, sources, codes], Results(b, results, sums.lanes, then))
+    group = _Group(sums, b, [x, blank, sources, codes], Results(b, results, sums.lanes, kept))
     with counted(b, first, last) as task:
         group.write_all(*row_of_words(b, tasks, task, 3))
 
@@ -238,8 +235,9 @@ class _Group:
             columns = self._columns(panels)
             needed = [self.results.of_features(column) for column in columns]
             for i, row in enumerate(rows):
-                for total, one, column in zip(sums.ended(i), needed, columns, strict=True):
-                    self.results.write(total, one, row.row, column)
+                of_row = self.results.of_row(row.row)
+                for total, of_features, column in zip(sums.ended(i), needed, columns, strict=True):
+                    self.results.write(total, of_features, of_row, (row.row, column))
 
     def _panels(self, panel: ir.Value) -> list[ir.Value]:
         """Those that windows meet at once: the last of a matrix again where there are no more."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import jaxcomp as jc
 from jaxcomp.kernels.llvm_depthwise import llvm_depthwise_sums, refusal
+from jaxcomp.kernels.llvm_dots import llvm_panel_floats
 from jaxcomp.kernels.llvm_panels import llvm_panel_sums, refusal_of_codes
 from jaxcomp.kernels.llvm_results import Requantized
 from jaxcomp.kernels.panels import PanelWeight, panel_codes
@@ -102,6 +103,34 @@ def test_codes_of_a_depthwise_convolution(processor, channels) -> None:
     to = grid_of(channels, read(jax.nn.relu), symmetric=True)
     got = jax.jit(partial(llvm_depthwise_sums, window=w))(jnp.asarray(x, jnp.int8), jnp.asarray([-3]), by_taps, to=to)
     near(got, by_formula(by_numpy(x + 3, kernel, w), to))
+
+
+@runs_here
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("count", [3, 40, 150])
+def test_floats_of_a_product(processor, count, bits) -> None:
+    """In float32 as written: the bits are the same."""
+    rng, features, length = np.random.default_rng(3), 40, 52
+    x = rng.integers(-128, 128, (count, length))
+    numbers = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (features, length)), jnp.int8)
+    scale, by_row = (rng.uniform(0.01, 1, n).astype(np.float32) for n in (features, count))
+    zero = rng.integers(-128, 128, count)
+    by_row[1] = np.nan
+    panels = PanelWeight(
+        panel_codes(numbers, bits, length),
+        jnp.asarray(scale[:, None]),
+        numbers.sum(-1, dtype=jnp.int32),
+        jc.Int(bits),
+        1,
+        length,
+        features,
+        jnp.dtype(jnp.float32),
+    )
+    got = jax.jit(llvm_panel_floats)(
+        jnp.asarray(x, jnp.int8), panels, jnp.asarray(by_row), jnp.asarray(zero, jnp.int32)
+    )
+    sums = (x - zero[:, None]) @ np.asarray(numbers, np.int64).T
+    np.testing.assert_array_equal(got, sums.astype(np.float32) * (by_row[:, None] * scale))
 
 
 @runs_here
