@@ -68,7 +68,7 @@ def run_call(*operands: jax.Array, jaxpr: ClosedJaxpr, **params: Any) -> list[ja
 
 
 def _derived(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> Any:
-    return jax.jvp(partial(run_call, **params), primals, [ad.instantiate_zeros(t) for t in tangents])
+    return jax.jvp(partial(run_call, **params), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 def _batched(

@@ -1,0 +1,99 @@
+"""Equations of a program that a CPU has one code for: what they read and give, and how they run in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import ClosedJaxpr
+
+from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.kernels import llvm_float_attention, llvm_rows
+from jaxcomp.kernels.lowering import call_in_one_piece
+from jaxcomp.trace.flow import Op
+from jaxcomp.trace.interpreter import Claim
+from jaxcomp.trace.levels import Level
+from jaxcomp.trace.primitives import REGION
+from jaxcomp.trace.rowwise import Beside, RowReading
+from jaxcomp.trace.walk import Location, Value, aval_of, shape_of
+
+MOST = 64
+"""Equations of one."""
+
+How = llvm_float_attention.How | llvm_rows.How
+
+
+@dataclass(frozen=True)
+class Region:
+    """Some equations of a program, of which others read the first result of the last alone.
+
+    Attributes:
+      ops: they, in order.
+      given: what they read beside what they make.
+      how: what they are.
+    """
+
+    ops: tuple[Op, ...]
+    given: tuple[core.Var, ...]
+    how: How
+    _values: dict[core.Var, jax.Array] = field(default_factory=dict)
+
+    def claims(self, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
+        """Claims on its equations: all but the last give nothing, and it gives the result."""
+
+        def run(op: Op, *values: Value) -> list[jax.Array | None]:
+            for v, value in zip(op.eqn.invars, values, strict=True):
+                if v in self.given:
+                    self._values[v] = to_array(value)
+            results: list[jax.Array | None] = [None] * len(op.eqn.outvars)
+            if op is self.ops[-1]:
+                results[0] = self._result([self._values[v] for v in self.given])
+                self._values.clear()
+            return results
+
+        return {op.location: Claim(partial(run, op)) for op in self.ops}
+
+    def _result(self, given: Sequence[jax.Array]) -> jax.Array:
+        if explicit_mesh(given) is not None:
+            return self._plain(*given)[0]
+        return _primitive.bind(*given, jaxpr=jax.make_jaxpr(self._plain)(*given), how=self.how)[0]
+
+    def _plain(self, *given: jax.Array) -> list[jax.Array]:
+        """As the program has it."""
+        known = dict(zip(self.given, given, strict=True))
+        for op in self.ops:
+            operands = [v.val if isinstance(v, core.Literal) else known[v] for v in op.eqn.invars]
+            known |= zip(op.eqn.outvars, op.bind(*operands), strict=True)
+        return [known[self.ops[-1].eqn.outvars[0]]]
+
+
+def is_known_float(v: core.Var) -> bool:
+    """Whether a value is float32, of sizes that are known."""
+    return all(isinstance(n, int) for n in shape_of(v)) and aval_of(v).dtype == jnp.float32
+
+
+def beside_of(reading: RowReading, level: Level) -> list[Beside]:
+    """The values that meet rows, with the axes along which they are not everywhere the same."""
+    wide = {one.value: level.varying(one.value) for one in reading.beside}
+    return [Beside(v, tuple(axis if axis in wide[v] else None for axis in axes)) for v, axes in reading.beside]
+
+
+def refusal(how: How, given: Sequence[core.Var]) -> str | None:
+    """Why there is no code for equations on the machine that is here; None if there is."""
+    if isinstance(how, llvm_rows.How):
+        return llvm_rows.refusal(how)
+    _, k, v, *_ = map(shape_of, given)
+    return llvm_float_attention.refusal(how, (k[how.k.width], v[how.v.width]))
+
+
+def _for_cpu(*given: jax.Array, how: How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    if isinstance(how, llvm_rows.How):
+        return [llvm_rows.llvm_rows(how, *given)]
+    return [llvm_float_attention.llvm_mixed(how, *given)]
+
+
+_primitive = call_in_one_piece(REGION, _for_cpu)
