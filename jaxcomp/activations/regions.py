@@ -33,7 +33,8 @@ class Region:
 
     Attributes:
       ops: they, in order.
-      given: what they read beside what they make.
+      given: what the code takes of what they read beside what they make; they may read constants, and what goes
+        nowhere.
       how: what they are.
     """
 
@@ -45,17 +46,25 @@ class Region:
     def claims(self, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
         """Claims on its equations: all but the last give nothing, and it gives the result."""
 
+        read = self._read()
+
         def run(op: Op, *values: Value) -> list[jax.Array | None]:
             for v, value in zip(op.eqn.invars, values, strict=True):
-                if v in self.given:
+                if v in read:
                     self._values[v] = to_array(value)
             results: list[jax.Array | None] = [None] * len(op.eqn.outvars)
             if op is self.ops[-1]:
-                results[0] = self._result([self._values[v] for v in self.given])
+                results[0] = self._result([self._values[v] for v in read])
                 self._values.clear()
             return results
 
         return {op.location: Claim(partial(run, op)) for op in self.ops}
+
+    def _read(self) -> list[core.Var]:
+        """All that they read: first what is given."""
+        made = {v for op in self.ops for v in op.eqn.outvars}
+        operands = [v for op in self.ops for v in op.eqn.invars if isinstance(v, core.Var) and v not in made]
+        return [*self.given, *(v for v in dict.fromkeys(operands) if v not in self.given)]
 
     def _result(self, given: Sequence[jax.Array]) -> jax.Array:
         if explicit_mesh(given) is not None:
@@ -64,7 +73,7 @@ class Region:
 
     def _plain(self, *given: jax.Array) -> list[jax.Array]:
         """As the program has it."""
-        known = dict(zip(self.given, given, strict=True))
+        known = dict(zip(self._read(), given, strict=True))
         for op in self.ops:
             operands = [v.val if isinstance(v, core.Literal) else known[v] for v in op.eqn.invars]
             known |= zip(op.eqn.outvars, op.bind(*operands), strict=True)
@@ -91,9 +100,10 @@ def refusal(how: How, given: Sequence[core.Var]) -> str | None:
 
 
 def _for_cpu(*given: jax.Array, how: How, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    met = len(how.beside)
     if isinstance(how, llvm_rows.How):
-        return [llvm_rows.llvm_rows(how, *given)]
-    return [llvm_float_attention.llvm_mixed(how, *given)]
+        return [llvm_rows.llvm_rows(how, *given[: 1 + met])]
+    return [llvm_float_attention.llvm_mixed(how, *given[: 3 + met])]
 
 
 _primitive = call_in_one_piece(REGION, _for_cpu)
