@@ -13,13 +13,12 @@ from jax.extend import core
 
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.regions import MOST, Region, beside_of, is_known_float, refusal
-from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_float_attention import How, Lay
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.levels import Level
-from jaxcomp.trace.primitives import BARRED, ELEMENTWISE
+from jaxcomp.trace.primitives import BARRED, ELEMENTWISE, RELAID
 from jaxcomp.trace.products import axes_by_use, dot_numbers
-from jaxcomp.trace.rowwise import Axes, RowReading, varies
+from jaxcomp.trace.rowwise import Axes, RowReading, resized, sized, varies
 from jaxcomp.trace.walk import Location, shape_of
 
 
@@ -46,12 +45,11 @@ def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> Region
     if not level.known or not is_known_float(scores):
         return None
     reading, ops, last = RowReading(scores, level.constant), [op], None
-    waiting = list(level.users.get(scores, ()))
+    waiting = level.readers(scores)
     for _ in range(MOST):
         if not waiting:
             break
-        op = min(waiting, key=lambda op: op.location)
-        waiting = [other for other in waiting if other.location != op.location]
+        op = waiting.pop(min(waiting))
         if op.location in sites:
             if waiting or last is not None:
                 return None
@@ -60,7 +58,7 @@ def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> Region
         if last is not None or not reading.read(op.eqn) or not level.outputs.isdisjoint(op.eqn.outvars):
             return None
         ops.append(op)
-        waiting += [user for v in op.eqn.outvars for user in level.users.get(v, ())]
+        waiting |= level.readers(*op.eqn.outvars)
     if waiting or last is None or reading.along is None or scores in level.outputs:
         return None
     return _whole([*ops, last], reading, level)
@@ -135,18 +133,14 @@ def _kept(axes: Axes) -> set[int]:
     return {axis for axis in axes if axis is not None}
 
 
-_MOVED = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
-"""What moves axes, or lets axes of size 1 come and go."""
-
-
 def _order(v: core.Var, level: Level) -> list[int]:
     """The axes of a value, the slowest first, as those lie of what it was transposed from."""
-    places, rank = _places(v), len(shape_of(v))
+    places, rank = sized(shape_of(v)), len(shape_of(v))
     while (op := level.makers.get(v)) is not None:
-        operand = op.eqn.invars[0] if op.name in _MOVED else _alike(op, v)
+        operand = op.eqn.invars[0] if op.name in RELAID else _alike(op, v)
         if not isinstance(operand, core.Var):
             break
-        before = _before(op, places, operand) if op.name in _MOVED else places
+        before = _before(op, places, operand) if op.name in RELAID else places
         if before is None:
             break
         places, v = before, operand
@@ -155,13 +149,13 @@ def _order(v: core.Var, level: Level) -> list[int]:
 
 def _wanted_order(v: core.Var, level: Level) -> list[int]:
     """The axes of a value, the slowest first, as those lie of what it is transposed to."""
-    places, rank = _places(v), len(shape_of(v))
-    while (op := level.only_user(v)) is not None and op.name in _MOVED:
+    places, rank = sized(shape_of(v)), len(shape_of(v))
+    while (op := level.only_user(v)) is not None and op.name in RELAID:
         result = op.eqn.outvars[0]
         if op.name == "transpose":
-            places = [places[int(i)] for i in op.eqn.params["permutation"]]
+            places = tuple(places[int(i)] for i in op.eqn.params["permutation"])
         else:
-            after = _resized(places, shape_of(v), shape_of(result))
+            after = resized(places, shape_of(v), shape_of(result))
             if after is None:
                 break
             places = after
@@ -169,31 +163,15 @@ def _wanted_order(v: core.Var, level: Level) -> list[int]:
     return _by_place(places, rank)
 
 
-Places = list[int | None]
-"""For each axis of a value that axis of another which it is; None of size 1."""
-
-
-def _places(v: core.Var) -> Places:
-    return [i if n != 1 else None for i, n in enumerate(shape_of(v))]
-
-
-def _before(op: Op, places: Places, operand: core.Var) -> Places | None:
+def _before(op: Op, places: Axes, operand: core.Var) -> Axes | None:
     """Those of an operand, of what was made of it."""
     if op.name == "transpose":
         permutation = [int(i) for i in op.eqn.params["permutation"]]
-        return [places[permutation.index(i)] for i in range(len(places))]
-    return _resized(places, shape_of(op.eqn.outvars[0]), shape_of(operand))
+        return tuple(places[permutation.index(i)] for i in range(len(places)))
+    return resized(places, shape_of(op.eqn.outvars[0]), shape_of(operand))
 
 
-def _resized(places: Places, before: Shape, after: Shape) -> Places | None:
-    """Where axes of size 1 come and go; None where others do."""
-    if [n for n in before if n != 1] != [n for n in after if n != 1]:
-        return None
-    left = iter([place for place, n in zip(places, before, strict=True) if n != 1])
-    return [next(left) if n != 1 else None for n in after]
-
-
-def _by_place(places: Places, rank: int) -> list[int]:
+def _by_place(places: Axes, rank: int) -> list[int]:
     """All axes in the order of these; those of size 1 first."""
     found = [i for i in places if i is not None]
     return [*(i for i in range(rank) if i not in found), *found]

@@ -144,19 +144,18 @@ def _function(value: core.Var, level: Level, sites: Mapping[Location, Planned]) 
     """The function of each number that makes of a value what alone is rounded next, and that; None if none does."""
     reading = Reading(value, level.constant)
     ends: list[core.Var] = []
-    waiting = list(level.users.get(value, ()))
+    waiting = level.readers(value)
     for _ in range(MOST):
         if not waiting or not level.known or value in level.outputs:
             break
-        op = min(waiting, key=lambda op: op.location)
-        waiting = [other for other in waiting if other.location != op.location]
+        op = waiting.pop(min(waiting))
         if (reader := sites.get(op.location)) is not None:
             operands = (op.eqn.invars[i] for i in reader.site.activations)
             ends += [v for v in operands if isinstance(v, core.Var) and reading.has(v)]
             continue
         if not reading.read(op.eqn) or not level.outputs.isdisjoint(op.eqn.outvars):
             return None
-        waiting += [user for v in op.eqn.outvars for user in level.users.get(v, ())]
+        waiting |= level.readers(*op.eqn.outvars)
     if waiting or len(ends) != 1 or level.only_user(ends[0]) is None:
         return None
     then = reading.of(ends[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -46,21 +46,20 @@ class Region:
     def claims(self, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
         """Claims on its equations: all but the last give nothing, and it gives the result."""
 
-        read = self._read()
-
         def run(op: Op, *values: Value) -> list[jax.Array | None]:
             for v, value in zip(op.eqn.invars, values, strict=True):
-                if v in read:
+                if v in self.read:
                     self._values[v] = to_array(value)
             results: list[jax.Array | None] = [None] * len(op.eqn.outvars)
             if op is self.ops[-1]:
-                results[0] = self._result([self._values[v] for v in read])
+                results[0] = self._result([self._values[v] for v in self.read])
                 self._values.clear()
             return results
 
         return {op.location: Claim(partial(run, op)) for op in self.ops}
 
-    def _read(self) -> list[core.Var]:
+    @cached_property
+    def read(self) -> list[core.Var]:
         """All that they read: first what is given."""
         made = {v for op in self.ops for v in op.eqn.outvars}
         operands = [v for op in self.ops for v in op.eqn.invars if isinstance(v, core.Var) and v not in made]
@@ -73,7 +72,7 @@ class Region:
 
     def _plain(self, *given: jax.Array) -> list[jax.Array]:
         """As the program has it."""
-        known = dict(zip(self._read(), given, strict=True))
+        known = dict(zip(self.read, given, strict=True))
         for op in self.ops:
             operands = [v.val if isinstance(v, core.Literal) else known[v] for v in op.eqn.invars]
             known |= zip(op.eqn.outvars, op.bind(*operands), strict=True)

@@ -92,7 +92,7 @@ def _followed(v: core.Var, level: Level, gone: _Taken) -> Region | None:
         return None
     reading, best = RowReading(v, level.constant), 0
     ops: list[Op] = []
-    waiting = {op.location: op for op in level.users.get(v, ())}
+    waiting = level.readers(v)
     done: set[Location] = set()
     while waiting and len(ops) < MOST:
         op = waiting.pop(min(waiting))
@@ -100,7 +100,7 @@ def _followed(v: core.Var, level: Level, gone: _Taken) -> Region | None:
             continue
         ops.append(op)
         done.add(op.location)
-        waiting |= {user.location: user for u in op.eqn.outvars for user in level.users.get(u, ())}
+        waiting |= level.readers(*op.eqn.outvars)
         if _open(ops, level, done) == {op.eqn.outvars[0]} and _is_whole(op.eqn.outvars[0], reading):
             best = len(ops)
     return _region(v, ops[:best], level) if best else None
@@ -109,7 +109,7 @@ def _followed(v: core.Var, level: Level, gone: _Taken) -> Region | None:
 def _open(ops: list[Op], level: Level, done: Collection[Location]) -> set[core.Var]:
     """What equations make that others read."""
     made = {v for op in ops for v in op.eqn.outvars}
-    return {v for v in made if v in level.outputs or any(user.location not in done for user in level.users.get(v, ()))}
+    return {v for v in made if v in level.outputs or not level.readers(v).keys() <= {*done}}
 
 
 def _is_whole(v: core.Var, reading: RowReading) -> bool:

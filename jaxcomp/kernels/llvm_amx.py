@@ -253,10 +253,8 @@ class _Code:
     def _written(self, rows: tuple[ir.Value, ir.Value], panels: tuple[ir.Value, ir.Value]) -> None:
         """A task's sums become something else, a few rows at once: memory gives tiles back some time after."""
         b, t, (start, stop) = self.b, self.t, rows
-        count, first = (
-            b.sdiv(b.add(b.sub(stop, start), t.word(TOGETHER - 1)), t.word(TOGETHER)),
-            self._column(panels[0]),
-        )
+        count = b.sdiv(b.add(b.sub(stop, start), t.word(TOGETHER - 1)), t.word(TOGETHER))
+        first = self._column(panels[0])
         with counted(b, t.word(0), count) as group:
             some = [b.add(start, b.add(b.mul(group, t.word(TOGETHER)), t.word(i))) for i in range(TOGETHER)]
             some = [b.select(b.icmp_signed("<", row, stop), row, b.sub(stop, t.word(1))) for row in some]

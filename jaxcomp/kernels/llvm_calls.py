@@ -12,6 +12,7 @@ bytes; what is read has not moved between them.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from importlib.util import find_spec
@@ -110,6 +111,11 @@ def call_for(work: Work, results: Sequence[jax.ShapeDtypeStruct], *operands: jax
     """The same of a function of several results."""
     target = _registered(work, (*(x.ndim for x in operands), *(len(result.shape) for result in results)))
     return jax.ffi.ffi_call(target, results)(*operands)
+
+
+def digest(code: object) -> str:
+    """A short name of what code depends on: the same, if that is written alike."""
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
 def parts(count: int, size: int) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import laid_beside
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing, parts
+from jaxcomp.kernels.llvm_calls import Work, call, digest, features, missing, parts
 from jaxcomp.kernels.llvm_float_heads import Heads, Place, Strides, mixed
 from jaxcomp.trace.pointwise import Pointwise
 from jaxcomp.trace.rowwise import Axes
@@ -87,7 +86,7 @@ def llvm_mixed(how: How, q: jax.Array, k: jax.Array, v: jax.Array, *beside: jax.
     met = [laid_beside(x, axes, how.keys) for x, axes in zip(beside, how.beside, strict=True)]
     places = [_place(*one) for one in ((how.q, q.shape), (how.k, k.shape), (how.v, v.shape), (how.result, shape))]
     code = _heads(how, (k.shape[how.k.width], v.shape[how.v.width]), places, met)
-    work = Work(f"floats_{hashlib.sha256(repr(code).encode()).hexdigest()[:16]}", partial(mixed, code), 1, by=0)
+    work = Work(f"floats_{digest(code)}", partial(mixed, code), 1, by=0)
     out = jax.ShapeDtypeStruct(tuple(shape[i] for i in order), jnp.float32)
     # As they lie: XLA cancels these transpositions with the program's own.
     given = [jnp.transpose(x, lay.order) for x, lay in ((q, how.q), (k, how.k), (v, how.v))]

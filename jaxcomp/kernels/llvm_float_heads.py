@@ -101,7 +101,7 @@ class _Chunk:
         index = self._index(head)
         _, q, k, v, *beside, out = operands
         self.q, self.k, self.v, self.out = (
-            self._moved(x, self._offset(index, place.along))
+            Numbers(b, x.data).behind(self._offset(index, place.along))
             for x, place in zip((q, k, v, out), (code.q, code.k, code.v, code.result), strict=True)
         )
         self.beside = [
@@ -111,19 +111,17 @@ class _Chunk:
         self.panel = code.several * code.lanes
         self.padded = -(-self.length // self.panel) * self.panel
         self.rows = min(ROWS, code.sizes[code.queries])
+        self.row = self.passes.slots * self.padded
 
     def write(self) -> None:
         """All of it."""
         b, t, code = self.b, self.t, self.code
         w = Writer(b, t)
-        scores = self.passes.slots * self.padded
-        room = self.padded * (code.widths[0] + code.widths[1]) + self.rows * scores
+        room = self.padded * (code.widths[0] + code.widths[1]) + self.rows * self.row
         base = w.libc("malloc", t.i64, t.word(4 * room + 64))
-        near = b.and_(b.add(base, t.word(63)), t.word(-64))
-        self.laid_keys = near
-        self.laid_values = b.add(near, t.word(4 * self.padded * code.widths[0]))
-        self.scores = b.add(self.laid_values, t.word(4 * self.padded * code.widths[1]))
-        self.row = scores
+        self.laid_keys = Numbers(b, b.and_(b.add(base, t.word(63)), t.word(-64)))
+        self.laid_values = self.laid_keys.behind(t.word(self.padded * code.widths[0]))
+        self.scores = self.laid_values.behind(t.word(self.padded * code.widths[1]))
         self._lay_keys()
         self._lay_values()
         count = code.sizes[code.queries]
@@ -147,10 +145,10 @@ class _Chunk:
         """The scores of a query; slots hold whole vectors."""
 
         def read(slot: int, place: ir.Value, _: int) -> ir.Value:
-            return self.b.load(self._score(i, slot, place), typ=self.kind, align=4)
+            return self._vector(self.scores, self._score(i, slot, place))
 
         def write(slot: int, place: ir.Value, _: int, value: ir.Value) -> None:
-            self.b.store(value, self._score(i, slot, place), align=4)
+            self.scores.store(self._score(i, slot, place), value, self.lanes)
 
         return Row(self.length, self.lanes, read, write, partial(self._met, query))
 
@@ -170,7 +168,7 @@ class _Chunk:
                 square = turned(b, [self._vector(self.k, b.add(key, at)) for key in keys])
                 for i, column in enumerate(square):
                     index = b.add(to, b.mul(b.add(at, t.word(i)), t.word(self.panel)))
-                    b.store(column, self._float(self.laid_keys, index), align=4)
+                    self.laid_keys.store(index, column, lanes)
 
     def _lay_values(self) -> None:
         """One after the other."""
@@ -179,7 +177,7 @@ class _Chunk:
             where, to = b.mul(key, t.word(code.v.along[code.keys])), b.mul(key, t.word(width))
             for at in range(0, width, self.lanes):
                 value = self._vector(self.v, b.add(where, t.word(at)))
-                b.store(value, self._float(self.laid_values, b.add(to, t.word(at))), align=4)
+                self.laid_values.store(b.add(to, t.word(at)), value, self.lanes)
 
     # ---- products
 
@@ -194,11 +192,11 @@ class _Chunk:
                 row = b.add(keys, b.mul(at, t.word(self.panel)))
                 some = [self._vector(self.laid_keys, b.add(row, t.word(j * lanes))) for j in range(code.several)]
                 step = b.mul(at, t.word(code.q.width))
-                numbers = [b.load(self._float(self.q, b.add(query, step)), typ=t.f32) for query in queries]
+                numbers = [self.q.number(b.add(query, step)) for query in queries]
                 self._multiplied(sums, numbers, some)
             for (i, j), place in sums.items():
                 index = b.add(b.mul(panel, t.word(self.panel)), t.word(j * lanes))
-                b.store(b.load(place, typ=self.kind), self._score(t.word(i), 0, index), align=4)
+                self.scores.store(self._score(t.word(i), 0, index), b.load(place, typ=self.kind), lanes)
 
     def _mixed(self) -> None:
         """The values, times what was made of the scores."""
@@ -210,11 +208,12 @@ class _Chunk:
             with counted(b, t.word(0), t.word(self.length)) as key:
                 row = b.mul(key, t.word(width))
                 some = [self._vector(self.laid_values, b.add(row, t.word(at))) for at in columns]
-                weights = [b.load(self._score(t.word(i), self.passes.result, key), typ=t.f32) for i in range(self.rows)]
+                places = (self._score(t.word(i), self.passes.result, key) for i in range(self.rows))
+                weights = [self.scores.number(place) for place in places]
                 self._multiplied(sums, weights, some)
             for (i, j), place in sums.items():
                 index = b.add(b.mul(self.at[i], t.word(code.result.along[code.queries])), t.word(columns[j]))
-                b.store(b.load(place, typ=self.kind), self._float(self.out, index), align=4)
+                self.out.store(index, b.load(place, typ=self.kind), lanes)
 
     def _sums(self, columns: int) -> dict[tuple[int, int], ir.Value]:
         """For each query some vectors, of zeros."""
@@ -261,20 +260,14 @@ class _Chunk:
             total = b.add(total, b.mul(at, t.word(along[axis])))
         return total
 
-    def _moved(self, x: Operand, by: ir.Value) -> ir.Value:
-        return self.b.add(x.data, self.b.mul(by, self.t.word(4)))
-
     def _score(self, i: ir.Value, slot: int, index: ir.Value) -> ir.Value:
-        """The place of a number of a query's row in a slot."""
+        """The index of a number of a query's row in a slot."""
         b, t = self.b, self.t
         row = b.add(b.mul(i, t.word(self.row)), t.word(slot * self.padded))
-        return self._float(self.scores, b.add(row, index))
+        return b.add(row, index)
 
-    def _float(self, base: ir.Value, index: ir.Value) -> ir.Value:
-        return self.b.gep(self.b.inttoptr(base, self.t.pointer), [index], source_etype=self.t.f32)
-
-    def _vector(self, base: ir.Value, index: ir.Value) -> ir.Value:
-        return self.b.load(self._float(base, index), typ=self.kind, align=4)
+    def _vector(self, numbers: Numbers, index: ir.Value) -> ir.Value:
+        return numbers.vector(index, self.lanes, self.lanes)
 
     def _least(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.b.select(self.b.icmp_signed("<", x, y), x, y)

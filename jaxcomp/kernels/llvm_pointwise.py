@@ -6,12 +6,12 @@ some units of 1, so what GELU gives of numbers far below 0 is 0, and the logisti
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxcomp.kernels.llvm_calls import digest
 from jaxcomp.kernels.llvm_code import Types, intrinsic
 from jaxcomp.kernels.llvm_numbers import constant, exponential, fma
 from jaxcomp.quantization.numerics.rounding import WHOLE
@@ -31,7 +31,7 @@ def name_of(function: Pointwise) -> str:
     >>> name_of(())
     ''
     """
-    return "_" + hashlib.sha256(repr(function).encode()).hexdigest()[:16] if function else ""
+    return "_" + digest(function) if function else ""
 
 
 def pointwise(b: ir.IRBuilder, function: Pointwise, x: ir.Value) -> ir.Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import Numbers, laid_beside
-from jaxcomp.kernels.llvm_calls import Work, call, features, missing
+from jaxcomp.kernels.llvm_calls import Work, call, digest, features, missing
 from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere
 from jaxcomp.kernels.llvm_rowwise import Passes, Row, write_passes
 from jaxcomp.trace.pointwise import Pointwise
@@ -67,7 +66,7 @@ def llvm_rows(how: How, x: jax.Array, *beside: jax.Array) -> jax.Array:
         kinds.append(_Met(step, 0 if step * count == math.prod(lead) else count, y.dtype == jnp.bool_))
     lanes = 16 if "avx512f" in features() else 8
     code = _Rows(length, how.function, how.varying, tuple(kinds), lanes)
-    work = Work(f"rows_{hashlib.sha256(repr(code).encode()).hexdigest()[:16]}", partial(_chunk, code), ROWS, by=0)
+    work = Work(f"rows_{digest(code)}", partial(_chunk, code), ROWS, by=0)
     rows = jax.ShapeDtypeStruct((math.prod(lead), length), jnp.float32)
     return call(work, rows, x.reshape(rows.shape), *met).reshape(how.shape)
 

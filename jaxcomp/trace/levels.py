@@ -50,6 +50,10 @@ class Level:
         users = self.users.get(v, [])
         return users[0] if self.known and v not in self.outputs and len(users) == 1 else None
 
+    def readers(self, *values: core.Var) -> dict[Location, Op]:
+        """The equations that read any of some values, by where they stand."""
+        return {op.location: op for v in values for op in self.users.get(v, ())}
+
     def add(self, op: Op) -> None:
         """The next equation."""
         for v in op.eqn.invars:
@@ -76,11 +80,12 @@ class Level:
 
     def _left_by(self, op: Op, depth: int, wide: set[int]) -> set[int]:
         """Those axes along which what an equation makes may change."""
-        first, params = op.eqn.invars[0] if op.eqn.invars else None, op.eqn.params
-        if op.name == "broadcast_in_dim" and first is not None:
-            return {params["broadcast_dimensions"][i] for i in self.varying(first, depth)}
-        if op.name == "transpose" and first is not None:
-            return {i for i, axis in enumerate(params["permutation"]) if axis in self.varying(first, depth)}
+        params = op.eqn.params
+        if op.name == "broadcast_in_dim":
+            return {params["broadcast_dimensions"][i] for i in self.varying(op.eqn.invars[0], depth)}
+        if op.name == "transpose":
+            inner = self.varying(op.eqn.invars[0], depth)
+            return {i for i, axis in enumerate(params["permutation"]) if axis in inner}
         if op.name in ELEMENTWISE or op.name == "convert_element_type":
             operands = [u for u in op.eqn.invars if not isinstance(u, core.Literal)]
             return set().union(*(self.varying(u, depth) for u in operands if shape_of(u)))

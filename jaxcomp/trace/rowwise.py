@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from jaxcomp.core.types import Shape
 from jaxcomp.trace import nested
 from jaxcomp.trace.pointwise import Pointwise, Reading, Step
 from jaxcomp.trace.primitives import UNCHANGED
@@ -87,7 +88,7 @@ class RowReading(Reading):
 
     def __init__(self, number: core.Var, constant: Callable[[core.Var], float | None] = lambda _: None) -> None:
         super().__init__(number, constant)
-        self._values: dict[core.Var, _Known] = {number: _At(0, _sized(self._shape))}
+        self._values: dict[core.Var, _Known] = {number: _At(0, sized(self._shape))}
         self.along: int | None = None
         self.beside: list[Beside] = []
 
@@ -109,7 +110,7 @@ class RowReading(Reading):
 
     def is_whole(self, v: core.Var) -> bool:
         """Whether a value that was read has the shape of the rows' value and lies as it does."""
-        return shape_of(v) == self._shape and self.axes(v) == _sized(self._shape)
+        return shape_of(v) == self._shape and self.axes(v) == sized(self._shape)
 
     def read(self, eqn: core.JaxprEqn) -> bool:
         """Whether the equation is such a function; it is then known."""
@@ -126,7 +127,7 @@ class RowReading(Reading):
         if v in self._values:
             return self._values[v]
         number = self._constant(v)
-        return _Aside(v, _sized(shape_of(v))) if number is None else number
+        return _Aside(v, sized(shape_of(v))) if number is None else number
 
     def _given(self, eqn: core.JaxprEqn, operands: Sequence[_Known | None]) -> list[_Known] | None:
         known = [value for value in operands if value is not None]
@@ -233,7 +234,12 @@ def _literal(v: core.Literal) -> float | None:
     return float(v.val) if np.ndim(v.val) == 0 else None
 
 
-def _sized(shape: tuple[int, ...]) -> Axes:
+def sized(shape: Shape) -> Axes:
+    """The axes of a value themselves.
+
+    >>> sized((2, 1, 3))
+    (0, None, 2)
+    """
     return tuple(i if n != 1 else None for i, n in enumerate(shape))
 
 
@@ -248,14 +254,20 @@ def _broadcast(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
     return tuple(found)
 
 
-def _reshaped(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
-    """Where axes of size 1 come and go."""
-    kept = [axis for axis in axes if axis is not None]
-    before, after = ([n for n in shape_of(v) if n != 1] for v in (eqn.invars[0], eqn.outvars[0]))
-    if before != after or len(kept) != len(before):
+def resized(axes: Axes, before: Shape, after: Shape) -> Axes | None:
+    """The axes of a value of another shape, where axes of size 1 come and go; None where others do.
+
+    >>> resized((0, None, 2), (2, 1, 3), (1, 2, 3)), resized((0, None, 2), (2, 1, 3), (6,))
+    ((None, 0, 2), None)
+    """
+    if [n for n in before if n != 1] != [n for n in after if n != 1]:
         return None
-    left = iter(kept)
-    return tuple(next(left) if n != 1 else None for n in shape_of(eqn.outvars[0]))
+    left = iter([axis for axis, n in zip(axes, before, strict=True) if n != 1])
+    return tuple(next(left) if n != 1 else None for n in after)
+
+
+def _reshaped(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
+    return resized(axes, shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]))
 
 
 _MOVES: dict[str, Callable[[core.JaxprEqn, Axes], Axes | None]] = {
