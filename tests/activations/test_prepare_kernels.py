@@ -146,7 +146,8 @@ def test_it_is_the_tree(fn) -> None:
     for rules in ({}, RULES):
         run = run_of(fn, rules, integer=False, strict=False)
         got, wanted = run(ready, x), run(packed, x)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * jnp.abs(wanted).max())
+        # Sums in another order: each of the scanned layers makes the difference four times as large, before it clips.
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-5 * jnp.abs(wanted).max())
 
 
 EACH = pytest.mark.parametrize("fn", EITHER, ids=lambda fn: fn.__name__)
