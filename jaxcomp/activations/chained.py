@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcomp.activations.coded_rows import OfRows
 from jaxcomp.activations.coded_sums import CodedSums, features_of
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.specs import Act, Static
@@ -77,7 +78,7 @@ class Made:
     links: Links
     _sums: dict[Location, CodedSums | None] = field(default_factory=dict)
     _bias: dict[Location, jax.Array] = field(default_factory=dict)
-    _known: dict[int, tuple[jax.Array, Chained]] = field(default_factory=dict)  # what is kept keeps its id
+    _known: dict[int, tuple[jax.Array, Chained | OfRows]] = field(default_factory=dict)  # what is kept keeps its id
 
     def begin(self, at: Location, sums: CodedSums | None, y: jax.Array) -> None:
         """Learns the sums of a product where a link starts, and what it gave."""
@@ -92,13 +93,18 @@ class Made:
             bias = operands[link.side]
             first = tuple(slice(None) if i in link.features else 0 for i in range(bias.ndim))
             self._bias[start] = jnp.broadcast_to(bias[first], [y.shape[i] for i in link.features]).reshape(-1)
-        if at != link.end.location or not isinstance(y, jax.core.Tracer) or y.dtype != jnp.float32:
+        if at != link.end.location:
             return
         sums, found = self._sums.get(start), self._bias.get(start)
         if sums is not None and (found is None) == (link.bias is None):
-            self._known[id(y)] = y, Chained(sums, found, link.then)
+            self.learn(y, Chained(sums, found, link.then))
 
-    def of(self, value: jax.Array) -> Chained | None:
+    def learn(self, y: jax.Array, how: Chained | OfRows) -> None:
+        """How a value is made."""
+        if isinstance(y, jax.core.Tracer) and y.dtype == jnp.float32:
+            self._known[id(y)] = y, how
+
+    def of(self, value: jax.Array) -> Chained | OfRows | None:
         """How a value is made, if that is known."""
         found = self._known.get(id(value))
         return None if found is None else found[1]

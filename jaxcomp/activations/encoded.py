@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from jaxcomp.activations.chained import Chained
+from jaxcomp.activations.coded_rows import Coded, OfRows, coded_rows, has_rows
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, Names, Steps, coded, float8_codes, scale_blocks, steps_of
 from jaxcomp.activations.specs import Act, ActSpec, Float8
@@ -61,31 +62,42 @@ def reach_of(act: ActSpec) -> int:
     return max(-low, high) if act.symmetric else high - low
 
 
-def encoded(value: jax.Array, act: ActSpec, at: Entry, made: Chained | None = None) -> Factor:
+def encoded(value: jax.Array, act: ActSpec, at: Entry, made: Chained | OfRows | None = None) -> Factor:
     """An activation in codes, and how it is made, if that is known; no gradient flows."""
     return _encoded(value, at.given, made, act=act, roles=at.roles)
 
 
 @partial(jax.jit, static_argnames=("act", "roles"))
-def _encoded(value: jax.Array, given: Range | None, made: Chained | None, *, act: ActSpec, roles: Names) -> Factor:
+def _encoded(
+    value: jax.Array, given: Range | None, made: Chained | OfRows | None, *, act: ActSpec, roles: Names
+) -> Factor:
     """:func:`encoded`, traced once for all values that are alike."""
     value, given, made = lax.stop_gradient((value, given, made))
     at = Entry(roles, given)
     if isinstance(act, Float8):
         return Factor(*float8_codes(value, act, at), None, 0)
+    plain = partial(_in_steps, act=act, at=at, made=made if isinstance(made, Chained) else None)
+    if given is None and value.size and has_rows(act, value.shape, roles):
+        found = coded_rows(value, act, _ends(act), plain, made if isinstance(made, OfRows) else None)
+    else:
+        found = plain(value)
+    return Factor(*found, reach_of(act))
+
+
+def _in_steps(value: jax.Array, act: Act, at: Entry, made: Chained | None) -> Coded:
+    """A value in the steps that its rule gives it."""
     x = made_once(value)  # for its codes, and in search of NaN
     steps = steps_of(x, act, at)
-    codes, lost = _codes_and_nan(_Given(x, steps, made), act, roles)
+    codes, lost = _codes_and_nan(_Given(x, steps, made), act, at.roles)
     scale, lost = steps.scale, lost.astype(steps.scale.dtype)
     scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
-    zero = None if steps.zero is None else (steps.zero - _shift(act)).astype(jnp.int32)
-    return Factor(codes, scale, zero, reach_of(act))
+    return Coded(codes, scale, None if steps.zero is None else (steps.zero - _ends(act).shift).astype(jnp.int32))
 
 
-def _shift(act: Act) -> int:
-    """What codes are less: int8 by int8 is the fast product."""
-    _, high = act.grid.code_range
-    return 128 if high > 127 else 0
+def _ends(act: Act) -> Ends:
+    """Codes are kept so much less that they are int8, for int8 by int8 is the fast product."""
+    low, high = act.grid.code_range
+    return Ends(low, high, 128 if high > 127 else 0)
 
 
 def _sizes(a: jax.Array, b: jax.Array) -> list[tuple[int, int]]:
@@ -116,13 +128,13 @@ def _codes_and_nan(given: _Given, act: Act, roles: Names) -> tuple[jax.Array, ja
     def own(*leaves: jax.Array) -> list[jax.Array]:
         x, steps, _ = jax.tree.unflatten(tree, leaves)
         numbers, scale, zero = coded(x, act, steps)
-        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - _shift(act))
+        codes = small_integers(numbers, jnp.zeros_like(scale) if zero is None else zero - _ends(act).shift)
         return [codes, nan_rows(x, roles)]
 
     if explicit_mesh(leaves) is not None:
         codes, lost = own(*leaves)
     else:
-        how = _How(Ends(*act.grid.code_range, _shift(act)), _rows(given.x, roles), given.x.shape)
+        how = _How(_ends(act), _rows(given.x, roles), given.x.shape)
         codes, lost = _primitive.bind(*leaves, jaxpr=jax.make_jaxpr(own)(*leaves), tree=tree, how=how)
     return codes, lost
 

@@ -11,8 +11,8 @@ import jax
 
 from jaxcomp.activations.adapted import Beside, apart, put_beside, with_adapters
 from jaxcomp.activations.backward import Gradients, checked_key
-from jaxcomp.activations.between import regions_of
-from jaxcomp.activations.chained import Links, Made, claims_of, links_of
+from jaxcomp.activations.between import claims_between
+from jaxcomp.activations.chained import Made, claims_of, links_of
 from jaxcomp.activations.codes import LAYOUT, Codes, codes_of, joined, moved, of_float8
 from jaxcomp.activations.demands import Seen, demand, put, unmet
 from jaxcomp.activations.execution import Around, Mode, claim_of
@@ -171,7 +171,7 @@ class Call:
             **claims,
             **thin_layouts(program, factors.kept),
         }
-        claims |= _between(program, planned, {*claims}, made.links, record) if prepared else {}
+        claims |= claims_between(program, planned, {*claims}, around, _dense) if prepared else {}
         joined_up = joins(program, {**factors.kept, **looked_up})
         claims = {at: claim for at, claim in claims.items() if at not in joined_up}
         values = program.flatten(tree, *self.args, **self.kwargs)
@@ -179,14 +179,6 @@ class Call:
             claims = with_adapters(program, planned, claims, adapters=adapters, to_array=_dense)
             values = put_beside(program, values, adapters)
         return evaluate(program, claims, values, to_array=_dense).out
-
-
-def _between(
-    program: Program, planned: Iterable[Planned], claimed: set[Location], links: Links, record: Record
-) -> dict[Location, Claim]:
-    """Claims on attention and on equations between products of which nothing else is asked."""
-    regions = regions_of(program, planned, claimed, links.keys(), record)
-    return {at: claim for region in regions for at, claim in region.claims(_dense).items()}
 
 
 def _group_claims(planned: Iterable[Planned], record: Record) -> dict[Location, Claim]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr
 
+from jaxcomp.activations.chained import Made
+from jaxcomp.activations.coded_rows import OfRows
 from jaxcomp.core.meshes import explicit_mesh
 from jaxcomp.kernels import llvm_float_attention, llvm_rows
 from jaxcomp.kernels.lowering import call_in_one_piece
@@ -36,15 +38,17 @@ class Region:
       given: what the code takes of what they read beside what they make; they may read constants, and what goes
         nowhere.
       how: what they are.
+      rounded: whether the result is a function of rows that nothing reads but their roundings.
     """
 
     ops: tuple[Op, ...]
     given: tuple[core.Var, ...]
     how: How
+    rounded: bool = False
     _values: dict[core.Var, jax.Array] = field(default_factory=dict)
 
-    def claims(self, to_array: Callable[[Value], jax.Array]) -> dict[Location, Claim]:
-        """Claims on its equations: all but the last give nothing, and it gives the result."""
+    def claims(self, to_array: Callable[[Value], jax.Array], made: Made) -> dict[Location, Claim]:
+        """Claims on its equations: all but the last give nothing, and it gives the result; ``made`` may learn of it."""
 
         def run(op: Op, *values: Value) -> list[jax.Array | None]:
             for v, value in zip(op.eqn.invars, values, strict=True):
@@ -52,7 +56,9 @@ class Region:
                     self._values[v] = to_array(value)
             results: list[jax.Array | None] = [None] * len(op.eqn.outvars)
             if op is self.ops[-1]:
-                results[0] = self._result([self._values[v] for v in self.read])
+                results[0] = result = self._result([self._values[v] for v in self.read])
+                if self.rounded and isinstance(self.how, llvm_rows.How):
+                    made.learn(result, OfRows(tuple(self._values[v] for v in self.given), self.how))
                 self._values.clear()
             return results
 

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from jax.extend import core
 
+from jaxcomp.activations.coded_rows import has_rows
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.regions import MOST, Region, beside_of, is_known_float, refusal
+from jaxcomp.activations.specs import Act
 from jaxcomp.kernels.llvm_rows import How
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.levels import Level
@@ -43,7 +45,11 @@ class _Taken:
 
 
 def row_functions(
-    planned: Mapping[Location, Planned], levels: Mapping[Location, Level], taken: Collection[Location]
+    planned: Mapping[Location, Planned],
+    levels: Mapping[Location, Level],
+    taken: Collection[Location],
+    *,
+    integer: bool,
 ) -> list[Region]:
     """Those of a program.
 
@@ -51,11 +57,12 @@ def row_functions(
       planned: its sites.
       levels: its equations.
       taken: equations that something else is done with, beside the sites.
+      integer: whether products run on integers, so that codes are made of what they round.
     """
     found: list[Region] = []
     gone = _Taken({*taken, *planned})
     for v, level in _starts(planned, levels, taken):
-        region = _followed(v, level, gone)
+        region = _followed(v, level, gone, planned if integer else {})
         if region is not None:
             found.append(region)
             gone.add(op.location for op in region.ops)
@@ -86,7 +93,7 @@ def _root(op: Op, level: Level) -> core.Var:
     return v
 
 
-def _followed(v: core.Var, level: Level, gone: _Taken) -> Region | None:
+def _followed(v: core.Var, level: Level, gone: _Taken, planned: Mapping[Location, Planned]) -> Region | None:
     """What begins with a value; None where nothing does that is worth it."""
     if not level.known or len(shape_of(v)) < 2 or not is_known_float(v):
         return None
@@ -103,7 +110,24 @@ def _followed(v: core.Var, level: Level, gone: _Taken) -> Region | None:
         waiting |= level.readers(*op.eqn.outvars)
         if _open(ops, level, done) == {op.eqn.outvars[0]} and _is_whole(op.eqn.outvars[0], reading):
             best = len(ops)
-    return _region(v, ops[:best], level) if best else None
+    if not best:
+        return None
+    rounded = _is_rounded(ops[best - 1].eqn.outvars[0], level, planned)
+    return _region(v, ops[:best], level, rounded=rounded)
+
+
+def _is_rounded(v: core.Var, level: Level, planned: Mapping[Location, Planned]) -> bool:
+    """Whether nothing reads a value but products that round each row of it on a grid of its own."""
+    readers = level.readers(v)
+    return bool(readers) and v not in level.outputs and all(_rounds(planned.get(at), v) for at in readers)
+
+
+def _rounds(reader: Planned | None, v: core.Var) -> bool:
+    if reader is None or not isinstance(reader.act, Act) or reader.act.needs_range:
+        return False
+    site, shape = reader.site, shape_of(v)
+    which = [i for i, u in enumerate(reader.op.eqn.invars) if u is v]
+    return all(i in site.activations and has_rows(reader.act, shape, site.operands[i].roles) for i in which)
 
 
 def _open(ops: list[Op], level: Level, done: Collection[Location]) -> set[core.Var]:
@@ -117,15 +141,15 @@ def _is_whole(v: core.Var, reading: RowReading) -> bool:
     return reading.is_whole(v) and is_known_float(v) and reading.along in (None, len(shape_of(v)) - 1)
 
 
-def _region(v: core.Var, ops: list[Op], level: Level) -> Region | None:
+def _region(v: core.Var, ops: list[Op], level: Level, *, rounded: bool) -> Region | None:
     reading = RowReading(v, level.constant)
     if not all(reading.read(op.eqn) for op in ops):
         return None
     function, beside = reading.of(ops[-1].eqn.outvars[0]), beside_of(reading, level)
     last = len(shape_of(v)) - 1
     varying = tuple(varies(function, beside, last))
-    if not varying[-1] or not any(step.name in WORTHWHILE for step in function):
+    if not varying[-1] or not (rounded or any(step.name in WORTHWHILE for step in function)):
         return None
     how = How(shape_of(v), function, varying, tuple(one.axes for one in beside))
     given = v, *(one.value for one in beside)
-    return None if refusal(how, given) else Region(tuple(ops), given, how)
+    return None if refusal(how, given) else Region(tuple(ops), given, how, rounded)

@@ -36,12 +36,12 @@ def along_last(axes: Sequence[T], along: int) -> list[T]:
 
 
 class Numbers(NamedTuple):
-    """Numbers in memory, float32 or booleans.
+    """Numbers in memory, float32, or booleans and other bytes.
 
     Attributes:
       b: the code.
       data: their address.
-      boolean: whether they are booleans, a byte each.
+      boolean: whether they are bytes, which are read as booleans.
     """
 
     b: ir.IRBuilder
@@ -73,10 +73,10 @@ class Numbers(NamedTuple):
         return found
 
     def store(self, index: ir.Value, value: ir.Value, there: int) -> None:
-        """Writes so many numbers of a vector of floats."""
+        """Writes so many numbers of a vector."""
         b, t = self.b, Types()
         if there == value.type.count:
-            b.store(value, self._place(index), align=4)
+            b.store(value, self._place(index), align=1 if self.boolean else 4)
             return
         for i in range(there):
             b.store(b.extract_element(value, t.i32(i)), self._place(b.add(index, t.word(i))))

@@ -233,6 +233,7 @@ _OPERATIONS: dict[str, Callable[..., ir.Value]] = {
     "clamp": _clamp,
     "select_n": _select,
     "abs": _size,
+    "round": partial(_unary, "roundeven"),
     "rsqrt": _rsqrt,
     "sqrt": partial(_unary, "sqrt"),
     "exp": _exp,

@@ -1,4 +1,7 @@
-"""Functions of rows on a CPU in one pass over memory: layer norms with what is added before, GELU with its bias."""
+"""Functions of rows on a CPU in one pass over memory: layer norms with what is added before, GELU with its bias.
+
+They give floats, or codes on a grid that each row has for itself: the range of what is rounded is found on the way.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ import jax.numpy as jnp
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import Numbers, laid_beside
-from jaxcomp.kernels.llvm_calls import Work, call, digest, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere
-from jaxcomp.kernels.llvm_rowwise import Passes, Row, write_passes
+from jaxcomp.kernels.llvm_calls import Work, call_for, digest, features, missing
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, element, everywhere
+from jaxcomp.kernels.llvm_rowwise import Row, write_passes
+from jaxcomp.kernels.row_passes import CODES, Passes
 from jaxcomp.trace.pointwise import Pointwise
 from jaxcomp.trace.rowwise import Axes
 
@@ -34,7 +38,7 @@ class How(NamedTuple):
 
     Attributes:
       shape: of their value, and of the result: rows lie along the last axis.
-      function: of a row.
+      function: of a row; one that ends in ``CODES`` gives int8.
       varying: for each of its values whether it varies along a row.
       beside: for each axis of the shape that of the values that meet the rows.
     """
@@ -56,6 +60,17 @@ def refusal(how: How) -> str | None:
 
 def llvm_rows(how: How, x: jax.Array, *beside: jax.Array) -> jax.Array:
     """What is made of the rows of float32 numbers; what meets them is float32 or booleans."""
+    (result,) = _made(how, (), x, *beside)
+    return result
+
+
+def llvm_row_numbers(how: How, numbers: Sequence[int], x: jax.Array, *beside: jax.Array) -> Sequence[jax.Array]:
+    """The same, and some steps' numbers of each row, float32 ``(*shape[:-1], numbers)``."""
+    result, found = _made(how, tuple(numbers), x, *beside)
+    return result, found.reshape(*how.shape[:-1], len(numbers))
+
+
+def _made(how: How, numbers: tuple[int, ...], x: jax.Array, *beside: jax.Array) -> list[jax.Array]:
     *lead, length = how.shape
     met, kinds = [], []
     for value, axes in zip(beside, how.beside, strict=True):
@@ -65,10 +80,14 @@ def llvm_rows(how: How, x: jax.Array, *beside: jax.Array) -> jax.Array:
         met.append(y.reshape(-1, y.shape[-1]))
         kinds.append(_Met(step, 0 if step * count == math.prod(lead) else count, y.dtype == jnp.bool_))
     lanes = 16 if "avx512f" in features() else 8
-    code = _Rows(length, how.function, how.varying, tuple(kinds), lanes)
-    work = Work(f"rows_{digest(code)}", partial(_chunk, code), ROWS, by=0)
-    rows = jax.ShapeDtypeStruct((math.prod(lead), length), jnp.float32)
-    return call(work, rows, x.reshape(rows.shape), *met).reshape(how.shape)
+    code = _Rows(length, how.function, how.varying, tuple(kinds), lanes, numbers)
+    name, count = f"rows{'_of_codes' if code.coded else ''}_{digest(code)}", math.prod(lead)
+    results = [jax.ShapeDtypeStruct((count, length), jnp.int8 if code.coded else jnp.float32)]
+    if numbers:
+        results.append(jax.ShapeDtypeStruct((count, len(numbers)), jnp.float32))
+    work = Work(name, partial(_chunk, code), ROWS, by=0, results=len(results))
+    made, *others = call_for(work, results, x.reshape(count, length), *met)
+    return [made.reshape(how.shape), *others]
 
 
 def _turns(shape: Shape, lead: Sequence[int]) -> tuple[int, int]:
@@ -104,24 +123,34 @@ class _Rows(NamedTuple):
     varying: tuple[bool, ...]
     beside: tuple[_Met, ...]
     lanes: int
+    numbers: tuple[int, ...]
+
+    @property
+    def coded(self) -> bool:
+        """Whether they become codes."""
+        return bool(self.function) and self.function[-1].name == CODES
 
 
 def _chunk(code: _Rows, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, last: ir.Value) -> None:
     """The rows from one to before another."""
-    t, passes = Types(), Passes(code.function, code.varying, given=True)
-    x, *beside, out = operands
+    t, passes = Types(), Passes(code.function, code.varying, given=True, numbers=code.numbers)
+    x, *beside = operands
+    kept = [beside.pop()] if code.numbers else []
     w, padded = Writer(b, t), -(-code.length // code.lanes) * code.lanes
     room = w.libc("malloc", t.i64, t.word(4 * TOGETHER * passes.slots * padded))
     count = b.sdiv(b.add(b.sub(last, first), t.word(TOGETHER - 1)), t.word(TOGETHER))
     with counted(b, t.word(0), count) as group:
-        rows = []
+        rows, places = [], []
         for i in range(TOGETHER):
             at = b.add(first, b.add(b.mul(group, t.word(TOGETHER)), t.word(i)))
             at = b.select(b.icmp_signed("<", at, last), at, b.sub(last, t.word(1)))  # the last one again
-            rows.append(
-                _row(code, b, passes, at, [x, *beside, out], b.add(room, t.word(4 * i * passes.slots * padded)))
-            )
-        write_passes(b, passes, rows)
+            own = b.add(room, t.word(4 * i * passes.slots * padded))
+            rows.append(_row(code, b, passes, at, [x, *beside], own))
+            places.append(b.mul(at, t.word(len(code.numbers))))
+        for place, numbers in zip(places, write_passes(b, passes, rows), strict=True):
+            for found in kept:
+                for i, number in enumerate(numbers):
+                    b.store(number, element(b, found, b.add(place, t.word(i)), t.f32))
     w.libc("free", t.void, room)
 
 
@@ -131,7 +160,7 @@ def _row(code: _Rows, b: ir.IRBuilder, passes: Passes, at: ir.Value, operands: l
     x, *beside, out = operands
     start, padded = b.mul(at, t.word(code.length)), -(-code.length // lanes) * lanes
     places = {slot: Numbers(b, room).behind(t.word(slot * padded)) for slot in range(passes.slots)}
-    places |= {0: Numbers(b, x.data).behind(start), passes.result: Numbers(b, out.data).behind(start)}
+    places |= {0: Numbers(b, x.data).behind(start), passes.result: Numbers(b, out.data, code.coded).behind(start)}
 
     def read(slot: int, place: ir.Value, there: int) -> ir.Value:
         return places[slot].vector(place, lanes, there)

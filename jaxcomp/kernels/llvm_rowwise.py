@@ -1,125 +1,34 @@
-"""Functions of rows in LLVM code: passes over a row that lies in memory, each up to the next sum or maximum of it."""
+"""Functions of rows in LLVM code: passes over rows that lie in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxcomp.kernels.llvm_code import Types, added, counted, everywhere, halves
-from jaxcomp.kernels.llvm_numbers import constant, exponential
+from jaxcomp.kernels.llvm_numbers import constant, exponential, on_grid
 from jaxcomp.kernels.llvm_pointwise import stepped
-from jaxcomp.trace.pointwise import TRUTH, Pointwise
-from jaxcomp.trace.rowwise import REDUCTIONS
+from jaxcomp.kernels.row_passes import CODES, Passes
+from jaxcomp.quantization.numerics.rounding import WHOLE
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
 
-class Passes:
-    """How a function of rows goes over a row, number by number.
+class Tail(NamedTuple):
+    """The numbers at the end of a row, if they are all alike: those that a mask hides.
 
-    Values are named by their steps: 0 is the row's number, ``i`` what step ``i - 1`` gives.
-
-    Args:
-      function: it; its last step varies along the row.
-      varying: for each value whether it does.
-      given: whether the row may only be read, so that nothing else may lie in its slot, nor in the result's.
+    The row lies in the slot of the result, and what is 0 there is written already.
 
     Attributes:
-      slots: how many rows of numbers are kept at once.
-      result: which of them is the function's at last; slot 0 is the row at first.
-      rows, sums, divisors: of each pass the numbers of the whole row that it reads, the reductions that it ends with,
-        and the numbers of the row that others are divided by.
-
-    >>> from jaxcomp.trace.pointwise import Step
-    >>> softmax = (Step("reduce_max", (0,)), Step("sub", (0, 1)), Step("exp", (2,)), Step("reduce_sum", (3,)),
-    ...            Step("div", (3, 4)))
-    >>> passes = Passes(softmax, [True, False, True, True, False, True])
-    >>> passes.count, passes.slots, [passes.kept(at) for at in range(3)]
-    (3, 1, [[], [3], [5]])
+      start: where it begins: at the end of the row, where there is none, or at a whole vector.
+      mask: which value hides them, and what it is there.
     """
 
-    def __init__(self, function: Pointwise, varying: Sequence[bool], *, given: bool = False) -> None:
-        self.function, self.varying = function, varying
-        self._level = [0]
-        for step in function:
-            before = max((self._level[i] for i in step.operands), default=0)
-            self._level.append(before + 1 if step.name in REDUCTIONS else before)
-        self.count = self._level[-1] + 1
-        self._last = {len(function): self.count}  # of what is kept the last pass that reads it
-        self.rows, self.sums, self.divisors = ([set[int]() for _ in range(self.count)] for _ in range(3))
-        for at in reversed(range(self.count)):
-            seen: set[int] = set()
-            for i in (*self.kept(at), *(self._summed(i) for i in self.sums[at])):
-                self._visit(i, at, seen)
-        self.slots, self._slot = self._placed(given=given)
-        self.result = self._slot[len(function)]
-
-    def kept(self, at: int) -> list[int]:
-        """What a pass makes that is read later."""
-        return sorted(i for i in self._last if i and self._level[i] == at)
-
-    def slot(self, i: int, at: int) -> int | None:
-        """Where a pass finds a value that an earlier one kept."""
-        return self._slot[i] if self._is_earlier(i, at) else None
-
-    def falls(self, i: int) -> bool:
-        """Whether a value is what another is less than its largest number of the row."""
-        step = self.function[i - 1] if i else None
-        if step is None or step.name != "sub":
-            return False
-        value, top = step.operands
-        return top > 0 and self._is_top(top, value)
-
-    def _is_top(self, i: int, value: int) -> bool:
-        step = self.function[i - 1] if i else None
-        if step is not None and step.name == "max":
-            return any(self._is_top(operand, value) for operand in step.operands)
-        return step is not None and step.name == "reduce_max" and step.operands == (value,)
-
-    def _summed(self, i: int) -> int:
-        return self.function[i - 1].operands[0]
-
-    def _is_earlier(self, i: int, at: int) -> bool:
-        """Whether a pass finds it kept; what is read from elsewhere, or no float, is made again."""
-        return i == 0 or (self._level[i] < at and self.function[i - 1].name not in TRUTH | {"operand", "constant"})
-
-    def _visit(self, i: int, at: int, seen: set[int]) -> None:
-        """Learns what a value needs in a pass."""
-        if i in seen:
-            return
-        seen.add(i)
-        if not self.varying[i]:
-            self.rows[at].add(i)
-            self._visit_row(i)
-        elif self._is_earlier(i, at):
-            self._last[i] = max(self._last.get(i, 0), at)
-        else:
-            step = self.function[i - 1]
-            if step.name == "div" and not self.varying[step.operands[1]]:
-                self.divisors[at].add(step.operands[1])
-            for operand in step.operands:
-                self._visit(operand, at, seen)
-
-    def _visit_row(self, i: int) -> None:
-        if self.function[i - 1].name in REDUCTIONS:
-            self.sums[self._level[i] - 1].add(i)
-        else:
-            for operand in self.function[i - 1].operands:
-                self._visit_row(operand)
-
-    def _placed(self, *, given: bool) -> tuple[int, dict[int, int]]:
-        """The slots: what a pass reads for the last time makes room for what it keeps."""
-        slot, count = {0: 0}, 1
-        free = [] if given or 0 in self._last else [0]
-        for at in range(self.count):
-            free += [slot[i] for i, last in self._last.items() if last == at and i in slot and (i or not given)]
-            for i in self.kept(at):
-                if not free or (given and i == len(self.function)):
-                    free, count = [*free, count], count + 1
-                slot[i] = free.pop()
-        return count, slot
+    start: ir.Value
+    mask: tuple[int, bool]
 
 
 class Row(NamedTuple):
@@ -131,6 +40,7 @@ class Row(NamedTuple):
       read: the vector of a slot at a place in the row.
       write: puts one there.
       load: reads another value: which, and the place; without one the number that is the whole row's.
+      tail: its end, if that is all alike, which all rows have that are gone over at once.
     """
 
     length: int
@@ -138,24 +48,36 @@ class Row(NamedTuple):
     read: Callable[[int, ir.Value, int], ir.Value]
     write: Callable[[int, ir.Value, int, ir.Value], None]
     load: Callable[[int, ir.Value | None, int], ir.Value]
+    tail: Tail | None = None
 
 
-def write_passes(b: ir.IRBuilder, passes: Passes, rows: Sequence[Row]) -> None:
-    """The code for some rows at once, which are alike: what one waits for, another's work hides."""
+def write_passes(b: ir.IRBuilder, passes: Passes, rows: Sequence[Row]) -> list[list[ir.Value]]:
+    """The code for some rows at once, which are alike: what one waits for, another's work hides.
+
+    Returns:
+      for each row the numbers that are wanted of it.
+    """
     codes = [_Code(passes, b, row) for row in rows]
-    t, (width, length) = Types(), (rows[0].width, rows[0].length)
+    t, (width, length), tail = Types(), (rows[0].width, rows[0].length), rows[0].tail
     full, left = divmod(length, width)
+    whole = t.word(full) if tail is None else b.sdiv(tail.start, t.word(width))
     for at in range(passes.count):
         for code in codes:
             code.begin(at)
-        with counted(b, t.word(0), t.word(full)) as group:
+        with counted(b, t.word(0), whole) as group:
             for code in codes:
                 _Vector(code, at, b.mul(group, t.word(width)), width).write()
         if left:
-            for code in codes:
-                _Vector(code, at, t.word(full * width), left).write()
+            with nullcontext() if tail is None else b.if_then(b.icmp_signed("==", tail.start, t.word(length))):
+                for code in codes:
+                    _Vector(code, at, t.word(full * width), left).write()
         for code in codes:
+            if tail is not None:
+                _End(code, at, tail).write()
             code.end()
+    for code in codes:
+        code.fill()
+    return [[b.extract_element(code.numbers[i], t.i32(0)) for i in passes.numbers] for code in codes]
 
 
 class _Code:
@@ -169,6 +91,7 @@ class _Code:
         self.numbers: dict[int, ir.Value] = {}  # of the whole row, and their reciprocals
         self.over: dict[int, ir.Value] = {}
         self.totals: dict[int, ir.Value] = {}  # where reductions keep what they have found
+        self.ends: dict[int, ir.Value] = {}  # what is kept of the numbers of a tail
 
     def begin(self, at: int) -> None:
         """What a pass needs to know."""
@@ -182,22 +105,37 @@ class _Code:
         """What its reductions have found."""
         for i, place in self.totals.items():
             total = self.b.load(place, typ=self.kind)
-            if self.is_max(i):
+            if sign := self.sign(i):
                 while total.type.count > 1:
-                    total = larger(self.b, *halves(self.b, total))
+                    total = extreme(self.b, sign, *halves(self.b, total))
                 one = self.b.extract_element(total, self.t.i32(0))
             else:
                 one = added(self.b, total)
             self.numbers[i] = everywhere(self.b, one, self.row.width)
 
-    def is_max(self, i: int) -> bool:
-        """Whether a reduction is a maximum, and no sum."""
-        return self.p.function[i - 1].name == "reduce_max"
+    def fill(self) -> None:
+        """Writes the result of a tail, where it is not 0."""
+        from llvmlite import ir
+
+        b, t, row, bits = self.b, self.t, self.row, ir.IntType(self.row.width)
+        if row.tail is None:
+            return
+        found = self.ends[len(self.p.function)]
+        some = b.bitcast(b.fcmp_unordered("!=", found, self.kind(None)), bits)
+        with b.if_then(b.icmp_unsigned("!=", some, bits(0))):
+            first, last = b.sdiv(row.tail.start, t.word(row.width)), t.word(-(-row.length // row.width))
+            with counted(b, first, last) as group:
+                row.write(self.p.result, b.mul(group, t.word(row.width)), row.width, found)
+
+    def sign(self, i: int) -> str | None:
+        """Which of two numbers a reduction keeps; None if their sum."""
+        return {"reduce_max": ">", "reduce_min": "<"}.get(self.p.function[i - 1].name)
 
     def _total(self, i: int) -> ir.Value:
         with self.b.goto_entry_block():
             place = self.b.alloca(self.kind)
-        self.b.store(constant(self.kind, -math.inf if self.is_max(i) else 0.0), place)
+        first = {">": -math.inf, "<": math.inf, None: 0.0}[self.sign(i)]
+        self.b.store(constant(self.kind, first), place)
         return place
 
     def _number(self, i: int) -> ir.Value:
@@ -212,9 +150,9 @@ class _Code:
         return self.numbers[i]
 
 
-def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """The larger numbers of two vectors; NaN where either has it."""
-    found = b.select(b.fcmp_ordered(">", x, y), x, y)
+def extreme(b: ir.IRBuilder, sign: str, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger or the smaller numbers of two vectors; NaN where either has it."""
+    found = b.select(b.fcmp_ordered(sign, x, y), x, y)
     return b.select(b.fcmp_unordered("uno", x, x), x, found)
 
 
@@ -231,12 +169,21 @@ class _Vector:
         kept = {i: self._value(i) for i in p.kept(self.at)}
         for i, total in self.code.totals.items():
             value, before = self._value(p.function[i - 1].operands[0]), b.load(total, typ=self.code.kind)
-            found = larger(b, value, before) if self.code.is_max(i) else b.fadd(before, value)
+            sign = self.code.sign(i)
+            found = extreme(b, sign, value, before) if sign else b.fadd(before, self._summed(value))
             b.store(self._there(found, before), total)
+        self._keep(kept)
+
+    def _keep(self, kept: dict[int, ir.Value]) -> None:
+        """For later passes."""
         for i, value in kept.items():
-            slot = p.slot(i, self.at + 1)
+            slot = self.code.p.slot(i, self.at + 1)
             assert slot is not None
             self.code.row.write(slot, self.place, self.there, value)
+
+    def _summed(self, value: ir.Value) -> ir.Value:
+        """What is added to the sum of a value."""
+        return value
 
     def _there(self, found: ir.Value, before: ir.Value) -> ir.Value:
         """The one where there are numbers, elsewhere the other."""
@@ -256,15 +203,65 @@ class _Vector:
         return self.known[i]
 
     def _made(self, i: int) -> ir.Value:
-        b, p, row = self.code.b, self.code.p, self.code.row
+        b, p = self.code.b, self.code.p
         if (slot := p.slot(i, self.at)) is not None:
-            return row.read(slot, self.place, self.there)
+            return self._earlier(i, slot)
         step = p.function[i - 1]
         if step.name == "operand":
-            return row.load(int(step.number), self.place, self.there)
+            return self._operand(int(step.number))
         given = [self._value(operand) for operand in step.operands]
         if step.name == "exp" and p.falls(step.operands[0]):
             return exponential(b, given[0])
         if step.name == "div" and step.operands[1] in self.code.over:
             return b.fmul(given[0], self.code.over[step.operands[1]])
+        if step.name == CODES:
+            return _on_grid(b, *given)
         return stepped(b, step, self.code.kind, given)
+
+    def _earlier(self, i: int, slot: int) -> ir.Value:
+        """A value that an earlier pass kept."""
+        return self.code.row.read(slot, self.place, self.there)
+
+    def _operand(self, which: int) -> ir.Value:
+        return self.code.row.load(which, self.place, self.there)
+
+
+class _End(_Vector):
+    """Writes the code of a pass for a tail: one vector stands for all of its numbers."""
+
+    def __init__(self, code: _Code, at: int, tail: Tail) -> None:
+        super().__init__(code, at, tail.start, code.row.width)
+        self.tail = tail
+        b, length = code.b, code.t.word(code.row.length)
+        self.count = b.sub(length, tail.start)
+
+    def _keep(self, kept: dict[int, ir.Value]) -> None:
+        self.code.ends |= kept
+
+    def _earlier(self, i: int, slot: int) -> ir.Value:
+        del slot
+        return self.code.ends[i] if i else self.code.kind(None)  # the number that is hidden is any
+
+    def _operand(self, which: int) -> ir.Value:
+        from llvmlite import ir
+
+        hides, truth = self.tail.mask
+        assert which == hides
+        return ir.Constant(ir.VectorType(ir.IntType(1), self.code.row.width), [truth] * self.code.row.width)
+
+    def _summed(self, value: ir.Value) -> ir.Value:
+        """As often as there are such numbers."""
+        b, t, kind = self.code.b, self.code.t, self.code.kind
+        whole = b.fmul(b.extract_element(value, t.i32(0)), b.sitofp(self.count, t.f32))
+        return b.insert_element(kind(None), whole, t.i32(0))
+
+    def _there(self, found: ir.Value, before: ir.Value) -> ir.Value:
+        b = self.code.b
+        return b.select(b.icmp_signed(">", self.count, self.code.t.word(0)), found, before)
+
+
+def _on_grid(b: ir.IRBuilder, x: ir.Value, zero: ir.Value, *known: ir.Value) -> ir.Value:
+    """Codes in bytes."""
+    less, reciprocal, low, high, shift = known
+    whole = b.fadd(b.fsub(zero, shift), constant(x.type, WHOLE))
+    return on_grid(b, x, [less, reciprocal], (b.fsub(low, zero), b.fsub(high, zero)), whole)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from jaxcomp.trace import nested
@@ -40,8 +41,8 @@ Pointwise = tuple[Step, ...]
 TRUTH = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"})
 """Steps that give a truth value; the last three take such."""
 STEPS = TRUTH | named(
-    """abs add clamp div erf erfc exp expm1 integer_pow log1p logistic max min mul neg rsqrt select_n sqrt square sub
-    tanh"""
+    """abs add clamp div erf erfc exp expm1 integer_pow log1p logistic max min mul neg round rsqrt select_n sqrt square
+    sub tanh"""
 )
 
 
@@ -129,6 +130,8 @@ class Reading:
         if name in ("integer_pow", "square"):
             exponent = eqn.params.get("y", 2)
             return self._place(Step("integer_pow", tuple(operands), exponent)) if exponent > 0 else None
+        if name == "round" and eqn.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
+            return None
         if name == "div" and (divisor := self._constant_at(operands[1])):  # as XLA has it
             with np.errstate(over="ignore"):
                 by = self._place(Step("constant", number=float(1 / np.float32(divisor))))
@@ -201,6 +204,7 @@ _MONOTONE: dict[str, Callable[[float], float]] = {
     "tanh": math.tanh,
     "erf": math.erf,
     "erfc": math.erfc,
+    "round": lambda x: x if math.isinf(x) else float(round(x)),
     "rsqrt": lambda x: x**-0.5 if x > 0 else math.inf,
     "sqrt": math.sqrt,
     "neg": lambda x: -x,

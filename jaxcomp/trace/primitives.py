@@ -18,7 +18,9 @@ REGION = "run_region"
 """Of equations that a CPU has one code for (:mod:`jaxcomp.activations.regions`)."""
 ROUNDING = "round_to_codes"
 """Of activations (:mod:`jaxcomp.activations.encoded`)."""
-PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, CODED_DOT, REGION, ROUNDING})
+ROUNDING_ROWS = "round_rows_to_codes"
+"""Of activations whose rows have ranges of their own (:mod:`jaxcomp.activations.coded_rows`)."""
+PIECES = frozenset({ATTENTION, CODED_CONVOLUTION, CODED_DOT, REGION, ROUNDING, ROUNDING_ROWS})
 """Calls that a backend may run in one piece."""
 CALLS = frozenset(
     {

@@ -1,7 +1,7 @@
 """Functions of rows, as programs apply them along one axis of a value: softmax with its masks, and what users write.
 
-They are read off the equations, whatever calls these stand in: operations on each number, sums and maxima of a row, and
-other values that meet the rows, broadcast where they lack an axis.
+They are read off the equations, whatever calls these stand in: operations on each number, sums and extremes of a row,
+and other values that meet the rows, broadcast where they lack an axis.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxcomp.trace.walk import aval_of, shape_of
 
 Axes = tuple[int | None, ...]
 """For each axis of one value the axis of another that it is, or None where there is none; none of size 1 is."""
-REDUCTIONS = frozenset({"reduce_max", "reduce_sum"})
+REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_sum"})
 """Steps that give one number for a row."""
 
 

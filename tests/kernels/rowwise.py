@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxcomp.kernels.llvm_calls import Work, call
 from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere
-from jaxcomp.kernels.llvm_rowwise import Passes, Row, write_passes
+from jaxcomp.kernels.llvm_rowwise import Row, write_passes
+from jaxcomp.kernels.row_passes import Passes
 from tests.trace.rowwise import Rows
 
 

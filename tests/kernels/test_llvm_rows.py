@@ -100,6 +100,21 @@ def test_values_that_live_over_several_passes(monkeypatch, wide) -> None:
     np.testing.assert_array_equal(x, kept)
 
 
+@pytest.mark.parametrize("count", [1, rows.ROWS, 2 * rows.ROWS + 3])
+def test_numbers_of_the_rows_beside_the_result(count) -> None:
+    def fn(x):
+        low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+        return (x - low) / (high - low), high
+
+    x = np.random.default_rng(3).normal(size=(count, 3, 21)).astype(np.float32)
+    how, _ = read(lambda x: fn(x)[0], x)
+    names = [step.name for step in how.function]
+    numbers = [1 + names.index(name) for name in ("reduce_max", "reduce_min")]
+    got, found = jax.jit(lambda x: rows.llvm_row_numbers(how, numbers, x))(x)
+    np.testing.assert_allclose(got, fn(x)[0], rtol=1e-6)
+    np.testing.assert_array_equal(found, np.stack([x.max(-1), x.min(-1)], -1))
+
+
 def test_why_there_is_none() -> None:
     how, _ = read(jax.nn.softmax, jnp.ones((2, 4)))
     assert "rows are of 8 numbers and more, and have 4" in str(rows.refusal(how))

@@ -10,7 +10,7 @@ from jax import nn
 
 from jaxcomp.kernels.llvm_calls import features
 from jaxcomp.kernels.llvm_pointwise import WIDE
-from jaxcomp.kernels.llvm_rowwise import Passes
+from jaxcomp.kernels.row_passes import Passes
 from jaxcomp.trace.pointwise import Step
 from tests.kernels.rowwise import by_llvm
 from tests.marks import quick
@@ -66,7 +66,13 @@ def truths_that_live(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, e / e.sum(-1, keepdims=True), e)
 
 
+def on_a_grid_of_its_own(x: jax.Array) -> jax.Array:
+    low, high = (f(x, -1, keepdims=True) for f in (jnp.min, jnp.max))
+    return jnp.round((x - low) / (high - low) * 15)
+
+
 FUNCTIONS = {
+    "on a grid of its own": (on_a_grid_of_its_own, ()),
     "softmax": (nn.softmax, ()),
     "standardized": (standardized, ()),
     "softmax twice": (softmax_twice, ()),
@@ -121,12 +127,13 @@ def test_what_is_no_number(lanes) -> None:
     np.testing.assert_array_equal(np.isnan(got), np.isnan(np.asarray(nn.softmax(jnp.asarray(x)))))
 
 
-def test_the_largest_of_what_is_no_number_is_none(lanes) -> None:
-    rows = read(lambda x: x - x.max(-1, keepdims=True), jnp.zeros((6, 19)))
-    assert rows is not None
+def test_the_extremes_of_what_is_no_number_are_none(lanes) -> None:
     x = np.array(drawn(6, 19))
     x[range(5), [0, 7, 8, 15, 18]] = np.nan
-    np.testing.assert_allclose(by_llvm(rows, lanes, x), x - x.max(-1, keepdims=True), rtol=1e-6)
+    for name in ("max", "min"):
+        rows = read(lambda x, name=name: x - getattr(x, name)(-1, keepdims=True), jnp.zeros((6, 19)))
+        assert rows is not None
+        np.testing.assert_allclose(by_llvm(rows, lanes, x), x - getattr(x, name)(-1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e30])

@@ -18,6 +18,7 @@ def read(fn) -> Pointwise | None:
 
 
 _OTHERS = {"not": jnp.logical_not, "and": jnp.logical_and, "or": jnp.logical_or, "select_n": lax.select_n}
+_OTHERS["round"] = jnp.round  # to even
 
 
 def by_jax(function: Pointwise, x: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def read(fn, x: jax.Array, *others: jax.Array) -> Rows | None:
     return Rows(reading.of(y), reading.along, reading.beside, values, reading.axes(y), y.aval.shape)
 
 
-_REDUCTIONS = {"reduce_max": np.max, "reduce_sum": np.sum}
+_REDUCTIONS = {"reduce_max": np.max, "reduce_min": np.min, "reduce_sum": np.sum}
 _OTHERS = {
     "add": np.add,
     "sub": np.subtract,
@@ -68,6 +68,8 @@ _OTHERS = {
     "div": np.divide,
     "neg": np.negative,
     "max": np.maximum,
+    "min": np.minimum,
+    "round": np.round,
     "exp": np.exp,
     "sqrt": np.sqrt,
     "tanh": np.tanh,

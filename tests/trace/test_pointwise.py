@@ -43,6 +43,7 @@ ACTIVATIONS = {
     "erf": lax.erf,
     "both": lambda x: jnp.where((x > -1) & ~(x > 1), x, -x),
     "a call": lambda x: jax.jit(lambda x: jnp.maximum(jnp.minimum(x, 5.0), -5.0))(x),
+    "on a grid": lambda x: jnp.clip(jnp.round(x * 4.0), -8, 7) / 4,
     "a barrier": lambda x: lax.stop_gradient(nn.relu(x)),
 }
 
@@ -69,6 +70,7 @@ def test_a_function_is_read(name) -> None:
         lambda x: x + jnp.nan,
         lambda x: jnp.cumsum(x, 1),
         lambda x: jax.jit(lambda x: jnp.sin(x))(x),
+        lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO),
     ],
 )
 def test_what_is_another_is_not(fn) -> None:

@@ -108,6 +108,10 @@ CASES = {
         lambda s: nn.relu(s) / (1.0 + jnp.abs(s).max(-1, keepdims=True)),
         lambda s: np.maximum(s, 0) / (1 + np.abs(s).max(-1, keepdims=True)),
     ),
+    "between its ends": Case(
+        lambda s: (s - s.min(-1, keepdims=True)) / (s.max(-1, keepdims=True) - s.min(-1, keepdims=True)),
+        lambda s: (s - s.min(-1, keepdims=True)) / np.ptp(s, axis=-1, keepdims=True),
+    ),
     "in calls": Case(lambda s: jax.jit(jax.checkpoint(lambda s: jax.jit(nn.softmax)(s)))(s), softmax),
     "axes of size 1 come and go": Case(lambda s: nn.softmax(s[:, None])[:, 0], softmax),
 }
@@ -140,7 +144,7 @@ def test_a_function_is_read(name) -> None:
         lambda s: jnp.where(jnp.arange(5) < (s > 0).sum(-1, keepdims=True), nn.softmax(s), 0.0),
         lambda s: jax.jit(lambda s: nn.softmax(s + lax.iota(jnp.float32, 5)))(s),
         lambda s: nn.softmax(s.astype(jnp.bfloat16)).astype(jnp.float32),
-        lambda s: s - s.min(-1, keepdims=True),
+        lambda s: s / s.prod(-1, keepdims=True),
         lambda s: s.max(-1, keepdims=True) + s[:, :, ::2].sum(-1, keepdims=True).repeat(2, 2),
         lambda s: jax.lax.fori_loop(0, 2, lambda _, s: nn.softmax(s), s),
         nn.log_softmax,
