@@ -14,7 +14,8 @@ import numpy as np
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import laid_beside
 from jaxcomp.kernels.llvm_calls import Work, call, digest, features, missing, parts
-from jaxcomp.kernels.llvm_float_heads import Heads, Place, Strides, mixed
+from jaxcomp.kernels.llvm_float_heads import mixed
+from jaxcomp.kernels.llvm_float_laid import Heads, Place, Strides
 from jaxcomp.trace.pointwise import Pointwise
 from jaxcomp.trace.rowwise import Axes
 

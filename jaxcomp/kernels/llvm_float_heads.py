@@ -1,22 +1,24 @@
 """LLVM code of attention in floats to the heads of keys and values, one after the other.
 
 A few queries at a time: their scores lie in a core's nearest cache, and never in memory. Keys and values of a head are
-laid out once for many queries, from where the program has them; the result is written where it wants it.
+laid out once for many queries, from where the program has them; the result is written where it wants it. A panel of
+keys that a mask hides from all these queries is not multiplied, nor are values whose weights are all 0: half of what a
+causal mask has.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import Numbers
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere
+from jaxcomp.kernels.llvm_float_laid import QUERIES, Heads, Laid, Strides, least
+from jaxcomp.kernels.llvm_hidden import Mask, mask_of
 from jaxcomp.kernels.llvm_numbers import fma
-from jaxcomp.kernels.llvm_rowwise import Passes, Row, write_passes
-from jaxcomp.trace.pointwise import Pointwise
+from jaxcomp.kernels.llvm_rowwise import Row, Tail, write_passes
+from jaxcomp.kernels.row_passes import Passes
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -25,60 +27,6 @@ ROWS = 6
 """Queries that meet a key or a value while it lies in a register."""
 TOGETHER = (3, 2, 1)
 """Queries whose scores are gone over at once: the first that divides those."""
-QUERIES = 256
-"""Queries of a head for which its keys and values are laid out."""
-
-Strides = tuple[int, ...]
-"""Numbers from one index of each axis of the scores to the next."""
-
-
-class Place(NamedTuple):
-    """Steps along the axes of the scores, and from one feature to the next."""
-
-    along: Strides
-    width: int
-
-
-class Heads(NamedTuple):
-    """What the code depends on.
-
-    Attributes:
-      sizes: of the scores.
-      keys, queries: the axes of the scores that these are; along the others are heads.
-      widths: of keys and of values.
-      q, k, v, result: where they are.
-      beside: of the values that meet the scores the steps, and whether they are booleans.
-      function: what is made of the scores.
-      varying: for each of its values whether it varies along a row.
-      lanes: numbers of a vector.
-      several: vectors of keys that queries meet at once.
-      most: vectors of values, at most.
-    """
-
-    sizes: Shape
-    keys: int
-    queries: int
-    widths: tuple[int, int]
-    q: Place
-    k: Place
-    v: Place
-    result: Place
-    beside: tuple[tuple[Strides, bool], ...]
-    function: Pointwise
-    varying: tuple[bool, ...]
-    lanes: int
-    several: int
-    most: int
-
-    @property
-    def blocks(self) -> int:
-        """Parts of the queries of a head."""
-        return -(-self.sizes[self.queries] // QUERIES)
-
-    @property
-    def chunks(self) -> int:
-        """Such parts, of all heads."""
-        return self.blocks * math.prod(n for i, n in enumerate(self.sizes) if i not in (self.keys, self.queries))
 
 
 def mixed(code: Heads, b: ir.IRBuilder, operands: list[Operand], first: ir.Value, _: ir.Value) -> None:
@@ -108,36 +56,53 @@ class _Chunk:
             (Numbers(b, x.data, boolean).behind(self._offset(index, along)), along)
             for x, (along, boolean) in zip(beside, code.beside, strict=True)
         ]
-        self.panel = code.several * code.lanes
-        self.padded = -(-self.length // self.panel) * self.panel
+        self.laid = Laid(code, b)
         self.rows = min(ROWS, code.sizes[code.queries])
-        self.row = self.passes.slots * self.padded
+        self.row = self.passes.slots * self.laid.padded
+        # Weights may be 0 for many keys if something that meets the scores differs from key to key.
+        self.hides = any(along[code.keys] for along, _ in code.beside)
+        self.mask = self._mask()
+        with b.goto_entry_block():
+            self.last = b.alloca(t.i64)  # behind the last key that one of a few queries sees
+
+    def _mask(self) -> Mask | None:
+        """The mask of which whole panels may be asked."""
+        found = mask_of(self.code.function)
+        if found is None or not self.beside[found.which][1][self.code.keys] or self.length < self.laid.panel:
+            return None
+        return found
+
+    def _tail(self) -> Tail | None:
+        """The keys at the end that are hidden from a few queries, where nothing else tells them apart."""
+        steps = zip(self.code.function, self.code.varying[1:], strict=True)
+        met = {int(step.number) for step, varies in steps if step.name == "operand" and varies}
+        if self.mask is None or met != {self.mask.which} or self.passes.result:
+            return None
+        last = least(self.b, self.b.load(self.last, typ=self.t.i64), self.t.word(self.length))
+        return Tail(last, (self.mask.which, not self.mask.shows))
 
     def write(self) -> None:
         """All of it."""
         b, t, code = self.b, self.t, self.code
         w = Writer(b, t)
-        room = self.padded * (code.widths[0] + code.widths[1]) + self.rows * self.row
-        base = w.libc("malloc", t.i64, t.word(4 * room + 64))
-        self.laid_keys = Numbers(b, b.and_(b.add(base, t.word(63)), t.word(-64)))
-        self.laid_values = self.laid_keys.behind(t.word(self.padded * code.widths[0]))
-        self.scores = self.laid_values.behind(t.word(self.padded * code.widths[1]))
-        self._lay_keys()
-        self._lay_values()
+        laid, scores = self.laid.room, self.rows * self.row
+        base = w.libc("malloc", t.i64, t.word(4 * (laid + scores) + 64))
+        room = Numbers(b, b.and_(b.add(base, t.word(63)), t.word(-64)))
+        self.laid.lay(room, self.k, self.v)
+        self.scores = room.behind(t.word(laid))
         count = code.sizes[code.queries]
         begin = b.mul(self.block, t.word(QUERIES))
-        end = self._least(b.add(begin, t.word(QUERIES)), t.word(count))
+        end = least(b, b.add(begin, t.word(QUERIES)), t.word(count))
         groups = b.sdiv(b.add(b.sub(end, begin), t.word(self.rows - 1)), t.word(self.rows))
         with counted(b, t.word(0), groups) as group:
             top = b.add(begin, b.mul(group, t.word(self.rows)))
-            self.at = [self._least(b.add(top, t.word(i)), t.word(count - 1)) for i in range(self.rows)]
+            self.at = [least(b, b.add(top, t.word(i)), t.word(count - 1)) for i in range(self.rows)]
             self._scored()
-            some = next(n for n in TOGETHER if self.rows % n == 0)
+            some, tail = next(n for n in TOGETHER if self.rows % n == 0), self._tail()
             with counted(b, t.word(0), t.word(self.rows // some)) as group:
-                rows = [b.add(b.mul(group, t.word(some)), t.word(i)) for i in range(some)]
-                write_passes(
-                    b, self.passes, [self._row(i, self._least(b.add(top, i), t.word(count - 1))) for i in rows]
-                )
+                places = [b.add(b.mul(group, t.word(some)), t.word(i)) for i in range(some)]
+                rows = [self._row(i, least(b, b.add(top, i), t.word(count - 1)))._replace(tail=tail) for i in places]
+                write_passes(b, self.passes, rows)
             self._mixed()
         w.libc("free", t.void, base)
 
@@ -152,51 +117,54 @@ class _Chunk:
 
         return Row(self.length, self.lanes, read, write, partial(self._met, query))
 
-    # ---- keys and values of a head, laid out
-
-    def _lay_keys(self) -> None:
-        """Panels of keys: for each feature of theirs a few vectors of keys; the last key stands for those beyond."""
-        b, t, code, lanes = self.b, self.t, self.code, self.lanes
-        step, last = t.word(code.k.along[code.keys]), t.word(self.length - 1)
-        with counted(b, t.word(0), t.word(self.padded // lanes)) as group:
-            panel, place = (f(group, t.word(code.several)) for f in (b.sdiv, b.srem))
-            to = b.add(b.mul(panel, t.word(code.widths[0] * self.panel)), b.mul(place, t.word(lanes)))
-            first = b.mul(group, t.word(lanes))
-            keys = [b.mul(self._least(b.add(first, t.word(i)), last), step) for i in range(lanes)]
-            with counted(b, t.word(0), t.word(code.widths[0] // lanes)) as part:
-                at = b.mul(part, t.word(lanes))
-                square = turned(b, [self._vector(self.k, b.add(key, at)) for key in keys])
-                for i, column in enumerate(square):
-                    index = b.add(to, b.mul(b.add(at, t.word(i)), t.word(self.panel)))
-                    self.laid_keys.store(index, column, lanes)
-
-    def _lay_values(self) -> None:
-        """One after the other."""
-        b, t, code, width = self.b, self.t, self.code, self.code.widths[1]
-        with counted(b, t.word(0), t.word(self.length)) as key:
-            where, to = b.mul(key, t.word(code.v.along[code.keys])), b.mul(key, t.word(width))
-            for at in range(0, width, self.lanes):
-                value = self._vector(self.v, b.add(where, t.word(at)))
-                self.laid_values.store(b.add(to, t.word(at)), value, self.lanes)
-
     # ---- products
 
     def _scored(self) -> None:
-        """The scores of a few queries."""
+        """The scores of a few queries; 0 where a mask hides a panel from all of them."""
+        b, t = self.b, self.t
+        b.store(t.word(0), self.last)
+        with counted(b, t.word(0), t.word(self.laid.panels)) as panel:
+            if self.mask is None:
+                self._panel_scored(panel)
+            else:
+                with b.if_else(self._shown(panel, self.mask)) as (then, otherwise):
+                    with then:
+                        self._panel_scored(panel)
+                        b.store(b.mul(b.add(panel, t.word(1)), t.word(self.laid.panel)), self.last)
+                    with otherwise:
+                        self._keep(panel, dict.fromkeys(self._places(self.code.several), self.kind(None)))
+
+    def _panel_scored(self, panel: ir.Value) -> None:
         b, t, code, lanes = self.b, self.t, self.code, self.lanes
         queries = [b.mul(query, t.word(code.q.along[code.queries])) for query in self.at]
-        with counted(b, t.word(0), t.word(self.padded // self.panel)) as panel:
-            keys = b.mul(panel, t.word(code.widths[0] * self.panel))
-            sums = self._sums(code.several)
-            with counted(b, t.word(0), t.word(code.widths[0])) as at:
-                row = b.add(keys, b.mul(at, t.word(self.panel)))
-                some = [self._vector(self.laid_keys, b.add(row, t.word(j * lanes))) for j in range(code.several)]
-                step = b.mul(at, t.word(code.q.width))
-                numbers = [self.q.number(b.add(query, step)) for query in queries]
-                self._multiplied(sums, numbers, some)
-            for (i, j), place in sums.items():
-                index = b.add(b.mul(panel, t.word(self.panel)), t.word(j * lanes))
-                self.scores.store(self._score(t.word(i), 0, index), b.load(place, typ=self.kind), lanes)
+        keys = b.mul(panel, t.word(code.widths[0] * self.laid.panel))
+        sums = self._sums(code.several)
+        with counted(b, t.word(0), t.word(code.widths[0])) as at:
+            row = b.add(keys, b.mul(at, t.word(self.laid.panel)))
+            some = [self._vector(self.laid.keys, b.add(row, t.word(j * lanes))) for j in range(code.several)]
+            step = b.mul(at, t.word(code.q.width))
+            numbers = [self.q.number(b.add(query, step)) for query in queries]
+            self._multiplied(sums, numbers, some)
+        self._keep(panel, {at: b.load(place, typ=self.kind) for at, place in sums.items()})
+
+    def _keep(self, panel: ir.Value, scores: dict[tuple[int, int], ir.Value]) -> None:
+        """Writes the scores of a panel, of each query some vectors."""
+        b, t = self.b, self.t
+        for (i, j), value in scores.items():
+            index = b.add(b.mul(panel, t.word(self.laid.panel)), t.word(j * self.lanes))
+            self.scores.store(self._score(t.word(i), 0, index), value, self.lanes)
+
+    def _shown(self, panel: ir.Value, mask: Mask) -> ir.Value:
+        """Whether one of the queries sees a key of a panel."""
+        b, t, (values, along) = self.b, self.t, self.beside[mask.which]
+        first = least(b, b.mul(panel, t.word(self.laid.panel)), t.word(self.length - self.laid.panel))
+        any_of = None
+        for query in self.at:
+            index = b.add(b.mul(query, t.word(along[self.code.queries])), first)
+            truth = values.vector(index, self.laid.panel, self.laid.panel)
+            truth = truth if mask.shows else b.not_(truth)
+            any_of = truth if any_of is None else b.or_(any_of, truth)
+        return self._is_any(any_of)
 
     def _mixed(self) -> None:
         """The values, times what was made of the scores."""
@@ -205,20 +173,65 @@ class _Chunk:
         for first in range(0, width, code.most * lanes):
             columns = range(first, min(first + code.most * lanes, width), lanes)
             sums = self._sums(len(columns))
-            with counted(b, t.word(0), t.word(self.length)) as key:
-                row = b.mul(key, t.word(width))
-                some = [self._vector(self.laid_values, b.add(row, t.word(at))) for at in columns]
-                places = (self._score(t.word(i), self.passes.result, key) for i in range(self.rows))
-                weights = [self.scores.number(place) for place in places]
-                self._multiplied(sums, weights, some)
+            if self.hides:
+                self._added_by_panels(sums, columns)
+            else:
+                self._added(sums, columns, t.word(0), t.word(self.length))
             for (i, j), place in sums.items():
                 index = b.add(b.mul(self.at[i], t.word(code.result.along[code.queries])), t.word(columns[j]))
                 self.out.store(index, b.load(place, typ=self.kind), lanes)
 
+    def _added_by_panels(self, sums: dict[tuple[int, int], ir.Value], columns: range) -> None:
+        """Adds the values of all keys, times their weights, but for panels that weigh nothing."""
+        b, t = self.b, self.t
+        with (
+            counted(b, t.word(0), t.word(self.laid.panels)) as panel,
+            b.if_else(self._weighs(panel)) as (then, otherwise),
+        ):
+            with then:
+                self._added(sums, columns, *self.laid.of(panel))
+            with otherwise:
+                row = b.mul(panel, t.word(self.code.widths[1]))
+                unseen = [self._vector(self.laid.unseen, b.add(row, t.word(at))) for at in columns]
+                for (_, j), place in sums.items():
+                    b.store(b.fadd(b.load(place, typ=self.kind), unseen[j]), place)
+
+    def _added(self, sums: dict[tuple[int, int], ir.Value], columns: range, first: ir.Value, last: ir.Value) -> None:
+        """Adds the values of some keys, times their weights."""
+        b, t = self.b, self.t
+        with counted(b, first, last) as key:
+            row = b.mul(key, t.word(self.code.widths[1]))
+            some = [self._vector(self.laid.values, b.add(row, t.word(at))) for at in columns]
+            places = (self._score(t.word(i), self.passes.result, key) for i in range(self.rows))
+            self._multiplied(sums, [self.scores.number(place) for place in places], some)
+
+    def _weighs(self, panel: ir.Value) -> ir.Value:
+        """Whether a weight of a panel is not 0, of any query; those beyond the last key are any."""
+        from llvmlite import ir
+
+        b, t, found = self.b, self.t, None
+        bits = ir.VectorType(t.i32, self.lanes)
+        for i, j in self._places(self.code.several):
+            index = b.add(b.mul(panel, t.word(self.laid.panel)), t.word(j * self.lanes))
+            weights = b.bitcast(self._vector(self.scores, self._score(t.word(i), self.passes.result, index)), bits)
+            found = weights if found is None else b.or_(found, weights)
+        return self._is_any(b.icmp_unsigned("!=", found, bits(None)))
+
+    def _is_any(self, truth: ir.Value) -> ir.Value:
+        """Whether one of a vector is true."""
+        from llvmlite import ir
+
+        kind = ir.IntType(truth.type.count)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(truth, kind), kind(0))
+
+    def _places(self, columns: int) -> list[tuple[int, int]]:
+        """Of each query so many vectors."""
+        return [(i, j) for i in range(self.rows) for j in range(columns)]
+
     def _sums(self, columns: int) -> dict[tuple[int, int], ir.Value]:
         """For each query some vectors, of zeros."""
         with self.b.goto_entry_block():
-            sums = {(i, j): self.b.alloca(self.kind) for i in range(self.rows) for j in range(columns)}
+            sums = {place: self.b.alloca(self.kind) for place in self._places(columns)}
         for place in sums.values():
             self.b.store(self.kind(None), place)
         return sums
@@ -263,11 +276,8 @@ class _Chunk:
     def _score(self, i: ir.Value, slot: int, index: ir.Value) -> ir.Value:
         """The index of a number of a query's row in a slot."""
         b, t = self.b, self.t
-        row = b.add(b.mul(i, t.word(self.row)), t.word(slot * self.padded))
+        row = b.add(b.mul(i, t.word(self.row)), t.word(slot * self.laid.padded))
         return b.add(row, index)
 
     def _vector(self, numbers: Numbers, index: ir.Value) -> ir.Value:
         return numbers.vector(index, self.lanes, self.lanes)
-
-    def _least(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        return self.b.select(self.b.icmp_signed("<", x, y), x, y)

@@ -35,11 +35,15 @@ def softmax_after(*steps: Step) -> Pointwise:
 SCALED = (Step("constant", (), 0.3), Step("mul", (0, 1)))
 HIDDEN = (Step("operand", (), 0), Step("constant", (), -1e9), Step("select_n", (1, 2, 0)))
 MOVED = (Step("operand", (), 0), Step("add", (0, 1)))
+TURNED = (Step("operand", (), 0), Step("constant", (), -1e9), Step("select_n", (1, 0, 2)))
+NEITHER = (Step("operand", (), 0), Step("not", (1,)), Step("constant", (), -1e9), Step("select_n", (2, 3, 0)))
 BOTH = (Step("operand", (), 0), Step("constant", (), -np.inf), Step("select_n", (1, 2, 0)))
 BOTH += (Step("operand", (), 1), Step("add", (3, 4)))
 FUNCTIONS = {
     "scaled": (softmax_after(*SCALED), lambda s: 0.3 * s),
     "hidden": (softmax_after(*HIDDEN), lambda s, m: np.where(m, s, -1e9)),
+    "hidden where true": (softmax_after(*TURNED), lambda s, m: np.where(m, -1e9, s)),
+    "hidden where not": (softmax_after(*NEITHER), lambda s, m: np.where(m, -1e9, s)),
     "moved": (softmax_after(*MOVED), lambda s, x: s + x),
     "both": (softmax_after(*BOTH), lambda s, m, x: np.where(m, s, -np.inf) + x),
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxcomp.kernels import llvm_calls, llvm_float_attention
 from jaxcomp.kernels.llvm_float_attention import llvm_mixed, refusal
-from jaxcomp.kernels.llvm_float_heads import QUERIES
+from jaxcomp.kernels.llvm_float_laid import QUERIES
 from tests.kernels.float_attention import Case
 from tests.marks import quick
 
@@ -141,6 +141,80 @@ def test_any_shapes_and_orders(case, seed) -> None:
 @given(any_case, st.integers(0, 9))
 def test_many_shapes_and_orders(case, seed) -> None:
     case.check(seed)
+
+
+QUERY, KEY = np.arange(150)[:, None], np.arange(200)[None]
+MASKS = {
+    "causal": KEY <= QUERY,
+    "a window": (KEY <= QUERY) & (QUERY < KEY + 20),
+    "the first keys": KEY + 0 * QUERY < 70,
+    "the last keys": KEY + 0 * QUERY >= 192,
+    "the last key": KEY + 0 * QUERY == 199,
+    "every 60th key": (KEY + QUERY) % 60 == 0,
+    "none for some queries": (KEY <= QUERY) & (QUERY % 50 > 10),
+    "none": KEY < 0 * QUERY,
+}
+HIDDEN = {"hidden": True, "hidden where true": False, "hidden where not": False}
+
+
+def hiding(function: str = "hidden", k: int = 200) -> Case:
+    return Case({"q": 150, "k": k, "b": 1, "h": 2, "e": 24}, function=function, beside=("qk",))
+
+
+@pytest.fixture(params=[False, True])
+def wide(monkeypatch, request) -> None:
+    """On vectors that all processors have, and on those of AVX-512."""
+    if request.param and "avx512f" not in llvm_calls.features():
+        pytest.skip("the processor has no AVX-512")
+    monkeypatch.setattr(llvm_float_attention, "features", lambda: frozenset({"avx512f"} if request.param else ()))
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("mask", quick(MASKS, "causal", "a window", "none for some queries"))
+@pytest.mark.parametrize("function", quick(HIDDEN, "hidden"))
+@pytest.mark.parametrize("k", quick([200, 192, 64, 65, 40], 200))
+def test_what_a_mask_hides_from_many_queries(k, function, mask) -> None:
+    case = hiding(function, k)
+    q, *others, _ = case.drawn()
+    truth = MASKS[mask][:, :k] == HIDDEN[function]
+    got = case.run(q, *others, truth)
+    np.testing.assert_allclose(got, case.exact(q, *others, truth), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("mask", quick(MASKS, "none for some queries"))
+def test_queries_that_see_nothing_of_many_keys(mask) -> None:
+    """By minus infinity they become NaN, as in numpy."""
+    case = hiding("both")._replace(beside=("qk", "h"))
+    q, k, v, *_ = case.drawn()
+    bias = np.zeros(2, np.float32)
+    with np.errstate(invalid="ignore"):
+        exact = case.exact(q, k, v, MASKS[mask], bias)
+    assert np.isnan(exact).all((0, 2, 3)).tolist() == (~MASKS[mask].any(1)).tolist()
+    np.testing.assert_allclose(case.run(q, k, v, MASKS[mask], bias), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-1e9, -np.inf])
+@pytest.mark.parametrize("mask", quick(MASKS, "causal"))
+def test_what_a_number_hides_from_many_queries(mask, shift) -> None:
+    case = hiding("moved")
+    q, *others, _ = case.drawn()
+    beside = np.where(MASKS[mask], 0, shift).astype(np.float32)
+    beside[:, 7] = 0.0  # of scores that are all hidden so, float32 knows nothing
+    np.testing.assert_allclose(case.run(q, *others, beside), case.exact(q, *others, beside), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("wide")
+def test_hidden_keys_are_not_multiplied_and_their_values_are_where_numpy_has_them() -> None:
+    case = hiding()
+    q, k, v, _ = case.drawn()
+    mask = MASKS["causal"]
+    k[0, 199, 0], v[0, 198, 1, 3], v[0, 70, 0, 5] = np.nan, np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        exact = case.exact(q, k, v, mask)
+    assert np.isnan(exact).sum() == 150 + 70
+    assert np.isposinf(exact).sum() == 80
+    np.testing.assert_allclose(case.run(q, k, v, mask), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-3, 30.0, 300.0])
