@@ -38,6 +38,7 @@ NAMES = (
     "grouped",
     "integer_networks",
     "integer_encoder",
+    "integer_prompt",
     "export_onnx",
     "export_functions",
 )
@@ -59,6 +60,7 @@ TOY = (
     "grouped",
     "integer_networks",
     "integer_encoder",
+    "integer_prompt",
     "coding",
     "column_solver",
     "sentences",

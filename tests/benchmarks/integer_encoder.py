@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +52,26 @@ def run(*, toy: bool = False) -> Iterator[Report]:
     for shape in setting.pick(SHAPES, ((2, 40),)):
         ids = jax.random.randint(jax.random.key(1), shape, 0, sizes["vocabulary"])
         args = minilm_tokenizer()(SENTENCES[: shape[0]], shape[1]) if own else (ids, jnp.ones_like(ids))
-        yield encoded(setting, sizes["heads"], params, args)
+        network = Network(partial(encoder, heads=sizes["heads"]), params, args, r"layers/.*kernel")
+        yield on_integers(setting, network, f"an encoder on integers, {shape[0]} x {shape[1]} tokens, speed")
 
 
-def encoded(setting: Setting, heads: int, params: Any, args: tuple[jax.Array, jax.Array]) -> Report:
-    """One number of sentences and tokens, and the mask of these."""
-    fn, shape = partial(encoder, heads=heads), args[0].shape
+class Network(NamedTuple):
+    """A function, its parameters and arguments, and the path of the weights that are quantized."""
+
+    fn: Callable[..., Any]
+    params: Any
+    args: tuple[jax.Array, ...]
+    weights: str
+
+
+def on_integers(setting: Setting, network: Network, title: str) -> Report:
+    """A network of floats beside itself on integers, and in onnxruntime."""
+    fn, params, args, weights = network
     roles = jc.roles(fn)(params, *args)
 
     def tree(bits: int, *, prepared: bool) -> Any:
-        packed = jc.pack(jc.quantize(jc.Int(bits), where=r"layers/.*kernel", roles=roles).apply((), params))
+        packed = jc.pack(jc.quantize(jc.Int(bits), where=weights, roles=roles).apply((), params))
         return jc.prepare(packed, fn, *args) if prepared else packed
 
     def quantized(bits: int, where: str | None, *, prepared: bool) -> Call:
@@ -86,7 +96,6 @@ def encoded(setting: Setting, heads: int, params: Any, args: tuple[jax.Array, ja
         makers[OTHER] = partial(_in_onnxruntime, path, fn, params, args, own=False)
         makers[f"{OTHER}, 8 bits"] = partial(_in_onnxruntime, path, fn, params, args, own=True)
         ran = run_cases(makers, setting, inner=1, rounds=setting.pick(9, 2))
-        title = f"an encoder on integers, {shape[0]} x {shape[1]} tokens, speed"
         return ran.report(
             title, [ran.speed(name, FLOAT, compared=name != AGAIN) for name in makers if name != FLOAT], FLOAT
         )
