@@ -1,4 +1,4 @@
-"""Attention whose products stay in floats, as a program has it.
+"""Attention, as a program has it.
 
 A product of two activations, a function of its rows and a product of these with another activation, and nothing else
 reads what is between: softmax with whatever scales, masks and biases the scores, in whatever order of axes.
@@ -13,6 +13,7 @@ from jax.extend import core
 
 from jaxcomp.activations.planning import Planned
 from jaxcomp.activations.regions import MOST, Region, beside_of, is_known_float, refusal
+from jaxcomp.activations.specs import Act
 from jaxcomp.kernels.llvm_float_attention import How, Lay
 from jaxcomp.trace.flow import Op
 from jaxcomp.trace.levels import Level
@@ -22,21 +23,24 @@ from jaxcomp.trace.rowwise import Axes, RowReading, resized, sized, varies
 from jaxcomp.trace.walk import Location, shape_of
 
 
-def attentions(planned: Mapping[Location, Planned], levels: Mapping[Location, Level]) -> list[Region]:
+def attentions(planned: Mapping[Location, Planned], levels: Mapping[Location, Level], *, integer: bool) -> list[Region]:
     """Those of a program.
 
     Args:
       planned: its sites.
       levels: its equations.
+      integer: whether products run on integers.
     """
-    sites = {at: p for at, p in planned.items() if _is_free(p)}
+    sites = {at: p for at, p in planned.items() if _may_be(p, integer=integer)}
     found = (_followed(p.op, levels[at[:-1]], sites) for at, p in sites.items())
     return [region for region in found if region is not None]
 
 
-def _is_free(p: Planned) -> bool:
-    """Whether it is a product of two activations that no rule quantizes."""
-    return p.op.name == "dot_general" and p.act is None and p.site.weight is None and BARRED.isdisjoint(p.site.inside)
+def _may_be(p: Planned, *, integer: bool) -> bool:
+    """Whether it is a product of two activations, that no rule quantizes, or to integers."""
+    if p.op.name != "dot_general" or p.site.weight is not None or not BARRED.isdisjoint(p.site.inside):
+        return False
+    return p.act is None or (integer and isinstance(p.act, Act))
 
 
 def _followed(op: Op, level: Level, sites: Mapping[Location, Planned]) -> Region | None:
@@ -122,7 +126,7 @@ def _whole(ops: list[Op], reading: RowReading, level: Level) -> Region | None:
         beside=tuple(one.axes for one in beside),
     )
     given = operands[q], operands[k], values, *(one.value for one in beside)
-    return None if refusal(how, given) else Region(tuple(ops), given, how)
+    return None if refusal(how, given) else Region(tuple(ops), given, how, sides=(q, k, 1 - side))
 
 
 def _is_float(v: core.Var | core.Literal) -> TypeGuard[core.Var]:

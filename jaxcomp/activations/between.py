@@ -9,14 +9,12 @@ import jax
 from jaxcomp.activations.attention import attentions
 from jaxcomp.activations.execution import Around
 from jaxcomp.activations.planning import Planned
+from jaxcomp.activations.rounded_attention import ONE_PASS, rounded_attention
 from jaxcomp.activations.row_functions import row_functions
 from jaxcomp.trace.interpreter import Claim
 from jaxcomp.trace.levels import levels_of
 from jaxcomp.trace.program import Program
 from jaxcomp.trace.walk import Location, Value
-
-ONE_PASS = "one pass on cpu"
-"""How the products of attention run, in a report."""
 
 
 def claims_between(
@@ -36,10 +34,16 @@ def claims_between(
       to_array: gives a value as an array.
     """
     sites, levels = {p.site.location: p for p in planned}, levels_of(program)
-    found = [one for one in attentions(sites, levels) if not any(op.location in claimed for op in one.ops)]
-    for one in found:
-        for op in (one.ops[0], one.ops[-1]):
-            around.record(sites[op.location].site.path, "exact", sites[op.location].why, ONE_PASS)
+    found = []
+    for one in attentions(sites, levels, integer=around.mode.integer):
+        first, last = (sites[op.location] for op in (one.ops[0], one.ops[-1]))
+        others = [op for op in one.ops if op.location in claimed]
+        if first.act is None is last.act and not others:
+            found.append(one)
+            for p in (first, last):
+                around.record(p.site.path, "exact", p.why, ONE_PASS)
+        elif others == [first.op, last.op] and (rounded := rounded_attention(one, first, last, around)) is not None:
+            found.append(rounded)
     taken = {*claimed, *(op.location for one in found for op in one.ops)} - sites.keys() | around.made.links.keys()
     found += row_functions(sites, levels, taken, integer=around.mode.integer)
     return {at: claim for region in found for at, claim in region.claims(to_array, around.made).items()}

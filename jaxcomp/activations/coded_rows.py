@@ -5,7 +5,7 @@ What makes them, if it is a function of rows that nothing else reads, is in that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr
 
-from jaxcomp.activations.fake import Entry, Names, scale_blocks, steps_of
+from jaxcomp.activations.fake import Entry, Names, encode, scale_blocks, steps_of
 from jaxcomp.activations.specs import Act
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import explicit_mesh
@@ -87,9 +87,14 @@ def _for_cpu(
         return run_call(x, *given, jaxpr=jaxpr)
     grid = _grid(act, ends, x.shape[-1])
     rows, *beside = given if given else (x,)
-    codes, numbers = llvm_row_numbers(_behind(first, grid.function), _shifted(first, grid.numbers), rows, *beside)
+    function, varying = behind(first.function, first.varying, grid.function)
+    coded = first._replace(function=function, varying=varying)
+    codes, numbers = llvm_row_numbers(coded, _shifted(first.function, grid.numbers), rows, *beside)
     scale, *zero = (numbers[..., i : i + 1] for i in range(len(grid.numbers)))
     return [codes, scale, *(v.astype(jnp.int32) for v in zero)]
+
+
+_ROWS = Entry(("output", "contracted"))
 
 
 class _Grid(NamedTuple):
@@ -105,16 +110,11 @@ def _grid(act: Act, ends: Ends, length: int) -> _Grid:
 
     @jax.jit
     def known(x: jax.Array) -> tuple[jax.Array, ...]:
-        steps = steps_of(x, act, Entry(("output", "contracted")))
+        steps = steps_of(x, act, _ROWS)
         zero = () if steps.zero is None else (steps.zero - ends.shift, steps.zero)
         return steps.scale, steps.less, steps.reciprocal, *zero
 
-    (eqn,) = jax.make_jaxpr(known)(jax.ShapeDtypeStruct((2, length), jnp.float32)).jaxpr.eqns
-    (number,) = (v for v in eqn.invars if isinstance(v, core.Var))
-    reading = RowReading(number)
-    is_read = reading.read(eqn)
-    assert is_read
-    found = [reading.of(v) for v in eqn.outvars]
+    found = _read(known, length)
     scale, less, reciprocal, *zero = map(len, found)
     function = [*max(found, key=len)]
 
@@ -126,19 +126,41 @@ def _grid(act: Act, ends: Ends, length: int) -> _Grid:
     return _Grid((*function, Step(CODES, (0, *given))), (scale, *zero[:1]))
 
 
-def _shifted(first: How, places: tuple[int, ...]) -> tuple[int, ...]:
+@cache
+def rounded_rows(act: Act, length: int) -> Pointwise:
+    """A function of a row of so many numbers: what they are on a grid of their own."""
+
+    @jax.jit
+    def known(x: jax.Array) -> tuple[jax.Array, ...]:
+        found = encode(x, act, _ROWS)
+        return (found.numbers * found.scale,)
+
+    return _read(known, length)[0]
+
+
+def _read(known: Callable[[jax.Array], tuple[jax.Array, ...]], length: int) -> list[Pointwise]:
+    """The functions that a compiled one is of rows of so many numbers."""
+    (eqn,) = jax.make_jaxpr(known)(jax.ShapeDtypeStruct((2, length), jnp.float32)).jaxpr.eqns
+    (number,) = (v for v in eqn.invars if isinstance(v, core.Var))
+    reading = RowReading(number)
+    is_read = reading.read(eqn)
+    assert is_read
+    return [reading.of(v) for v in eqn.outvars]
+
+
+def _shifted(first: Pointwise, places: tuple[int, ...]) -> tuple[int, ...]:
     """Which values of two functions, one behind the other, values of the second are."""
-    return tuple(i + len(first.function) for i in places)
+    return tuple(i + len(first) for i in places)
 
 
-def _behind(first: How, second: Pointwise) -> How:
-    """A function of what another gives, whose steps read nothing beside."""
-    function, varying = [*first.function], [*first.varying]
+def behind(first: Pointwise, varying: Sequence[bool], second: Pointwise) -> tuple[Pointwise, tuple[bool, ...]]:
+    """A function of what another gives, whose steps read nothing beside, and which of its values vary along a row."""
+    function, known = [*first], [*varying]
     for step in second:
         step = step._replace(operands=_shifted(first, step.operands))
         function.append(step)
-        varying.append(step.name not in REDUCTIONS and any(varying[i] for i in step.operands))
-    return first._replace(function=tuple(function), varying=tuple(varying))
+        known.append(step.name not in REDUCTIONS and any(known[i] for i in step.operands))
+    return tuple(function), tuple(known)
 
 
 _primitive = call_in_one_piece(ROUNDING_ROWS, _for_cpu)

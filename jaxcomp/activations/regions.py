@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -39,12 +39,18 @@ class Region:
         nowhere.
       how: what they are.
       rounded: whether the result is a function of rows that nothing reads but their roundings.
+      sides: of attention, which operands of their products queries, keys and values are.
+      entered: gives these three as they are multiplied; None where they are as the program has them.
+      products: how some of its equations are done, if not as the program has them.
     """
 
     ops: tuple[Op, ...]
     given: tuple[core.Var, ...]
     how: How
     rounded: bool = False
+    sides: tuple[int, int, int] | None = None
+    entered: Callable[[Sequence[jax.Array]], list[jax.Array]] | None = None
+    products: Mapping[Location, Callable[..., list[jax.Array]]] = field(default_factory=dict)
     _values: dict[core.Var, jax.Array] = field(default_factory=dict)
 
     def claims(self, to_array: Callable[[Value], jax.Array], made: Made) -> dict[Location, Claim]:
@@ -74,14 +80,20 @@ class Region:
     def _result(self, given: Sequence[jax.Array]) -> jax.Array:
         if explicit_mesh(given) is not None:
             return self._plain(*given)[0]
-        return _primitive.bind(*given, jaxpr=jax.make_jaxpr(self._plain)(*given), how=self.how)[0]
+        own: list[jax.Array] = []
+        if self.entered is not None:
+            own = [*self.entered(given[:3]), *given[3 : len(self.given)]]
+        jaxpr = jax.make_jaxpr(lambda *values: self._plain(*values[len(own) :]))(*own, *given)
+        return _primitive.bind(*own, *given, jaxpr=jaxpr, how=self.how)[0]
 
     def _plain(self, *given: jax.Array) -> list[jax.Array]:
         """As the program has it."""
         known = dict(zip(self.read, given, strict=True))
         for op in self.ops:
             operands = [v.val if isinstance(v, core.Literal) else known[v] for v in op.eqn.invars]
-            known |= zip(op.eqn.outvars, op.bind(*operands), strict=True)
+            product = self.products.get(op.location)
+            results = op.bind(*operands) if product is None else product(*operands)
+            known |= zip(op.eqn.outvars, results, strict=True)
         return [known[self.ops[-1].eqn.outvars[0]]]
 
 

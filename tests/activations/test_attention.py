@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 @pytest.fixture
 def without(monkeypatch):
     """The same programs as they are, from when it is called."""
-    return lambda: monkeypatch.setattr(between, "attentions", lambda *_: [])
+    return lambda: monkeypatch.setattr(between, "attentions", lambda *_, **how: [])
 
 
 @pytest.mark.parametrize("fn", quick(STYLES, by_einsum, by_matmul, causal, grouped, by_flax, in_calls), **ids)

