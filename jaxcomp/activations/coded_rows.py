@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr
 
-from jaxcomp.activations.fake import Entry, Names, encode, scale_blocks, steps_of
+from jaxcomp.activations.fake import Entry, Names, Steps, scale_blocks, steps_of
 from jaxcomp.activations.specs import Act
 from jaxcomp.core.layouts import Tokens
 from jaxcomp.core.meshes import explicit_mesh
@@ -24,6 +24,8 @@ from jaxcomp.kernels.llvm_rounding import Ends
 from jaxcomp.kernels.llvm_rows import How, llvm_row_numbers, refusal
 from jaxcomp.kernels.lowering import call_in_one_piece, run_call
 from jaxcomp.kernels.row_passes import CODES
+from jaxcomp.quantization.numerics.affine import by_factors
+from jaxcomp.quantization.numerics.rounding import round_between
 from jaxcomp.trace.pointwise import Pointwise, Step
 from jaxcomp.trace.primitives import ROUNDING_ROWS
 from jaxcomp.trace.rowwise import REDUCTIONS, RowReading
@@ -88,8 +90,8 @@ def _for_cpu(
     grid = _grid(act, ends, x.shape[-1])
     rows, *beside = given if given else (x,)
     function, varying = behind(first.function, first.varying, grid.function)
-    coded = first._replace(function=function, varying=varying)
-    codes, numbers = llvm_row_numbers(coded, _shifted(first.function, grid.numbers), rows, *beside)
+    made = first._replace(function=function, varying=varying)
+    codes, numbers = llvm_row_numbers(made, _shifted(first.function, grid.numbers), rows, *beside)
     scale, *zero = (numbers[..., i : i + 1] for i in range(len(grid.numbers)))
     return [codes, scale, *(v.astype(jnp.int32) for v in zero)]
 
@@ -114,7 +116,8 @@ def _grid(act: Act, ends: Ends, length: int) -> _Grid:
         zero = () if steps.zero is None else (steps.zero - ends.shift, steps.zero)
         return steps.scale, steps.less, steps.reciprocal, *zero
 
-    found = _read(known, length)
+    (eqn,) = jax.make_jaxpr(known)(jax.ShapeDtypeStruct((2, length), jnp.float32)).jaxpr.eqns
+    found = [*map(_read(eqn).of, eqn.outvars)]
     scale, less, reciprocal, *zero = map(len, found)
     function = [*max(found, key=len)]
 
@@ -127,25 +130,40 @@ def _grid(act: Act, ends: Ends, length: int) -> _Grid:
 
 
 @cache
-def rounded_rows(act: Act, length: int) -> Pointwise:
-    """A function of a row of so many numbers: what they are on a grid of their own."""
+def rounded_rows(act: Act, length: int) -> tuple[Pointwise, tuple[int, ...]]:
+    """A function of a row of so many numbers: what they are on their grid.
+
+    Returns:
+      it, and which numbers of :func:`grid_numbers` meet it; none where each row has a grid of its own.
+    """
 
     @jax.jit
-    def known(x: jax.Array) -> tuple[jax.Array, ...]:
-        found = encode(x, act, _ROWS)
-        return (found.numbers * found.scale,)
+    def known(x: jax.Array, *grid: jax.Array) -> tuple[jax.Array, ...]:
+        scale, *others = grid or grid_numbers(steps_of(x, act, _ROWS), act)
+        less, reciprocal, low, high = others
+        return (round_between(by_factors(x, less, reciprocal), low, high) * scale,)
 
-    return _read(known, length)[0]
+    grid = [jax.ShapeDtypeStruct((1, 1), jnp.float32)] * (5 if act.needs_range else 0)
+    jaxpr = jax.make_jaxpr(known)(jax.ShapeDtypeStruct((2, length), jnp.float32), *grid).jaxpr
+    (eqn,) = jaxpr.eqns
+    reading = _read(eqn)
+    return reading.of(eqn.outvars[0]), tuple(jaxpr.invars.index(one.value) - 1 for one in reading.beside)
 
 
-def _read(known: Callable[[jax.Array], tuple[jax.Array, ...]], length: int) -> list[Pointwise]:
-    """The functions that a compiled one is of rows of so many numbers."""
-    (eqn,) = jax.make_jaxpr(known)(jax.ShapeDtypeStruct((2, length), jnp.float32)).jaxpr.eqns
-    (number,) = (v for v in eqn.invars if isinstance(v, core.Var))
+def grid_numbers(steps: Steps, act: Act) -> list[jax.Array]:
+    """Of a grid the scale, the two factors that stand for a division by it, and the ends in steps from 0."""
+    zero = jnp.zeros_like(steps.scale) if steps.zero is None else steps.zero
+    return [steps.scale, steps.less, steps.reciprocal, *(end - zero for end in act.grid.code_range)]
+
+
+def _read(eqn: core.JaxprEqn) -> RowReading:
+    """What a call is of the rows of its first operand."""
+    number = eqn.invars[0]
+    assert isinstance(number, core.Var)
     reading = RowReading(number)
     is_read = reading.read(eqn)
     assert is_read
-    return [reading.of(v) for v in eqn.outvars]
+    return reading
 
 
 def _shifted(first: Pointwise, places: tuple[int, ...]) -> tuple[int, ...]:
@@ -154,7 +172,7 @@ def _shifted(first: Pointwise, places: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def behind(first: Pointwise, varying: Sequence[bool], second: Pointwise) -> tuple[Pointwise, tuple[bool, ...]]:
-    """A function of what another gives, whose steps read nothing beside, and which of its values vary along a row."""
+    """A function of what another gives, and which of its values vary along a row; what it reads beside does not."""
     function, known = [*first], [*varying]
     for step in second:
         step = step._replace(operands=_shifted(first, step.operands))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxcomp.activations.chained import Made
 from jaxcomp.activations.coded_rows import OfRows
 from jaxcomp.core.meshes import explicit_mesh
+from jaxcomp.core.types import PyTree
 from jaxcomp.kernels import llvm_float_attention, llvm_rows
 from jaxcomp.kernels.lowering import call_in_one_piece
 from jaxcomp.trace.flow import Op
@@ -27,6 +29,8 @@ MOST = 64
 """Equations of one."""
 
 How = llvm_float_attention.How | llvm_rows.How
+Sides = Mapping[Location, PyTree]
+"""What claims need beside the values, by where they stand."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Region:
       how: what they are.
       rounded: whether the result is a function of rows that nothing reads but their roundings.
       sides: of attention, which operands of their products queries, keys and values are.
-      entered: gives these three as they are multiplied; None where they are as the program has them.
-      products: how some of its equations are done, if not as the program has them.
+      products: claims on these products, where they are done otherwise than the program has them.
+      entered: gives what the code takes, of what is given and of what the claims need beside; None where that is given.
     """
 
     ops: tuple[Op, ...]
@@ -49,9 +53,10 @@ class Region:
     how: How
     rounded: bool = False
     sides: tuple[int, int, int] | None = None
-    entered: Callable[[Sequence[jax.Array]], list[jax.Array]] | None = None
-    products: Mapping[Location, Callable[..., list[jax.Array]]] = field(default_factory=dict)
+    products: Mapping[Location, Claim] = field(default_factory=dict)
+    entered: Callable[[Sequence[jax.Array], Sides], list[jax.Array]] | None = None
     _values: dict[core.Var, jax.Array] = field(default_factory=dict)
+    _sides: dict[Location, PyTree] = field(default_factory=dict)
 
     def claims(self, to_array: Callable[[Value], jax.Array], made: Made) -> dict[Location, Claim]:
         """Claims on its equations: all but the last give nothing, and it gives the result; ``made`` may learn of it."""
@@ -66,9 +71,18 @@ class Region:
                 if self.rounded and isinstance(self.how, llvm_rows.How):
                     made.learn(result, OfRows(tuple(self._values[v] for v in self.given), self.how))
                 self._values.clear()
+                self._sides.clear()
             return results
 
-        return {op.location: Claim(partial(run, op)) for op in self.ops}
+        def multiplied(op: Op, side: PyTree, *values: Value) -> list[jax.Array | None]:
+            self._sides[op.location] = side
+            return run(op, *values)
+
+        found = {op.location: Claim(partial(run, op)) for op in self.ops}
+        for op in self.ops:
+            if (claim := self.products.get(op.location)) is not None:
+                found[op.location] = Claim(partial(multiplied, op), claim.side)
+        return found
 
     @cached_property
     def read(self) -> list[core.Var]:
@@ -78,23 +92,31 @@ class Region:
         return [*self.given, *(v for v in dict.fromkeys(operands) if v not in self.given)]
 
     def _result(self, given: Sequence[jax.Array]) -> jax.Array:
+        sides = {**self._sides}
         if explicit_mesh(given) is not None:
-            return self._plain(*given)[0]
-        own: list[jax.Array] = []
-        if self.entered is not None:
-            own = [*self.entered(given[:3]), *given[3 : len(self.given)]]
-        jaxpr = jax.make_jaxpr(lambda *values: self._plain(*values[len(own) :]))(*own, *given)
-        return _primitive.bind(*own, *given, jaxpr=jaxpr, how=self.how)[0]
+            return self._plain(given, sides)
+        own = [] if self.entered is None else self.entered(given[: len(self.given)], sides)
+        beside, tree = jax.tree.flatten(sides)
 
-    def _plain(self, *given: jax.Array) -> list[jax.Array]:
-        """As the program has it."""
+        def plain(*values: jax.Array) -> list[jax.Array]:
+            first, last = len(own), len(own) + len(given)
+            return [self._plain(values[first:last], jax.tree.unflatten(tree, values[last:]))]
+
+        values = *own, *given, *beside
+        return _primitive.bind(*values, jaxpr=jax.make_jaxpr(plain)(*values), how=self.how)[0]
+
+    def _plain(self, given: Sequence[jax.Array], sides: Sides) -> jax.Array:
+        """As the program has it, products as these are claimed."""
         known = dict(zip(self.read, given, strict=True))
         for op in self.ops:
             operands = [v.val if isinstance(v, core.Literal) else known[v] for v in op.eqn.invars]
-            product = self.products.get(op.location)
-            results = op.bind(*operands) if product is None else product(*operands)
+            claim = self.products.get(op.location)
+            if claim is None:
+                results = op.bind(*operands)
+            else:
+                results = cast(list[jax.Array], claim.run(sides[op.location], *operands))
             known |= zip(op.eqn.outvars, results, strict=True)
-        return [known[self.ops[-1].eqn.outvars[0]]]
+        return known[self.ops[-1].eqn.outvars[0]]
 
 
 def is_known_float(v: core.Var) -> bool:

@@ -136,25 +136,37 @@ def test_others_run_as_before(rules) -> None:
     assert calls == 0
 
 
-def test_static_ranges_run_as_before() -> None:
+@pytest.mark.parametrize("last", [Act(8), Act(8, symmetric=True), Act(4), RULE])
+def test_static_ranges(last, without) -> None:
     given = drawn()
     tree = tree_of(*given)
     ranges = jc.activations.ranges_of(jax.jit(jc.calibrate(of_drawn))(jc.materialize(tree), *given))
-    needed = {name: found for name, found in ranges.items() if name.startswith("bqhd,")}
-    _, calls = ran(run_of(of_drawn, {FIRST: Act(8), SECOND: RULE}), tree, needed, *given)
+    run = run_of(of_drawn, {FIRST: Act(8), SECOND: last})
+    needed = {name: found for name, found in ranges.items() if last.needs_range or name.startswith("bqhd,")}
+    got, calls = ran(run, tree, needed, *given)
+    assert calls == 1
+    without()
+    wanted, calls = ran(run, tree, needed, *given)
     assert calls == 0
+    apart = np.abs(got - wanted)
+    assert apart.max() < (1 / 15 if last.bits == 4 else 1 / 255)
+    assert np.median(apart) < 1e-6
 
 
-def test_in_layers_of_a_scan(without) -> None:
+@pytest.mark.parametrize("act", [RULE, Act(8)])
+def test_in_layers_of_a_scan(act, without) -> None:
+    """Each layer has ranges of its own."""
+
     def layers(p, x):
         return lax.scan(lambda x, p: (x + by_einsum(p, x), None), x, p)[0]
 
-    params = {name: jnp.stack([w, -w, w[::-1]]) for name, w in PARAMS.items()}
-    tree, _ = prepared(layers, X, params=params)
-    got, calls = ran(run_of(layers, {".*": RULE}), tree, None, X)
+    params = {name: jnp.stack([w, -2 * w, w[::-1]]) for name, w in PARAMS.items()}
+    tree, dense = prepared(layers, X, params=params)
+    ranges = jc.activations.ranges_of(jax.jit(jc.calibrate(layers))(dense, X)) if act.needs_range else None
+    got, calls = ran(run_of(layers, {".*": act}), tree, ranges, X)
     assert calls == 1
     without()
-    wanted, calls = ran(run_of(layers, {".*": RULE}), tree, None, X)
+    wanted, calls = ran(run_of(layers, {".*": act}), tree, ranges, X)
     assert calls == 0
     assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
 
