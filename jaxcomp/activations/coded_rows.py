@@ -28,7 +28,7 @@ from jaxcomp.quantization.numerics.affine import by_factors
 from jaxcomp.quantization.numerics.rounding import round_between
 from jaxcomp.trace.pointwise import Pointwise, Step
 from jaxcomp.trace.primitives import ROUNDING_ROWS
-from jaxcomp.trace.rowwise import REDUCTIONS, RowReading
+from jaxcomp.trace.rowwise import RowReading, step_varies
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["given"], meta_fields=["how"])
@@ -45,7 +45,7 @@ class OfRows:
     how: How
 
 
-class Coded(NamedTuple):
+class InCodes(NamedTuple):
     """Codes, and the scale of each row and its zero point in them; no zero means 0."""
 
     codes: jax.Array
@@ -58,7 +58,9 @@ def has_rows(act: Act, shape: Shape, roles: Names) -> bool:
     return len(shape) > 1 and isinstance(act.per, Tokens) and scale_blocks(shape, roles, act.per) == (*shape[:-1], 1)
 
 
-def coded_rows(x: jax.Array, act: Act, ends: Ends, plain: Callable[[jax.Array], Coded], made: OfRows | None) -> Coded:
+def coded_rows(
+    x: jax.Array, act: Act, ends: Ends, plain: Callable[[jax.Array], InCodes], made: OfRows | None
+) -> InCodes:
     """A value of such rows in codes, and how it is made, if that is known.
 
     Args:
@@ -78,7 +80,7 @@ def coded_rows(x: jax.Array, act: Act, ends: Ends, plain: Callable[[jax.Array], 
     how = None if made is None else made.how
     jaxpr = jax.make_jaxpr(own)(x, *given)
     codes, scale, *zero = _primitive.bind(x, *given, jaxpr=jaxpr, act=act, ends=ends, how=how)
-    return Coded(codes, scale, zero[0] if zero else None)
+    return InCodes(codes, scale, zero[0] if zero else None)
 
 
 def _for_cpu(
@@ -177,7 +179,7 @@ def behind(first: Pointwise, varying: Sequence[bool], second: Pointwise) -> tupl
     for step in second:
         step = step._replace(operands=_shifted(first, step.operands))
         function.append(step)
-        known.append(step.name not in REDUCTIONS and any(known[i] for i in step.operands))
+        known.append(step_varies(step, known))
     return tuple(function), tuple(known)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from jaxcomp.activations.chained import Chained
-from jaxcomp.activations.coded_rows import Coded, OfRows, coded_rows, has_rows
+from jaxcomp.activations.coded_rows import InCodes, OfRows, coded_rows, has_rows
 from jaxcomp.activations.factors import Factor
 from jaxcomp.activations.fake import Entry, Names, Steps, coded, float8_codes, scale_blocks, steps_of
 from jaxcomp.activations.specs import Act, ActSpec, Float8
@@ -84,14 +84,14 @@ def _encoded(
     return Factor(*found, reach_of(act))
 
 
-def _in_steps(value: jax.Array, act: Act, at: Entry, made: Chained | None) -> Coded:
+def _in_steps(value: jax.Array, act: Act, at: Entry, made: Chained | None) -> InCodes:
     """A value in the steps that its rule gives it."""
     x = made_once(value)  # for its codes, and in search of NaN
     steps = steps_of(x, act, at)
     codes, lost = _codes_and_nan(_Given(x, steps, made), act, at.roles)
     scale, lost = steps.scale, lost.astype(steps.scale.dtype)
     scale = spread(scale, tuple(n if m == 1 else m if n == 1 else max(m, n) for m, n in _sizes(scale, lost))) + lost
-    return Coded(codes, scale, None if steps.zero is None else (steps.zero - _ends(act).shift).astype(jnp.int32))
+    return InCodes(codes, scale, None if steps.zero is None else (steps.zero - _ends(act).shift).astype(jnp.int32))
 
 
 def _ends(act: Act) -> Ends:

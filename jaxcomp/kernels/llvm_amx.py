@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_amx_windows import ROW, ROWS, Gathered, InPlace
 from jaxcomp.kernels.llvm_calls import Work, call, features
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, intrinsic, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, intrinsic, least, row_of_words
 from jaxcomp.kernels.llvm_panel_sums import Given, Panel
 from jaxcomp.kernels.llvm_results import AS_SUMS, Kept, Results, Written
 from jaxcomp.kernels.panels import FEATURES, unit, width
@@ -139,7 +139,7 @@ def halves_of(b: ir.IRBuilder, group: ir.Value, start: ir.Value, stop: ir.Value)
     """The first rows of the halves of a group of 32: the last ones are met again where there are no more."""
     t, most = Types(), b.sub(stop, Types().word(ROWS))
     found = [b.add(start, b.add(b.mul(group, t.word(2 * ROWS)), t.word(first))) for first in (0, ROWS)]
-    return [b.select(b.icmp_signed("<", at, most), at, most) for at in found]
+    return [least(b, at, most) for at in found]
 
 
 class _Code:

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 from jaxcomp.kernels import llvm_amx
 from jaxcomp.kernels.llvm_amx import HALVES, PAIR, ROW, ROWS, SUMS, cleared, configured, halves_of, multiplied, tile
 from jaxcomp.kernels.llvm_calls import Work, call
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, behind, counted, element, everywhere, intrinsic, turned
+from jaxcomp.kernels.llvm_code import (
+    Operand,
+    Types,
+    Writer,
+    behind,
+    counted,
+    element,
+    everywhere,
+    intrinsic,
+    least,
+    turned,
+)
 from jaxcomp.kernels.llvm_numbers import code_of, constant, fma
 from jaxcomp.kernels.llvm_tiles import padded, scale_of_block, sums_by_group, units_of
 from jaxcomp.kernels.packing import PackedWeight
@@ -114,7 +125,7 @@ class _Code:
         most = b.sub(last, t.word(1))
         for panel in range(PANELS):
             features = [b.add(first, t.word(panel * ROWS + i)) for i in range(ROWS)]
-            features = [b.select(b.icmp_signed("<", feature, most), feature, most) for feature in features]
+            features = [least(b, feature, most) for feature in features]
             with counted(b, t.word(0), self.blocks) as block:
                 self._lay_numbers(panel, block, features)
                 for number, (key, _) in enumerate(self.keys):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, least
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -213,7 +213,7 @@ def _loop(module: ir.Module, t: Types, work: Work, operands: int) -> ir.Function
     found = [Operand(*(w.load(shared, _OPERAND + 3 * i + j) for j in range(3))) for i in range(operands)]
     first, rows = b.mul(number, t.word(work.rows)), found[work.by].rows
     last = b.add(first, t.word(work.rows))
-    work.chunk(b, found, first, b.select(b.icmp_signed("<", last, rows), last, rows))
+    work.chunk(b, found, first, least(b, last, rows))
     w.added(shared, _DONE, 1)
     b.branch(more)
     b.position_at_end(done)

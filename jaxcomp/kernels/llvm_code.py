@@ -117,6 +117,11 @@ def turned(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
+def least(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The smaller of two words."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
 @contextmanager
 def counted(b: ir.IRBuilder, first: ir.Value, last: ir.Value) -> Iterator[ir.Value]:
     """A loop: its body sees the numbers from the first to the one before the last."""

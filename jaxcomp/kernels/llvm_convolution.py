@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, loaded, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, least, loaded, turned
 from jaxcomp.kernels.llvm_kept import Kept
 from jaxcomp.kernels.sparse import SparseWeight
 from jaxcomp.kernels.windows import Planes, Window
@@ -127,7 +127,7 @@ def _summed(panel: int, kept: Kept, b: ir.IRBuilder, operands: list[Operand], fi
             b.sext(loaded(b, tasks, b.add(b.mul(task, t.word(3)), t.word(i)), t.i32), t.i64) for i in range(3)
         )
         high = b.add(low, t.word(FEATURES))
-        high = b.select(b.icmp_signed("<", high, features), high, features)
+        high = least(b, high, features)
         with counted(b, start, stop) as number:
             with counted(b, low, high) as feature:
                 at = b.add(b.sext(loaded(b, bases, feature, t.i32), t.i64), b.mul(number, t.word(panel)))

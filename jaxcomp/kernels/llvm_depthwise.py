@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core.types import DType, Shape
 from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing, parts
-from jaxcomp.kernels.llvm_code import Operand, Types, behind, beside, counted, element, intrinsic, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, behind, beside, counted, element, intrinsic, least, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_numbers import constant, dot
 from jaxcomp.kernels.llvm_results import AS_SUMS, Kept, Requantized, Results
@@ -138,7 +138,7 @@ class _Windows(ABC):
         count = b.sdiv(b.add(self.channels, t.word(CHANNELS - 1)), t.word(CHANNELS))
         with counted(b, t.word(0), count) as number:
             at = b.mul(number, t.word(CHANNELS))
-            at = b.select(b.icmp_signed("<", at, most), at, most)
+            at = least(b, at, most)
             for part, total in enumerate(self._sums(pixels, at)):
                 column = b.add(at, t.word(part * self.lanes))
                 self.results.write(total, self.results.of_features(column), [], (row, column))

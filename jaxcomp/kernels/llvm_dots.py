@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call_for
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, row_of_words, turned
+from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, least, row_of_words, turned
 from jaxcomp.kernels.llvm_panel_sums import VECTOR
 from jaxcomp.kernels.llvm_panels import more_of, refusal_of_codes, sums_of_codes
 from jaxcomp.kernels.llvm_results import AS_SUMS, Rescaled, Written
@@ -171,12 +171,12 @@ class _ByFeatures(_Laying):
         rows = []
         for i in range(FEATURES):
             feature, end = b.add(b.mul(side, t.word(FEATURES)), t.word(i)), b.sub(features, t.word(1))
-            feature = b.select(b.icmp_signed("<", feature, end), feature, end)
+            feature = least(b, feature, end)
             rows.append(b.mul(b.add(top, feature), length))
         start = b.mul(panel, self.panels.columns)
         with counted(b, t.word(0), count) as number:
             at = b.mul(number, step)
-            at = b.select(b.icmp_signed("<", at, most), at, most)
+            at = least(b, at, most)
             for half in range(FEATURES // VECTOR):
                 square = [
                     b.load(element(b, self.given, b.add(row, at), t.i8), typ=row_kind, align=1)

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxcomp.kernels.llvm_beside import Numbers
-from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere
-from jaxcomp.kernels.llvm_float_laid import QUERIES, Heads, Laid, Strides, least
+from jaxcomp.kernels.llvm_code import Operand, Types, Writer, counted, everywhere, least
+from jaxcomp.kernels.llvm_float_laid import QUERIES, Heads, Laid, Strides
 from jaxcomp.kernels.llvm_hidden import Mask, mask_of
 from jaxcomp.kernels.llvm_numbers import fma
 from jaxcomp.kernels.llvm_rowwise import Row, Tail, write_passes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_beside import Numbers
-from jaxcomp.kernels.llvm_code import Types, counted, turned
+from jaxcomp.kernels.llvm_code import Types, counted, least, turned
 from jaxcomp.kernels.llvm_numbers import constant, fma
 from jaxcomp.trace.pointwise import Pointwise
 
@@ -149,8 +149,3 @@ class Laid:
             for i, place in enumerate(unseen):
                 index = b.add(b.mul(panel, t.word(width)), t.word(i * lanes))
                 self.unseen.store(index, b.load(place, typ=kind), lanes)
-
-
-def least(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """The smaller of two words."""
-    return b.select(b.icmp_signed("<", x, y), x, y)

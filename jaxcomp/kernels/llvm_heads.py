@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, intrinsic, loaded, turned
+from jaxcomp.kernels.llvm_code import (
+    Operand,
+    Types,
+    added,
+    counted,
+    element,
+    everywhere,
+    intrinsic,
+    least,
+    loaded,
+    turned,
+)
 from jaxcomp.kernels.llvm_numbers import code_of, constant, exponential, fma, minifloats
 from jaxcomp.kernels.rows import CodedRows
 from jaxcomp.kernels.runs import Run, once
@@ -141,7 +152,7 @@ class _Panel:
         with counted(b, begin, end) as block:
             token = b.mul(block, t.word(BLOCK))
             left = b.sub(self.bias.columns, token)
-            tokens = b.select(b.icmp_signed("<", left, t.word(BLOCK)), left, t.word(BLOCK))
+            tokens = least(b, left, t.word(BLOCK))
             self._scored(token, tokens, totals)
             self._weighed(token, tokens)
             self._summed(token, tokens)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import counted, everywhere
+from jaxcomp.kernels.llvm_code import counted, everywhere, least
 from jaxcomp.kernels.llvm_numbers import constant, fma
 from jaxcomp.kernels.llvm_panel_sums import Panel, Sums
 from jaxcomp.kernels.panels import DEEP, FEATURES, unit
@@ -71,7 +71,7 @@ class ManyFloats(Panel):
         with counted(b, t.word(0), count) as number:
             begin = b.mul(number, step)
             end = b.add(begin, step)
-            yield begin, b.select(b.icmp_signed("<", end, blocks), end, blocks)
+            yield begin, least(b, end, blocks)
 
     def unpacked(self, codes: Sequence[ir.Value], begin: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Makes numbers of some blocks of each panel floats; the first channel of theirs, and how many they are."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.kernels.llvm_code import Types, behind, beside, counted, everywhere, intrinsic
+from jaxcomp.kernels.llvm_code import Types, behind, beside, counted, everywhere, intrinsic, least
 from jaxcomp.kernels.llvm_numbers import code_of, constant, dot
 from jaxcomp.kernels.panels import BYTES, DEEP, FEATURES, unit, width
 from jaxcomp.kernels.runs import once, runs_of
@@ -203,7 +203,7 @@ class Bytes(Sums):
         b.cbranch(b.icmp_signed("<", first, blocks), body, done)
         b.position_at_end(body)
         last = b.add(first, room)
-        last = b.select(b.icmp_signed("<", last, blocks), last, blocks)
+        last = least(b, last, blocks)
         with counted(b, first, last) as block:
             yield block
         b.store(last, self.next)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxcomp.kernels import llvm_amx
 from jaxcomp.kernels.llvm_calls import Work, call, dots, features, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, behind, counted, element, row_of_words
+from jaxcomp.kernels.llvm_code import Operand, Types, behind, counted, element, least, row_of_words
 from jaxcomp.kernels.llvm_images import Pixels
 from jaxcomp.kernels.llvm_panel_floats import Floats, ManyFloats
 from jaxcomp.kernels.llvm_panel_sums import VECTOR, Bytes, Dots, Given, Sums, Words
@@ -244,7 +244,7 @@ class _Group:
         b, t, across = self.b, self.t, self._across()
         last = b.sub(b.mul(b.add(b.sdiv(panel, across), t.word(1)), across), t.word(1))
         found = [b.add(panel, t.word(i)) for i in range(self.sums.panels(self.sums.lanes))]
-        return [panel, *(b.select(b.icmp_signed("<", one, last), one, last) for one in found[1:])]
+        return [panel, *(least(b, one, last) for one in found[1:])]
 
     def _across(self) -> ir.Value:
         """Panels of a matrix."""

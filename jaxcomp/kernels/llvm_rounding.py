@@ -14,7 +14,17 @@ import jax.numpy as jnp
 
 from jaxcomp.core.types import Shape
 from jaxcomp.kernels.llvm_calls import Work, call_for, missing, parts
-from jaxcomp.kernels.llvm_code import Operand, Types, counted, element, everywhere, intrinsic, loaded, row_of_words
+from jaxcomp.kernels.llvm_code import (
+    Operand,
+    Types,
+    counted,
+    element,
+    everywhere,
+    intrinsic,
+    least,
+    loaded,
+    row_of_words,
+)
 from jaxcomp.kernels.llvm_numbers import on_grid
 from jaxcomp.quantization.numerics.rounding import WHOLE
 
@@ -95,7 +105,7 @@ def _rounded(ends: Ends, b: ir.IRBuilder, operands: list[Operand], first: ir.Val
             row = b.sdiv(cell, lost.columns)
             start = b.mul(b.srem(cell, lost.columns), t.word(PIECE))
             stop = b.add(start, t.word(PIECE))
-            stop = b.select(b.icmp_signed("<", stop, x.columns), stop, x.columns)
+            stop = least(b, stop, x.columns)
             number = b.select(b.icmp_signed(">", grid.columns, t.word(1)), row, t.word(0))
             known = [loaded(b, grid, b.add(number, b.mul(grid.columns, t.word(i))), t.f32) for i in range(3)]
             piece = _Piece(b, known, ends, (x, codes), b.mul(row, x.columns))
@@ -137,7 +147,7 @@ class _Piece:
         most = b.sub(stop, t.word(LEAST))
         with counted(b, t.word(0), few) as number:
             at = b.add(rest, b.mul(number, t.word(LEAST)))
-            self._some(b.select(b.icmp_signed("<", at, most), at, most), 1, found)
+            self._some(least(b, at, most), 1, found)
         ored = intrinsic(b, f"llvm.vector.reduce.or.v{LEAST}i32", t.i32, b.load(found, typ=found.allocated_type))
         return b.icmp_signed("!=", ored, t.i32(0))
 

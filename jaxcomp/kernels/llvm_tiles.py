@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.kernels.llvm_calls import Work, call, missing
-from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere
+from jaxcomp.kernels.llvm_code import Operand, Types, added, counted, element, everywhere, least
 from jaxcomp.kernels.llvm_numbers import code_of, fma
 from jaxcomp.kernels.packing import PackedWeight
 from jaxcomp.kernels.runs import Reading, Run, matrix_of_integers, once, short_runs
@@ -123,7 +123,7 @@ def _tiles(tile: Tile, size: int, first: ir.Value, last: ir.Value) -> None:
     most = b.sub(last, t.word(1))
     with counted(b, t.word(0), count) as number:
         features = [b.add(b.add(first, b.mul(number, t.word(size))), t.word(i)) for i in range(size)]
-        tile.write([b.select(b.icmp_signed("<", feature, most), feature, most) for feature in features])
+        tile.write([least(b, feature, most) for feature in features])
 
 
 def units_of(read: Reading) -> tuple[int, int]:
@@ -138,7 +138,7 @@ def scale_of_block(b: ir.IRBuilder, read: Reading, block: ir.Value, key: int, sc
     t, (of_block, of_group) = Types(), units_of(read)
     index = b.add(b.mul(block, t.word(of_block)), t.word(key))
     group, last = b.sdiv(index, t.word(of_group)), b.sub(scale.columns, t.word(1))
-    return b.select(b.icmp_signed("<", group, last), group, last)
+    return least(b, group, last)
 
 
 class Tile(ABC):

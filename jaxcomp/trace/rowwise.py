@@ -289,5 +289,10 @@ def varies(function: Pointwise, beside: Sequence[Beside], along: int) -> list[bo
         if step.name == "operand":
             known.append(beside[int(step.number)].axes[along] is not None)
         else:
-            known.append(step.name not in REDUCTIONS and any(known[i] for i in step.operands))
+            known.append(step_varies(step, known))
     return known
+
+
+def step_varies(step: Step, known: Sequence[bool]) -> bool:
+    """Whether what a step makes of values varies along a row, of which that is known."""
+    return step.name not in REDUCTIONS and any(known[i] for i in step.operands)
